@@ -1,0 +1,176 @@
+"""The domain's vocabulary: kinds of score and heatmap, task strings, the `_0` suffix, the record.
+
+Every other module takes these names from here. RichHF-18K's own field names (`artifact_score`, ...)
+appear nowhere else. This module needs numpy alone.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+SCORES = ("plausibility", "alignment", "aesthetics", "overall")
+HEATMAPS = ("implausibility", "misalignment")
+
+# RichHF-18K's fields. https://github.com/google-research/google-research/tree/master/richhf_18k
+FILENAME_FIELD = "filename"
+SCORE_FIELDS = {
+    "plausibility": "artifact_score",
+    "alignment": "misalignment_score",
+    "aesthetics": "aesthetics_score",
+    "overall": "overall_score",
+}
+HEATMAP_FIELDS = {"implausibility": "artifact_map", "misalignment": "misalignment_map"}
+KEYWORDS_FIELD = "prompt_misalignment_label"
+
+# Joined to a record from Pick-a-Pic (the TFRecords hold neither).
+IMAGE_FIELD = "image"
+PROMPT_FIELD = "prompt"
+
+MISALIGNED, ALIGNED = 0, 1
+MISALIGNED_SUFFIX = "_0"
+
+# The augmented-prompt variant puts one of these before the prompt ("implausibility heatmap" is the
+# paper's own example, section 4.1.2).
+HEATMAP_TASK_STRINGS = {kind: f"{kind} heatmap" for kind in HEATMAPS}
+SCORE_TASK_STRINGS = {kind: f"{kind} score" for kind in SCORES}
+KEYWORDS_TASK_STRING = "misaligned keywords"
+CAPTION_TASK_STRING = "caption"
+
+LIKERT_MIN, LIKERT_MAX = 1, 5
+# A marked point covers a disk of this radius, as a share of the image's height (section 3.1).
+POINT_RADIUS = 1 / 20
+
+_SEPARATORS = re.compile(r'[,.?!":; ]+')
+
+
+def standardise_rating(rating: float) -> float:
+    """A 5-point Likert rating -> a score in [0, 1]: (s - 1) / 4 (section 3.4)."""
+    return (rating - LIKERT_MIN) / (LIKERT_MAX - LIKERT_MIN)
+
+
+def tokenize_prompt(prompt: str) -> list[str]:
+    """Splits a prompt into the tokens that RichHF-18K labels, one label a token.
+
+    >>> tokenize_prompt('A red cat, "happy" as ever!')
+    ['A', 'red', 'cat', 'happy', 'as', 'ever']
+    """
+    return [token for token in _SEPARATORS.split(prompt) if token]
+
+
+def parse_labels(text: str) -> list[int]:
+    """'1 1 0 1' -> [1, 1, 0, 1].
+
+    Raises:
+      ValueError: a label is neither 0 nor 1.
+    """
+    labels = text.split()
+    if bad := [label for label in labels if label not in ("0", "1")]:
+        raise ValueError(f"labels must be 0 (misaligned) or 1 (aligned), got {bad[0]!r} in {text!r}")
+    return [int(label) for label in labels]
+
+
+def format_labels(labels: Sequence[int]) -> str:
+    """[1, 1, 0, 1] -> '1 1 0 1'."""
+    return " ".join(str(int(label)) for label in labels)
+
+
+def mark_misaligned(tokens: Sequence[str], labels: Sequence[int]) -> str:
+    """Tokens and labels -> the decoder's target string.
+
+    >>> mark_misaligned(['a', 'yellow', 'cat'], [1, 0, 1])
+    'a yellow_0 cat'
+
+    Raises:
+      ValueError: the counts differ.
+    """
+    if len(tokens) != len(labels):
+        raise ValueError(f"{len(tokens)} tokens but {len(labels)} labels")
+    pairs = zip(tokens, labels, strict=True)
+    return " ".join(t + MISALIGNED_SUFFIX if label == MISALIGNED else t for t, label in pairs)
+
+
+def labels_from_text(tokens: Sequence[str], text: str) -> list[int]:
+    """What the decoder wrote -> one label a prompt token, tolerating slips of the model.
+
+    The text's words (without suffix) are aligned with the prompt's tokens, ignoring case. A token
+    takes the label of the word it is aligned with; words written in place of as many tokens are
+    aligned in order; tokens with no word of their own are aligned (label 1).
+
+    >>> labels_from_text(['a', 'yellow', 'cat'], 'a yellow_0 cat')
+    [1, 0, 1]
+    >>> labels_from_text(['a', 'yellow', 'cat'], 'yelow_0 cat')   # a slip, and a word missing
+    [1, 1, 1]
+    >>> labels_from_text(['a', 'yellow', 'cat'], 'a yelow_0 cat')
+    [1, 0, 1]
+    """
+    tokens = [token.lower() for token in tokens]
+    known = set(tokens)
+    words, labels = [], []
+    for word in text.lower().split():
+        # A prompt may itself hold a word that ends in "_0"; as it stands, that word is aligned.
+        marked = word.endswith(MISALIGNED_SUFFIX) and word not in known
+        words.append(word.removesuffix(MISALIGNED_SUFFIX) if marked else word)
+        labels.append(MISALIGNED if marked else ALIGNED)
+    result = [ALIGNED] * len(tokens)
+    matcher = difflib.SequenceMatcher(None, tokens, words, autojunk=False)
+    for tag, token_start, token_end, word_start, word_end in matcher.get_opcodes():
+        if tag == "equal" or (tag == "replace" and token_end - token_start == word_end - word_start):
+            result[token_start:token_end] = labels[word_start:word_end]
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One prompt token. `probability` is that of being misaligned, where the decoder gives one."""
+
+    text: str
+    misaligned: bool
+    probability: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RichFeedback:
+    """Rich feedback on one image and its prompt, by people or by a model.
+
+    Attributes:
+      id: the image's name (RichHF-18K's `filename`).
+      prompt: the text the image was generated from.
+      scores: kind -> [0, 1], higher is better. Kinds as in `SCORES`; one that is unknown is absent.
+      heatmaps: kind -> float32 [height, width] in [0, 1]. Kinds as in `HEATMAPS`.
+      tokens: the prompt's tokens, labelled.
+    """
+
+    id: str
+    prompt: str
+    scores: Mapping[str, float]
+    heatmaps: Mapping[str, np.ndarray]
+    tokens: Sequence[Token]
+
+    @property
+    def labels(self) -> list[int]:
+        """One label a token: 0 = misaligned, 1 = aligned."""
+        return [MISALIGNED if token.misaligned else ALIGNED for token in self.tokens]
+
+    def to_dict(self) -> dict:
+        """The JSON form of `predictions.jsonl`, without the heatmaps' pixels."""
+        return {
+            "id": self.id,
+            "prompt": self.prompt,
+            "scores": {kind: float(value) for kind, value in self.scores.items()},
+            "tokens": [dataclasses.asdict(token) for token in self.tokens],
+        }
+
+
+def label_tokens(prompt: str, labels: Sequence[int]) -> tuple[Token, ...]:
+    """A prompt and one label a token -> tokens.
+
+    Raises:
+      ValueError: the counts differ.
+    """
+    tokens = tokenize_prompt(prompt)
+    if len(tokens) != len(labels):
+        raise ValueError(f"the prompt has {len(tokens)} tokens but there are {len(labels)} labels")
+    return tuple(Token(t, label == MISALIGNED) for t, label in zip(tokens, labels, strict=True))
