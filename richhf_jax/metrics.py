@@ -1,0 +1,383 @@
+"""The paper's evaluation protocol (section 4.2), numpy and scipy alone.
+
+Scores: PLCC, SRCC and MSE over the split. Heatmaps: the saliency metrics of Bylinskii et al., "What do
+different evaluation metrics tell us about saliency models?" (https://arxiv.org/abs/1604.03605), where a
+pixel whose ground truth is above 0 counts as a fixation. Keywords: precision, recall and F1 of the
+misaligned words, pooled over the tokens of all samples.
+
+No metric is ever NaN. What a formula leaves open is decided here once:
+
+- a constant map or a constant list of scores orders nothing: CC, NSS, PLCC and SRCC are 0, AUC-Judd is 0.5;
+- a map that is 0 everywhere says nothing about the place: KLD and SIM take it as the uniform distribution;
+- 0/0 in precision, recall and F1 is 0;
+- a metric without a single sample to be computed on (`mse_empty` where no ground truth is empty, a score that
+  no prediction gives) is left out of the result.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import ndimage, stats
+
+from richhf_jax import feedback
+from richhf_jax.feedback import RichFeedback
+
+# The regulariser of KLD in the reference code of the MIT/Tuebingen saliency benchmark (MATLAB's eps).
+KLD_EPSILON = 2.2204e-16
+
+
+class ObjectTruth(Protocol):
+    """An object of a synthetic scene: its pixels (bool [height, width]), whether it belies the prompt."""
+
+    mask: np.ndarray
+    misaligned: bool
+
+
+class SceneTruth(Protocol):
+    """What is really in a synthetic scene, known from its construction. Regions are bool [height, width]."""
+
+    objects: Sequence[ObjectTruth]
+    artifact_region: np.ndarray
+    misaligned_region: np.ndarray
+    object_mask: np.ndarray
+
+
+# Scores: two equally long lists of floats.
+
+
+def plcc(targets: Sequence[float], predictions: Sequence[float]) -> float:
+    """Pearson's linear correlation in [-1, 1]; 0 where either list is constant (or a single value)."""
+    return _correlation(np.asarray(targets, np.float64), np.asarray(predictions, np.float64))
+
+
+def srcc(targets: Sequence[float], predictions: Sequence[float]) -> float:
+    """Spearman's rank correlation in [-1, 1]: PLCC of the ranks; tied values share their mean rank."""
+    return _correlation(stats.rankdata(targets), stats.rankdata(predictions))
+
+
+def mse(targets: Any, predictions: Any) -> float:
+    """Mean squared error of two arrays of one shape (a list of scores, or a heatmap)."""
+    return float(np.mean(np.square(np.asarray(targets, np.float64) - np.asarray(predictions, np.float64))))
+
+
+# Heatmaps: two maps [height, width] of non-negative floats; target > 0 somewhere.
+
+
+def cc(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Correlation coefficient of two maps in [-1, 1]; 0 where either is constant."""
+    return _correlation(np.asarray(target, np.float64).ravel(), np.asarray(prediction, np.float64).ravel())
+
+
+def kld(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Kullback-Leibler divergence of the target's distribution from the prediction's, in nats; 0 is best."""
+    target, prediction = _distribution(target), _distribution(prediction)
+    return float(np.sum(target * np.log(KLD_EPSILON + target / (KLD_EPSILON + prediction))))
+
+
+def sim(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Similarity: the histogram intersection of the two maps' distributions, in [0, 1]."""
+    return float(np.sum(np.minimum(_distribution(target), _distribution(prediction))))
+
+
+def nss(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Normalised scanpath saliency: the standardised prediction's mean over the fixated pixels.
+
+    In units of the prediction's standard deviation; 0 for a constant prediction.
+    """
+    prediction = np.asarray(prediction, np.float64)
+    if np.ptp(prediction) == 0:
+        return 0.0
+    return float((np.mean(prediction[target > 0]) - np.mean(prediction)) / np.std(prediction))
+
+
+def auc_judd(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Area under the ROC curve of telling fixated from other pixels, thresholds at the fixated values.
+
+    The curve runs from (0, 0) over one point per distinct predicted value of a fixated pixel to (1, 1),
+    joined by straight lines. The published code takes the fixations one by one and adds random noise so
+    that no two values are equal; here tied pixels pass the threshold together, which needs no noise,
+    gives a constant map 0.5, and is that code's result exactly where nothing is tied. 0.5 where every
+    pixel is fixated.
+    """
+    fixated = np.asarray(target) > 0
+    prediction = np.asarray(prediction)
+    positives, negatives = np.sort(prediction[fixated]), np.sort(prediction[~fixated])
+    if not len(positives) or not len(negatives):
+        return 0.5
+    thresholds = np.unique(positives)[::-1]
+    hit_rate = 1 - np.searchsorted(positives, thresholds, side="left") / len(positives)
+    false_alarm_rate = 1 - np.searchsorted(negatives, thresholds, side="left") / len(negatives)
+    return float(
+        np.trapezoid(np.concatenate([[0], hit_rate, [1]]), np.concatenate([[0], false_alarm_rate, [1]]))
+    )
+
+
+_SALIENCY_METRICS = {"cc": cc, "kld": kld, "sim": sim, "nss": nss, "auc_judd": auc_judd}
+
+
+# Whole records.
+
+
+def rich_feedback_metrics(
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]
+) -> dict[str, float]:
+    """Every metric of the protocol over a split.
+
+    A kind is measured on the records whose target has it; a kind that no prediction has is left out. MSE of a
+    heatmap is over all records, `mse_empty` over those with an empty ground truth, the others over the rest.
+
+    Args:
+      targets: what people (or the builder's simulated raters) said.
+      predictions: of the same images in the same order; heatmaps as large as the targets'.
+
+    Returns:
+      "score/{plcc,srcc,mse}/<kind>", "heatmap/{mse,mse_empty,cc,kld,sim,nss,auc_judd}/<kind>",
+      "keywords/{precision,recall,f1}" as shares in [0, 1], and "num_examples".
+
+    Raises:
+      ValueError: targets and predictions do not pair up, or a value is negative or not finite; the message
+        names the record.
+    """
+    _check_pairs(targets, predictions)
+    results = {}
+    for kind in feedback.SCORES:
+        results |= _score_metrics(kind, targets, predictions)
+    for kind in feedback.HEATMAPS:
+        results |= _heatmap_metrics(kind, targets, predictions)
+    results |= _keyword_metrics(targets, predictions)
+    return results | {"num_examples": len(targets)}
+
+
+def synthetic_metrics(
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback], truths: Sequence[SceneTruth]
+) -> dict[str, float]:
+    """Checks of the heatmaps that need the truth of a synthetic scene.
+
+    Detection: does a heatmap's maximum tell images with a flawed region from those without (a scene whose
+    only flaw is a missing object has no misaligned region)? Wrong-object test, on images with several
+    objects of which one is misaligned: has that one a higher mean predicted misalignment than every
+    other? A tie is a miss, so a map that marks all objects exactly alike never passes.
+
+    Returns:
+      "synthetic/detection_auc/<kind>": area under the ROC curve, 0.5 is chance.
+      "synthetic/wrong_object/{accuracy,chance,num_images}": share passed, mean of 1 / number of objects, and
+        how many images the test has.
+
+    Raises:
+      ValueError: targets, predictions and truths do not pair up; the record is named.
+    """
+    _check_pairs(targets, predictions)
+    if len(truths) != len(targets):
+        raise ValueError(f"{len(targets)} targets but {len(truths)} truths of scenes")
+    for target, truth in zip(targets, truths, strict=True):
+        if any(heatmap.shape != truth.object_mask.shape for heatmap in target.heatmaps.values()):
+            raise ValueError(f"record {target.id!r}: the scene's truth is of {truth.object_mask.shape}")
+    regions = {"implausibility": "artifact_region", "misalignment": "misaligned_region"}
+    results = {}
+    for kind, region in regions.items():
+        pairs = [(truths[i], heatmap) for i, _, heatmap in _pairs("heatmaps", kind, targets, predictions)]
+        flawed = np.array([getattr(truth, region).any() for truth, _ in pairs], bool)
+        peaks = np.array([heatmap.max() for _, heatmap in pairs])
+        if flawed.any() and not flawed.all():
+            results[f"synthetic/detection_auc/{kind}"] = _roc_auc(flawed, peaks)
+        if kind == "misalignment" and pairs:
+            results |= _wrong_object_metrics(pairs)
+    return results
+
+
+# Baselines to stand beside a model.
+
+
+def trivial_baseline(
+    train_targets: Iterable[RichFeedback], targets: Sequence[RichFeedback]
+) -> list[RichFeedback]:
+    """The best answer without looking: the mean score, the mean training heatmap, no word flagged.
+
+    Args:
+      train_targets: the training split; may be a stream, only sums are kept. Heatmaps must share one size.
+      targets: the records to answer for.
+
+    Raises:
+      ValueError: there is no training record, or its heatmaps differ in size; the record is named.
+    """
+    sums: dict[tuple[str, str], Any] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for record in train_targets:
+        for field in ("scores", "heatmaps"):
+            for kind, value in getattr(record, field).items():
+                value = np.asarray(value, np.float64)
+                total = sums.get((field, kind), np.zeros_like(value))
+                if total.shape != value.shape:
+                    raise ValueError(
+                        f"record {record.id!r}: {kind} heatmap of {value.shape}, others of {total.shape}"
+                    )
+                sums[field, kind] = total + value
+                counts[field, kind] = counts.get((field, kind), 0) + 1
+    if not sums:
+        raise ValueError("the trivial baseline needs at least one training record")
+    means = {key: total / counts[key] for key, total in sums.items()}
+    scores = {kind: float(value) for (field, kind), value in means.items() if field == "scores"}
+    heatmaps = {
+        kind: value.astype(np.float32) for (field, kind), value in means.items() if field == "heatmaps"
+    }
+    return [
+        RichFeedback(
+            t.id, t.prompt, scores, heatmaps, [feedback.Token(token.text, False) for token in t.tokens]
+        )
+        for t in targets
+    ]
+
+
+def training_free_baseline(
+    images: Sequence[np.ndarray], targets: Sequence[RichFeedback], truths: Sequence[SceneTruth]
+) -> list[RichFeedback]:
+    """Heatmaps that need no training: every object is misaligned, every busy texture is implausible.
+
+    Args:
+      images: uint8 [height, width, 3].
+      targets: the records to answer for, in the images' order.
+      truths: the scenes' truth; only `object_mask` is used.
+
+    Returns:
+      Records with heatmaps alone: no scores, no tokens.
+    """
+    return [
+        RichFeedback(
+            t.id,
+            t.prompt,
+            {},
+            {
+                "implausibility": _high_frequency_energy(image),
+                "misalignment": truth.object_mask.astype(np.float32),
+            },
+            (),
+        )
+        for image, t, truth in zip(images, targets, truths, strict=True)
+    ]
+
+
+def _high_frequency_energy(image: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] -> local energy of the fine detail, float32 [height, width], maximum 1.
+
+    Detail is what a blur of height/64 removes; its square is pooled over the radius of a rater's disk.
+    """
+    height = image.shape[0]
+    grey = image.astype(np.float32).mean(axis=-1)
+    detail = grey - ndimage.gaussian_filter(grey, height / 64)
+    energy = ndimage.gaussian_filter(np.square(detail), height * feedback.POINT_RADIUS)
+    # A flat image has no detail: its map stays 0.
+    return energy / max(float(energy.max()), 1e-6)
+
+
+def _score_metrics(kind, targets, predictions) -> dict[str, float]:
+    pairs = _pairs("scores", kind, targets, predictions)
+    if not pairs:
+        return {}
+    truth, predicted = [t for _, t, _ in pairs], [p for _, _, p in pairs]
+    return {f"score/{f.__name__}/{kind}": f(truth, predicted) for f in (plcc, srcc, mse)}
+
+
+def _heatmap_metrics(kind, targets, predictions) -> dict[str, float]:
+    samples: dict[str, list[float]] = {name: [] for name in ("mse", "mse_empty", *_SALIENCY_METRICS)}
+    for _, target, prediction in _pairs("heatmaps", kind, targets, predictions):
+        error = mse(target, prediction)
+        samples["mse"].append(error)
+        if not target.any():
+            samples["mse_empty"].append(error)
+            continue
+        for name, metric in _SALIENCY_METRICS.items():
+            samples[name].append(metric(target, prediction))
+    return {f"heatmap/{name}/{kind}": float(np.mean(values)) for name, values in samples.items() if values}
+
+
+def _keyword_metrics(targets, predictions) -> dict[str, float]:
+    if not any(prediction.tokens for prediction in predictions):
+        return {}
+    hits = flagged = misaligned = 0
+    for target, prediction in zip(targets, predictions, strict=True):
+        # Records whose labels are unknown have no tokens.
+        if not target.tokens:
+            continue
+        if [t.text for t in target.tokens] != [t.text for t in prediction.tokens]:
+            raise ValueError(f"record {target.id!r}: the prediction's tokens are not the target's")
+        truth = np.array([t.misaligned for t in target.tokens])
+        predicted = np.array([t.misaligned for t in prediction.tokens])
+        hits += int(np.sum(truth & predicted))
+        flagged += int(np.sum(predicted))
+        misaligned += int(np.sum(truth))
+    return {
+        "keywords/precision": hits / max(flagged, 1),
+        "keywords/recall": hits / max(misaligned, 1),
+        "keywords/f1": 2 * hits / max(flagged + misaligned, 1),
+    }
+
+
+def _wrong_object_metrics(pairs) -> dict[str, float]:
+    passed, chances = [], []
+    for truth, heatmap in pairs:
+        objects = [o for o in truth.objects if o.mask.any()]
+        if len(objects) < 2 or sum(o.misaligned for o in objects) != 1:
+            continue
+        wrong = next(heatmap[o.mask].mean() for o in objects if o.misaligned)
+        passed.append(all(wrong > heatmap[o.mask].mean() for o in objects if not o.misaligned))
+        chances.append(1 / len(objects))
+    prefix = "synthetic/wrong_object"
+    results = {f"{prefix}/num_images": len(passed)}
+    if passed:
+        results |= {f"{prefix}/accuracy": float(np.mean(passed)), f"{prefix}/chance": float(np.mean(chances))}
+    return results
+
+
+def _check_pairs(targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]) -> None:
+    if len(targets) != len(predictions):
+        raise ValueError(f"{len(targets)} targets but {len(predictions)} predictions")
+    if not targets:
+        raise ValueError("there are no records to evaluate")
+    for i, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
+        if target.id != prediction.id:
+            raise ValueError(
+                f"record {i}: the target is {target.id!r} but the prediction is {prediction.id!r}"
+            )
+
+
+def _pairs(field: str, kind: str, targets, predictions) -> list[tuple[int, Any, Any]]:
+    """(index, target's value, predicted value) of the records whose target has the kind."""
+    if not any(kind in getattr(prediction, field) for prediction in predictions):
+        return []
+    pairs = []
+    for i, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
+        wanted, given = getattr(target, field), getattr(prediction, field)
+        if kind not in wanted:
+            continue
+        where = f"record {target.id!r}, {kind} in {field}"
+        if kind not in given:
+            raise ValueError(f"{where}: other records have a prediction, this one has none")
+        if np.shape(wanted[kind]) != np.shape(given[kind]):
+            raise ValueError(f"{where}: predicted {np.shape(given[kind])}, target {np.shape(wanted[kind])}")
+        for value in (wanted[kind], given[kind]):
+            if not np.isfinite(value).all() or np.min(value) < 0:
+                raise ValueError(f"{where}: negative or not finite")
+        pairs.append((i, wanted[kind], given[kind]))
+    return pairs
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    # Dividing first keeps the sums of squares of tiny values from underflowing.
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+
+
+def _distribution(heatmap: np.ndarray) -> np.ndarray:
+    heatmap = np.asarray(heatmap, np.float64)
+    total = heatmap.sum()
+    return heatmap / total if total else np.full(heatmap.shape, 1 / heatmap.size)
+
+
+def _roc_auc(positive: np.ndarray, values: np.ndarray) -> float:
+    """Mann-Whitney: the probability that a positive's value is above a negative's, a tie counting half."""
+    n = positive.sum()
+    return float((stats.rankdata(values)[positive].sum() - n * (n + 1) / 2) / (n * (len(values) - n)))
