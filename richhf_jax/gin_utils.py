@@ -1,0 +1,218 @@
+"""Runs an entry point whose arguments come from gin files and flags, as T5X's binaries do.
+
+    python -m richhf_jax.train --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=/tmp/run
+
+A user's mistake (no such file, an unknown name, a REQUIRED macro without a value) ends with one message on
+stderr and exit code 1; a traceback means a bug.
+"""
+
+import contextlib
+import difflib
+import inspect
+import logging
+import os
+import pathlib
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+from absl import app, flags
+from absl import logging as absl_logging
+from etils import epath
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Searched after the working directory and --gin_search_paths.
+DEFAULT_SEARCH_PATHS = (str(_ROOT), str(_ROOT / "gin"))
+
+_GIN_FILE = flags.DEFINE_multi_string(
+    "gin_file", [], "A gin file; give the flag again for more, later ones override earlier ones."
+)
+_GIN_BINDINGS = flags.DEFINE_multi_string(
+    "gin_bindings", [], "A binding that overrides the files; --gin.NAME=value is short for it."
+)
+_GIN_SEARCH_PATHS = flags.DEFINE_list(
+    "gin_search_paths", [], "Comma-separated folders to find gin files in, before the project's own gin/."
+)
+_TFDS_DATA_DIR = flags.DEFINE_string(
+    "tfds_data_dir", None, "Where TFDS data sets are; overrides the `tfds_data_dir` of every task."
+)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved configuration and stop.")
+_FLAGS = (_GIN_FILE, _GIN_BINDINGS, _GIN_SEARCH_PATHS, _TFDS_DATA_DIR, _DRY_RUN)
+
+_BARE_STRING = re.compile(r"[A-Za-z~./][\w~./:+-]*")
+_GIN_ERRORS = (ValueError, SyntaxError, NameError, AttributeError, OSError, ModuleNotFoundError)
+# What gin appends to an exception that passes through a configured function.
+_GIN_CALL_NOTE = "\n  In call to configurable"
+_MACRO_BINDING = re.compile(r"\s*(\w+)\s*=")
+
+
+class ConfigError(ValueError):
+    """A mistake in the user's configuration; `run` prints its message without a traceback."""
+
+
+def rewrite_gin_args(args: Sequence[str]) -> list[str]:
+    """`--gin.NAME=value` -> `--gin_bindings=NAME = value`; other arguments pass.
+
+    A plain word or path may stand without the quotes that gin needs (and that shells eat):
+
+    >>> rewrite_gin_args(["train", "--gin.TRAIN_STEPS=10", "--gin.MODEL_DIR=/tmp/run"])
+    ['train', '--gin_bindings=TRAIN_STEPS = 10', "--gin_bindings=MODEL_DIR = '/tmp/run'"]
+
+    Raises:
+      ConfigError: an argument starts with `--gin.` and has no `=`.
+    """
+    return [_rewrite_gin_arg(arg) if arg.startswith("--gin.") else arg for arg in args]
+
+
+def _rewrite_gin_arg(arg: str) -> str:
+    name, equals, value = arg.removeprefix("--gin.").partition("=")
+    if not equals:
+        raise ConfigError(f"{arg}: write --gin.NAME=value, with the = and no space around it")
+    if _BARE_STRING.fullmatch(value) and value not in ("True", "False", "None"):
+        value = repr(value)
+    return f"--gin_bindings={name} = {value}"
+
+
+def parse_gin_flags(
+    gin_search_paths: Sequence[str], gin_files: Sequence[str], gin_bindings: Sequence[str]
+) -> None:
+    """Parses gin files, then bindings, into gin's global configuration and locks it.
+
+    Args:
+      gin_search_paths: folders to find the files in, after the working directory.
+      gin_files: in order; later ones override earlier ones.
+      gin_bindings: `NAME = value` strings that override the files.
+
+    Raises:
+      ConfigError: a file is missing or has a mistake, a binding names a macro or parameter that
+        no file knows, or a macro marked `%gin.REQUIRED` got no value.
+    """
+    for path in gin_search_paths:
+        gin.add_config_file_search_path(path)
+    for file in gin_files:
+        with _explained(file):
+            gin.parse_config_file(file)
+    for binding in gin_bindings:
+        _check_macro_exists(binding, gin.config_str())
+        with _explained(f"--gin.{binding}"):
+            gin.parse_config(binding)
+    _check_required_macros(gin.config_str())
+    with _explained("gin files"):
+        gin.finalize()
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turns what gin raises at a mistake in `source` into a ConfigError, most often in gin's own words."""
+    try:
+        yield
+    except tokenize.TokenError as error:
+        raise ConfigError(f"{source}: a quote or bracket is not closed: {error.args[0]}") from error
+    except _GIN_ERRORS as error:
+        if undefined := re.match(r"No bindings specified for '(\w+)/gin\.macro'", str(error)):
+            name = undefined[1]
+            raise ConfigError(f"{source}: %{name} is used but has no value; give --gin.{name}=...") from error
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _check_macro_exists(binding: str, config: str) -> None:
+    """Gin takes any macro name; a misspelt one would be ignored in silence."""
+    match = _MACRO_BINDING.match(binding)
+    known = set(re.findall(r"^(\w+) = |%(\w+)", config, re.MULTILINE))
+    known = {name for pair in known for name in pair if name}
+    if match is None or match[1] in known:
+        return
+    close = difflib.get_close_matches(match[1], known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known macros: {', '.join(sorted(known)) or 'none'}"
+    raise ConfigError(f"--gin.{match[1]}: no gin file uses a macro of this name; {hint}")
+
+
+def _check_required_macros(config: str) -> None:
+    if missing := re.findall(r"^(\w+) = %gin\.REQUIRED$", config, re.MULTILINE):
+        given = " ".join(f"--gin.{name}=..." for name in missing)
+        raise ConfigError(f"no value for {', '.join(missing)}; give: {given}")
+
+
+def write_operative_config(path: epath.PathLike) -> None:
+    """Writes every gin value used so far to a file that gin can parse again."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(gin.operative_config_str())
+
+
+def run(main: Callable[..., Any]) -> None:
+    """Parses the flags and gin files, calls `main` with its arguments from gin, and exits.
+
+    `main` is registered with gin under its module's import path, so that a gin file can say
+    `from richhf_jax import train as train_script` and `train_script.train.model_dir = %MODEL_DIR`.
+
+    Args:
+      main: a plain function (not yet registered with gin), all of whose arguments gin gives.
+    """
+    # Gin logs every folder in which it does not find a file as an error.
+    logging.getLogger().addFilter(lambda record: record.module != "resource_reader")
+    program = sys.argv[0]
+    for flag in _FLAGS:
+        flags.FLAGS.register_key_flag_for_module(program, flags.FLAGS[flag.name])
+    try:
+        app.run(lambda argv: _configure_and_call(main, argv), flags_parser=_parse_flags)
+    except ConfigError as error:
+        absl_logging.debug("The mistake was found here:", exc_info=True)  # Shown with --verbosity=1.
+        # Gin appends the call it happened in, which helps only those who know the code.
+        sys.exit(f"{os.path.basename(program)}: {str(error).split(_GIN_CALL_NOTE)[0]}")
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    rest = app.parse_flags_with_usage(rewrite_gin_args(argv))
+    if flags.FLAGS["verbosity"].using_default_value:
+        # Absl's own default is INFO, at which orbax and TFDS drown what we print.
+        flags.FLAGS.verbosity = absl_logging.WARNING
+    return rest
+
+
+def _configure_and_call(main: Callable[..., Any], argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument {argv[1]!r}: options start with --, see --help")
+    if not _GIN_FILE.value:
+        raise ConfigError("give a configuration with --gin_file=FILE; the project's own are in gin/")
+    configured = _register(main)
+    search_paths = [*_GIN_SEARCH_PATHS.value, *DEFAULT_SEARCH_PATHS]
+    parse_gin_flags(search_paths, _GIN_FILE.value, _GIN_BINDINGS.value)
+    _check_arguments(main)
+    if _DRY_RUN.value:
+        print(gin.config_str())
+        return
+    if _TFDS_DATA_DIR.value:
+        import seqio  # Takes seconds, so not for --help and --dry_run.
+
+        seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
+    try:
+        configured()
+    except RuntimeError as error:
+        if not str(error).startswith("Required bindings for"):
+            raise
+        raise ConfigError(str(error)) from error
+
+
+def _register(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers `main` with gin; a module run with `python -m` answers to its real name, too.
+
+    Otherwise a gin file that imports the module would load it a second time, and configure a
+    function that nobody calls.
+    """
+    spec = sys.modules[main.__module__].__spec__
+    if main.__module__ == "__main__" and spec is not None:
+        main.__module__ = spec.name
+        sys.modules[spec.name] = sys.modules["__main__"]
+    return gin.external_configurable(main)
+
+
+def _check_arguments(main: Callable[..., Any]) -> None:
+    bound = gin.get_bindings(main, resolve_references=False)
+    for name, parameter in inspect.signature(main).parameters.items():
+        if name not in bound and parameter.default in (parameter.empty, gin.REQUIRED):
+            where = f"{main.__name__}.{name}"
+            raise ConfigError(f"no value for {where}; bind it in a gin file or give --gin.{where}=...")

@@ -1,0 +1,71 @@
+"""Installs richhf_jax.
+
+Lower bounds are what was tried; jax, flax and orbax move their APIs in minor versions, hence upper ones.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "richhf_jax/__init__.py").read_text(), re.M)[1]
+README = ROOT / "README.md"
+
+CORE = [
+    "absl-py>=2.1",
+    "etils[epath]>=1.9",
+    "flax>=0.12.8,<0.13",
+    "jax>=0.10.2,<0.11",
+    "jinja2>=3.1",
+    "numpy>=2.0",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=11.0",
+    "scipy>=1.14",
+    "sentencepiece>=0.2",
+    "tqdm>=4.66",
+]
+
+# Everything that reads data through seqio, and gin: training, evaluation and building data sets.
+TRAIN = [
+    "clu>=0.0.12",
+    "gin-config>=0.5,<0.6",
+    "seqio>=0.0.20,<0.1",
+    "tensorboard>=2.20",
+    # Never beside tensorflow-cpu: the two share files.
+    "tensorflow>=2.21,<2.22",
+    "tensorflow-datasets>=4.9.10,<5",
+    # Fixes TensorFlow's minor version.
+    "tensorflow-text>=2.21,<2.22",
+]
+
+# What the tests compare with, and the tools.
+TEST = [
+    *TRAIN,
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.17,<0.18",
+    "scikit-learn>=1.6",
+]
+
+setuptools.setup(
+    name="richhf_jax",
+    version=VERSION,
+    description="RAHF in JAX: scores, heatmaps and misaligned words for generated images.",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["richhf_jax*", "tasks*"]),
+    package_data={"richhf_jax": ["**/*.html", "**/*.model"], "tasks": ["**/*.model"]},
+    install_requires=CORE,
+    extras_require={
+        "train": TRAIN,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "export": ["orbax-export>=0.0.8", "tensorflow>=2.21,<2.22"],
+        "test": TEST,
+    },
+)
