@@ -3,7 +3,8 @@
     python -m richhf_jax.train --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=/tmp/run
 
 A user's mistake (no such file, an unknown name, a REQUIRED macro without a value) ends with one message on
-stderr and exit code 1; a traceback means a bug.
+stderr and exit code 1; a traceback means a bug. The log shows our own messages and others' warnings;
+--verbosity=0 shows everything.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ import gin
 from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
+
+from richhf_jax import errors
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Searched after the working directory and --gin_search_paths.
@@ -49,10 +52,6 @@ _GIN_CALL_NOTE = "\n  In call to configurable"
 _MACRO_BINDING = re.compile(r"\s*(\w+)\s*=")
 
 
-class ConfigError(ValueError):
-    """A mistake in the user's configuration; `run` prints its message without a traceback."""
-
-
 def rewrite_gin_args(args: Sequence[str]) -> list[str]:
     """`--gin.NAME=value` -> `--gin_bindings=NAME = value`; other arguments pass.
 
@@ -62,7 +61,7 @@ def rewrite_gin_args(args: Sequence[str]) -> list[str]:
     ['train', '--gin_bindings=TRAIN_STEPS = 10', "--gin_bindings=MODEL_DIR = '/tmp/run'"]
 
     Raises:
-      ConfigError: an argument starts with `--gin.` and has no `=`.
+      errors.UserError: an argument starts with `--gin.` and has no `=`.
     """
     return [_rewrite_gin_arg(arg) if arg.startswith("--gin.") else arg for arg in args]
 
@@ -70,7 +69,7 @@ def rewrite_gin_args(args: Sequence[str]) -> list[str]:
 def _rewrite_gin_arg(arg: str) -> str:
     name, equals, value = arg.removeprefix("--gin.").partition("=")
     if not equals:
-        raise ConfigError(f"{arg}: write --gin.NAME=value, with the = and no space around it")
+        raise errors.UserError(f"{arg}: write --gin.NAME=value, with the = and no space around it")
     if _BARE_STRING.fullmatch(value) and value not in ("True", "False", "None"):
         value = repr(value)
     return f"--gin_bindings={name} = {value}"
@@ -87,7 +86,7 @@ def parse_gin_flags(
       gin_bindings: `NAME = value` strings that override the files.
 
     Raises:
-      ConfigError: a file is missing or has a mistake, a binding names a macro or parameter that
+      errors.UserError: a file is missing or has a mistake, a binding names a macro or parameter that
         no file knows, or a macro marked `%gin.REQUIRED` got no value.
     """
     for path in gin_search_paths:
@@ -106,34 +105,35 @@ def parse_gin_flags(
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Turns what gin raises at a mistake in `source` into a ConfigError, most often in gin's own words."""
+    """Turns what gin raises at a mistake in `source` into a UserError, most often in gin's own words."""
     try:
         yield
     except tokenize.TokenError as error:
-        raise ConfigError(f"{source}: a quote or bracket is not closed: {error.args[0]}") from error
+        raise errors.UserError(f"{source}: a quote or bracket is not closed: {error.args[0]}") from error
     except _GIN_ERRORS as error:
         if undefined := re.match(r"No bindings specified for '(\w+)/gin\.macro'", str(error)):
             name = undefined[1]
-            raise ConfigError(f"{source}: %{name} is used but has no value; give --gin.{name}=...") from error
-        raise ConfigError(f"{source}: {error}") from error
+            raise errors.UserError(
+                f"{source}: %{name} is used but has no value; give --gin.{name}=..."
+            ) from error
+        raise errors.UserError(f"{source}: {error}") from error
 
 
 def _check_macro_exists(binding: str, config: str) -> None:
     """Gin takes any macro name; a misspelt one would be ignored in silence."""
     match = _MACRO_BINDING.match(binding)
-    known = set(re.findall(r"^(\w+) = |%(\w+)", config, re.MULTILINE))
-    known = {name for pair in known for name in pair if name}
+    known = set(re.findall(r"^(\w+) = ", config, re.MULTILINE)) | set(re.findall(r"%(\w+)", config))
     if match is None or match[1] in known:
         return
     close = difflib.get_close_matches(match[1], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known macros: {', '.join(sorted(known)) or 'none'}"
-    raise ConfigError(f"--gin.{match[1]}: no gin file uses a macro of this name; {hint}")
+    raise errors.UserError(f"--gin.{match[1]}: no gin file uses a macro of this name; {hint}")
 
 
 def _check_required_macros(config: str) -> None:
     if missing := re.findall(r"^(\w+) = %gin\.REQUIRED$", config, re.MULTILINE):
         given = " ".join(f"--gin.{name}=..." for name in missing)
-        raise ConfigError(f"no value for {', '.join(missing)}; give: {given}")
+        raise errors.UserError(f"no value for {', '.join(missing)}; give: {given}")
 
 
 def write_operative_config(path: epath.PathLike) -> None:
@@ -152,14 +152,12 @@ def run(main: Callable[..., Any]) -> None:
     Args:
       main: a plain function (not yet registered with gin), all of whose arguments gin gives.
     """
-    # Gin logs every folder in which it does not find a file as an error.
-    logging.getLogger().addFilter(lambda record: record.module != "resource_reader")
     program = sys.argv[0]
     for flag in _FLAGS:
         flags.FLAGS.register_key_flag_for_module(program, flags.FLAGS[flag.name])
     try:
         app.run(lambda argv: _configure_and_call(main, argv), flags_parser=_parse_flags)
-    except ConfigError as error:
+    except errors.UserError as error:
         absl_logging.debug("The mistake was found here:", exc_info=True)  # Shown with --verbosity=1.
         # Gin appends the call it happened in, which helps only those who know the code.
         sys.exit(f"{os.path.basename(program)}: {str(error).split(_GIN_CALL_NOTE)[0]}")
@@ -168,16 +166,26 @@ def run(main: Callable[..., Any]) -> None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     rest = app.parse_flags_with_usage(rewrite_gin_args(argv))
     if flags.FLAGS["verbosity"].using_default_value:
-        # Absl's own default is INFO, at which orbax and TFDS drown what we print.
-        flags.FLAGS.verbosity = absl_logging.WARNING
+        handler = absl_logging.get_absl_handler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.addFilter(_is_for_the_user)
     return rest
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    """Our own messages and others' warnings; orbax, TFDS and clu drown them at INFO.
+
+    Gin logs every folder in which it doesn't find a file as an error; it raises one for the file.
+    """
+    ours = pathlib.Path(record.pathname).is_relative_to(_ROOT / "richhf_jax")
+    return ours or (record.levelno >= logging.WARNING and record.module != "resource_reader")
 
 
 def _configure_and_call(main: Callable[..., Any], argv: Sequence[str]) -> None:
     if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}: options start with --, see --help")
+        raise errors.UserError(f"unexpected argument {argv[1]!r}: options start with --, see --help")
     if not _GIN_FILE.value:
-        raise ConfigError("give a configuration with --gin_file=FILE; the project's own are in gin/")
+        raise errors.UserError("give a configuration with --gin_file=FILE; the project's own are in gin/")
     configured = _register(main)
     search_paths = [*_GIN_SEARCH_PATHS.value, *DEFAULT_SEARCH_PATHS]
     parse_gin_flags(search_paths, _GIN_FILE.value, _GIN_BINDINGS.value)
@@ -194,7 +202,7 @@ def _configure_and_call(main: Callable[..., Any], argv: Sequence[str]) -> None:
     except RuntimeError as error:
         if not str(error).startswith("Required bindings for"):
             raise
-        raise ConfigError(str(error)) from error
+        raise errors.UserError(str(error)) from error
 
 
 def _register(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,4 +223,4 @@ def _check_arguments(main: Callable[..., Any]) -> None:
     for name, parameter in inspect.signature(main).parameters.items():
         if name not in bound and parameter.default in (parameter.empty, gin.REQUIRED):
             where = f"{main.__name__}.{name}"
-            raise ConfigError(f"no value for {where}; bind it in a gin file or give --gin.{where}=...")
+            raise errors.UserError(f"no value for {where}; bind it in a gin file or give --gin.{where}=...")

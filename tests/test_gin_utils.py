@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,13 +10,13 @@ import textwrap
 import gin
 import pytest
 
-from richhf_jax import gin_utils
+from richhf_jax import errors, gin_utils
 
 ROOT = pathlib.Path(gin_utils.__file__).resolve().parents[1]
 
 PROGRAM = '''
 """Greets."""
-from richhf_jax import gin_utils
+from richhf_jax import errors, gin_utils
 
 class Net:
     def __init__(self, width, depth=2):
@@ -23,7 +24,7 @@ class Net:
 
 def greet(model_dir, net, steps=3):
     if steps < 0:
-        raise gin_utils.ConfigError("steps is negative")
+        raise errors.UserError("steps is negative")
     print("greeting", model_dir, net.width, net.depth, steps)
     gin_utils.write_operative_config(f"{model_dir}/config.gin")
 
@@ -96,7 +97,7 @@ def test_rewrite_gin_args(arg, rewritten):
 
 
 def test_rewrite_gin_args_without_a_value():
-    with pytest.raises(gin_utils.ConfigError, match="--gin.STEPS: write --gin.NAME=value"):
+    with pytest.raises(errors.UserError, match="--gin.STEPS: write --gin.NAME=value"):
         gin_utils.rewrite_gin_args(["--gin.STEPS"])
 
 
@@ -186,6 +187,14 @@ def test_a_required_argument_deep_inside_is_named(folder):
     config.write_text(CONFIG.replace("greet_script.Net.width = 4\n", ""))
     message = fails_with(folder, "--gin_file=config.gin", "--gin.MODEL_DIR=out")
     assert "Required bindings for `Net` not provided in config: ['width']" in message
+
+
+def test_logs_are_ours_and_warnings(folder):
+    lines = "from absl import logging; logging.info('others'); logging.warning('careful'); "
+    (folder / "program/greet.py").write_text(PROGRAM.replace("print(", lines + "print("))
+    args = ["--gin_file=config.gin", "--gin.MODEL_DIR=out"]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d careful\n", run(folder, *args).stderr)
+    assert "others" in run(folder, *args, "--verbosity=0").stderr
 
 
 def test_a_bug_keeps_its_traceback(folder):
