@@ -1,0 +1,1 @@
+"""The RAHF network in Flax linen: layers, T5, ViT, heads, and their composition."""

@@ -1,0 +1,193 @@
+"""The vision transformer (pre-norm, learned 2-D positions): an image in, one vector a patch out.
+
+The architecture of ViT-B/16 and ViT-L/16 as published (https://arxiv.org/abs/2010.11929), its parts named
+as in the T5 stacks. Parameter shapes: the patch kernel is [height, width, image_channels, embed], the layout
+of a convolution's kernel, so that public weights drop in; the position table is [height, width, embed].
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+
+from richhf_jax.network import layers
+
+Array = jax.Array
+
+
+@struct.dataclass
+class ViTConfig:
+    """Sizes of the vision transformer. The defaults are ViT-B/16's at 512 pixels.
+
+    Attributes:
+      patch_size: side of a patch, in pixels.
+      grid: rows and columns of the position table, in patches: the image size the weights were made for.
+      emb_dim: width of the model.
+      num_layers: depth.
+      num_heads: of every attention; a head is emb_dim / num_heads wide.
+      mlp_dim: width of the feed-forward block's hidden layer.
+      dropout_rate: on embeddings, attention weights, and the outputs of both blocks.
+      dtype: of activations; parameters are float32.
+      float32_attention_logits: attention's softmax in float32 whatever `dtype`.
+    """
+
+    patch_size: int = 16
+    grid: tuple[int, int] = (32, 32)
+    emb_dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    float32_attention_logits: bool = False
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts an image into patches and projects each.
+
+    The same as a convolution whose stride is its kernel's size, but as one matrix product, whose gradient
+    is fast on every backend.
+    """
+
+    patch_size: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """[batch, height, width, channels] -> [batch, height / patch_size, width / patch_size, embed].
+
+        Raises:
+          ValueError: the image does not divide into patches.
+        """
+        batch, height, width, channels = images.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"an image of {height}x{width} pixels does not divide into {p}x{p} patches")
+        kernel = param_with_axes(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (p, p, channels, self.features),
+            jnp.float32,
+            axes=("height", "width", "image_channels", "embed"),
+        )
+        bias = param_with_axes("bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=("embed",))
+        kernel, bias = jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
+
+        patches = jnp.asarray(images, self.dtype).reshape(batch, height // p, p, width // p, p, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
+        return jnp.dot(patches, kernel.reshape(-1, self.features)) + bias[None, None, None]
+
+
+class PositionEmbedding(nn.Module):
+    """Adds a learned vector a grid cell, resampled bilinearly where the image's grid is not the table's."""
+
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, embed] -> the same shape; height and width in patches."""
+        height, width, features = x.shape[1:]
+        init = nn.initializers.normal(1 / math.sqrt(features))
+        shape = (*self.grid, features)
+        table = param_with_axes("embedding", init, shape, jnp.float32, axes=("height", "width", "embed"))
+        if (height, width) != tuple(self.grid):
+            table = jax.image.resize(table, (height, width, features), "bilinear")
+        return x + table.astype(x.dtype)[None]
+
+
+class Attention(nn.Module):
+    """Self-attention with biases, the logits divided by sqrt(head width)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: Array, *, deterministic: bool) -> Array:
+        """[batch, patches, embed] -> the same shape."""
+        cfg = self.config
+        head_dim = cfg.emb_dim // cfg.num_heads
+        dense = functools.partial(layers.DenseGeneral, dtype=cfg.dtype, use_bias=True)
+
+        # [batch, patches, embed] -> [batch, patches, heads, kv]
+        def project(name):
+            projected = dense((cfg.num_heads, head_dim), kernel_axes=("embed", "joined_kv"), name=name)(x)
+            return with_sharding_constraint(projected, ("batch", "length", "heads", "kv"))
+
+        query, key, value = project("query"), project("key"), project("value")
+        drop = cfg.dropout_rate > 0.0 and not deterministic
+        attended = layers.dot_product_attention(
+            query / math.sqrt(head_dim),
+            key,
+            value,
+            dropout_rng=self.make_rng("dropout") if drop else None,
+            dropout_rate=cfg.dropout_rate,
+            deterministic=deterministic,
+            dtype=cfg.dtype,
+            float32_logits=cfg.float32_attention_logits,
+        )
+        return dense(cfg.emb_dim, axis=(-2, -1), kernel_axes=("joined_kv", "embed"), name="out")(attended)
+
+
+class ViTLayer(nn.Module):
+    """Self-attention and feed-forward block, each normalised before and added to its input after."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, deterministic: bool) -> Array:
+        """[batch, patches, embed] -> the same shape."""
+        cfg = self.config
+        norm = functools.partial(layers.CenteredLayerNorm, epsilon=1e-6, dtype=cfg.dtype)
+
+        x = norm(name="pre_attention_layer_norm")(inputs)
+        x = Attention(cfg, name="attention")(x, deterministic=deterministic)
+        x = inputs + nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+
+        y = norm(name="pre_mlp_layer_norm")(x)
+        y = layers.MlpBlock(
+            intermediate_dim=cfg.mlp_dim,
+            # The published weights were trained with the exact GELU, not the tanh approximation.
+            activations=(functools.partial(nn.gelu, approximate=False),),
+            intermediate_dropout_rate=cfg.dropout_rate,
+            dtype=cfg.dtype,
+            use_bias=True,
+            name="mlp",
+        )(y, deterministic=deterministic)
+        return x + nn.Dropout(cfg.dropout_rate)(y, deterministic=deterministic)
+
+
+class ViT(nn.Module):
+    """The vision transformer up to its last norm; no class token, no classifier."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, images: Array, *, deterministic: bool = False) -> Array:
+        """Images -> one vector a patch.
+
+        Args:
+          images: float [batch, height, width, 3], normalised; any size that patch_size divides.
+          deterministic: no dropout.
+
+        Returns:
+          [batch, patches, embed] of `config.dtype`, the patches row by row.
+
+        Raises:
+          ValueError: the image does not divide into patches, or the heads do not divide the width.
+        """
+        cfg = self.config
+        if cfg.emb_dim % cfg.num_heads:
+            raise ValueError(f"{cfg.num_heads} heads do not divide the width {cfg.emb_dim}")
+        x = PatchEmbedding(cfg.patch_size, cfg.emb_dim, cfg.dtype, name="patch_embedding")(images)
+        x = PositionEmbedding(cfg.grid, name="position_embedding")(x)
+        # [batch, height, width, embed] -> [batch, patches, embed]
+        x = x.reshape(x.shape[0], -1, cfg.emb_dim)
+        x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+        for i in range(cfg.num_layers):
+            x = ViTLayer(cfg, name=f"layers_{i}")(x, deterministic=deterministic)
+        return layers.CenteredLayerNorm(dtype=cfg.dtype, name="encoder_norm")(x)
