@@ -1,0 +1,194 @@
+"""Raw ratings of several raters -> one RichHF-18K record an image.
+
+By the rules of "Rich Human Feedback for Text-to-Image Generation", section 3:
+  scores    mean of the raters' standardised ratings, (rating - 1) / 4;
+  heatmaps  a rater's is the union of disks around the marked points, with a radius of 1/20 of the
+            image's height; the record's is the mean over the raters, quantised to 8 bits;
+  keywords  majority vote a token; a tie of an even number of raters counts as aligned.
+"""
+
+import argparse
+import collections
+import io
+import math
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from richhf_jax import feedback
+from richhf_jax.datasets import ratings
+
+EPILOG = f"""\
+Schema of RAW.jsonl
+
+{ratings.__doc__}
+
+OUT.tfrecord holds one tf.train.Example an image, in the order in which the images first appear, with
+RichHF-18K's eight fields: {feedback.FILENAME_FIELD}; {", ".join(feedback.SCORE_FIELDS.values())} (float,
+0 to 1); {", ".join(feedback.HEATMAP_FIELDS.values())} (8-bit greyscale PNG of the image's size);
+{feedback.KEYWORDS_FIELD} ("1 0 1").
+"""
+
+
+def point_heatmap(points: Sequence[ratings.Point], height: int, width: int, radius: float) -> np.ndarray:
+    """The union of disks around points: pixels (column, row) at most `radius` from one of them.
+
+    A point (x, y) with whole numbers is the middle of the pixel in column x and row y.
+
+    Args:
+      points: (x, y) in pixels, x to the right, y down.
+      height, width: of the image, in pixels.
+      radius: in pixels.
+
+    Returns:
+      bool [height, width].
+    """
+    heatmap = np.zeros((height, width), bool)
+    for x, y in points:
+        top, bottom = max(0, math.ceil(y - radius)), math.floor(y + radius) + 1
+        left, right = max(0, math.ceil(x - radius)), math.floor(x + radius) + 1
+        window = heatmap[top:bottom, left:right]
+        rows = np.arange(top, top + window.shape[0])[:, None]
+        columns = np.arange(left, left + window.shape[1])
+        window |= (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+    return heatmap
+
+
+def mean_heatmap(heatmaps: Sequence[np.ndarray]) -> np.ndarray:
+    """Raters' bool [height, width] -> their mean as uint8 [height, width], 255 = all of them."""
+    return np.rint(np.mean(heatmaps, axis=0) * 255).astype(np.uint8)
+
+
+def majority_labels(labels: Sequence[Sequence[int]]) -> list[int]:
+    """Majority vote a token over the raters; a tie is aligned.
+
+    >>> majority_labels([[1, 0, 1], [1, 0, 0]])
+    [1, 0, 1]
+    """
+    return [
+        feedback.ALIGNED if 2 * sum(votes) >= len(votes) else feedback.MISALIGNED
+        for votes in zip(*labels, strict=True)
+    ]
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [height, width] or [height, width, 3] -> PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def consolidate(image_ratings: Sequence[ratings.Rating]) -> dict[str, str | float | bytes]:
+    """All ratings of one image -> a record with RichHF-18K's eight fields.
+
+    Raises:
+      ValueError: no rating.
+    """
+    if not image_ratings:
+        raise ValueError("an image needs at least one rating")
+    first = image_ratings[0]
+    radius = first.point_radius * first.height
+    record = {feedback.FILENAME_FIELD: first.image_id}
+    for kind, field in feedback.SCORE_FIELDS.items():
+        record[field] = float(np.mean([feedback.standardise_rating(r.ratings[kind]) for r in image_ratings]))
+    for kind, field in feedback.HEATMAP_FIELDS.items():
+        heatmaps = [point_heatmap(r.points[kind], r.height, r.width, radius) for r in image_ratings]
+        record[field] = encode_png(mean_heatmap(heatmaps))
+    labels = majority_labels([r.token_labels for r in image_ratings])
+    record[feedback.KEYWORDS_FIELD] = feedback.format_labels(labels)
+    return record
+
+
+def group_by_image(lines: Iterable[ratings.Rating]) -> list[list[ratings.Rating]]:
+    """Ratings -> those of each image, in the order in which the images first appear."""
+    groups = collections.defaultdict(list)
+    for rating in lines:
+        groups[rating.image_id].append(rating)
+    return list(groups.values())
+
+
+def consolidate_lines(lines: Iterable[str | bytes]) -> list[dict[str, str | float | bytes]]:
+    """Lines of raw ratings -> records.
+
+    Raises:
+      ratings.RatingError: a line is bad; the message names it by its number.
+    """
+    good = []
+    for number, rating in ratings.read_ratings(lines):
+        if isinstance(rating, ratings.RatingError):
+            raise ratings.RatingError(f"line {number}: {rating}")
+        good.append(rating)
+    return [consolidate(group) for group in group_by_image(good)]
+
+
+def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: pathlib.Path) -> None:
+    """Writes records as tf.train.Examples; `path` appears complete or not at all.
+
+    Raises:
+      OSError: the folder can't be written.
+    """
+    import tensorflow as tf  # Takes seconds; only this function needs it.
+
+    def feature(value):
+        if isinstance(value, float):
+            return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
+        value = value.encode() if isinstance(value, str) else value
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        partial = pathlib.Path(folder) / path.name
+        with tf.io.TFRecordWriter(str(partial)) as writer:
+            for record in records:
+                features = tf.train.Features(feature={name: feature(v) for name, v in record.items()})
+                writer.write(tf.train.Example(features=features).SerializeToString())
+        os.replace(partial, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    """The command line; returns what went wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.datasets.consolidate",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("raw", metavar="RAW.jsonl", type=pathlib.Path, help="raw ratings, one a line")
+    parser.add_argument("out", metavar="OUT.tfrecord", type=pathlib.Path, help="overwritten if it exists")
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a bad line: stop and write nothing (default), or leave the line out and list it at the end",
+    )
+    options = parser.parse_args(arguments)
+    good, bad = [], []
+    try:
+        with options.raw.open("rb") as lines:
+            for number, rating in ratings.read_ratings(lines):
+                if not isinstance(rating, ratings.RatingError):
+                    good.append(rating)
+                elif options.on_error == "stop":
+                    return f"{options.raw}:{number}: {rating}\nNothing written. --on-error=skip leaves bad lines out."
+                else:
+                    bad.append(f"{options.raw}:{number}: {rating}")
+        if bad:
+            print(f"Skipped {len(bad)} bad lines:", *bad, sep="\n", file=sys.stderr)
+        if not good:
+            return f"{options.raw}: no rating to consolidate. Nothing written."
+        groups = group_by_image(good)
+        write_tfrecord(map(consolidate, groups), options.out)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}. Nothing written."
+    raters = collections.Counter(map(len, groups))
+    counts = ", ".join(f"{images} with {n} raters" for n, images in sorted(raters.items()))
+    print(f"{options.out}: {len(groups)} images ({counts}) from {len(good)} lines, {len(bad)} skipped")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

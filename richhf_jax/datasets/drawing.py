@@ -1,0 +1,117 @@
+"""Shapes and backgrounds as pictures. Lengths are shares of the picture's side; y points down."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+RGB = {
+    "red": (218, 40, 42),
+    "orange": (246, 142, 32),
+    "yellow": (250, 222, 50),
+    "green": (44, 160, 66),
+    "blue": (40, 88, 216),
+    "purple": (140, 56, 178),
+    "white": (248, 248, 246),
+    "black": (28, 28, 32),
+}
+OUTLINE_DARKNESS = 0.5
+# The fill's scale inside the outline. A ring's outline is on both sides.
+FILL_SCALE = 0.86
+RING_HOLE = 0.52
+
+
+def _regular(corners: int, inner: float | None = None) -> list[tuple[float, float]]:
+    """A regular polygon with its first corner up, or a star with every other corner at radius `inner`."""
+    radii = [1.0] if inner is None else [1.0, inner]
+    points = corners * len(radii)
+    angles = [2 * math.pi * i / points - math.pi / 2 for i in range(points)]
+    return [
+        (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a))
+        for i, a in enumerate(angles)
+    ]
+
+
+def _heart() -> list[tuple[float, float]]:
+    """The curve of https://mathworld.wolfram.com/HeartCurve.html, number 8."""
+    turns = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+    xs = 16 * np.sin(turns) ** 3
+    ys = -(13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns))
+    return [(x / 16.5, (y - 2.5) / 15.5) for x, y in zip(xs, ys, strict=True)]
+
+
+_ARM = 0.33
+_CROSS = [
+    *[(_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM), (_ARM, 1)],
+    *[(-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM), (-_ARM, -1)],
+]
+# Outlines within the unit circle, or nearly.
+POLYGONS = {
+    "circle": _regular(40),
+    "ring": _regular(40),
+    "square": [(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)],
+    "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
+    "star": _regular(5, inner=0.45),
+    "diamond": [(0, -1.08), (0.7, 0), (0, 1.08), (-0.7, 0)],
+    "heart": _heart(),
+    "cross": _CROSS,
+}
+
+
+def shape_masks(shape: str, x: float, y: float, radius: float, angle: float, side: int) -> np.ndarray:
+    """The outline's and the fill's mask.
+
+    Args:
+      shape: a key of POLYGONS.
+      x, y, radius: in shares of the side.
+      angle: in radians.
+      side: of the picture, in pixels.
+
+    Returns:
+      uint8 [2, side, side], 0 or 255: the whole object, and its part inside the outline.
+    """
+    cos, sin = math.cos(angle), math.sin(angle)
+
+    def polygon(scale):
+        length = radius * scale * side
+        return [
+            (x * side + length * (px * cos - py * sin), y * side + length * (px * sin + py * cos))
+            for px, py in POLYGONS[shape]
+        ]
+
+    masks = []
+    for scale, hole in ((1.0, RING_HOLE), (FILL_SCALE, RING_HOLE + 1 - FILL_SCALE)):
+        mask = Image.new("L", (side, side))
+        draw = ImageDraw.Draw(mask)
+        draw.polygon(polygon(scale), fill=255)
+        if shape == "ring":
+            draw.polygon(polygon(hole), fill=0)
+        masks.append(np.asarray(mask))
+    return np.stack(masks)
+
+
+def paint(canvas: Image.Image, masks: np.ndarray, colour: str) -> None:
+    """Paints an object's outline and fill on the canvas, through uint8 masks [2, side, side]."""
+    fill = np.array(RGB[colour])
+    outline = tuple(int(v) for v in fill * OUTLINE_DARKNESS)
+    canvas.paste(outline, mask=Image.fromarray(masks[0]))
+    canvas.paste(RGB[colour], mask=Image.fromarray(masks[1]))
+
+
+def background(kind: str, first: tuple, second: tuple, angle: float, side: int) -> Image.Image:
+    """A background of two RGB colours: 'plain' (the first alone), 'gradient', 'stripes' or 'checks'.
+
+    `angle` (radians) turns the gradient and the stripes.
+    """
+    if kind == "plain":
+        return Image.new("RGB", (side, side), tuple(int(v) for v in first))
+    ys, xs = np.mgrid[:side, :side] / side - 0.5
+    along = xs * math.cos(angle) + ys * math.sin(angle)
+    if kind == "gradient":
+        share = along / 1.42 + 0.5
+    elif kind == "stripes":
+        share = (along * 7 % 1 < 0.5).astype(float)
+    else:
+        share = ((np.floor(xs * 7) + np.floor(ys * 7)) % 2).astype(float)
+    colours = np.array(first) + share[..., None] * (np.array(second) - np.array(first))
+    return Image.fromarray(colours.astype(np.uint8))

@@ -1,0 +1,196 @@
+"""What a synthetic scene shows, in words: phrases, prompts, and how a picture can disagree with them.
+
+A prompt is an opening and one to three phrases: "a drawing of one large red circle, a star and two
+blue hearts". Shapes and colours are all different within a prompt.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from richhf_jax import feedback
+
+SHAPES = {
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "star": "stars",
+    "diamond": "diamonds",
+    "heart": "hearts",
+    "cross": "crosses",
+    "ring": "rings",
+}
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+SIZES = ("small", "large")
+COUNT_WORDS = {1: "one", 2: "two", 3: "three"}
+ARTICLE = "a"
+OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "an image of ")
+LAST_JOINTS = (" and ", " with ")
+MAX_DESCRIBED_OBJECTS = 4
+
+# How often a phrase that is wrong in the picture is wrong in this way, of the ways that it can be.
+MISALIGNMENT_WEIGHTS = {"colour": 0.36, "shape": 0.28, "size": 0.12, "count": 0.10, "missing": 0.14}
+P_MISALIGNED_PROMPT = 0.45
+P_SECOND_MISALIGNMENT = 0.15
+SPLIT_BUCKETS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phrase:
+    """A group of equal objects. `size` is None where nothing is said of it."""
+
+    count_word: str
+    size: str | None
+    colour: str
+    shape: str
+
+    @property
+    def count(self) -> int:
+        """Objects in the group."""
+        return next((n for n, word in COUNT_WORDS.items() if word == self.count_word), 1)
+
+    def tokens(self) -> list[tuple[str, str]]:
+        """(word, what it says: count, size, colour or shape), in the prompt's order."""
+        noun = self.shape if self.count == 1 else SHAPES[self.shape]
+        size = [(self.size, "size")] if self.size else []
+        rest = [*size, (self.colour, "colour"), (noun, "shape")]
+        vowel = self.count_word == ARTICLE and rest[0][0][0] in "aeiou"
+        return [("an" if vowel else self.count_word, "count"), *rest]
+
+    def __str__(self) -> str:
+        return " ".join(word for word, _ in self.tokens())
+
+
+@dataclasses.dataclass(frozen=True)
+class Misalignment:
+    """One phrase that the picture contradicts: `kind` is a key of MISALIGNMENT_WEIGHTS."""
+
+    phrase_index: int
+    kind: str
+
+    def concerns(self, phrase: Phrase, attribute: str) -> bool:
+        """Whether the phrase's word for `attribute` is misaligned (an article never is)."""
+        if attribute == "count" and phrase.count_word == ARTICLE:
+            return False
+        return self.kind in ("missing", attribute)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A prompt in parts."""
+
+    opening: str
+    phrases: tuple[Phrase, ...]
+    last_joint: str
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's text."""
+        *first, last = map(str, self.phrases)
+        return self.opening + (", ".join(first) + self.last_joint + last if first else last)
+
+    def labels(self, misalignments: tuple[Misalignment, ...]) -> list[int]:
+        """One true label a prompt token, as `feedback.tokenize_prompt` splits the prompt."""
+        labels = [feedback.ALIGNED] * len(self.opening.split())
+        for index, phrase in enumerate(self.phrases):
+            if index and index == len(self.phrases) - 1:
+                labels.append(feedback.ALIGNED)  # "and", "with"
+            wrong = [m for m in misalignments if m.phrase_index == index]
+            for _, attribute in phrase.tokens():
+                misaligned = any(m.concerns(phrase, attribute) for m in wrong)
+                labels.append(feedback.MISALIGNED if misaligned else feedback.ALIGNED)
+        return labels
+
+    @property
+    def split(self) -> str:
+        """The split whose prompts say this, whatever the order of phrases, the opening and the joints."""
+        content = "|".join(sorted(map(str, self.phrases)))
+        bucket = hashlib.sha256(content.encode()).digest()[0] % 10
+        return next(split for split, buckets in SPLIT_BUCKETS.items() if bucket in buckets)
+
+
+def choice(rng: np.random.Generator, items, weights=None):
+    """One of `items` as it is (numpy's choice turns strings into numpy strings)."""
+    if weights is None:
+        return items[rng.integers(len(items))]
+    return items[np.searchsorted(np.cumsum(weights) / np.sum(weights), rng.random(), side="right")]
+
+
+def sample_description(rng: np.random.Generator, split: str) -> Description:
+    """Draws a description that belongs to `split`.
+
+    Raises:
+      ValueError: no such split.
+    """
+    if split not in SPLIT_BUCKETS:
+        raise ValueError(f"no split {split!r}: known are {', '.join(SPLIT_BUCKETS)}")
+    while True:
+        count = choice(rng, (1, 2, 3), (0.2, 0.45, 0.35))
+        shapes = rng.permutation(len(SHAPES))[:count]
+        colours = rng.permutation(len(COLOURS))[:count]
+        phrases = tuple(
+            Phrase(
+                count_word=choice(rng, (ARTICLE, *COUNT_WORDS.values()), (0.6, 0.17, 0.15, 0.08)),
+                size=choice(rng, (None, *SIZES), (0.5, 0.25, 0.25)),
+                colour=COLOURS[colour],
+                shape=list(SHAPES)[shape],
+            )
+            for shape, colour in zip(shapes, colours, strict=True)
+        )
+        description = Description(choice(rng, OPENINGS), phrases, choice(rng, LAST_JOINTS, (0.8, 0.2)))
+        if sum(p.count for p in phrases) <= MAX_DESCRIBED_OBJECTS and description.split == split:
+            return description
+
+
+def sample_misalignments(
+    rng: np.random.Generator, description: Description
+) -> tuple[tuple[Misalignment, ...], list[Phrase | None]]:
+    """Draws what the picture gets wrong.
+
+    The chance doesn't depend on the prompt, and a wrong attribute is as likely as the one said, so
+    that neither the prompt nor the picture alone tells whether they agree.
+
+    Returns:
+      The misalignments, and what is drawn for each phrase (None = nothing). Drawn colours and
+      shapes are all different too, and a wrong one is none that the prompt names.
+    """
+    drawn: list[Phrase | None] = list(description.phrases)
+    if rng.random() >= P_MISALIGNED_PROMPT:
+        return (), drawn
+    wrong = 1 if len(drawn) == 1 or rng.random() >= P_SECOND_MISALIGNMENT else 2
+    misalignments = []
+    for index in rng.permutation(len(drawn))[:wrong]:
+        phrase = description.phrases[index]
+        kinds = [kind for kind in MISALIGNMENT_WEIGHTS if _possible(kind, phrase, drawn)]
+        kind = choice(rng, kinds, [MISALIGNMENT_WEIGHTS[kind] for kind in kinds])
+        named = [*description.phrases, *filter(None, drawn)]
+        drawn[index] = _contradict(rng, kind, phrase, named)
+        misalignments.append(Misalignment(int(index), kind))
+    return tuple(misalignments), drawn
+
+
+def _possible(kind: str, phrase: Phrase, drawn: list[Phrase | None]) -> bool:
+    if kind == "missing":
+        return len(drawn) > 1 and None not in drawn
+    if kind == "size":
+        return phrase.size is not None
+    return kind != "count" or phrase.count_word != ARTICLE
+
+
+def _contradict(rng: np.random.Generator, kind: str, phrase: Phrase, named: list[Phrase]) -> Phrase | None:
+    match kind:
+        case "missing":
+            return None
+        case "colour":
+            unused = [c for c in COLOURS if c not in {p.colour for p in named}]
+            return dataclasses.replace(phrase, colour=choice(rng, unused))
+        case "shape":
+            unused = [s for s in SHAPES if s not in {p.shape for p in named}]
+            return dataclasses.replace(phrase, shape=choice(rng, unused))
+        case "size":
+            return dataclasses.replace(phrase, size=SIZES[1 - SIZES.index(phrase.size)])
+        case "count":
+            count = choice(rng, (1, 3)) if phrase.count == 2 else 2
+            return dataclasses.replace(phrase, count_word=COUNT_WORDS[count])
+    raise ValueError(kind)

@@ -1,0 +1,160 @@
+"""Three simulated raters of the procedural scenes: they click, miss, err and rate.
+
+A rater first notices each flaw or misses it, for good: a missed flaw gets no clicks, no marked words and
+no bad rating. A second kind of error is spurious clicks and slipped labels. All of it is documented by
+the constants below. Their answers are the raw ratings of `ratings.py`.
+
+    python -m richhf_jax.datasets.raters --out=raw.jsonl --num=100
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+
+from richhf_jax import feedback
+from richhf_jax.datasets import prompts, ratings, scenes
+
+TOOL_VERSION = "simulated-raters-1"
+
+# What a rater is inclined to add to every rating.
+LEANINGS = {"rater-0": -0.15, "rater-1": 0.0, "rater-2": 0.15}
+RATING_NOISE = 0.35
+P_MISS = 0.1  # a flaw
+P_SPURIOUS_CLICK = 0.01  # of one kind, in one image
+P_LABEL_SLIP = 0.02  # a token marked wrongly, either way
+# Clicks lie on a grid this many disk radii wide, so that their disks cover a region nearly whole...
+CLICK_SPACING = 1.4
+CLICK_JITTER = 0.2  # ...with this standard deviation, in disk radii...
+P_CLICK_LEFT_OUT = 0.1  # ...and some of them left out.
+
+# Points of the Likert scale, before noise.
+BEST = 4.9
+ARTIFACT_COST, ARTIFACT_AREA_COST = 1.2, 7.0  # each artifact; and for its share of the picture
+MISALIGNMENT_COSTS = {"colour": 2.3, "shape": 2.4, "size": 1.7, "count": 1.9, "missing": 2.8}
+SECOND_MISALIGNMENT = 0.4  # the share that a second one costs
+BACKGROUND_CHARM = {"gradient": 1.5, "plain": 0.9, "stripes": 0.5, "checks": 0.0}
+PLAIN_AESTHETICS, COLOUR_CHARM, IMBALANCE_COST, ARTIFACT_UGLINESS = 2.4, 1.0, 1.3, 0.4
+OVERALL_WEIGHTS = {"plausibility": 0.4, "alignment": 0.35, "aesthetics": 0.25}
+
+
+def opinions(
+    truth: scenes.SceneTruth, areas: list[float], misalignments: list[prompts.Misalignment]
+) -> dict[str, float]:
+    """What a rater thinks who noticed these flaws: kind of score -> points of the Likert scale.
+
+    Args:
+      truth: of the picture.
+      areas: of the noticed artifacts, as shares of the picture.
+      misalignments: the noticed ones.
+    """
+    costs = sorted((MISALIGNMENT_COSTS[m.kind] for m in misalignments), reverse=True)
+    result = {
+        "plausibility": BEST - sum(ARTIFACT_COST + ARTIFACT_AREA_COST * area for area in areas),
+        "alignment": BEST - sum(cost * (SECOND_MISALIGNMENT if i else 1) for i, cost in enumerate(costs)),
+        "aesthetics": beauty(truth.scene) - ARTIFACT_UGLINESS * len(areas),
+    }
+    result["overall"] = sum(weight * result[kind] for kind, weight in OVERALL_WEIGHTS.items())
+    return result
+
+
+def beauty(scene: scenes.Scene) -> float:
+    """Points for the background's kind and colour and for a balanced composition."""
+    things = scene.things
+    areas = np.array([t.radius**2 for t in things])
+    centre = np.average([(t.x, t.y) for t in things], axis=0, weights=areas)
+    imbalance = min(1.0, float(np.hypot(*(centre - 0.5))) / 0.3)
+    low, high = scenes.SATURATIONS
+    colour = (scene.background.saturation - low) / (high - low)
+    charm = BACKGROUND_CHARM[scene.background.kind]
+    return PLAIN_AESTHETICS + charm + COLOUR_CHARM * colour - IMBALANCE_COST * imbalance
+
+
+def clicks(region: np.ndarray, rng: np.random.Generator) -> list[ratings.Point]:
+    """Points on a region, bool [height, width], in pixels; at least one unless the region is empty."""
+    rows, columns = np.nonzero(region)
+    if not len(rows):
+        return []
+    height, width = region.shape
+    radius = feedback.POINT_RADIUS * height
+    spacing = CLICK_SPACING * radius
+    start_x, start_y = rng.uniform(0, spacing, 2)
+    xs, ys = np.meshgrid(np.arange(start_x, width, spacing), np.arange(start_y, height, spacing))
+    hit = region[ys.astype(int), xs.astype(int)]
+    points = np.stack([xs[hit], ys[hit]], axis=-1)
+    points = points[rng.random(len(points)) >= P_CLICK_LEFT_OUT]
+    if not len(points):
+        pick = rng.integers(len(rows))
+        points = np.array([[columns[pick], rows[pick]]], float)
+    points = points + rng.normal(0, CLICK_JITTER * radius, points.shape)
+    points = points.clip(0, (width - 1, height - 1)).round(1)
+    return [(x, y) for x, y in points.tolist()]
+
+
+def rate(config: scenes.SceneConfig, name: str, truth: scenes.SceneTruth, rater_id: str) -> ratings.Rating:
+    """One rater's answer on the picture `name`, the same whenever it is asked for."""
+    rng = scenes.make_rng(config, name, rater_id)
+    size, description = config.image_size, truth.scene.description
+    artifacts = [region for region in truth.artifact_regions if rng.random() >= P_MISS]
+    misalignments = [m for m in truth.scene.misalignments if rng.random() >= P_MISS]
+    noticed = {m.phrase_index for m in misalignments}
+    wrong = [
+        o.mask
+        for o, thing in zip(truth.objects, truth.scene.things, strict=True)
+        if o.misaligned and thing.phrase_index in noticed
+    ]
+    points = {}
+    for kind, regions in zip(feedback.HEATMAPS, (artifacts, wrong), strict=True):
+        found = [point for region in regions for point in clicks(region, rng)]
+        if rng.random() < P_SPURIOUS_CLICK:
+            found.append(tuple(rng.uniform(0, size - 1, 2).round(1).tolist()))
+        points[kind] = tuple(found)
+    labels = np.array(description.labels(tuple(misalignments)))
+    slipped = rng.random(len(labels)) < P_LABEL_SLIP
+    areas = [float(region.mean()) for region in artifacts]
+    leaning = LEANINGS[rater_id]
+    scores = {
+        kind: int(np.clip(round(value + leaning + rng.normal(0, RATING_NOISE)), 1, 5))
+        for kind, value in opinions(truth, areas, misalignments).items()
+    }
+    return ratings.Rating(
+        image_id=name,
+        prompt=description.prompt,
+        rater_id=rater_id,
+        width=size,
+        height=size,
+        points=points,
+        token_labels=tuple(np.where(slipped, 1 - labels, labels).tolist()),
+        ratings=scores,
+        tool_version=TOOL_VERSION,
+        point_radius=feedback.POINT_RADIUS,
+    )
+
+
+def raw_lines(config: scenes.SceneConfig, name: str, truth: scenes.SceneTruth) -> list[str]:
+    """The raters' answers on the picture `name` as lines of a file of raw ratings."""
+    return [rate(config, name, truth, rater_id).to_json() for rater_id in LEANINGS]
+
+
+def main() -> None:
+    """Writes raw ratings, for a try of `richhf_jax.datasets.consolidate`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.datasets.raters",
+        description="Writes raw ratings by simulated raters, input of richhf_jax.datasets.consolidate.",
+    )
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="RAW.jsonl")
+    parser.add_argument("--num", type=int, default=100, metavar="IMAGES", help="default: 100")
+    parser.add_argument("--config", choices=sorted(scenes.CONFIGS), default="default")
+    options = parser.parse_args()
+    config = scenes.CONFIGS[options.config]
+    try:
+        with options.out.open("w") as out:
+            for index in range(options.num):
+                name = scenes.filename("train", index)
+                out.writelines(f"{line}\n" for line in raw_lines(config, name, scenes.truth(name, config)))
+    except OSError as error:
+        parser.error(f"--out: {error}")
+
+
+if __name__ == "__main__":
+    main()

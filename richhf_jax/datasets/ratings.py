@@ -1,0 +1,194 @@
+"""The schema of raw ratings, and the check of each line.
+
+A file of raw ratings is JSON Lines: one line is one rater's answer on one image. Lines of the same
+image need not be neighbours.
+
+    image_id               str    becomes RichHF-18K's `filename`, e.g. "train/<uid>.png"
+    prompt                 str    with at least one token
+    rater_id               str    at most one line for each image and rater
+    image_size             {"width": int, "height": int}, pixels, each 1 to 8192
+    implausibility_points  [[x, y], ...]   pixels; x to the right, y down; 0 <= x < width, 0 <= y < height
+    misalignment_points    [[x, y], ...]   likewise
+    token_labels           [int, ...]      one a prompt token: 0 = misaligned, 1 = aligned
+    ratings                {"plausibility": int, "alignment": int, "aesthetics": int, "overall": int}, 1 to 5
+    tool_version           str    of the annotation tool
+    point_radius           str    "height/20": the radius of a point's disk as a share of the image's height
+
+Tokens are `feedback.tokenize_prompt`'s. All lines of an image have the same prompt, size and point
+radius. Every field is required; further fields are ignored; so are blank lines.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+from richhf_jax import feedback
+
+MAX_SIDE = 8192
+_POINT_RADIUS = re.compile(r"height/(\d+(?:\.\d+)?)")
+
+Point = tuple[float, float]
+
+
+class RatingError(ValueError):
+    """What is wrong with one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """One rater's answer on one image. `points`: kind of heatmap -> (x, y) in pixels.
+
+    `point_radius` is a share of the image's height.
+    """
+
+    image_id: str
+    prompt: str
+    rater_id: str
+    width: int
+    height: int
+    points: dict[str, tuple[Point, ...]]
+    token_labels: tuple[int, ...]
+    ratings: dict[str, int]
+    tool_version: str
+    point_radius: float
+
+    def to_json(self) -> str:
+        """The line of a file of raw ratings."""
+        return json.dumps(
+            {
+                "image_id": self.image_id,
+                "prompt": self.prompt,
+                "rater_id": self.rater_id,
+                "image_size": {"width": self.width, "height": self.height},
+                **{f"{kind}_points": self.points[kind] for kind in feedback.HEATMAPS},
+                "token_labels": self.token_labels,
+                "ratings": self.ratings,
+                "tool_version": self.tool_version,
+                "point_radius": f"height/{1 / self.point_radius:g}",
+            },
+            ensure_ascii=False,
+        )
+
+
+def parse_rating(line: str | bytes) -> Rating:
+    """Reads and checks one line.
+
+    Raises:
+      RatingError: the line breaks the schema; the message says where and how.
+    """
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RatingError(f"broken JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise RatingError(f"a line must be a JSON object, got {_show(fields)}")
+    size = _get(fields, "image_size", dict, "an object")
+    width, height = (_integer(size, side, 1, MAX_SIDE, "image_size.") for side in ("width", "height"))
+    prompt = _text(fields, "prompt")
+    scores = _get(fields, "ratings", dict, "an object")
+    return Rating(
+        image_id=_text(fields, "image_id"),
+        prompt=prompt,
+        rater_id=_text(fields, "rater_id"),
+        width=width,
+        height=height,
+        points={kind: _points(fields, f"{kind}_points", width, height) for kind in feedback.HEATMAPS},
+        token_labels=_labels(fields, prompt),
+        ratings={
+            kind: _integer(scores, kind, feedback.LIKERT_MIN, feedback.LIKERT_MAX, "ratings.")
+            for kind in feedback.SCORES
+        },
+        tool_version=_text(fields, "tool_version"),
+        point_radius=_radius(fields),
+    )
+
+
+def read_ratings(lines: Iterable[str | bytes]) -> Iterator[tuple[int, Rating | RatingError]]:
+    """Checks the lines of a file, each by itself and against the earlier lines of its image.
+
+    Yields:
+      The line's number, from 1, and its rating or what is wrong with it.
+    """
+    first_line: dict[str, tuple[int, Rating]] = {}
+    raters: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rating = parse_rating(line)
+            known = raters.setdefault((rating.image_id, rating.rater_id), number)
+            if known != number:
+                raise RatingError(
+                    f"rater {rating.rater_id!r} has already rated image {rating.image_id!r} in line {known}"
+                )
+            known, first = first_line.setdefault(rating.image_id, (number, rating))
+            for field in ("prompt", "width", "height", "point_radius"):
+                if getattr(rating, field) != getattr(first, field):
+                    raise RatingError(f"{field} of image {rating.image_id!r} differs from line {known}")
+            yield number, rating
+        except RatingError as error:
+            yield number, error
+
+
+def _show(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _get(fields: dict, name: str, kind: type, wanted: str, where: str = ""):
+    if name not in fields:
+        raise RatingError(f"{where}{name} is missing")
+    if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+        raise RatingError(f"{where}{name} must be {wanted}, got {_show(fields[name])}")
+    return fields[name]
+
+
+def _text(fields: dict, name: str) -> str:
+    text = _get(fields, name, str, "a string")
+    if not text.strip():
+        raise RatingError(f"{name} is empty")
+    return text
+
+
+def _integer(fields: dict, name: str, low: int, high: int, where: str) -> int:
+    value = _get(fields, name, int, "an integer", where)
+    if not low <= value <= high:
+        raise RatingError(f"{where}{name} must be {low} to {high}, got {value}")
+    return value
+
+
+def _points(fields: dict, name: str, width: int, height: int) -> tuple[Point, ...]:
+    points = _get(fields, name, list, "a list of [x, y]")
+    for point in points:
+        numbers = isinstance(point, list) and [type(v) in (int, float) for v in point]
+        if numbers != [True, True]:
+            raise RatingError(f"{name} must be a list of [x, y], got {_show(point)} in it")
+        x, y = point
+        if not (0 <= x < width and 0 <= y < height):
+            raise RatingError(
+                f"{name}: point {_show(point)} is outside the image of {width} x {height} pixels"
+            )
+    return tuple((x, y) for x, y in points)
+
+
+def _labels(fields: dict, prompt: str) -> tuple[int, ...]:
+    labels = _get(fields, "token_labels", list, "a list of 0 and 1")
+    known = (feedback.MISALIGNED, feedback.ALIGNED)
+    if bad := [label for label in labels if type(label) is not int or label not in known]:
+        raise RatingError(f"token_labels must be 0 (misaligned) or 1 (aligned), got {_show(bad[0])}")
+    tokens = feedback.tokenize_prompt(prompt)
+    if not tokens:
+        raise RatingError(f"prompt {_show(prompt)} has no tokens")
+    if len(labels) != len(tokens):
+        raise RatingError(f"{len(labels)} token_labels but {len(tokens)} prompt tokens")
+    return tuple(labels)
+
+
+def _radius(fields: dict) -> float:
+    rule = _text(fields, "point_radius")
+    match = _POINT_RADIUS.fullmatch(rule)
+    if not match or not math.isfinite(divisor := float(match[1])) or divisor < 1:
+        raise RatingError(f'point_radius must be "height/N" with a number N of at least 1, got {_show(rule)}')
+    return 1 / divisor
