@@ -43,7 +43,7 @@ LIKERT_MIN, LIKERT_MAX = 1, 5
 # A marked point covers a disk of this radius, as a share of the image's height (section 3.1).
 POINT_RADIUS = 1 / 20
 
-_SEPARATORS = re.compile(r'[,.?!":; ]+')
+SEPARATORS = re.compile(r'[,.?!":; ]+')
 
 
 def standardise_rating(rating: float) -> float:
@@ -57,7 +57,7 @@ def tokenize_prompt(prompt: str) -> list[str]:
     >>> tokenize_prompt('A red cat, "happy" as ever!')
     ['A', 'red', 'cat', 'happy', 'as', 'ever']
     """
-    return [token for token in _SEPARATORS.split(prompt) if token]
+    return [token for token in SEPARATORS.split(prompt) if token]
 
 
 def parse_labels(text: str) -> list[int]:

@@ -1,0 +1,87 @@
+"""Task features -> model features: `RahfFeatureConverter`."""
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+FeatureSpec = seqio.FeatureConverter.FeatureSpec
+
+
+class RahfFeatureConverter(seqio.FeatureConverter):
+    """Feature converter of the RAHF models, for both variants.
+
+    Of a task example with one prompt, one heatmap, two scores and one text
+        {"image": ..., "inputs": [[7, 8, 1, 0]], "heatmaps": [...], "heatmap_weights": [1.0],
+         "scores": [0.5, 1.0], "score_weights": [1.0, 1.0], "targets": [[3, 9, 1, 0, 0]]}
+    it makes
+        {"image": ..., "encoder_input_tokens": [[7, 8, 1, 0]], "heatmap_targets": [...],
+         "heatmap_weights": [1.0], "score_targets": [0.5, 1.0], "score_weights": [1.0, 1.0],
+         "decoder_target_tokens": [[3, 9, 1, 0, 0]],
+          "decoder_input_tokens": [[0, 3, 9, 1, 0]],
+          "decoder_loss_weights": [[1.0, 1.0, 1.0, 0.0, 0.0]]}
+
+    Images and heatmaps stay uint8: the model normalises them on the device. A text slot without label has
+    only padding, so no weight. Nothing is packed.
+    """
+
+    TASK_FEATURES = {
+        "image": FeatureSpec(dtype=tf.uint8, rank=3),
+        "inputs": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
+        "targets": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
+        "heatmaps": FeatureSpec(dtype=tf.uint8, rank=3),
+        "scores": FeatureSpec(dtype=tf.float32),
+        "texts": FeatureSpec(dtype=tf.string),
+    }
+    MODEL_FEATURES = {
+        "image": FeatureSpec(dtype=tf.uint8, rank=3),
+        "encoder_input_tokens": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
+        "heatmap_targets": FeatureSpec(dtype=tf.uint8, rank=3),
+        "heatmap_weights": FeatureSpec(dtype=tf.float32),
+        "score_targets": FeatureSpec(dtype=tf.float32),
+        "score_weights": FeatureSpec(dtype=tf.float32),
+        "decoder_target_tokens": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
+        "decoder_input_tokens": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
+        "decoder_loss_weights": FeatureSpec(dtype=tf.float32, rank=2, sequence_dim=1),
+    }
+    PACKING_FEATURE_DTYPES = {}
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"pack": False, **kwargs})
+
+    def convert_example(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """One task example -> one model example."""
+        targets = features["targets"]
+        # [texts, target_length] shifted right by one
+        shifted = tf.pad(targets[:, :-1], [[0, 0], [1, 0]], constant_values=self.bos_id)
+        return {
+            "image": features["image"],
+            "encoder_input_tokens": features["inputs"],
+            "heatmap_targets": features["heatmaps"],
+            "heatmap_weights": features["heatmap_weights"],
+            "score_targets": features["scores"],
+            "score_weights": features["score_weights"],
+            "decoder_target_tokens": targets,
+            "decoder_input_tokens": shifted,
+            "decoder_loss_weights": tf.cast(targets != 0, tf.float32),
+        }
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        return ds.map(self.convert_example, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        """The size of each model feature along its `sequence_dim`."""
+        lengths = task_feature_lengths
+        return {
+            "image": lengths["image"],
+            "encoder_input_tokens": lengths["inputs"],
+            "heatmap_targets": lengths["heatmaps"],
+            "heatmap_weights": lengths["heatmaps"],
+            "score_targets": lengths["scores"],
+            "score_weights": lengths["scores"],
+            "decoder_target_tokens": lengths["targets"],
+            "decoder_input_tokens": lengths["targets"],
+            "decoder_loss_weights": lengths["targets"],
+        }

@@ -1,0 +1,267 @@
+"""Batches for training and evaluation, in an order that depends on seed and epoch alone.
+
+A training example has a global position: 0, 1, 2, ... over all epochs and hosts. Its task, its record and
+its randomness are functions of the position, so that a stream can start at any step at once, the saved
+position is one number, and neither the number of hosts nor restarts change what is seen:
+
+    position -> (task, k)    by a schedule in blocks, in which each task has its share (`_schedule`)
+    k -> epoch, record       by a permutation of the split for each epoch (`_examples`)
+
+Evaluation takes each record once, in order. Everything else (preprocessing, mixing rates) is stock seqio,
+and `seqio.get_dataset` works on the same tasks, without these promises.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import gin
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from richhf_jax import errors
+from richhf_jax.datasets import records
+from richhf_jax.feature_converters import RahfFeatureConverter
+
+# Positions in a block of a mixture's schedule; rates are rounded to this.
+_BLOCK = 1000
+_FOREVER = np.iinfo(np.int64).max
+# Kinds of permutation, so that no two use the same seed.
+_RECORDS, _TASKS = range(2)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What to read (T5X's `DatasetConfig`).
+
+    Attributes:
+      mixture_or_task_name: a registered seqio task or mixture.
+      task_feature_lengths: sizes and slot counts; see `preprocessors`.
+      split: 'train', 'validation', 'test', or what else the task has.
+      batch_size: examples in a batch, of all hosts together.
+      shuffle: whether each epoch has an order of its own (training), or the records'.
+      seed: of the order and of every random choice in preprocessing.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    split: str
+    batch_size: int
+    shuffle: bool = True
+    seed: int = 0
+
+
+def get_dataset(
+    cfg: DatasetConfig,
+    shard_info: seqio.ShardInfo,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
+    start_step: int = 0,
+) -> tf.data.Dataset:
+    """An endless stream of this host's part of each batch, as model features.
+
+    Args:
+      cfg: what to read.
+      shard_info: this host's index and the number of hosts. Of each batch, the hosts have consecutive parts:
+        joined in the hosts' order, they are the batch of a single host.
+      feature_converter_cls: makes the model features.
+      start_step: batches to leave out; it takes no longer to start at a later one.
+
+    Raises:
+      errors.UserError: a task's data isn't built, or it lacks the split; the batch doesn't split evenly over
+        the hosts; a rate is too small.
+    """
+    positions = _host_positions(cfg.batch_size, shard_info, start_step)
+    provider = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
+    tasks = seqio.get_subtasks(provider)
+    quotas = _quotas(provider, tasks)
+    schedule = positions.map(functools.partial(_schedule, quotas=quotas, seed=cfg.seed))
+    converter = feature_converter_cls()
+    streams = []
+    for number, task in enumerate(tasks):
+        ks = schedule.filter(lambda chosen, _, number=number: chosen == number).map(lambda _, k: k)
+        examples = _examples(task, cfg, _records(task, cfg.split), ks)
+        streams.append(converter(examples, cfg.task_feature_lengths))
+    dataset = streams[0]
+    if len(tasks) > 1:
+        dataset = tf.data.Dataset.choose_from_datasets(streams, schedule.map(lambda chosen, _: chosen))
+    dataset = dataset.batch(cfg.batch_size // shard_info.num_shards, drop_remainder=True)
+    return _deterministic(dataset.prefetch(2))
+
+
+class TrainStream:
+    """The batches of `get_dataset` as numpy, for the training loop.
+
+    Attributes:
+      batch_shapes: name -> a whole batch's (all hosts') shape and dtype, as zeros that take no memory.
+    """
+
+    def __init__(self, cfg: DatasetConfig, get_data_layout: Callable[[int], Any]):
+        """Args:
+        cfg: what to read.
+        get_data_layout: batch size -> `shard_id` and `num_shards` (`partitioning`).
+        """
+        layout = get_data_layout(cfg.batch_size)
+        self._cfg = cfg
+        self._shard_info = seqio.ShardInfo(layout.shard_id, layout.num_shards)
+        specs = get_dataset(cfg, self._shard_info).element_spec
+        self.batch_shapes = {
+            name: np.broadcast_to(np.zeros([], spec.dtype.as_numpy_dtype), [cfg.batch_size, *spec.shape[1:]])
+            for name, spec in specs.items()
+        }
+
+    def position(self, step: int) -> dict[str, int]:
+        """Where the stream stands after `step` batches, for a checkpoint."""
+        return {"step": step}
+
+    def batches(self, position: Mapping[str, int]) -> Iterator[dict[str, np.ndarray]]:
+        """This host's batches from a position on; {} is the beginning."""
+        return get_dataset(
+            self._cfg, self._shard_info, start_step=position.get("step", 0)
+        ).as_numpy_iterator()
+
+
+def evaluation_batches(
+    cfg: DatasetConfig,
+    shard_info: seqio.ShardInfo,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
+) -> Iterator[tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]]:
+    """Each record of a task's split once, in order.
+
+    Every host gets as many batches, and a batch has always its full size: behind the last record it is
+    filled up with zeros, which have weight 0 everywhere.
+
+    Args:
+      cfg: what to read; its `shuffle` and `seed` play no part where every kind has its slot.
+      shard_info: as for `get_dataset`.
+      feature_converter_cls: makes the model features.
+
+    Yields:
+      Task examples (with the record's strings; as many as are real, maybe none), and the model features.
+
+    Raises:
+      errors.UserError: the task's data isn't built, or it lacks the split; the name is a mixture's; the batch
+        doesn't split evenly over the hosts.
+    """
+    task = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
+    if not isinstance(task, seqio.Task):
+        raise errors.UserError(f"{task.name} is a mixture: evaluate its tasks one by one")
+    size = cfg.batch_size // shard_info.num_shards
+    data = _records(task, cfg.split)
+    positions = _host_positions(cfg.batch_size, shard_info).take_while(lambda position: position < len(data))
+    examples = _examples(task, dataclasses.replace(cfg, shuffle=False), data, positions)
+    convert = feature_converter_cls().convert_example
+    batches = _deterministic(
+        examples.map(lambda example: (example, convert(example))).batch(size).prefetch(2)
+    )
+    nothing = tuple(
+        {name: np.zeros([0, *spec.shape[1:]], spec.dtype.as_numpy_dtype) for name, spec in specs.items()}
+        for specs in batches.element_spec
+    )
+    iterator = batches.as_numpy_iterator()
+    for _ in range(-(-len(data) // cfg.batch_size)):
+        examples, features = next(iterator, nothing)
+        real = len(features["image"])
+        rows = [{name: value[row] for name, value in examples.items()} for row in range(real)]
+        yield rows, {name: _pad(value, size) for name, value in features.items()}
+
+
+def _deterministic(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    return dataset.with_options(options)
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
+    """Zeros behind the last row, up to `size` rows."""
+    return np.concatenate([array, np.zeros([size - len(array), *array.shape[1:]], array.dtype)])
+
+
+def _host_positions(batch_size: int, shard_info: seqio.ShardInfo, start_step: int = 0) -> tf.data.Dataset:
+    """Global positions of the examples that a host reads, from batch `start_step` on, endless.
+
+    Two hosts, batches of 4: the first reads 0 1, 4 5, 8 9, ...; the second 2 3, 6 7, 10 11, ...
+    """
+    size, remainder = divmod(batch_size, shard_info.num_shards)
+    if remainder:
+        raise errors.UserError(
+            f"a batch of {batch_size} doesn't split evenly over {shard_info.num_shards} hosts"
+        )
+    first = shard_info.index * size
+    return tf.data.Dataset.range(start_step * size, _FOREVER).map(
+        lambda n: n // size * batch_size + first + n % size
+    )
+
+
+def _permute(index: tf.Tensor, count: int, kind: int, seed: int, round_: tf.Tensor) -> tf.Tensor:
+    """Where `index` goes in a permutation of `count`; another one for each round, without a table."""
+    seeds = tf.stack([tf.constant(seed, tf.int64), 2 * round_ + kind])
+    last = tf.constant(count - 1, tf.int64)
+    return tf.random.experimental.index_shuffle(index, tf.cast(seeds, tf.int32), last)
+
+
+def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]) -> np.ndarray:
+    """How many positions of a block each task has, by the mixture's rates. A task alone is its own block.
+
+    Rates 2 and 1 -> [667, 333]: what rounding down leaves goes to the largest remainders.
+    """
+    if len(tasks) == 1:
+        return np.array([1])
+    rates = np.array([mixture_or_task.get_rate(task) for task in tasks])
+    shares = rates / rates.sum() * _BLOCK
+    quotas = np.floor(shares).astype(np.int64)
+    quotas[np.argsort(quotas - shares, kind="stable")[: _BLOCK - quotas.sum()]] += 1
+    if not quotas.all():
+        raise errors.UserError(
+            f"{mixture_or_task.name}: the rate of {tasks[quotas.argmin()].name} is below 1 in {_BLOCK}"
+        )
+    return quotas
+
+
+def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """A global position -> the task's number, and the how-manieth example of this task it is.
+
+    In each block of positions the tasks' shares are exact, in an order drawn for the block.
+    """
+    size = quotas.sum()
+    ends = np.cumsum(quotas)
+    block = position // size
+    slot = _permute(position % size, size, _TASKS, seed, block)
+    task = tf.searchsorted(ends, slot[None], side="right", out_type=tf.int64)[0]
+    return task, block * tf.gather(quotas, task) + slot - tf.gather(ends - quotas, task)
+
+
+def _records(task: seqio.Task, split: str) -> records.RecordFiles:
+    """The records of a task's split, in the TFDS files' order."""
+    if split not in task.splits:
+        raise errors.UserError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}")
+    loader = task.source.tfds_dataset
+    if not loader.builder.is_prepared():
+        raise errors.UserError(
+            f"{task.name}: its data isn't in {loader.builder.data_path}; build it by\n    "
+            f"python -m richhf_jax.datasets --config={loader.builder.builder_config.name} --data_dir=DIR\n"
+            "and give --tfds_data_dir=DIR"
+        )
+    return records.RecordFiles([(file.filename, file.skip, file.take) for file in loader.files(split)])
+
+
+def _examples(
+    task: seqio.Task, cfg: DatasetConfig, data: records.RecordFiles, ks: tf.data.Dataset
+) -> tf.data.Dataset:
+    """The task's examples number k, for each k of a stream, preprocessed."""
+    count = len(data)
+    features = task.source.tfds_dataset.info.features
+
+    def read(k):
+        index = k % count
+        if cfg.shuffle:
+            index = _permute(index, count, _RECORDS, cfg.seed, k // count)
+        record = tf.ensure_shape(tf.numpy_function(data.__getitem__, [index], tf.string, stateful=False), [])
+        seed = tf.stack([tf.constant(cfg.seed, tf.int64), k])
+        return features.deserialize_example(record) | {"seed": tf.cast(seed, tf.int32)}
+
+    examples = ks.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+    source = seqio.FunctionDataSource(lambda split, shuffle_files: examples, splits=[cfg.split])
+    return task.replace(source=source).get_dataset(cfg.task_feature_lengths, cfg.split, shuffle=False)

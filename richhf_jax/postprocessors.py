@@ -1,0 +1,68 @@
+"""Task examples -> `feedback.RichFeedback`, what the metrics compare: the seqio tasks' postprocessor."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from richhf_jax import feedback
+
+
+def rich_feedback(output: Any, example: Mapping[str, np.ndarray], is_target: bool) -> feedback.RichFeedback:
+    """seqio's `postprocess_fn`: the target from a task example; a model's output is a RichFeedback already.
+
+    Args:
+      output: what the model made of the example; not looked at for a target.
+      example: the task example (numpy), with a slot for each kind of heatmap and score.
+      is_target: whether the target is wanted.
+
+    Returns:
+      The feedback. Where the labels don't fit the prompt's tokens it has no tokens, and the record is named
+      in a warning: words and labels are never mis-paired.
+    """
+    return target(example) if is_target else output
+
+
+def target(example: Mapping[str, np.ndarray]) -> feedback.RichFeedback:
+    """A task example -> the feedback of people; see `rich_feedback`."""
+    name, prompt, labels = (
+        example[field].decode()
+        for field in (feedback.FILENAME_FIELD, feedback.PROMPT_FIELD, feedback.KEYWORDS_FIELD)
+    )
+    try:
+        tokens = feedback.label_tokens(prompt, feedback.parse_labels(labels))
+    except ValueError as error:
+        logging.warning("%s: %s; its keywords are left out", name, error)
+        tokens = ()
+    heatmaps = zip(feedback.HEATMAPS, example["heatmaps"], example["heatmap_weights"], strict=True)
+    scores = zip(feedback.SCORES, example["scores"], example["score_weights"], strict=True)
+    return feedback.RichFeedback(
+        id=name,
+        prompt=prompt,
+        scores={kind: float(score) for kind, score, weight in scores if weight},
+        heatmaps={kind: np.float32(heat) / 255 for kind, heat, weight in heatmaps if weight},
+        tokens=tokens,
+    )
+
+
+def prediction(
+    example: Mapping[str, np.ndarray], heatmaps: np.ndarray, scores: np.ndarray, text: str
+) -> feedback.RichFeedback:
+    """A model's outputs for a task example -> feedback.
+
+    Args:
+      example: the task example; its name and prompt are taken.
+      heatmaps: float32 [heatmaps, height, width], in the order of `feedback.HEATMAPS`.
+      scores: float32 [scores], in the order of `feedback.SCORES`.
+      text: what the decoder wrote.
+    """
+    prompt = example[feedback.PROMPT_FIELD].decode()
+    labels = feedback.labels_from_text(feedback.tokenize_prompt(prompt), text)
+    return feedback.RichFeedback(
+        id=example[feedback.FILENAME_FIELD].decode(),
+        prompt=prompt,
+        scores=dict(zip(feedback.SCORES, map(float, scores), strict=True)),
+        heatmaps=dict(zip(feedback.HEATMAPS, np.asarray(heatmaps, np.float32), strict=True)),
+        tokens=feedback.label_tokens(prompt, labels),
+    )

@@ -1,0 +1,302 @@
+"""Data features -> task features, as TensorFlow operations: the seqio tasks' preprocessors.
+
+Task features (S = side of the image), one name for one key of seqio's
+`sequence_length`, so that the gin macro TASK_FEATURE_LENGTHS sets every size:
+
+    image            [S, S, 3]           uint8
+    inputs           [prompts, length]   int32, 0 = padding
+    heatmaps         [heatmaps, S, S]    uint8 / 255
+    heatmap_weights  [heatmaps]          float32, 0 = not labelled
+    scores           [scores]            float32 in [0, 1]
+    score_weights    [scores]            float32, 0 = not labelled
+    targets          [texts, target_length]   int32, all padding = not labelled
+    texts            [texts]             string, what `targets` encodes
+
+and, for evaluation, the record's own strings (feedback.FILENAME_FIELD, PROMPT_FIELD, KEYWORDS_FIELD).
+Randomness is stateless: it depends on the example's `seed` alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import gin
+import seqio
+import tensorflow as tf
+
+from richhf_jax import errors, feedback
+
+# Stands for a hidden word in the input of a caption.
+MASK = "_"
+
+# The slots of an example, and the kinds that fill them.
+_KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": ("keywords",)}
+_LENGTHS = ("image", "inputs", "targets", *_KINDS)
+
+_SEED = "seed"
+_SHOWN_PROMPT = "shown_prompt"
+# Folded into the example's seed, so that no two random draws of an example are the same.
+_HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
+
+
+def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Gives each example a `seed`, int32 [2], unless the reader did (`input_pipeline` does)."""
+    if _SEED in dataset.element_spec:
+        return dataset
+    add = seqio.map_over_dataset(lambda example, seed: {**example, _SEED: seed}, num_seeds=1)
+    return add(dataset)
+
+
+@gin.configurable
+def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
+    """Hides the image or the prompt from the model, for ablations; the labels stay.
+
+    Args:
+      dataset: examples with an image and a prompt.
+      to: None (nothing is hidden), 'image' (black instead) or 'prompt' (empty instead).
+
+    Raises:
+      errors.UserError: `to` is something else.
+    """
+    if to not in (None, "image", "prompt"):
+        raise errors.UserError(f"blind.to must be None, 'image' or 'prompt', got {to!r}")
+
+    def hide(example):
+        image, prompt = example[feedback.IMAGE_FIELD], example[feedback.PROMPT_FIELD]
+        return example | {
+            feedback.IMAGE_FIELD: tf.zeros_like(image) if to == "image" else image,
+            _SHOWN_PROMPT: tf.constant("") if to == "prompt" else prompt,
+        }
+
+    return dataset.map(hide, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def tokenize_prompt(prompt: tf.Tensor) -> tf.Tensor:
+    """`feedback.tokenize_prompt` in TensorFlow: string [] -> string [tokens]."""
+    tokens = tf.strings.split(tf.strings.regex_replace(prompt, feedback.SEPARATORS.pattern, " "), sep=" ")
+    return tf.boolean_mask(tokens, tokens != "")
+
+
+def mark_misaligned(prompt: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """A prompt and its labels -> the decoder's target string, and whether the labels fit the prompt.
+
+    'a yellow cat', '1 0 1' -> 'a yellow_0 cat', True
+    'a yellow cat', '1 0'   -> '', False
+
+    Labels that don't fit (another count than the tokens', or neither 0 nor 1) are never paired with words.
+    """
+    tokens = tokenize_prompt(prompt)
+    labels = tf.strings.split(labels)
+    misaligned = labels == str(feedback.MISALIGNED)
+    known = tf.reduce_all(misaligned | (labels == str(feedback.ALIGNED)))
+    fits = known & (tf.size(labels) == tf.size(tokens))
+    # Of the tokens' length whatever the labels' is: both branches of a tf.where are computed.
+    misaligned = tf.concat([misaligned, tf.zeros_like(tokens == "")], 0)[: tf.size(tokens)]
+    words = tf.where(misaligned, tokens + feedback.MISALIGNED_SUFFIX, tokens)
+    return tf.where(fits, tf.strings.reduce_join(words, separator=" "), ""), fits
+
+
+def mask_words(text: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Hides words at random: 'a red star' -> 'a _ star'. Each with a probability drawn once, uniformly."""
+    words = tf.strings.split(text, sep=" ")
+    # The first draw is the probability, the others are the words'.
+    draws = tf.random.stateless_uniform([tf.size(words) + 1], seed)
+    return tf.strings.reduce_join(tf.where(draws[1:] < draws[0], MASK, words), separator=" ")
+
+
+def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tf.Tensor:
+    """Texts -> int32 [texts, length], each ended by EOS and padded with 0; one too long is cut before EOS.
+
+    ['a b', 'a b c d'] of 3 -> [[a, b, EOS], [a, b, EOS]];  ['a'] of 3 -> [[a, EOS, 0]]
+    """
+    if texts.shape[0] == 0:
+        return tf.zeros([0, length], tf.int32)
+    tokens = vocabulary.encode_tf(texts)[:, : length - 1]
+    eos = tf.fill([texts.shape[0], 1], vocabulary.eos_id)
+    return tf.concat([tokens, eos], 1).to_tensor(shape=[texts.shape[0], length])
+
+
+def resize(image: tf.Tensor, side: int) -> tf.Tensor:
+    """uint8 [height, width, channels] -> uint8 [side, side, channels], untouched where it already is that."""
+
+    def resized():
+        pixels = tf.image.resize(image, [side, side], antialias=True)
+        return tf.saturate_cast(tf.round(pixels), tf.uint8)
+
+    fits = tf.reduce_all(tf.shape(image)[:2] == side)
+    return tf.ensure_shape(tf.cond(fits, lambda: image, resized), [side, side, image.shape[2]])
+
+
+def draw_kinds(kinds: tuple[str, ...], count: int, seed: tf.Tensor) -> tf.Tensor:
+    """Which kinds fill the slots: all, in their order, or `count` of them drawn at random. int32 [count]."""
+    indices = tf.range(len(kinds))
+    if count == len(kinds):
+        return indices
+    return tf.random.experimental.stateless_shuffle(indices, seed)[:count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """How many slots of each kind an example has, and how its prompts are laid out."""
+
+    heatmaps: int
+    scores: int
+    texts: int
+    augmented_prompt: bool
+
+    @property
+    def prompts(self) -> int:
+        """One prompt a slot (augmented prompt), or one for all (multi-head)."""
+        return self.heatmaps + self.scores + self.texts if self.augmented_prompt else 1
+
+
+def slots_of(sequence_length: Mapping[str, int], augmented_prompt: bool) -> Slots:
+    """Reads the slot counts from seqio's `sequence_length`.
+
+    Raises:
+      errors.UserError: a length is missing, or the counts make no sense for the variant.
+    """
+    if missing := [name for name in _LENGTHS if name not in (sequence_length or {})]:
+        raise errors.UserError(
+            f"TASK_FEATURE_LENGTHS needs {', '.join(_LENGTHS)}; there is no {missing[0]!r}"
+        )
+    for name, kinds in _KINDS.items():
+        count, all_kinds = sequence_length[name], len(kinds)
+        if not 0 <= count <= all_kinds:
+            raise errors.UserError(f"TASK_FEATURE_LENGTHS[{name!r}] must be 0 to {all_kinds}, got {count}")
+        if not augmented_prompt and count not in (0, all_kinds):
+            raise errors.UserError(
+                f"TASK_FEATURE_LENGTHS[{name!r}] is {count}, but the multi-head variant has one head a kind:"
+                f" it takes 0 or {all_kinds}"
+            )
+    slots = Slots(*(sequence_length[name] for name in _KINDS), augmented_prompt)
+    # seqio trims the first dimension of `inputs`, the prompts, to this length as well.
+    if sequence_length["inputs"] < slots.prompts:
+        raise errors.UserError(
+            f"TASK_FEATURE_LENGTHS['inputs'] must be at least {slots.prompts}, one a prompt"
+        )
+    return slots
+
+
+def _pass_through(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The record's own strings, for evaluation."""
+    names = (feedback.FILENAME_FIELD, feedback.PROMPT_FIELD, feedback.KEYWORDS_FIELD)
+    return {name: example.get(name, tf.constant("")) for name in names}
+
+
+def _heatmaps(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> tf.Tensor:
+    """The heatmaps of these kinds, [kinds, side, side]."""
+    if kinds.shape[0] == 0:
+        return tf.zeros([0, side, side], tf.uint8)
+    maps = tf.concat([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS], axis=2)
+    maps = tf.ensure_shape(tf.gather(maps, kinds, axis=2), [None, None, kinds.shape[0]])
+    return tf.transpose(resize(maps, side), [2, 0, 1])
+
+
+def rich_feedback(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.Feature],
+    *,
+    augmented_prompt: bool,
+) -> tf.data.Dataset:
+    """RichHF-18K records (joined with image and prompt) -> task features.
+
+    With heatmaps = 2, scores = 4, texts = 1, of the record
+        prompt 'a yellow cat', labels '1 0 1', artifact_score 0.75, ...
+    the multi-head variant makes
+        inputs   ['a yellow cat']               (as tokens, each ended by EOS)
+        scores   [0.75, ...]                    in the order of feedback.SCORES
+        heatmaps [implausibility, misalignment] in the order of feedback.HEATMAPS
+        targets  ['a yellow_0 cat']             (as tokens)
+    and the augmented-prompt variant the same, but with one prompt a slot
+        inputs   ['implausibility heatmap a yellow cat', 'misalignment heatmap a yellow cat',
+                  'plausibility score a yellow cat', ..., 'misaligned keywords a yellow cat']
+
+    The augmented-prompt variant may ask for fewer heatmaps or scores than there are kinds: that many are then
+    drawn at random for each example, without replacement. Where the labels don't fit the prompt, the text
+    slot's target is empty, so it has no weight (`postprocessors` names such records).
+
+    Raises:
+      errors.UserError: as `slots_of`.
+    """
+    slots = slots_of(sequence_length, augmented_prompt)
+    vocabulary = output_features["inputs"].vocabulary
+    score_fields = [feedback.SCORE_FIELDS[kind] for kind in feedback.SCORES]
+
+    def convert(example):
+        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[_SEED])
+        heatmap_kinds = draw_kinds(feedback.HEATMAPS, slots.heatmaps, fold_in(_HEATMAP_DRAW))
+        score_kinds = draw_kinds(feedback.SCORES, slots.scores, fold_in(_SCORE_DRAW))
+        prompts = example[_SHOWN_PROMPT][None]
+        if augmented_prompt:
+            tasks = [
+                tf.gather(list(feedback.HEATMAP_TASK_STRINGS.values()), heatmap_kinds),
+                tf.gather(list(feedback.SCORE_TASK_STRINGS.values()), score_kinds),
+                tf.constant([feedback.KEYWORDS_TASK_STRING] * slots.texts, tf.string),
+            ]
+            prompts = tf.concat(tasks, 0) + " " + prompts
+        text, fits = mark_misaligned(example[feedback.PROMPT_FIELD], example[feedback.KEYWORDS_FIELD])
+        texts = tf.fill([slots.texts], text)
+        return {
+            "image": resize(example[feedback.IMAGE_FIELD], sequence_length["image"]),
+            "inputs": encode(prompts, sequence_length["inputs"], vocabulary),
+            "heatmaps": _heatmaps(example, heatmap_kinds, sequence_length["image"]),
+            "heatmap_weights": tf.ones([slots.heatmaps]),
+            "scores": tf.gather([example[field] for field in score_fields], score_kinds),
+            "score_weights": tf.ones([slots.scores]),
+            "targets": encode(texts, sequence_length["targets"], vocabulary) * tf.cast(fits, tf.int32),
+            "texts": texts,
+            **_pass_through(example),
+        }
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+@gin.configurable
+def captions(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.Feature],
+    *,
+    augmented_prompt: bool,
+    shown_share: float = 0.5,
+) -> tf.data.Dataset:
+    """Images with true captions -> task features of the same shapes as `rich_feedback`'s.
+
+    Of the caption 'a red star' the text slot becomes
+        inputs  'caption' or, in `shown_share` of the examples, 'caption a _ star' (see `mask_words`)
+        targets 'a red star'
+    and heatmap and score slots are zeros with weight 0 (augmented prompt: with an empty prompt).
+
+    Raises:
+      errors.UserError: as `slots_of`.
+    """
+    slots = slots_of(sequence_length, augmented_prompt)
+    vocabulary = output_features["inputs"].vocabulary
+    side = sequence_length["image"]
+
+    def convert(example):
+        seed = tf.random.experimental.stateless_fold_in(example[_SEED], _CAPTION_DRAW)
+        shown = (
+            tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0)) < shown_share
+        )
+        words = mask_words(example[_SHOWN_PROMPT], tf.random.experimental.stateless_fold_in(seed, 1))
+        task = tf.constant(feedback.CAPTION_TASK_STRING)
+        prompt = tf.where(shown, task + " " + words, task)
+        unused = slots.heatmaps + slots.scores if augmented_prompt else 0
+        prompts = tf.concat([tf.fill([unused], ""), tf.fill([slots.prompts - unused], prompt)], 0)
+        texts = tf.fill([slots.texts], example[feedback.PROMPT_FIELD])
+        return {
+            "image": resize(example[feedback.IMAGE_FIELD], side),
+            "inputs": encode(prompts, sequence_length["inputs"], vocabulary),
+            "heatmaps": tf.zeros([slots.heatmaps, side, side], tf.uint8),
+            "heatmap_weights": tf.zeros([slots.heatmaps]),
+            "scores": tf.zeros([slots.scores]),
+            "score_weights": tf.zeros([slots.scores]),
+            "targets": encode(texts, sequence_length["targets"], vocabulary),
+            "texts": texts,
+            **_pass_through(example),
+        }
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)

@@ -1,0 +1,3 @@
+"""seqio tasks and mixtures. `import tasks` registers them all."""
+
+from tasks import synthetic as synthetic

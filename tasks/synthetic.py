@@ -1,0 +1,47 @@
+"""Tasks on the embedded data sets, for both variants of the model.
+
+    synthetic_rich_hf_{multi_head,augmented_prompt}          rich feedback
+    synthetic_rich_hf_subtle_{multi_head,augmented_prompt}   the same with small flaws and noise
+    synthetic_captions, synthetic_captions_augmented_prompt  captions
+    synthetic_pretrain, synthetic_pretrain_augmented_prompt  mixtures: captions and rich feedback
+
+In pretraining TASK_FEATURE_LENGTHS asks for text slots alone; of the rich feedback these
+are the keywords.
+"""
+
+import gin
+import seqio
+
+from richhf_jax.datasets import synthetic_captions, synthetic_rich_hf
+from tasks import providers
+
+_RICH_HF_VERSION = synthetic_rich_hf.SyntheticRichHf.VERSION
+_CAPTIONS_VERSION = synthetic_captions.SyntheticCaptions.VERSION
+
+
+@gin.configurable
+def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
+    """Captions for each record of rich feedback in the pretraining mixture."""
+    del task
+    return rate
+
+
+for _variant, _augmented in providers.VARIANTS.items():
+    for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
+        providers.add_rich_feedback_task(
+            f"synthetic_rich_hf{_suffix}_{_variant}",
+            f"synthetic_rich_hf/{_config}:{_RICH_HF_VERSION}",
+            ["train", "validation", "test"],
+            augmented_prompt=_augmented,
+        )
+    _suffix = f"_{_variant}" if _augmented else ""
+    providers.add_captions_task(
+        f"synthetic_captions{_suffix}",
+        f"synthetic_captions/default:{_CAPTIONS_VERSION}",
+        ["train", "validation"],
+        augmented_prompt=_augmented,
+    )
+    seqio.MixtureRegistry.add(
+        f"synthetic_pretrain{_suffix}",
+        [(f"synthetic_captions{_suffix}", caption_rate), (f"synthetic_rich_hf_{_variant}", 1.0)],
+    )

@@ -1,0 +1,54 @@
+"""The vocabulary of every task: the small model shipped here, or any other SentencePiece model by gin.
+
+    tasks.vocabulary.get_vocabulary.path = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
+
+Tasks are registered on import, gin files are parsed later: so tasks hold a `ConfiguredVocabulary`, which
+asks gin for the file when it is first needed.
+"""
+
+import pathlib
+
+import gin
+import seqio
+
+SMALL_MODEL = str(pathlib.Path(__file__).parent / "sentencepiece_small.model")
+
+
+@gin.configurable
+def get_vocabulary(path: str = SMALL_MODEL) -> seqio.SentencePieceVocabulary:
+    """The SentencePiece model in the file `path` (local or gs://), loaded when it is first used."""
+    return seqio.SentencePieceVocabulary(path, extra_ids=0)
+
+
+class ConfiguredVocabulary(seqio.Vocabulary):
+    """The vocabulary that `get_vocabulary` names at the time of use."""
+
+    @property
+    def eos_id(self) -> int:
+        return get_vocabulary().eos_id
+
+    @property
+    def unk_id(self) -> int:
+        return get_vocabulary().unk_id
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return get_vocabulary().vocab_size
+
+    def _encode(self, s):
+        return get_vocabulary().encode(s)
+
+    def _decode(self, ids):
+        return get_vocabulary().decode(ids)
+
+    def _encode_tf(self, s):
+        return get_vocabulary().encode_tf(s)
+
+    def _decode_tf(self, ids):
+        return get_vocabulary().decode_tf(ids)
+
+    def __eq__(self, other):
+        return isinstance(other, ConfiguredVocabulary)
+
+    def __hash__(self):
+        return hash(ConfiguredVocabulary)
