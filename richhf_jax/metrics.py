@@ -258,16 +258,16 @@ def training_free_baseline(
 
 
 def _high_frequency_energy(image: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] -> local energy of the fine detail, float32 [height, width], maximum 1.
+    """uint8 [height, width, 3] -> local energy of the fine detail, float32 [height, width] in [0, 1].
 
-    Detail is what a blur of height/64 removes; its square is pooled over the radius of a rater's disk.
+    Detail is what a blur of height/64 removes; its square is pooled over the radius of a rater's disk. One
+    scale for all images: 1 is the energy of a black and white checkerboard of single pixels.
     """
     height = image.shape[0]
     grey = image.astype(np.float32).mean(axis=-1)
-    detail = grey - ndimage.gaussian_filter(grey, height / 64)
+    detail = (grey - ndimage.gaussian_filter(grey, height / 64)) / 127.5
     energy = ndimage.gaussian_filter(np.square(detail), height * feedback.POINT_RADIUS)
-    # A flat image has no detail: its map stays 0.
-    return energy / max(float(energy.max()), 1e-6)
+    return np.minimum(energy, 1)
 
 
 def _score_metrics(kind, targets, predictions) -> dict[str, float]:

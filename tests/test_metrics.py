@@ -425,11 +425,11 @@ def test_training_free_baseline_marks_objects_and_busy_texture():
     np.testing.assert_array_equal(prediction.heatmaps["misalignment"] == 1, mask)
     energy = prediction.heatmaps["implausibility"]
     assert energy.dtype == np.float32
-    assert energy.max() == pytest.approx(1)
+    assert 0.02 < energy.max() <= 1
     row, column = np.unravel_index(energy.argmax(), energy.shape)
     assert 40 <= row < 56
     assert 8 <= column < 24
-    assert energy[:20].max() < 1e-3
+    assert energy[:20].max() < 1e-3 * energy.max()
     assert not flat.heatmaps["implausibility"].any()
     # What it does not predict is left out of the metrics.
     target = record("a", maps={"misalignment": mask.astype(np.float32)}, overall=0.5)
