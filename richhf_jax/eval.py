@@ -1,0 +1,175 @@
+r"""Evaluates a checkpoint by the paper's protocol and writes a report.
+
+    python -m richhf_jax.eval --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=runs/mine
+
+Writes metrics.json, predictions.jsonl and report.html to
+MODEL_DIR/inference_eval/<task>/<split>/<step>, and prints the paper's tables.
+"""
+
+import dataclasses
+import glob
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+import tqdm
+from tensorboard.backend.event_processing import event_accumulator
+
+from richhf_jax import (
+    checkpoints,
+    feedback,
+    gin_utils,
+    input_pipeline,
+    metrics,
+    models,
+    partitioning,
+    postprocessors,
+    report,
+    trainer,
+)
+from richhf_jax.feedback import RichFeedback
+
+# (what the task evaluates on, images, targets) -> name and predictions of a system to stand beside the model.
+Baseline = Callable[
+    [input_pipeline.DatasetConfig, Sequence[np.ndarray], Sequence[RichFeedback]],
+    tuple[str, Sequence[RichFeedback]],
+]
+
+
+def trivial_baseline(
+    cfg: input_pipeline.DatasetConfig, images: Sequence[np.ndarray], targets: Sequence[RichFeedback]
+) -> tuple[str, Sequence[RichFeedback]]:
+    """The mean score, the mean heatmap of the training split, no word flagged."""
+    del images
+    train_cfg = dataclasses.replace(cfg, split="train")
+    train_targets = (postprocessors.target(example) for example, _ in input_pipeline.eval_examples(train_cfg))
+    return "trivial (training mean)", metrics.trivial_baseline(train_targets, targets)
+
+
+def evaluate(
+    *,
+    model: models.BaseModel,
+    checkpoint_path: str,
+    output_dir: str,
+    dataset_cfg: input_pipeline.DatasetConfig,
+    partitioner: partitioning.PjitPartitioner,
+    baseline_fns: Sequence[Baseline] = (trivial_baseline,),
+    gallery_size: int = 48,
+    curve_dirs: Mapping[str, str] | None = None,
+    title: str = "RAHF",
+) -> dict[str, float]:
+    """Predicts a whole split and measures it, next to baselines.
+
+    Args:
+      model: as it was trained.
+      checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest is meant.
+      output_dir: the results go to inference_eval/<task>/<split>/<step> in here.
+      dataset_cfg: what to evaluate on; its feature lengths must ask for every kind.
+      partitioner: the mesh.
+      baseline_fns: systems to stand beside the model in the tables.
+      gallery_size: images in the report.
+      curve_dirs: name -> MODEL_DIR whose loss curves the report shows.
+      title: the model's name in the report.
+
+    Returns:
+      The model's metrics, as in metrics.json.
+
+    Raises:
+      errors.UserError: there is no checkpoint, or it doesn't fit the model.
+    """
+    loop, params, step = _load(model, checkpoint_path, dataset_cfg, partitioner)
+    images, targets, predictions = _predict_split(loop, params, dataset_cfg)
+    systems = [(title, predictions), *(fn(dataset_cfg, images, targets) for fn in baseline_fns)]
+    task = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
+    rows = [report.Row(name, _measure(task, targets, answers)) for name, answers in systems]
+    directory = os.path.join(
+        output_dir, "inference_eval", dataset_cfg.mixture_or_task_name, dataset_cfg.split, str(step)
+    )
+    os.makedirs(directory, exist_ok=True)
+    _write_json(os.path.join(directory, "metrics.json"), rows[0].metrics)
+    _write_json(os.path.join(directory, "baselines.json"), {row.name: row.metrics for row in rows[1:]})
+    with open(os.path.join(directory, "predictions.jsonl"), "w") as file:
+        file.writelines(json.dumps(prediction.to_dict()) + "\n" for prediction in predictions)
+    gallery = [
+        report.GalleryItem(*item)
+        for item in itertools.islice(zip(images, targets, predictions, strict=True), gallery_size)
+    ]
+    curves = {name: _read_curves(path) for name, path in (curve_dirs or {}).items()}
+    details = {"task": task.name, "split": dataset_cfg.split, "step": step, "images": len(targets)}
+    report.write_report(os.path.join(directory, "report.html"), title, rows, curves, gallery, details)
+    print(report.format_tables(rows))
+    print(f"\nresults in {directory}")
+    return rows[0].metrics
+
+
+def _load(model, checkpoint_path, cfg, partitioner) -> tuple[trainer.Trainer, Any, int]:
+    """A trainer for its predict step, the checkpoint's parameters on the mesh, and their step."""
+    partitioner.get_data_layout(cfg.batch_size)
+    loop = trainer.Trainer(model, partitioner, input_pipeline.batch_shapes(cfg))
+    _, step = checkpoints.find_checkpoint(checkpoint_path)
+    params, _ = checkpoints.restore_params(checkpoint_path, loop.abstract_state.params)
+    return loop, params, step
+
+
+def _predict_split(
+    loop: trainer.Trainer, params: Any, cfg: input_pipeline.DatasetConfig
+) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
+    """Images, targets and predictions of every example, in the data's order."""
+    vocabulary = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features["targets"].vocabulary
+    images, targets, predictions = [], [], []
+    examples = tqdm.tqdm(input_pipeline.eval_examples(cfg), desc="predicting", unit=" images", mininterval=1)
+    for chunk in _batched(examples, cfg.batch_size):
+        # The last batch repeats its last example, so that one compiled program serves all.
+        padded = [*chunk, *[chunk[-1]] * (cfg.batch_size - len(chunk))]
+        batch = {name: np.stack([features[name] for _, features in padded]) for name in chunk[0][1]}
+        outputs = jax.device_get(loop.predict(params, batch))
+        for i, (example, features) in enumerate(chunk):
+            text = vocabulary.decode(outputs["tokens"][i, 0].tolist())
+            images.append(features["image"])
+            targets.append(postprocessors.target(example))
+            predictions.append(
+                postprocessors.prediction(example, outputs["heatmaps"][i], outputs["scores"][i], text)
+            )
+    return images, targets, predictions
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def _measure(task, targets, predictions) -> dict[str, float]:
+    results: dict[str, float] = {}
+    for metric_fn in task.metric_fns:
+        results |= metric_fn(targets, predictions)
+    return results
+
+
+def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
+    """Loss curves of a MODEL_DIR: "train <scalar>" and "validation <scalar>" -> (step, value) points."""
+    curves = {}
+    places = {"train": "train", "validation": os.path.join("training_eval", "*")}
+    for name, place in places.items():
+        for directory in glob.glob(os.path.join(model_dir, place)):
+            events = event_accumulator.EventAccumulator(directory, size_guidance={"tensors": 0}).Reload()
+            for tag in events.Tags()["tensors"]:
+                if tag.startswith("loss"):
+                    points = events.Tensors(tag)
+                    curves[f"{name} {tag}"] = [(p.step, float(tf.make_ndarray(p.tensor_proto))) for p in points]
+    return curves
+
+
+def _write_json(path: str, content: Mapping[str, Any]) -> None:
+    with open(path, "w") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+
+
+if __name__ == "__main__":
+    gin_utils.run(evaluate)

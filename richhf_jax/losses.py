@@ -1,0 +1,121 @@
+"""Losses in float32, and the weighted mean in which metrics travel."""
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class WeightedMean:
+    """A mean kept as its two sums, so that means over parts of a batch merge exactly.
+
+    Attributes:
+      total: sum of weight x value, float32 scalar.
+      weight: sum of weights, float32 scalar.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+    def merge(self, other: "WeightedMean") -> "WeightedMean":
+        return WeightedMean(self.total + other.total, self.weight + other.weight)
+
+    def compute(self) -> jax.Array:
+        """The mean; NaN where nothing was weighed."""
+        return self.total / self.weight
+
+
+@jax.custom_vjp
+def cross_entropy_with_logits(
+    logits: jax.Array, targets: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy and T5X's auxiliary z-loss, z_loss * log(Z)^2, with a stable gradient.
+
+    The z-loss keeps the logits from drifting away from 0, where bfloat16 rounds coarsely.
+
+    Args:
+      logits: float [..., vocab].
+      targets: float [..., vocab], one distribution a position (one-hot, or smoothed).
+      z_loss: weight of the auxiliary loss.
+
+    Returns:
+      (loss with the z-loss added, z-loss), both [...].
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    auxiliary = z_loss * jnp.square(log_z)
+    loss = -jnp.sum(targets * (logits - log_z[..., None]), axis=-1)
+    return loss + auxiliary, auxiliary
+
+
+def _cross_entropy_fwd(logits, targets, z_loss):
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return cross_entropy_with_logits(logits, targets, z_loss), (logits, targets, z_loss, log_z)
+
+
+def _cross_entropy_bwd(residuals, cotangents):
+    logits, targets, z_loss, log_z = residuals
+    cotangent = cotangents[0][..., None]  # The second output is for logs only.
+    log_z = log_z[..., None]
+    probabilities = jnp.exp(logits - log_z)
+    # d loss / d logits = p - t (t sums to 1), and the z-loss adds 2 z log(Z) p.
+    logits_grad = cotangent * ((1 + 2 * z_loss * log_z) * probabilities - targets)
+    targets_grad = -cotangent * (logits - log_z)
+    return logits_grad.astype(logits.dtype), targets_grad.astype(targets.dtype), jnp.zeros(())
+
+
+cross_entropy_with_logits.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def compute_weighted_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: jax.Array | float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Summed teacher-forced cross entropy, as T5X's function of this name.
+
+    Args:
+      logits: float [..., length, vocab].
+      targets: int [..., length].
+      weights: None or float [..., length].
+      label_smoothing: probability spread over the other pieces. The entropy of the smoothed target
+        is subtracted, so a perfect prediction has loss 0.
+      z_loss: weight of the auxiliary z-loss.
+      loss_normalizing_factor: divides both losses; None leaves them summed.
+
+    Returns:
+      (loss, z-loss, sum of weights), scalars.
+
+    Raises:
+      ValueError: logits and targets disagree in rank.
+    """
+    if logits.ndim != targets.ndim + 1:
+        raise ValueError(f"logits {logits.shape} don't fit targets {targets.shape}")
+    vocab_size = logits.shape[-1]
+    confidence = 1.0 - label_smoothing
+    low_confidence = label_smoothing / max(vocab_size - 1, 1)
+    entropy = -(
+        confidence * jnp.log(confidence) + (vocab_size - 1) * low_confidence * jnp.log(low_confidence + 1e-20)
+    )
+    soft_targets = jax.nn.one_hot(targets, vocab_size) * (confidence - low_confidence) + low_confidence
+    loss, auxiliary = cross_entropy_with_logits(logits.astype(jnp.float32), soft_targets, z_loss)
+    loss = loss - entropy
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    factor = 1.0 if loss_normalizing_factor is None else loss_normalizing_factor
+    return jnp.sum(loss * weights) / factor, jnp.sum(auxiliary * weights) / factor, jnp.sum(weights)
+
+
+def weighted_squared_error(predictions: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean squared error of each example, weighed and summed.
+
+    Args:
+      predictions, targets: float [batch, slots] (scores) or [batch, slots, height, width] (heatmaps).
+      weights: float [batch, slots]; 0 takes a slot out.
+
+    Returns:
+      float32 scalar: sum over batch and slots of weight x mean over pixels of the squared error.
+    """
+    error = jnp.square(predictions.astype(jnp.float32) - targets)
+    return jnp.sum(weights * error.reshape(*weights.shape, -1).mean(axis=-1))

@@ -1,0 +1,212 @@
+"""What training and inference ask of a model (T5X's `BaseModel`), and RAHF's answer."""
+
+import abc
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from richhf_jax import decoding, losses
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, losses.WeightedMean]
+
+
+class BaseModel(abc.ABC):
+    """A network with its losses, predictions and optimizer; methods as in T5X."""
+
+    def __init__(self, optimizer_def: optax.GradientTransformation):
+        self.optimizer_def = optimizer_def
+
+    @abc.abstractmethod
+    def loss_fn(
+        self, params: Any, batch: Batch, dropout_rng: jax.Array | None, normalizers: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        """Loss and metrics of a training batch. `dropout_rng=None` switches dropout off."""
+
+    def eval_fn(self, params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """Loss and metrics without dropout."""
+        return self.loss_fn(params, batch, dropout_rng=None)
+
+    @abc.abstractmethod
+    def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """By what the batch's losses are divided; given to `loss_fn` for each microbatch."""
+
+    @abc.abstractmethod
+    def predict_batch_with_aux(
+        self, params: Any, batch: Batch, rng: jax.Array | None = None
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Predictions, and what else the decoder knows of them."""
+
+    def predict_batch(self, params: Any, batch: Batch, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Predictions alone."""
+        return self.predict_batch_with_aux(params, batch, rng)[0]
+
+    @abc.abstractmethod
+    def score_batch(self, params: Any, batch: Batch) -> jax.Array:
+        """Log-likelihood of each target sequence."""
+
+    @abc.abstractmethod
+    def get_initial_variables(
+        self,
+        rng: jax.Array,
+        input_shapes: Mapping[str, tuple[int, ...]],
+        input_types: Mapping[str, Any] | None = None,
+    ) -> Mapping[str, Any]:
+        """Fresh `params`, and their logical axes as `params_axes`."""
+
+
+class RahfModel(BaseModel):
+    """Losses and predictions of `network.rahf.Rahf`, which gin injects as `module`.
+
+    The loss is the paper's weighted sum (section 4.1.3): pixel-wise mean squared error of the heatmaps,
+    mean squared error of the scores, teacher-forced cross entropy of the keywords; each is a mean over
+    the slots (or tokens) that have labels.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer_def: optax.GradientTransformation,
+        decode_fn: Callable = decoding.greedy_decode,
+        heatmap_loss_weight: float = 1.0,
+        score_loss_weight: float = 1.0,
+        keywords_loss_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        eos_id: int = 1,
+    ):
+        super().__init__(optimizer_def)
+        self.module = module
+        self._decode_fn = decode_fn
+        self._loss_weights = {
+            "heatmap": heatmap_loss_weight,
+            "score": score_loss_weight,
+            "keywords": keywords_loss_weight,
+        }
+        self._label_smoothing = label_smoothing
+        self._z_loss = z_loss
+        self._eos_id = eos_id
+
+    def get_initial_variables(self, rng, input_shapes, input_types=None):
+        """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task."""
+        del input_types  # The network's inputs have one type each.
+        slots = self.module.smallest_slots
+        height, width = input_shapes["image"][1:3]
+        length, target_length = input_shapes["encoder_input_tokens"][-1], input_shapes["decoder_input_tokens"][-1]
+        targets = jnp.ones((1, slots.texts, target_length), jnp.int32)
+        return self.module.init(
+            rng,
+            jnp.zeros((1, height, width, 3), jnp.uint8),
+            jnp.ones((1, self.module.num_prompts(slots), length), jnp.int32),
+            targets,
+            targets,
+            num_heatmaps=slots.heatmaps,
+            num_scores=slots.scores,
+            enable_dropout=False,
+        )
+
+    def _outputs(self, params: Any, batch: Batch, dropout_rng: jax.Array | None) -> dict[str, jax.Array]:
+        return self.module.apply(
+            {"params": params},
+            batch["image"],
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"],
+            num_heatmaps=batch["heatmap_weights"].shape[1],
+            num_scores=batch["score_weights"].shape[1],
+            enable_dropout=dropout_rng is not None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        )
+
+    def loss_weights(self, batch):
+        """Labelled slots of each kind and target tokens; at least 1, so an empty kind's loss is 0."""
+        names = {"heatmap": "heatmap_weights", "score": "score_weights", "keywords": "decoder_loss_weights"}
+        return {kind: jnp.maximum(jnp.sum(batch[name]), 1.0) for kind, name in names.items()}
+
+    def loss_fn(self, params, batch, dropout_rng, normalizers=None):
+        """See the class. Summed over microbatches with the whole batch's `normalizers` it is the same."""
+        outputs = self._outputs(params, batch, dropout_rng)
+        sums, metrics = {}, {}
+        if "heatmaps" in outputs:
+            targets = batch["heatmap_targets"].astype(jnp.float32) / 255.0
+            sums["heatmap"] = losses.weighted_squared_error(
+                outputs["heatmaps"], targets, batch["heatmap_weights"]
+            )
+        if "scores" in outputs:
+            sums["score"] = losses.weighted_squared_error(
+                outputs["scores"], batch["score_targets"], batch["score_weights"]
+            )
+        if "logits" in outputs:
+            targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+            sums["keywords"], _, _ = losses.compute_weighted_cross_entropy(
+                outputs["logits"], targets, weights, self._label_smoothing, self._z_loss
+            )
+            hits = (jnp.argmax(outputs["logits"], axis=-1) == targets) * weights
+            metrics["keywords/token_accuracy"] = losses.WeightedMean(jnp.sum(hits), jnp.sum(weights))
+        own = self.loss_weights(batch)
+        normalizers = own if normalizers is None else normalizers
+        loss = jnp.zeros((), jnp.float32)
+        for kind, total in sums.items():
+            loss += self._loss_weights[kind] * total / normalizers[kind]
+            metrics[f"loss/{kind}"] = losses.WeightedMean(total, own[kind])
+        metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
+        return loss, metrics
+
+    def predict_batch_with_aux(self, params, batch, rng=None):
+        """All outputs that the batch has slots for, in one program; the targets' values don't matter.
+
+        Returns:
+          {"heatmaps": float32 [batch, heatmaps, height, width], "scores": float32 [batch, scores],
+          "tokens": int32 [batch, texts, target_length]} and {"log_probs": float32 [batch, texts]}.
+        """
+        del rng  # Greedy decoding draws nothing.
+        tokens = batch["encoder_input_tokens"]
+        batch_size, texts, target_length = batch["decoder_input_tokens"].shape
+        apply = functools.partial(self.module.apply, {"params": params})
+        encoded = apply(batch["image"], tokens, method="encode")
+        num_patches = encoded.shape[2] - tokens.shape[2]
+        slots = (batch["heatmap_weights"].shape[1], batch["score_weights"].shape[1], texts)
+        slots = type(self.module.smallest_slots)(*slots)
+        predictions, aux = {}, {}
+        if slots.heatmaps:
+            predictions["heatmaps"] = apply(encoded, num_patches, slots, method="heatmaps")
+        if slots.scores:
+            predictions["scores"] = apply(encoded, num_patches, slots, method="scores")
+        if texts:
+            decoded, log_probs = self._decode(
+                params,
+                encoded[:, -texts:].reshape(batch_size * texts, *encoded.shape[2:]),
+                tokens[:, -texts:].reshape(batch_size * texts, -1),
+                target_length,
+            )
+            predictions["tokens"] = decoded.reshape(batch_size, texts, target_length)
+            aux["log_probs"] = log_probs.reshape(batch_size, texts)
+        return predictions, aux
+
+    def _decode(self, params: Any, encoded: jax.Array, tokens: jax.Array, length: int):
+        """Free decoding of [texts, positions, embed] encoded prompts."""
+        targets = jnp.zeros((encoded.shape[0], length), jnp.int32)
+        step = functools.partial(
+            self.module.apply, method="decode", mutable=["cache"], decode=True, max_decode_length=length
+        )
+        _, variables = step({"params": params}, encoded, tokens, targets, targets)
+
+        def tokens_to_logits(state: decoding.DecodingState):
+            logits, variables = step(
+                {"params": params, "cache": state.cache}, encoded, tokens, state.cur_token, state.cur_token
+            )
+            return jnp.squeeze(logits, axis=1), variables["cache"]
+
+        return self._decode_fn(targets, variables["cache"], tokens_to_logits, eos_id=self._eos_id)
+
+    def score_batch(self, params, batch):
+        """Log-likelihood of each target text: float32 [batch, texts]."""
+        logits = self._outputs(params, batch, dropout_rng=None)["logits"]
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(log_probs, batch["decoder_target_tokens"][..., None], axis=-1)
+        return jnp.sum(jnp.squeeze(chosen, axis=-1) * batch["decoder_loss_weights"], axis=-1)

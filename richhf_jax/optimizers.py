@@ -1,0 +1,92 @@
+"""Learning-rate schedules from T5X's factor strings, and AdamW."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def create_learning_rate_scheduler(
+    factors: str = "constant * linear_warmup * rsqrt_decay",
+    base_learning_rate: float = 0.5,
+    warmup_steps: int = 1000,
+    decay_factor: float = 0.5,
+    steps_per_decay: int = 20_000,
+    steps_per_cycle: int = 100_000,
+    step_offset: int = 0,
+    min_learning_rate: float = 1e-8,
+) -> Callable[[jax.Array], jax.Array]:
+    """A schedule from factors that are multiplied, as T5X's function of this name.
+
+    Factors:
+      constant: base_learning_rate.
+      linear_warmup: min(1, step / warmup_steps).
+      linear_decay: base_learning_rate * min(step / warmup_steps, 1 + decay_factor * (warmup_steps - step)).
+      rsqrt_decay: 1 / sqrt(max(step, warmup_steps)).
+      rsqrt_normalized_decay: rsqrt_decay scaled to 1 at the end of the warm-up.
+      decay_every: decay_factor ** (step // steps_per_decay).
+      cosine_decay: half a cosine from 1 to 0 over steps_per_cycle after the warm-up, then again.
+
+    Args:
+      factors: names from above joined by "*".
+      step_offset: subtracted from the step, e.g. the steps of a pretrained checkpoint.
+      min_learning_rate: lower bound of the result.
+
+    Returns:
+      step (int scalar) -> learning rate (float32 scalar).
+
+    Raises:
+      ValueError: a factor is unknown.
+    """
+    terms = {
+        "constant": lambda step: base_learning_rate,
+        "linear_warmup": lambda step: jnp.minimum(1.0, step / warmup_steps),
+        "linear_decay": lambda step: (
+            base_learning_rate * jnp.minimum(step / warmup_steps, 1.0 + decay_factor * (warmup_steps - step))
+        ),
+        "rsqrt_decay": lambda step: jax.lax.rsqrt(jnp.maximum(step, warmup_steps).astype(jnp.float32)),
+        "rsqrt_normalized_decay": lambda step: jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps)),
+        "decay_every": lambda step: decay_factor ** (step // steps_per_decay),
+        "cosine_decay": lambda step: (
+            0.5 * (1 + jnp.cos(jnp.pi * (jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle) % 1.0)))
+        ),
+    }
+    names = [name.strip() for name in factors.split("*")]
+    if unknown := [name for name in names if name not in terms]:
+        raise ValueError(f"unknown learning-rate factor {unknown[0]!r} in {factors!r}; known: {', '.join(terms)}")
+
+    def learning_rate(step: jax.Array) -> jax.Array:
+        step = jnp.maximum(0, step - step_offset)
+        rate = jnp.ones((), jnp.float32)
+        for name in names:
+            rate *= terms[name](step)
+        return jnp.maximum(rate, min_learning_rate)
+
+    return learning_rate
+
+
+def adamw(
+    learning_rate_fn: Callable[[jax.Array], jax.Array],
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW in float32. Weight decay acts on matrices and kernels only, not on biases or norm scales.
+
+    Args:
+      learning_rate_fn: step -> learning rate.
+      weight_decay: share of a weight taken off a step, times the learning rate.
+      max_grad_norm: bound on the gradient's global norm; None leaves it alone.
+    """
+    optimizer = optax.adamw(
+        learning_rate_fn,
+        b1=beta1,
+        b2=beta2,
+        weight_decay=weight_decay,
+        mask=lambda params: jax.tree.map(lambda param: param.ndim > 1, params),
+    )
+    if max_grad_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)

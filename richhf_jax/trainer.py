@@ -1,0 +1,144 @@
+"""The compiled steps: gradients, microbatches, metrics. Nothing in here waits for the device."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from richhf_jax import losses, models, partitioning
+from richhf_jax import train_state as train_state_lib
+
+TrainState = train_state_lib.TrainState
+Metrics = models.Metrics
+
+
+class Trainer:
+    """Runs a model's train, eval and predict steps on a partitioner's mesh.
+
+    Attributes:
+      abstract_state: the training state as `ShapeDtypeStruct`s with shardings.
+    """
+
+    def __init__(
+        self,
+        model: models.BaseModel,
+        partitioner: partitioning.PjitPartitioner,
+        batch_shapes: Mapping[str, jax.ShapeDtypeStruct],
+        random_seed: int = 0,
+        num_microbatches: int | None = None,
+    ):
+        """Args:
+          batch_shapes: of a whole batch.
+          num_microbatches: split each batch into so many parts, one after the other, and add up the
+            gradients: the same step with less memory.
+
+        Raises:
+          ValueError: the batch doesn't split so.
+        """
+        batch_size = batch_shapes["image"].shape[0]
+        if num_microbatches and batch_size % num_microbatches:
+            raise ValueError(f"batch size {batch_size} doesn't split into {num_microbatches} microbatches")
+        self._model = model
+        self._partitioner = partitioner
+        self._num_microbatches = num_microbatches or 1
+        init_rng, self._dropout_rng = jax.random.split(jax.random.PRNGKey(random_seed))
+        self._init = functools.partial(self._fresh_state, init_rng, {k: v.shape for k, v in batch_shapes.items()})
+        abstract_state, params_axes = jax.eval_shape(self._init), self._params_axes(batch_shapes)
+        axes = train_state_lib.logical_axes(model.optimizer_def, params_axes, abstract_state)
+        self._state_sharding = partitioner.state_sharding(axes)
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_state,
+            self._state_sharding,
+        )
+        state, batch, everywhere = self._state_sharding, partitioner.batch_sharding, partitioner.replicated
+        self._train_step = partitioner.partition(
+            self._train, (state, batch), (state, everywhere), donate_argnums=(0,)
+        )
+        self._eval_step = partitioner.partition(
+            lambda params, batch: model.eval_fn(params, batch)[1], (state.params, batch), everywhere
+        )
+        self._predict_step = partitioner.partition(model.predict_batch, (state.params, batch), everywhere)
+
+    def init_state(self) -> TrainState:
+        """Fresh parameters and optimizer state, made where they live."""
+        return jax.jit(self._init, out_shardings=self._state_sharding)()
+
+    def train_step(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[TrainState, Metrics]:
+        """One step. `state` is donated: don't use it again."""
+        return self._train_step(state, self._partitioner.shard_batch(batch))
+
+    def evaluate(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """Metrics over all batches."""
+        return summarize([self._eval_step(params, self._partitioner.shard_batch(batch)) for batch in batches])
+
+    def predict(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Predictions for a batch; see the model's `predict_batch`."""
+        return self._predict_step(params, self._partitioner.shard_batch(batch))
+
+    def _fresh_state(self, rng: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> TrainState:
+        variables = self._model.get_initial_variables(rng, shapes)
+        return TrainState.create(self._model.optimizer_def, variables["params"])
+
+    def _params_axes(self, batch_shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
+        shapes = {name: leaf.shape for name, leaf in batch_shapes.items()}
+        variables = jax.eval_shape(lambda: self._model.get_initial_variables(jax.random.PRNGKey(0), shapes))
+        return axes_by_param(variables["params_axes"])
+
+    def _train(self, state: TrainState, batch: models.Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(self._dropout_rng, state.step)
+        grads, metrics = self._gradients(state.params, batch, rng)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
+        metrics["gradient_norm"] = losses.WeightedMean(norm, jnp.ones(()))
+        return state.apply_gradient(self._model.optimizer_def, grads), metrics
+
+    def _gradients(self, params: Any, batch: models.Batch, rng: jax.Array) -> tuple[Any, Metrics]:
+        """Gradients of the whole batch's loss, and its metrics."""
+        count = self._num_microbatches
+        normalizers = self._model.loss_weights(batch)
+        differentiate = jax.value_and_grad(self._model.loss_fn, has_aux=True)
+
+        def of(part: models.Batch, index: int | jax.Array):
+            (loss, metrics), grads = differentiate(params, part, jax.random.fold_in(rng, index), normalizers)
+            # Each part's loss is its share of the whole, so shares add up, and weigh 1 together.
+            metrics["loss"] = losses.WeightedMean(loss, jnp.full((), 1.0 / count))
+            return grads, metrics
+
+        if count == 1:
+            return of(batch, 0)
+        # [batch, ...] -> [microbatches, batch / microbatches, ...]; every device keeps its own examples.
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+
+        def accumulate(carry, part_and_index):
+            return jax.tree.map(jnp.add, carry, of(*part_and_index)), None
+
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts), 0),
+        )
+        total, _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
+        return total
+
+
+def axes_by_param(params_axes: Mapping[str, Any]) -> dict[str, Any]:
+    """Flax's `params_axes` collection (`kernel_axes: AxisMetadata`) -> a tree like `params`, of `PartitionSpec`s."""
+    tree: dict[str, Any] = {}
+    for name, value in params_axes.items():
+        if isinstance(value, Mapping):
+            tree[name] = axes_by_param(value)
+        else:
+            tree[name.removesuffix("_axes")] = PartitionSpec(*value.names)
+    return tree
+
+
+def summarize(metrics: list[Metrics]) -> dict[str, float]:
+    """Merges the metrics of several steps, and fetches them: the one place that waits for the device."""
+    fetched = jax.device_get(metrics)
+    totals = fetched[0]
+    for step in fetched[1:]:
+        totals = {name: total.merge(step[name]) for name, total in totals.items()}
+    return {name: float(total.compute()) for name, total in totals.items() if total.weight > 0}
