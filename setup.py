@@ -31,6 +31,8 @@ CORE = [
 TRAIN = [
     "clu>=0.0.12",
     "gin-config>=0.5,<0.6",
+    # tensorflow-datasets imports it without requiring it.
+    "importlib_resources>=6.4",
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.20",
     # Never beside tensorflow-cpu: the two share files.

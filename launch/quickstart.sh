@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# RAHF end to end on a small synthetic data set.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+
+usage() {
+  cat <<'USAGE'
+Usage: bash launch/quickstart.sh [--out DIR] [--python PYTHON] [--gin.NAME=VALUE ...]
+
+Builds the synthetic data sets, pretrains on captions, finetunes on rich feedback, evaluates on the
+test split and writes DIR/report.html. The same command again continues where it was stopped.
+
+  --out DIR          where everything goes (default: runs/quickstart in the repository)
+  --python PYTHON    makes the virtual environment with this Python (3.11 to 3.13)
+  --gin.NAME=VALUE   overrides a setting of training and evaluation, for example --gin.TRAIN_STEPS=100
+  --help             prints this
+
+The virtual environment is .venv in the repository, or $VENV.
+USAGE
+}
+
+out=$root/runs/quickstart
+overrides=()
+while (($#)); do
+  case $1 in
+    --help | -h) usage; exit ;;
+    --out=*) out=${1#*=} ;;
+    --python=*) PYTHON=${1#*=} ;;
+    --out | --python)
+      (($# > 1)) || die "$1 needs a value; see --help"
+      if [[ $1 == --out ]]; then out=$2; else PYTHON=$2; fi
+      shift ;;
+    --gin.*=*) overrides+=("$1") ;;
+    *) die "what is '$1'? See --help" ;;
+  esac
+  shift
+done
+[[ $out == /* ]] || out=$PWD/$out
+
+setup_venv train
+cd "$root"
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
+# Training saves a checkpoint at Ctrl-C and exits as if all were well; the next part must not start.
+trap 'echo "stopped; the same command continues"; exit 130' INT TERM
+
+minutes() { printf '%d:%02d min' $(($1 / 60)) $(($1 % 60)); }
+
+# part TITLE COMMAND...: runs a Python module with its arguments, and says how long it took.
+part() {
+  local start=$SECONDS
+  echo
+  echo "== $1"
+  "$venv/bin/python" -m "${@:2}"
+  echo "== took $(minutes $((SECONDS - start)))"
+}
+
+# run_gin TITLE MODULE GIN_FILE MODEL_DIR [ARGUMENTS...]
+run_gin() {
+  part "$1" "$2" --gin_file="$3" --gin.MODEL_DIR="\"$4\"" --tfds_data_dir="$out/data" \
+    "${@:5}" ${overrides[@]+"${overrides[@]}"}
+}
+
+begin=$SECONDS
+part "1/4 data sets" richhf_jax.datasets --data_dir="$out/data"
+run_gin "2/4 pretraining on captions" richhf_jax.train experiments/quickstart_pretrain.gin "$out/pretrain"
+run_gin "3/4 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" \
+  --gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\""
+run_gin "4/4 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune"
+
+# The newest, in case there are reports of shorter runs.
+report=$(find "$out/finetune/inference_eval" -name report.html -exec ls -t {} + | head -n 1)
+cp "$report" "$out/report.html"
+echo
+echo "done in $(minutes $((SECONDS - begin))), package installation left out"
+echo "open $out/report.html"
