@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> str | None:
                 if not isinstance(rating, ratings.RatingError):
                     good.append(rating)
                 elif options.on_error == "stop":
-                    return f"{options.raw}:{number}: {rating}\nNothing written. --on-error=skip leaves bad lines out."
+                    return f"{options.raw}:{number}: {rating}\nNothing written; see --on-error."
                 else:
                     bad.append(f"{options.raw}:{number}: {rating}")
         if bad:

@@ -19,6 +19,7 @@ OUTLINE_DARKNESS = 0.5
 # The fill's scale inside the outline. A ring's outline is on both sides.
 FILL_SCALE = 0.86
 RING_HOLE = 0.52
+STRIPES = 7  # pairs of them across the picture
 
 
 def _regular(corners: int, inner: float | None = None) -> list[tuple[float, float]]:
@@ -92,10 +93,11 @@ def shape_masks(shape: str, x: float, y: float, radius: float, angle: float, sid
 
 def paint(canvas: Image.Image, masks: np.ndarray, colour: str) -> None:
     """Paints an object's outline and fill on the canvas, through uint8 masks [2, side, side]."""
-    fill = np.array(RGB[colour])
-    outline = tuple(int(v) for v in fill * OUTLINE_DARKNESS)
-    canvas.paste(outline, mask=Image.fromarray(masks[0]))
-    canvas.paste(RGB[colour], mask=Image.fromarray(masks[1]))
+    outline = tuple(int(value * OUTLINE_DARKNESS) for value in RGB[colour])
+    for layer, rgb in zip(masks, (outline, RGB[colour]), strict=True):
+        mask = Image.fromarray(layer)
+        if box := mask.getbbox():
+            canvas.paste(rgb, box, mask.crop(box))
 
 
 def background(kind: str, first: tuple, second: tuple, angle: float, side: int) -> Image.Image:
@@ -103,15 +105,16 @@ def background(kind: str, first: tuple, second: tuple, angle: float, side: int) 
 
     `angle` (radians) turns the gradient and the stripes.
     """
+    axis = np.arange(side, dtype=np.float32) / side - 0.5
+    along = axis * math.cos(angle) + axis[:, None] * math.sin(angle)
     if kind == "plain":
-        return Image.new("RGB", (side, side), tuple(int(v) for v in first))
-    ys, xs = np.mgrid[:side, :side] / side - 0.5
-    along = xs * math.cos(angle) + ys * math.sin(angle)
-    if kind == "gradient":
-        share = along / 1.42 + 0.5
+        share = np.zeros((side, side))
+    elif kind == "gradient":
+        share = along / math.sqrt(2) + 0.5
     elif kind == "stripes":
-        share = (along * 7 % 1 < 0.5).astype(float)
+        share = along * STRIPES % 1 < 0.5
     else:
-        share = ((np.floor(xs * 7) + np.floor(ys * 7)) % 2).astype(float)
-    colours = np.array(first) + share[..., None] * (np.array(second) - np.array(first))
-    return Image.fromarray(colours.astype(np.uint8))
+        odd = np.floor(axis * STRIPES) % 2 == 1
+        share = odd ^ odd[:, None]
+    layers = [Image.new("RGB", (side, side), tuple(int(v) for v in colour)) for colour in (second, first)]
+    return Image.composite(*layers, Image.fromarray((share * np.float32(255)).astype(np.uint8)))

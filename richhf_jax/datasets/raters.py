@@ -8,6 +8,7 @@ the constants below. Their answers are the raw ratings of `ratings.py`.
 """
 
 import argparse
+import math
 import pathlib
 
 import numpy as np
@@ -60,10 +61,9 @@ def opinions(
 
 def beauty(scene: scenes.Scene) -> float:
     """Points for the background's kind and colour and for a balanced composition."""
-    things = scene.things
-    areas = np.array([t.radius**2 for t in things])
-    centre = np.average([(t.x, t.y) for t in things], axis=0, weights=areas)
-    imbalance = min(1.0, float(np.hypot(*(centre - 0.5))) / 0.3)
+    weight = sum(t.radius**2 for t in scene.things)
+    x, y = (sum(t.radius**2 * getattr(t, axis) for t in scene.things) / weight for axis in "xy")
+    imbalance = min(1.0, math.dist((x, y), (0.5, 0.5)) / 0.3)
     low, high = scenes.SATURATIONS
     colour = (scene.background.saturation - low) / (high - low)
     charm = BACKGROUND_CHARM[scene.background.kind]

@@ -9,6 +9,8 @@ import colorsys
 import dataclasses
 import functools
 import hashlib
+import itertools
+import math
 
 import numpy as np
 from PIL import Image
@@ -170,14 +172,14 @@ class SceneTruth:
 
 
 def filename(split: str, index: int) -> str:
-    """'train/<uid>.png'. The uid tells nothing: a bijection of 32-bit numbers (Knuth's multiplicative hash)."""
+    """'train/<uid>.png'; the uid is a bijection of the index (Knuth's multiplicative hash)."""
     return f"{split}/{index * 2654435761 % 2**32:08x}.png"
 
 
 def make_rng(config: SceneConfig, name: str, purpose: str) -> np.random.Generator:
     """The random numbers of a picture for one purpose: the same wherever and whenever they are drawn."""
     key = f"{config.seed}/{'clean' if config.clean else 'flawed'}/{name}/{purpose}"
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big"))
+    return np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), "<u4"))
 
 
 def sample_scene(config: SceneConfig, name: str) -> Scene:
@@ -199,7 +201,7 @@ def sample_scene(config: SceneConfig, name: str) -> Scene:
             saturation=rng.uniform(*SATURATIONS),
             value=rng.uniform(0.6, 0.82),
             contrast=rng.uniform(0.1, 0.2),
-            angle=rng.uniform(0, 2 * np.pi),
+            angle=rng.uniform(0, 2 * math.pi),
         ),
     )
 
@@ -214,20 +216,16 @@ def _place(
             radius = rng.uniform(*RADII[phrase.size]) * scale
             groups.extend([(index, phrase, radius)] * phrase.count)
     groups = [groups[i] for i in rng.permutation(len(groups))]
-    radii = np.array([radius for _, _, radius in groups])
-    distances = radii[:, None] + radii[None, :]
-    np.fill_diagonal(distances, 0)
-    attempt = 0
-    while True:
-        centres = rng.uniform(radii, 1 - radii, (2, len(radii))).T
-        gaps = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+    pairs = list(itertools.combinations(range(len(groups)), 2))
+    for attempt in itertools.count():
+        centres = [(rng.uniform(r, 1 - r), rng.uniform(r, 1 - r)) for _, _, r in groups]
         # Crowded pictures end up with objects a little closer than the sum of their radii.
-        if (gaps >= distances * (1 - attempt / 1000)).all():
+        slack = 1 - attempt / 1000
+        if all(math.dist(centres[i], centres[j]) >= slack * (groups[i][2] + groups[j][2]) for i, j in pairs):
             break
-        attempt += 1
     return tuple(
         Thing(i, p.shape, p.colour, i in misaligned, r, *centre, rng.uniform(-MAX_TILT, MAX_TILT))
-        for (i, p, r), centre in zip(groups, centres.tolist(), strict=True)
+        for (i, p, r), centre in zip(groups, centres, strict=True)
     )
 
 
@@ -245,7 +243,7 @@ def _sample_artifacts(
             while True:
                 x, y = rng.uniform(radius * 0.8, 1 - radius * 0.8, 2)
                 # Static may touch an object but not hide it.
-                if all(np.hypot(t.x - x, t.y - y) > 0.8 * t.radius + 0.4 * radius for t in things):
+                if all(math.dist((t.x, t.y), (x, y)) > 0.8 * t.radius + 0.4 * radius for t in things):
                     break
             result.append(Artifact(kind, None, x, y, radius))
         else:
