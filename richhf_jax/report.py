@@ -1,0 +1,417 @@
+"""The evaluation as tables in the paper's layout and as one self-contained HTML page.
+
+The page holds its images, style and script itself and forbids the browser every network request. Its layout
+is `templates/report.html`, beside style and script; this module computes what stands in it.
+"""
+
+import base64
+import dataclasses
+import io
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from richhf_jax import feedback
+from richhf_jax.feedback import RichFeedback, Token
+
+# Larger pictures are shrunk: no screen shows them larger in the gallery, and a page should open at once.
+MAX_IMAGE_SIDE = 256
+
+# Nine colours, evenly spaced, of matplotlib's "inferno" (CC0), whose lightness rises evenly with the value.
+_COLOURS = np.array(
+    [
+        (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
+        (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
+    ]
+)  # fmt: skip
+# Heat fades in up to this value: one rater of three (1/3) is plainly seen, noise of a few percent is not.
+_OPAQUE_HEAT = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One system in the tables: its name and the flat metrics of `metrics.rich_feedback_metrics`."""
+
+    name: str
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class GalleryItem:
+    """One image of the gallery, uint8 [height, width, 3], with what was wanted and what was predicted."""
+
+    image: np.ndarray
+    target: RichFeedback
+    prediction: RichFeedback
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One metric of a table: its key, heading, format, and which end is the good one (None: neither)."""
+
+    key: str
+    label: str
+    format: str = "z.3f"
+    higher_is_better: bool | None = True
+    group: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The label with an arrow towards the better values."""
+        return self.label + {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table of the report."""
+
+    title: str
+    note: str
+    columns: Sequence[Column]
+
+
+def _heatmap_columns(kind: str) -> list[Column]:
+    return [
+        Column(f"heatmap/mse/{kind}", "MSE, all", ".5f", False),
+        Column(f"heatmap/mse_empty/{kind}", "MSE, GT = 0", ".5f", False),
+        Column(f"heatmap/cc/{kind}", "CC"),
+        Column(f"heatmap/kld/{kind}", "KLD", higher_is_better=False),
+        Column(f"heatmap/sim/{kind}", "SIM"),
+        Column(f"heatmap/nss/{kind}", "NSS"),
+        Column(f"heatmap/auc_judd/{kind}", "AUC-Judd"),
+    ]
+
+
+_HEATMAP_NOTE = (
+    "GT = 0 are the samples whose ground truth is empty. The metrics from CC on are means over the others, "
+    "with every pixel above 0 as a fixation."
+)
+
+TABLES = (
+    Table(
+        "Scores",
+        "Correlation with the ground-truth scores over the split: PLCC is Pearson's, SRCC Spearman's.",
+        [
+            Column(f"score/{metric}/{kind}", metric.upper(), form, higher, kind.capitalize())
+            for kind in feedback.SCORES
+            for metric, form, higher in (
+                ("plcc", "z.3f", True),
+                ("srcc", "z.3f", True),
+                ("mse", ".4f", False),
+            )
+        ],
+    ),
+    *(
+        Table(f"{kind.capitalize()} heatmap", _HEATMAP_NOTE, _heatmap_columns(kind))
+        for kind in feedback.HEATMAPS
+    ),
+    Table(
+        "Misaligned keywords",
+        "Of the misaligned words, pooled over the tokens of all samples.",
+        [Column(f"keywords/{name}", name.capitalize(), ".1%") for name in ("precision", "recall", "f1")],
+    ),
+    Table(
+        "Checks against the synthetic truth",
+        "Detection: does a heatmap's maximum tell flawed images from clean ones? Wrong-object test: on "
+        "images with several objects of which one is misaligned, how often does that one get more "
+        "predicted misalignment than every other?",
+        [
+            *(
+                Column(f"synthetic/detection_auc/{kind}", kind.capitalize(), group="Detection, ROC AUC")
+                for kind in feedback.HEATMAPS
+            ),
+            Column("synthetic/wrong_object/accuracy", "Passed", ".1%", group="Wrong-object test"),
+            Column("synthetic/wrong_object/chance", "By chance", ".1%", None, "Wrong-object test"),
+            Column("synthetic/wrong_object/num_images", "Images", "d", None, "Wrong-object test"),
+        ],
+    ),
+)
+
+# The figures at the top of the page: title, what is measured, key, key of its reference in the same row
+# (without one, the first other system's value is the reference).
+_HEADLINES = (
+    *((kind, "PLCC", f"score/plcc/{kind}", None) for kind in feedback.SCORES),
+    *((f"{kind} heatmap", "CC", f"heatmap/cc/{kind}", None) for kind in feedback.HEATMAPS),
+    ("misaligned words", "F1", "keywords/f1", None),
+    ("wrong-object test", "passed", "synthetic/wrong_object/accuracy", "synthetic/wrong_object/chance"),
+)
+
+
+def format_tables(rows: Sequence[Row]) -> str:
+    """The tables as plain text for a terminal; a missing figure is a dash, an empty table is left out."""
+    return "\n\n".join(_format_table(table, rows) for table in TABLES if _rows_of(table, rows))
+
+
+def write_report(
+    path: str | pathlib.Path,
+    title: str,
+    rows: Sequence[Row],
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    gallery: Sequence[GalleryItem],
+    details: Mapping[str, Any],
+) -> None:
+    """Writes the page.
+
+    Args:
+      path: the HTML file to write.
+      title: the page's headline.
+      rows: the systems in the tables' order; the first is what the headline and the gallery show.
+      curves: stage of the training -> "<line> <loss>" -> (step, value) pairs. "train loss/heatmap" and
+        "validation loss/heatmap" are two lines of one chart. Values that are not finite are left out.
+      gallery: the images to show.
+      details: facts about the run, in a line below the title.
+
+    Raises:
+      ValueError: a gallery item's target and prediction are not of the same image.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("richhf_jax", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "mark_title": _mark_title}
+    page = environment.get_template("report.html").render(
+        title=title,
+        headlines=_headlines(rows),
+        tables=[_table_cells(table, rows) for table in TABLES if _rows_of(table, rows)],
+        stages={stage: charts for stage, lines in curves.items() if (charts := _charts(lines))},
+        gallery=[_gallery_card(item) for item in gallery],
+        details=details,
+        colours=[f"rgb({r} {g} {b})" for r, g, b in _COLOURS],
+    )
+    pathlib.Path(path).write_text(page, encoding="utf-8")
+
+
+def _percent(share: float) -> str:
+    """A CSS length: 0.25 -> '25.0%', kept on the track between 0 and 1."""
+    return f"{min(max(share, 0), 1):.1%}"
+
+
+def _mark_title(marks: tuple[bool, bool]) -> str:
+    """(misaligned in the ground truth, predicted misaligned) -> words."""
+    names = [name for name, mark in zip(("misaligned", "predicted misaligned"), marks, strict=True) if mark]
+    return " and ".join(names)
+
+
+# Tables.
+
+
+def _rows_of(table: Table, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if any(column.key in row.metrics for column in table.columns)]
+
+
+def _cell(column: Column, row: Row) -> str:
+    return format(row.metrics[column.key], column.format) if column.key in row.metrics else "–"
+
+
+def _groups(table: Table) -> list[tuple[str, int]]:
+    """(group's heading, how many columns it spans) from left to right; none in a table without groups."""
+    names = [column.group for column in table.columns]
+    return [(name, names.count(name)) for name in dict.fromkeys(names)] if any(names) else []
+
+
+def _format_table(table: Table, rows: Sequence[Row]) -> str:
+    rows = _rows_of(table, rows)
+    columns = [[c.heading, *(_cell(c, row) for row in rows)] for c in table.columns]
+    widths = [max(map(len, cells)) for cells in columns]
+    names = ["", *(row.name for row in rows)]
+    name_width = max(map(len, names))
+    lines = [table.title]
+    spans, start = [], 0
+    for name, count in _groups(table):
+        # A group's heading stands over its columns and the two spaces between each.
+        spans.append(name.center(sum(widths[start : start + count]) + 2 * (count - 1)))
+        start += count
+    if spans:
+        lines.append("  ".join([" " * name_width, *spans]).rstrip())
+    for i, name in enumerate(names):
+        cells = (cells[i].rjust(width) for cells, width in zip(columns, widths, strict=True))
+        lines.append("  ".join([name.ljust(name_width), *cells]))
+    return "\n".join(lines)
+
+
+def _table_cells(table: Table, rows: Sequence[Row]) -> dict[str, Any]:
+    rows = _rows_of(table, rows)
+    lines = []
+    for row in rows:
+        cells = [(_cell(column, row), _is_best(column, row, rows)) for column in table.columns]
+        lines.append({"name": row.name, "cells": cells})
+    groups = [column.group for column in table.columns]
+    starts = [i for i, group in enumerate(groups) if i and group != groups[i - 1]]
+    return {"table": table, "groups": _groups(table), "group_starts": starts, "rows": lines}
+
+
+def _is_best(column: Column, row: Row, rows: Sequence[Row]) -> bool:
+    values = [r.metrics[column.key] for r in rows if column.key in r.metrics]
+    if column.higher_is_better is None or len(values) < 2 or column.key not in row.metrics:
+        return False
+    return row.metrics[column.key] == (max(values) if column.higher_is_better else min(values))
+
+
+def _headlines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    shown, *others = rows
+    headlines = []
+    for title, label, key, reference_key in _HEADLINES:
+        if key not in shown.metrics:
+            continue
+        if reference_key:
+            reference = (shown.metrics[reference_key], "chance")
+        else:
+            reference = next(((row.metrics[key], row.name) for row in others if key in row.metrics), None)
+        headlines.append(
+            {"title": title, "label": label, "value": shown.metrics[key], "reference": reference}
+        )
+    return headlines
+
+
+# Curves.
+
+# An SVG's own units; the page scales the drawing.
+_CHART = {"width": 260, "height": 165, "left": 34, "right": 8, "top": 6, "bottom": 22}
+
+
+def _charts(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[dict[str, Any]]:
+    by_loss: dict[str, dict[str, np.ndarray]] = {}
+    for name, points in curves.items():
+        line, _, loss = name.partition(" ")
+        points = np.array([p for p in points if math.isfinite(p[1])], np.float64)
+        if len(points):
+            by_loss.setdefault(loss, {})[line] = points
+    # "loss/heatmap" reads better as "heatmap loss".
+    return [_chart(" ".join(reversed(loss.split("/"))), lines) for loss, lines in by_loss.items()]
+
+
+def _chart(title: str, lines: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    steps, values = np.concatenate(list(lines.values())).T
+    # Losses fall by orders of magnitude: then only a logarithmic axis shows the later part.
+    logarithmic = values.min() > 0 and values.max() > 10 * values.min()
+    y_scale = np.log10 if logarithmic else np.asarray
+    low, high = y_scale(values.min()), y_scale(values.max())
+    margin = 0.05 * (high - low) or 0.5
+    width = _CHART["width"] - _CHART["left"] - _CHART["right"]
+    height = _CHART["height"] - _CHART["top"] - _CHART["bottom"]
+
+    def x(step):
+        return _CHART["left"] + width * (step - steps.min()) / max(np.ptp(steps), 1)
+
+    def y(value):
+        return _CHART["top"] + height * (high + margin - y_scale(value)) / (high - low + 2 * margin)
+
+    y_ticks = _log_ticks(values.min(), values.max()) if logarithmic else _ticks(values.min(), values.max())
+    return {
+        "title": title,
+        "logarithmic": bool(logarithmic),
+        "lines": [
+            {
+                "name": name,
+                "last": points[-1, 1],
+                "path": "M" + "L".join(f"{x(s):.1f} {y(v):.1f}" for s, v in points),
+                "end": (x(points[-1, 0]), y(points[-1, 1])),
+            }
+            for name, points in lines.items()
+        ],
+        "x_ticks": [(x(tick), f"{tick:g}") for tick in _ticks(steps.min(), steps.max())],
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in y_ticks],
+        **_CHART,
+    }
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, about four of them.
+
+    >>> _ticks(0, 900)
+    [0.0, 200.0, 400.0, 600.0, 800.0]
+    """
+    if high <= low:
+        return [float(low)]
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.8 * rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten times 1 and, where these are few, 2 and 5, from low to high.
+
+    >>> _log_ticks(0.03, 2)
+    [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) < 5 else (1,)
+    ticks = [round(factor * 10.0**power, 12) for power in powers for factor in factors]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+# Gallery.
+
+
+def _gallery_card(item: GalleryItem) -> dict[str, Any]:
+    target, prediction = item.target, item.prediction
+    if target.id != prediction.id:
+        raise ValueError(f"gallery: the target is {target.id!r} but the prediction is {prediction.id!r}")
+    height, width = item.image.shape[:2]
+    return {
+        "id": target.id,
+        "prompt": target.prompt,
+        "words": _words(target.prompt, target.tokens, prediction.tokens),
+        "image": _data_uri(Image.fromarray(item.image)),
+        "aspect": f"{width} / {height}",
+        "heatmaps": [
+            {"kind": kind, "maps": [_overlay(name, r.heatmaps.get(kind)) for name, r in _sides(item)]}
+            for kind in feedback.HEATMAPS
+            if kind in target.heatmaps or kind in prediction.heatmaps
+        ],
+        "scores": [
+            (kind, target.scores.get(kind), prediction.scores.get(kind))
+            for kind in feedback.SCORES
+            if kind in target.scores or kind in prediction.scores
+        ],
+    }
+
+
+def _sides(item: GalleryItem) -> tuple[tuple[str, RichFeedback], ...]:
+    return ("ground truth", item.target), ("predicted", item.prediction)
+
+
+def _words(prompt: str, truth: Sequence[Token], predicted: Sequence[Token]) -> list[tuple[str, bool, bool]]:
+    """The prompt cut into (text, misaligned in the ground truth, predicted misaligned), nothing left out.
+
+    >>> _words('a cat!', [Token('a', False), Token('cat', True)], [])
+    [('a', False, False), (' ', False, False), ('cat', True, False), ('!', False, False)]
+    """
+    pieces, position = [], 0
+    for i, token in enumerate(feedback.tokenize_prompt(prompt)):
+        start = prompt.index(token, position)
+        if start > position:
+            pieces.append((prompt[position:start], False, False))
+        marks = (i < len(tokens) and tokens[i].misaligned for tokens in (truth, predicted))
+        pieces.append((token, *marks))
+        position = start + len(token)
+    return [*pieces, (prompt[position:], False, False)] if position < len(prompt) else pieces
+
+
+def _overlay(name: str, heatmap: np.ndarray | None) -> dict[str, Any]:
+    """A heatmap [height, width] in [0, 1] as a picture to lay over the image: transparent where it is 0."""
+    if heatmap is None:
+        return {"name": name, "peak": None, "picture": None}
+    heat = np.clip(np.asarray(heatmap, np.float64), 0, 1)
+    stops = np.linspace(0, 1, len(_COLOURS))
+    channels = [np.interp(heat, stops, channel) for channel in _COLOURS.T]
+    alpha = 255 * np.clip(heat / _OPAQUE_HEAT, 0, 1)
+    pixels = np.round(np.stack([*channels, alpha], axis=-1)).astype(np.uint8)
+    return {"name": name, "peak": float(heat.max()), "picture": _data_uri(Image.fromarray(pixels))}
+
+
+def _data_uri(picture: Image.Image) -> str:
+    picture.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
