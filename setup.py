@@ -45,6 +45,7 @@ TRAIN = [
 # What the tests compare with, and the tools.
 TEST = [
     *TRAIN,
+    "pysaliency>=0.2.22",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",

@@ -1,0 +1,131 @@
+"""The launch scripts, with a stand-in for Python that notes what it is asked to run."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+import richhf_jax
+
+LAUNCH = pathlib.Path(richhf_jax.__file__).resolve().parents[1] / "launch"
+
+# Passes the check of its version; writes a report where evaluation would.
+FAKE_PYTHON = """#!/usr/bin/env bash
+[[ $1 == -c ]] && exit
+echo "$*" >>"$LOG"
+if [[ $2 == richhf_jax.eval ]]; then
+  for argument; do
+    [[ $argument == --gin.MODEL_DIR=* ]] && model_dir=${argument#*=}
+  done
+  mkdir -p "${model_dir//\\"/}/inference_eval/task/test/1"
+  echo page >"${model_dir//\\"/}/inference_eval/task/test/1/report.html"
+fi
+[[ $2 != "$FAIL" ]]
+"""
+
+
+@pytest.fixture
+def venv(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    for name, text in (("python", FAKE_PYTHON), ("ruff", '#!/usr/bin/env bash\necho "ruff $*" >>"$LOG"\n')):
+        script = tmp_path / "venv/bin" / name
+        script.write_text(text)
+        script.chmod(0o755)
+    return tmp_path / "venv"
+
+
+def launch(script: str, venv: pathlib.Path, *args: str, fail: str = "") -> tuple[int, str, list[str]]:
+    """Exit code, stdout and stderr, and the commands it ran."""
+    log = venv.parent / "log"
+    log.unlink(missing_ok=True)
+    result = subprocess.run(
+        ["bash", str(LAUNCH / script), *args],
+        cwd=venv.parent,
+        env=os.environ | {"VENV": str(venv), "LOG": str(log), "FAIL": fail},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout, log.read_text().splitlines() if log.exists() else []
+
+
+def test_quickstart_runs_its_parts_in_order(venv):
+    out = venv.parent / "my run"
+    code, output, commands = launch("quickstart.sh", venv, "--out", "my run", "--gin.BATCH_SIZE=2")
+    assert code == 0
+    install, *parts = commands
+    assert install.endswith(f"--editable {LAUNCH.parent}[train]")
+    flags = f"--tfds_data_dir={out}/data"
+    assert parts == [
+        f"-m richhf_jax.datasets --data_dir={out}/data",
+        "-m richhf_jax.train --gin_file=experiments/quickstart_pretrain.gin"
+        f' --gin.MODEL_DIR="{out}/pretrain" {flags} --gin.BATCH_SIZE=2',
+        "-m richhf_jax.train --gin_file=experiments/quickstart.gin"
+        f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.INITIAL_CHECKPOINT_PATH="{out}/pretrain"'
+        " --gin.BATCH_SIZE=2",
+        "-m richhf_jax.eval --gin_file=experiments/quickstart.gin"
+        f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.BATCH_SIZE=2',
+    ]
+    assert output.endswith(f"open {out}/report.html\n")
+    assert (out / "report.html").read_text() == "page\n"
+
+
+def test_quickstart_stops_at_a_part_that_fails(venv):
+    code, output, commands = launch("quickstart.sh", venv, "--out=out", fail="richhf_jax.train")
+    assert code == 1
+    assert "3/4" not in output
+    assert "quickstart_pretrain" in commands[-1]
+
+
+def test_packages_are_installed_again_only_when_setup_py_changed(venv):
+    def run() -> list[str]:
+        return launch("quickstart.sh", venv, "--out=out")[2]
+
+    assert "pip install" in run()[0]
+    assert not any("pip" in command for command in run())
+    (venv / ".installed-train").write_text("of another setup.py\n")
+    assert "pip install" in run()[0]
+    assert not any("pip" in command for command in run())
+
+
+def test_an_install_that_failed_is_done_again(venv):
+    assert launch("quickstart.sh", venv, "--out=out", fail="pip")[0] == 1
+    assert "pip install" in launch("quickstart.sh", venv, "--out=out")[2][0]
+
+
+def test_test_sh_checks_then_tests(venv):
+    code, _, commands = launch("test.sh", venv, "tests/network", "-k", "a or b")
+    assert code == 0
+    assert commands[0].endswith(f"--editable {LAUNCH.parent}[test]")
+    assert commands[1:] == [
+        "ruff check .",
+        "ruff format --check .",
+        "-m pytest -n 2 --dist loadfile tests/network -k a or b",
+    ]
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_help(venv, script):
+    code, output, commands = launch(script, venv, "--help")
+    assert code == 0
+    assert output.startswith(f"Usage: bash launch/{script} ")
+    assert commands == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--steps=3"], "quickstart.sh: what is '--steps=3'? See --help"),
+        (["--gin.STEPS"], "what is '--gin.STEPS'?"),
+        (["--out"], "--out needs a value"),
+        (["--python", "/no/python"], "/no/python is no Python 3.11, 3.12 or 3.13 with the venv module"),
+    ],
+)
+def test_mistakes(venv, args, message):
+    (venv / "bin/python").unlink()
+    code, output, commands = launch("quickstart.sh", venv, *args)
+    assert code == 1
+    assert message in output
+    assert commands == []
