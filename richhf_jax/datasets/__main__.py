@@ -1,9 +1,14 @@
 """Builds the synthetic data sets: python -m richhf_jax.datasets --data_dir=DIR."""
 
 import argparse
+import os
+import sys
+import time
 
-# Worker processes import the main module anew, except one that is called __main__: so they come
-# up without TensorFlow.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
+
+# The processes that render import a main module anew unless it is a package's __main__, like this
+# one: so they start without TensorFlow.
 import tensorflow_datasets as tfds
 
 from richhf_jax.datasets import scenes, synthetic_captions, synthetic_rich_hf
@@ -14,16 +19,22 @@ BUILDERS = (synthetic_rich_hf.SyntheticRichHf, synthetic_captions.SyntheticCapti
 def main() -> None:
     """Builds what isn't there yet."""
     parser = argparse.ArgumentParser(
-        prog="python -m richhf_jax.datasets", description="Builds the synthetic data sets."
+        prog="python -m richhf_jax.datasets",
+        description="Builds synthetic_rich_hf and synthetic_captions, where they aren't there yet.",
     )
-    parser.add_argument("--data_dir", help="default: TFDS's, ~/tensorflow_datasets")
+    parser.add_argument("--data_dir", help="of TFDS; default: ~/tensorflow_datasets")
     parser.add_argument("--config", choices=sorted(scenes.CONFIGS), default="default")
     options = parser.parse_args()
-    for builder in BUILDERS:
-        if options.config in builder.builder_configs:
-            builder(config=options.config, data_dir=options.data_dir).download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    for builder_class in BUILDERS:
+        if options.config not in builder_class.builder_configs:
+            continue
+        start = time.monotonic()
+        builder = builder_class(config=options.config, data_dir=options.data_dir)
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
+        print(f"{builder.info.full_name}: {sizes}; {time.monotonic() - start:.0f} s; {builder.data_dir}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Static's grains, as a share of the side: one pixel at 64 x 64.
-GRAIN = 1 / 64
+# Of static, along the picture's side.
+GRAINS = 64
 
 
 def _shift(masks: np.ndarray, dx: int, dy: int) -> np.ndarray:
@@ -105,14 +105,14 @@ def region(kind: str, thing, before: np.ndarray, after: np.ndarray) -> np.ndarra
 
 
 def paint_static(
-    canvas: Image.Image, x: float, y: float, radius: float, rng: np.random.Generator
+    canvas: Image.Image, x: float, y: float, radius: float, strength: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Paints an ellipse of coloured noise on the canvas and returns its mask (mode L)."""
-    side = canvas.width
+    """Paints an ellipse of coloured noise, `strength` opaque, on the canvas; returns its mask (mode L)."""
     squeeze = rng.uniform(0.75, 1)
     mask = Image.new("L", canvas.size)
     box = [x - radius, y - radius * squeeze, x + radius, y + radius * squeeze]
-    ImageDraw.Draw(mask).ellipse([v * side for v in box], fill=255)
-    grains = rng.integers(0, 256, (round(1 / GRAIN), round(1 / GRAIN), 3), dtype=np.uint8)
-    canvas.paste(Image.fromarray(grains).resize(canvas.size, Image.Resampling.NEAREST), mask=mask)
+    ImageDraw.Draw(mask).ellipse([v * canvas.width for v in box], fill=255)
+    grains = rng.integers(0, 256, (GRAINS, GRAINS, 3), dtype=np.uint8)
+    noise = Image.fromarray(grains).resize(canvas.size, Image.Resampling.NEAREST)
+    canvas.paste(noise, mask=mask.point(lambda value: round(value * strength)))
     return mask

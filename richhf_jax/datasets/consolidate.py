@@ -9,6 +9,8 @@ By the rules of "Rich Human Feedback for Text-to-Image Generation", section 3:
 
 import argparse
 import collections
+import dataclasses
+import errno
 import io
 import math
 import os
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from richhf_jax import feedback
+from richhf_jax import errors, feedback
 from richhf_jax.datasets import ratings
 
 EPILOG = f"""\
@@ -126,12 +128,27 @@ def consolidate_lines(lines: Iterable[str | bytes]) -> list[dict[str, str | floa
     return [consolidate(group) for group in group_by_image(good)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was consolidated. `images`: number of raters -> images with so many."""
+
+    images: collections.Counter[int]
+    lines: int
+    skipped: list[str]
+
+    def __str__(self) -> str:
+        images = ", ".join(f"{n} with {raters} raters" for raters, n in sorted(self.images.items()))
+        return f"{self.images.total()} images ({images}) from {self.lines} lines, {len(self.skipped)} skipped"
+
+
 def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: pathlib.Path) -> None:
     """Writes records as tf.train.Examples; `path` appears complete or not at all.
 
     Raises:
-      OSError: the folder can't be written.
+      OSError: there is no such folder, or it can't be written.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     import tensorflow as tf  # Takes seconds; only this function needs it.
 
     def feature(value):
@@ -149,8 +166,38 @@ def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: path
         os.replace(partial, path)
 
 
-def main(arguments: Sequence[str] | None = None) -> str | None:
-    """The command line; returns what went wrong."""
+def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop") -> Summary:
+    """Consolidates a file of raw ratings into a TFRecord, which appears complete or not at all.
+
+    Args:
+      raw: JSON Lines, as `ratings` describes them.
+      out: overwritten if it exists.
+      on_error: at a bad line, "stop" or "skip" it.
+
+    Raises:
+      errors.UserError: a bad line (unless skipped), no good line, or a file that can't be read or written.
+    """
+    good, skipped = [], []
+    try:
+        with raw.open("rb") as lines:
+            for number, rating in ratings.read_ratings(lines):
+                if isinstance(rating, ratings.Rating):
+                    good.append(rating)
+                    continue
+                skipped.append(f"{raw}:{number}: {rating}")
+                if on_error == "stop":
+                    raise errors.UserError(f"{skipped[0]}\nNothing written; see --on-error.")
+        if not good:
+            raise errors.UserError("\n".join([*skipped, f"{raw}: no good line. Nothing written."]))
+        groups = group_by_image(good)
+        write_tfrecord(map(consolidate, groups), out)
+    except OSError as error:
+        raise errors.UserError(f"{error.filename}: {error.strerror}. Nothing written.") from error
+    return Summary(collections.Counter(map(len, groups)), lines=len(good), skipped=skipped)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.datasets.consolidate",
         description=__doc__,
@@ -163,32 +210,18 @@ def main(arguments: Sequence[str] | None = None) -> str | None:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="at a bad line: stop and write nothing (default), or leave the line out and list it at the end",
+        help="at a bad line: stop and write nothing (default), or leave the line out and list it",
     )
     options = parser.parse_args(arguments)
-    good, bad = [], []
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
     try:
-        with options.raw.open("rb") as lines:
-            for number, rating in ratings.read_ratings(lines):
-                if not isinstance(rating, ratings.RatingError):
-                    good.append(rating)
-                elif options.on_error == "stop":
-                    return f"{options.raw}:{number}: {rating}\nNothing written; see --on-error."
-                else:
-                    bad.append(f"{options.raw}:{number}: {rating}")
-        if bad:
-            print(f"Skipped {len(bad)} bad lines:", *bad, sep="\n", file=sys.stderr)
-        if not good:
-            return f"{options.raw}: no rating to consolidate. Nothing written."
-        groups = group_by_image(good)
-        write_tfrecord(map(consolidate, groups), options.out)
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}. Nothing written."
-    raters = collections.Counter(map(len, groups))
-    counts = ", ".join(f"{images} with {n} raters" for n, images in sorted(raters.items()))
-    print(f"{options.out}: {len(groups)} images ({counts}) from {len(good)} lines, {len(bad)} skipped")
-    return None
+        summary = consolidate_file(options.raw, options.out, options.on_error)
+    except errors.UserError as error:
+        sys.exit(str(error))
+    for line in summary.skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    print(f"{options.out}: {summary}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

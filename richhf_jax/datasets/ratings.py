@@ -118,15 +118,15 @@ def read_ratings(lines: Iterable[str | bytes]) -> Iterator[tuple[int, Rating | R
             continue
         try:
             rating = parse_rating(line)
+            known, first = first_line.setdefault(rating.image_id, (number, rating))
+            for field in ("prompt", "width", "height", "point_radius"):
+                if getattr(rating, field) != getattr(first, field):
+                    raise RatingError(f"{field} of image {rating.image_id!r} differs from line {known}")
             known = raters.setdefault((rating.image_id, rating.rater_id), number)
             if known != number:
                 raise RatingError(
                     f"rater {rating.rater_id!r} has already rated image {rating.image_id!r} in line {known}"
                 )
-            known, first = first_line.setdefault(rating.image_id, (number, rating))
-            for field in ("prompt", "width", "height", "point_radius"):
-                if getattr(rating, field) != getattr(first, field):
-                    raise RatingError(f"{field} of image {rating.image_id!r} differs from line {known}")
             yield number, rating
         except RatingError as error:
             yield number, error
@@ -149,6 +149,10 @@ def _text(fields: dict, name: str) -> str:
     text = _get(fields, name, str, "a string")
     if not text.strip():
         raise RatingError(f"{name} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RatingError(f"{name} can't be written as UTF-8: {error.reason}") from None
     return text
 
 

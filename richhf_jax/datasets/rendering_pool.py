@@ -3,13 +3,13 @@
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from richhf_jax import feedback
 from richhf_jax.datasets import consolidate, raters, scenes
 
 # Starting processes takes longer than making fewer examples than this.
-MIN_EXAMPLES = 500
+MIN_EXAMPLES = 1000
 CHUNK = 32
 
 
@@ -34,18 +34,32 @@ def captioned_example(config: scenes.SceneConfig, name: str) -> dict:
     }
 
 
-def run(
+def examples(
     make: Callable[[scenes.SceneConfig, str], dict],
     config: scenes.SceneConfig,
-    names: Sequence[str],
+    split: str,
+    count: int,
     processes: int | None = None,
-) -> Iterator[dict]:
-    """Yields `make(config, name)` for each name, in order, from as many processes as there are cores."""
+) -> Iterator[tuple[str, dict]]:
+    """Makes a split's examples.
+
+    Args:
+      make: (config, name of a picture) -> its example.
+      config: of the scenes.
+      split: its name.
+      count: of examples.
+      processes: by default one a core, where there are examples enough. The examples don't depend on it.
+
+    Yields:
+      Name and example.
+    """
+    names = [scenes.filename(split, index) for index in range(count)]
     make = functools.partial(make, config)
-    processes = processes or len(os.sched_getaffinity(0))
-    if processes == 1 or len(names) < MIN_EXAMPLES:
-        yield from map(make, names)
+    if processes is None:
+        processes = len(os.sched_getaffinity(0)) if count >= MIN_EXAMPLES else 1
+    if processes == 1:
+        yield from zip(names, map(make, names), strict=True)
         return
     # Forking a process in which TensorFlow runs threads may deadlock.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap(make, names, chunksize=CHUNK)
+        yield from zip(names, pool.imap(make, names, chunksize=CHUNK), strict=True)

@@ -281,7 +281,8 @@ def render(config: SceneConfig, name: str) -> tuple[np.ndarray, SceneTruth]:
         masks.append(shrink(layers[0]))
     for artifact in scene.artifacts:
         if artifact.kind == artifacts.STATIC:
-            mask = artifacts.paint_static(canvas, artifact.x, artifact.y, artifact.radius, rng)
+            place = artifact.x, artifact.y, artifact.radius
+            mask = artifacts.paint_static(canvas, *place, config.artifact_strength, rng)
             regions[artifact] = shrink(np.asarray(mask))
     image = np.asarray(canvas.reduce(oversampling))
     if config.grain:

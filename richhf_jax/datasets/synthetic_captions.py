@@ -3,22 +3,13 @@
 It stands in for the captioning data of the paper's pretraining mixture.
 """
 
-import dataclasses
-
 import tensorflow_datasets as tfds
 
 from richhf_jax import feedback
 from richhf_jax.datasets import rendering_pool, scenes
+from richhf_jax.datasets.builder_config import SceneBuilderConfig
 
-
-@dataclasses.dataclass(kw_only=True)
-class SyntheticCaptionsConfig(tfds.core.BuilderConfig):
-    """Which scenes, and how many examples a split."""
-
-    scene: scenes.SceneConfig
-    split_sizes: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"train": 8000, "validation": 500}
-    )
+SPLIT_SIZES = {"train": 8000, "validation": 500}
 
 
 class SyntheticCaptions(tfds.core.GeneratorBasedBuilder):
@@ -26,7 +17,8 @@ class SyntheticCaptions(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
-        SyntheticCaptionsConfig(name=name, scene=s) for name, s in scenes.CAPTIONS_CONFIGS.items()
+        SceneBuilderConfig(name=name, scene=scene, split_sizes=SPLIT_SIZES)
+        for name, scene in scenes.CAPTIONS_CONFIGS.items()
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -46,6 +38,6 @@ class SyntheticCaptions(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, split: str, count: int):
-        names = [scenes.filename(split, index) for index in range(count)]
-        for example in rendering_pool.run(rendering_pool.captioned_example, self.builder_config.scene, names):
-            yield example[feedback.FILENAME_FIELD], example
+        return rendering_pool.examples(
+            rendering_pool.captioned_example, self.builder_config.scene, split, count
+        )

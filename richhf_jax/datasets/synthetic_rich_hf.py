@@ -4,7 +4,6 @@ Each picture (`scenes`) is rated by three simulated raters (`raters`); their raw
 same consolidation as real ones (`consolidate`).
 """
 
-import dataclasses
 import functools
 
 import numpy as np
@@ -12,23 +11,19 @@ import tensorflow_datasets as tfds
 
 from richhf_jax import feedback
 from richhf_jax.datasets import rendering_pool, scenes
+from richhf_jax.datasets.builder_config import SceneBuilderConfig
 
-
-@dataclasses.dataclass(kw_only=True)
-class SyntheticRichHfConfig(tfds.core.BuilderConfig):
-    """Which scenes, and how many examples a split."""
-
-    scene: scenes.SceneConfig
-    split_sizes: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"train": 8000, "validation": 500, "test": 500}
-    )
+SPLIT_SIZES = {"train": 8000, "validation": 500, "test": 500}
 
 
 class SyntheticRichHf(tfds.core.GeneratorBasedBuilder):
     """Procedural scenes with rich feedback; the prompts of one split are in no other."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [SyntheticRichHfConfig(name=name, scene=s) for name, s in scenes.CONFIGS.items()]
+    BUILDER_CONFIGS = [
+        SceneBuilderConfig(name=name, scene=scene, split_sizes=SPLIT_SIZES)
+        for name, scene in scenes.CONFIGS.items()
+    ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.scene.image_size
@@ -51,6 +46,4 @@ class SyntheticRichHf(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, split: str, count: int):
-        names = [scenes.filename(split, index) for index in range(count)]
-        for example in rendering_pool.run(rendering_pool.rated_example, self.builder_config.scene, names):
-            yield example[feedback.FILENAME_FIELD], example
+        return rendering_pool.examples(rendering_pool.rated_example, self.builder_config.scene, split, count)
