@@ -78,7 +78,7 @@ class Table:
 def _heatmap_columns(kind: str) -> list[Column]:
     return [
         Column(f"heatmap/mse/{kind}", "MSE, all", ".5f", False),
-        Column(f"heatmap/mse_empty/{kind}", "MSE, GT = 0", ".5f", False),
+        Column(f"heatmap/mse_empty/{kind}", "MSE, GT=0", ".5f", False),
         Column(f"heatmap/cc/{kind}", "CC"),
         Column(f"heatmap/kld/{kind}", "KLD", higher_is_better=False),
         Column(f"heatmap/sim/{kind}", "SIM"),
@@ -88,7 +88,7 @@ def _heatmap_columns(kind: str) -> list[Column]:
 
 
 _HEATMAP_NOTE = (
-    "GT = 0 are the samples whose ground truth is empty. The metrics from CC on are means over the others, "
+    "GT=0 are the samples whose ground truth is empty. The metrics from CC on are means over the others, "
     "with every pixel above 0 as a fixation."
 )
 
