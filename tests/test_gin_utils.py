@@ -73,7 +73,7 @@ def fails_with(folder: pathlib.Path, *args: str) -> str:
     assert result.returncode == 1
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    assert "__main__" not in result.stderr
+    assert "In call to configurable" not in result.stderr
     return result.stderr
 
 
