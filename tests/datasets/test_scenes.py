@@ -149,6 +149,7 @@ def test_truth_of_pictures():
         for thing in truth.objects:
             assert thing.mask.sum() >= 20
             assert not thing.misaligned or (truth.misaligned_region & thing.mask).sum() == thing.mask.sum()
+        assert np.sum([thing.mask for thing in truth.objects], axis=0).max() == 1  # visible pixels only
         kinds = {m.kind for m in truth.scene.misalignments}
         assert truth.missing_object == ("missing" in kinds)
         assert truth.misaligned_region.any() == bool(kinds - {"missing"})
