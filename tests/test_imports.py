@@ -34,7 +34,7 @@ PROJECT_IMPORTS = {
     "postprocessors": set(),
     "feature_converters": {"preprocessors"},
     "tasks": {"datasets", "metrics", "preprocessors", "postprocessors"},
-    "input_pipeline": {"datasets", "feature_converters", "partitioning", "tasks"},
+    "input_pipeline": {"datasets", "feature_converters", "partitioning", "preprocessors", "tasks"},
     "gin_utils": set(),
 }
 ENTRY_POINTS = {"train", "eval"}
