@@ -36,7 +36,7 @@ MISALIGNMENT_COSTS = {"colour": 2.3, "shape": 2.4, "size": 1.7, "count": 1.9, "m
 SECOND_MISALIGNMENT = 0.4  # the share that a second one costs
 BACKGROUND_CHARM = {"gradient": 1.5, "plain": 0.9, "stripes": 0.5, "checks": 0.0}
 PLAIN_AESTHETICS, COLOUR_CHARM, IMBALANCE_COST, ARTIFACT_UGLINESS = 2.4, 1.0, 1.3, 0.4
-OVERALL_WEIGHTS = {"plausibility": 0.4, "alignment": 0.35, "aesthetics": 0.25}
+OVERALL_WEIGHTS = (0.4, 0.35, 0.25)  # of plausibility, alignment and aesthetics
 
 
 def opinions(
@@ -50,13 +50,12 @@ def opinions(
       misalignments: the noticed ones.
     """
     costs = sorted((MISALIGNMENT_COSTS[m.kind] for m in misalignments), reverse=True)
-    result = {
-        "plausibility": BEST - sum(ARTIFACT_COST + ARTIFACT_AREA_COST * area for area in areas),
-        "alignment": BEST - sum(cost * (SECOND_MISALIGNMENT if i else 1) for i, cost in enumerate(costs)),
-        "aesthetics": beauty(truth.scene) - ARTIFACT_UGLINESS * len(areas),
-    }
-    result["overall"] = sum(weight * result[kind] for kind, weight in OVERALL_WEIGHTS.items())
-    return result
+    plausibility = BEST - sum(ARTIFACT_COST + ARTIFACT_AREA_COST * area for area in areas)
+    alignment = BEST - sum(cost * (SECOND_MISALIGNMENT if i else 1) for i, cost in enumerate(costs))
+    aesthetics = beauty(truth.scene) - ARTIFACT_UGLINESS * len(areas)
+    three = (plausibility, alignment, aesthetics)
+    overall = sum(weight * value for weight, value in zip(OVERALL_WEIGHTS, three, strict=True))
+    return dict(zip(feedback.SCORES, (*three, overall), strict=True))
 
 
 def beauty(scene: scenes.Scene) -> float:
