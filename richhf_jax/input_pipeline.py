@@ -21,7 +21,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from richhf_jax import errors
+from richhf_jax import errors, preprocessors
 from richhf_jax.datasets import records
 from richhf_jax.feature_converters import RahfFeatureConverter
 
@@ -82,7 +82,7 @@ def get_dataset(
     streams = []
     for number, task in enumerate(tasks):
         ks = schedule.filter(lambda chosen, _, number=number: chosen == number).map(lambda _, k: k)
-        examples = _examples(task, cfg, _records(task, cfg.split), ks)
+        examples = _examples(task, cfg, _Records(task, cfg.split), ks)
         streams.append(converter(examples, cfg.task_feature_lengths))
     dataset = streams[0]
     if len(tasks) > 1:
@@ -91,11 +91,29 @@ def get_dataset(
     return _deterministic(dataset.prefetch(2))
 
 
+def batch_shapes(
+    cfg: DatasetConfig,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
+) -> dict[str, np.ndarray]:
+    """Name -> shape and dtype of a whole batch (all hosts'), as zeros that take no memory.
+
+    Raises:
+      errors.UserError: as `get_dataset`.
+    """
+    task = seqio.get_subtasks(seqio.get_mixture_or_task(cfg.mixture_or_task_name))[0]
+    examples = _examples(task, cfg, _Records(task, cfg.split), tf.data.Dataset.range(1))
+    specs = examples.map(feature_converter_cls().convert_example).element_spec
+    return {
+        name: np.broadcast_to(np.zeros([], spec.dtype.as_numpy_dtype), [cfg.batch_size, *spec.shape])
+        for name, spec in specs.items()
+    }
+
+
 class TrainStream:
     """The batches of `get_dataset` as numpy, for the training loop.
 
     Attributes:
-      batch_shapes: name -> a whole batch's (all hosts') shape and dtype, as zeros that take no memory.
+      batch_shapes: see the function of this name.
     """
 
     def __init__(self, cfg: DatasetConfig, get_data_layout: Callable[[int], Any]):
@@ -106,11 +124,7 @@ class TrainStream:
         layout = get_data_layout(cfg.batch_size)
         self._cfg = cfg
         self._shard_info = seqio.ShardInfo(layout.shard_id, layout.num_shards)
-        specs = get_dataset(cfg, self._shard_info).element_spec
-        self.batch_shapes = {
-            name: np.broadcast_to(np.zeros([], spec.dtype.as_numpy_dtype), [cfg.batch_size, *spec.shape[1:]])
-            for name, spec in specs.items()
-        }
+        self.batch_shapes = batch_shapes(cfg)
 
     def position(self, step: int) -> dict[str, int]:
         """Where the stream stands after `step` batches, for a checkpoint."""
@@ -149,7 +163,7 @@ def evaluation_batches(
     if not isinstance(task, seqio.Task):
         raise errors.UserError(f"{task.name} is a mixture: evaluate its tasks one by one")
     size = cfg.batch_size // shard_info.num_shards
-    data = _records(task, cfg.split)
+    data = _Records(task, cfg.split)
     positions = _host_positions(cfg.batch_size, shard_info).take_while(lambda position: position < len(data))
     examples = _examples(task, dataclasses.replace(cfg, shuffle=False), data, positions)
     convert = feature_converter_cls().convert_example
@@ -233,34 +247,52 @@ def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Te
     return task, block * tf.gather(quotas, task) + slot - tf.gather(ends - quotas, task)
 
 
-def _records(task: seqio.Task, split: str) -> records.RecordFiles:
-    """The records of a task's split, in the TFDS files' order."""
-    if split not in task.splits:
-        raise errors.UserError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}")
-    loader = task.source.tfds_dataset
-    if not loader.builder.is_prepared():
-        raise errors.UserError(
-            f"{task.name}: its data isn't in {loader.builder.data_path}; build it by\n    "
-            f"python -m richhf_jax.datasets --config={loader.builder.builder_config.name} --data_dir=DIR\n"
-            "and give --tfds_data_dir=DIR"
+class _Records:
+    """The records of a task's split, in the order of the TFDS files, readable in any order."""
+
+    def __init__(self, task: seqio.Task, split: str):
+        if split not in task.splits:
+            raise errors.UserError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}")
+        loader = task.source.tfds_dataset
+        builder = loader.builder
+        if not builder.is_prepared():
+            raise errors.UserError(
+                f"{task.name}: its data isn't in {builder.data_path}; build it by\n"
+                f"    python -m richhf_jax.datasets --config={builder.builder_config.name} --data_dir=DIR\n"
+                "and give --tfds_data_dir=DIR"
+            )
+        files = loader.files(split)
+        self._paths = [file.filename for file in files]
+        self._files, self._offsets = records.locate([(file.filename, file.skip, file.take) for file in files])
+        self._features = builder.info.features
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def read(self, index: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The record's features. Fails where the data doesn't match its checksum."""
+        one_string = {"output_types": [tf.string], "output_shapes": [[]]}
+        # tf.data.TFRecordDataset with the one argument that its Python class lacks. A Python function that
+        # reads would do, but its threads may hang the interpreter at exit.
+        dataset = tf.raw_ops.TFRecordDatasetV2(
+            filenames=tf.gather(self._paths, tf.gather(self._files, index))[None],
+            byte_offsets=tf.gather(self._offsets, index)[None],
+            compression_type="",
+            buffer_size=tf.constant(0, tf.int64),  # Of one record, nothing is worth reading ahead.
         )
-    return records.RecordFiles([(file.filename, file.skip, file.take) for file in loader.files(split)])
+        dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=tf.constant(1, tf.int64), **one_string)
+        record = tf.raw_ops.DatasetToSingleElement(dataset=dataset, **one_string)[0]
+        return self._features.deserialize_example(record)
 
 
-def _examples(
-    task: seqio.Task, cfg: DatasetConfig, data: records.RecordFiles, ks: tf.data.Dataset
-) -> tf.data.Dataset:
+def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.Dataset) -> tf.data.Dataset:
     """The task's examples number k, for each k of a stream, preprocessed."""
     count = len(data)
-    features = task.source.tfds_dataset.info.features
 
     def read(k):
-        index = k % count
-        if cfg.shuffle:
-            index = _permute(index, count, _RECORDS, cfg.seed, k // count)
-        record = tf.ensure_shape(tf.numpy_function(data.__getitem__, [index], tf.string, stateful=False), [])
+        shuffled = _permute(k % count, count, _RECORDS, cfg.seed, k // count) if cfg.shuffle else k % count
         seed = tf.stack([tf.constant(cfg.seed, tf.int64), k])
-        return features.deserialize_example(record) | {"seed": tf.cast(seed, tf.int32)}
+        return data.read(shuffled) | {preprocessors.SEED: tf.cast(seed, tf.int32)}
 
     examples = ks.map(read, num_parallel_calls=tf.data.AUTOTUNE)
     source = seqio.FunctionDataSource(lambda split, shuffle_files: examples, splits=[cfg.split])

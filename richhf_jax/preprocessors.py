@@ -33,7 +33,8 @@ MASK = "_"
 _KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": ("keywords",)}
 _LENGTHS = ("image", "inputs", "targets", *_KINDS)
 
-_SEED = "seed"
+# int32 [2], given to each example by whoever reads it.
+SEED = "seed"
 _SHOWN_PROMPT = "shown_prompt"
 # Folded into the example's seed, so that no two random draws of an example are the same.
 _HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
@@ -41,9 +42,9 @@ _HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
 
 def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Gives each example a `seed`, int32 [2], unless the reader did (`input_pipeline` does)."""
-    if _SEED in dataset.element_spec:
+    if SEED in dataset.element_spec:
         return dataset
-    add = seqio.map_over_dataset(lambda example, seed: {**example, _SEED: seed}, num_seeds=1)
+    add = seqio.map_over_dataset(lambda example, seed: {**example, SEED: seed}, num_seeds=1)
     return add(dataset)
 
 
@@ -225,7 +226,7 @@ def rich_feedback(
     score_fields = [feedback.SCORE_FIELDS[kind] for kind in feedback.SCORES]
 
     def convert(example):
-        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[_SEED])
+        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[SEED])
         heatmap_kinds = draw_kinds(feedback.HEATMAPS, slots.heatmaps, fold_in(_HEATMAP_DRAW))
         score_kinds = draw_kinds(feedback.SCORES, slots.scores, fold_in(_SCORE_DRAW))
         prompts = example[_SHOWN_PROMPT][None]
@@ -277,7 +278,7 @@ def captions(
     side = sequence_length["image"]
 
     def convert(example):
-        seed = tf.random.experimental.stateless_fold_in(example[_SEED], _CAPTION_DRAW)
+        seed = tf.random.experimental.stateless_fold_in(example[SEED], _CAPTION_DRAW)
         shown = (
             tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0)) < shown_share
         )

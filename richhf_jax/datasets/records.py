@@ -1,7 +1,6 @@
-"""Random access to TFRecord files, so that a training stream can start anywhere at once."""
+"""Where the records of TFRecord files are, so that they can be read in any order."""
 
 import struct
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,63 +12,37 @@ _LENGTH = struct.Struct("<Q")
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
 
 
-class RecordFile:
-    """Records of one TFRecord file (local or gs://), in any order and from any thread.
+def record_offsets(path: str) -> np.ndarray:
+    """Scans a TFRecord file (local or gs://), header by header -> int64 [records], where each one starts.
 
-    The file is scanned once, header by header, for where its records are.
+    Raises:
+      ValueError: the file ends within a record.
     """
-
-    def __init__(self, path: str):
-        """Scans the file.
-
-        Raises:
-          ValueError: the file ends within a record.
-        """
-        self._path = epath.Path(path)
-        self._open_files = threading.local()
-        size = self._path.stat().length
-        starts, lengths = [], []
-        position = 0
-        with self._path.open("rb") as file:
-            while position < size:
-                file.seek(position)
-                header = file.read(_HEADER_BYTES)
-                length = _LENGTH.unpack(header[:8])[0] if len(header) == _HEADER_BYTES else size
-                starts.append(position + _HEADER_BYTES)
-                lengths.append(length)
-                position += _HEADER_BYTES + length + _FOOTER_BYTES
-                if position > size:
-                    raise ValueError(f"{path}: record {len(starts) - 1} is cut off; build the data set again")
-        self._starts, self._lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> bytes:
-        file = getattr(self._open_files, "file", None)
-        if file is None:  # Each thread has a file position of its own.
-            file = self._open_files.file = self._path.open("rb")
-        file.seek(int(self._starts[index]))
-        return file.read(int(self._lengths[index]))
+    path = epath.Path(path)
+    size = path.stat().length
+    offsets = []
+    position = 0
+    with path.open("rb") as file:
+        while position < size:
+            offsets.append(position)
+            file.seek(position)
+            header = file.read(_HEADER_BYTES)
+            length = _LENGTH.unpack(header[: _LENGTH.size])[0] if len(header) == _HEADER_BYTES else size
+            position += _HEADER_BYTES + length + _FOOTER_BYTES
+    if position > size:
+        raise ValueError(f"{path}: record {len(offsets) - 1} is cut off; build the data set again")
+    return np.array(offsets, np.int64)
 
 
-class RecordFiles:
-    """Parts of several files in a row, as one sequence of records."""
+def locate(parts: Sequence[tuple[str, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Parts of files in a row, as one sequence of records.
 
-    def __init__(self, parts: Sequence[tuple[str, int, int | None]]):
-        """Args:
-        parts: (path, records to skip, records to take or None for all).
-        """
-        self._files, numbers, within = [], [], []
-        for number, (path, skip, take) in enumerate(parts):
-            self._files.append(RecordFile(path))
-            indices = np.arange(len(self._files[-1]))[skip:][:take]
-            within.append(indices)
-            numbers.append(np.full(len(indices), number))
-        self._numbers, self._within = np.concatenate(numbers), np.concatenate(within)
+    Args:
+      parts: (path, records to skip, records to take), as TFDS's file instructions.
 
-    def __len__(self) -> int:
-        return len(self._within)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self._files[self._numbers[index]][self._within[index]]
+    Returns:
+      The number of its part and its offset in the file for each record, int64 [records].
+    """
+    offsets = [record_offsets(path)[skip:][:take] for path, skip, take in parts]
+    numbers = np.repeat(np.arange(len(parts)), [len(part) for part in offsets])
+    return numbers, np.concatenate(offsets)
