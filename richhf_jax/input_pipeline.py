@@ -213,7 +213,7 @@ def _permute(index: tf.Tensor, count: int, kind: int, seed: int, round_: tf.Tens
     """Where `index` goes in a permutation of `count`; another one for each round, without a table."""
     seeds = tf.stack([tf.constant(seed, tf.int64), 2 * round_ + kind])
     last = tf.constant(count - 1, tf.int64)
-    return tf.random.experimental.index_shuffle(index, tf.cast(seeds, tf.int32), last)
+    return tf.random.experimental.index_shuffle(index, seeds, last)
 
 
 def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]) -> np.ndarray:
@@ -235,9 +235,10 @@ def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]
 
 
 def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """A global position -> the task's number, and the how-manieth example of this task it is.
+    """A global position -> the task's number, and which of this task's examples it is.
 
-    In each block of positions the tasks' shares are exact, in an order drawn for the block.
+    In each block of positions a task has its exact share of examples, in an order drawn for the block; over
+    all blocks, it has each of its examples once.
     """
     size = quotas.sum()
     ends = np.cumsum(quotas)
@@ -291,8 +292,7 @@ def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.
 
     def read(k):
         shuffled = _permute(k % count, count, _RECORDS, cfg.seed, k // count) if cfg.shuffle else k % count
-        seed = tf.stack([tf.constant(cfg.seed, tf.int64), k])
-        return data.read(shuffled) | {preprocessors.SEED: tf.cast(seed, tf.int32)}
+        return data.read(shuffled) | {preprocessors.SEED: tf.stack([tf.constant(cfg.seed, tf.int64), k])}
 
     examples = ks.map(read, num_parallel_calls=tf.data.AUTOTUNE)
     source = seqio.FunctionDataSource(lambda split, shuffle_files: examples, splits=[cfg.split])

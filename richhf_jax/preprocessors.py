@@ -33,7 +33,7 @@ MASK = "_"
 _KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": ("keywords",)}
 _LENGTHS = ("image", "inputs", "targets", *_KINDS)
 
-# int32 [2], given to each example by whoever reads it.
+# int64 [2], given to each example by whoever reads it.
 SEED = "seed"
 _SHOWN_PROMPT = "shown_prompt"
 # Folded into the example's seed, so that no two random draws of an example are the same.
@@ -41,10 +41,10 @@ _HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
 
 
 def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Gives each example a `seed`, int32 [2], unless the reader did (`input_pipeline` does)."""
+    """Gives each example a `SEED`, int64 [2], unless the reader did (`input_pipeline` does)."""
     if SEED in dataset.element_spec:
         return dataset
-    add = seqio.map_over_dataset(lambda example, seed: {**example, SEED: seed}, num_seeds=1)
+    add = seqio.map_over_dataset(lambda example, seed: example | {SEED: tf.stack(seed)}, num_seeds=1)
     return add(dataset)
 
 

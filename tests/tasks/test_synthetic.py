@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import seqio
+
+import tasks
+from richhf_jax import feature_converters, feedback, input_pipeline
+
+LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
+RICH_FEEDBACK = [f"synthetic_rich_hf{kind}_{v}" for kind in ("", "_subtle") for v in tasks.providers.VARIANTS]
+CAPTIONS = ["synthetic_captions", "synthetic_captions_augmented_prompt"]
+MIXTURES = ["synthetic_pretrain", "synthetic_pretrain_augmented_prompt"]
+
+
+@pytest.fixture(autouse=True)
+def _data_dir(synthetic_data_dir):
+    seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
+
+
+def evaluate(name, **lengths):
+    cfg = input_pipeline.DatasetConfig(name, {**LENGTHS, **lengths}, "validation", 8)
+    (batch,) = input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))
+    return batch
+
+
+def test_names():
+    assert set(RICH_FEEDBACK + CAPTIONS) <= set(seqio.TaskRegistry.names())
+    assert set(MIXTURES) <= set(seqio.MixtureRegistry.names())
+
+
+@pytest.mark.parametrize("name", ["synthetic_rich_hf_multi_head", "synthetic_rich_hf_augmented_prompt"])
+def test_metrics_of_a_perfect_prediction(name):
+    task = seqio.get_mixture_or_task(name)
+    examples, _ = evaluate(name)
+    targets = [task.postprocess_fn(None, example=example, is_target=True) for example in examples]
+    assert all(target.heatmaps.keys() == set(feedback.HEATMAPS) for target in targets)
+    assert all(target.tokens for target in targets)
+    (metric_fn,) = task.metric_fns
+    results = metric_fn(targets, targets)
+    assert results["num_examples"] == len(examples)
+    assert results["score/plcc/plausibility"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_captions(name):
+    examples, features = evaluate(name, heatmaps=0, scores=0)
+    assert features["encoder_input_tokens"].shape == (8, 1, 32)
+    for example in examples:
+        assert example["texts"].tolist() == [example[feedback.PROMPT_FIELD]]
+
+
+@pytest.mark.parametrize(("name", "prompts"), list(zip(MIXTURES, (1, 7), strict=True)))
+def test_mixtures_have_both_kinds_of_example(name, prompts):
+    dataset = seqio.get_dataset(
+        name,
+        LENGTHS,
+        feature_converters.RahfFeatureConverter(),
+        num_epochs=None,
+        seed=0,
+        batch_size=16,
+    )
+    batch = next(dataset.as_numpy_iterator())
+    assert batch["encoder_input_tokens"].shape == (16, prompts, 32)
+    labelled = batch["heatmap_weights"].all(1)
+    assert 0 < labelled.sum() < 16
+    np.testing.assert_array_equal(labelled, batch["score_weights"].any(1))
+    assert batch["decoder_loss_weights"].any((1, 2)).all()

@@ -1,0 +1,214 @@
+import subprocess
+import sys
+
+import gin
+import numpy as np
+import pytest
+import seqio
+
+import tasks  # noqa: F401 (registers them)
+from richhf_jax import errors, feature_converters, feedback, input_pipeline, partitioning
+
+LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
+TASK = "synthetic_rich_hf_multi_head"
+ONE_HOST = seqio.ShardInfo(0, 1)
+TRAIN_EXAMPLES, TEST_EXAMPLES = 32, 8
+
+
+@pytest.fixture(autouse=True)
+def _data_dir(synthetic_data_dir):
+    seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
+
+
+def config(name=TASK, split="train", batch_size=4, lengths=None, **kwargs):
+    return input_pipeline.DatasetConfig(name, {**LENGTHS, **(lengths or {})}, split, batch_size, **kwargs)
+
+
+def take(cfg, count, shard_info=ONE_HOST, **kwargs):
+    dataset = input_pipeline.get_dataset(cfg, shard_info, **kwargs)
+    return list(dataset.take(count).as_numpy_iterator())
+
+
+def ids(batches):
+    """Something that tells examples apart: the sum of their pixels."""
+    return [int(image.astype(np.int64).sum()) for batch in batches for image in batch["image"]]
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        for name, value in batch.items():
+            np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_each_epoch_has_every_record_once_in_an_order_of_its_own():
+    seen = ids(take(config(), 24))
+    epochs = [seen[start : start + TRAIN_EXAMPLES] for start in (0, 32, 64)]
+    assert len(set(epochs[0])) == TRAIN_EXAMPLES
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_order_depends_on_the_seed_alone():
+    assert_same(take(config(seed=3), 4), take(config(seed=3), 4))
+    assert ids(take(config(seed=3), 8)) != ids(take(config(seed=4), 8))
+    assert ids(take(config(seed=3, batch_size=2), 8)) == ids(take(config(seed=3, batch_size=8), 2))
+
+
+def test_without_shuffle_records_come_in_order():
+    seen = ids(take(config(shuffle=False), 16))
+    assert seen[:TRAIN_EXAMPLES] == seen[TRAIN_EXAMPLES:]
+    assert seen[:TRAIN_EXAMPLES] != ids(take(config(), 8))
+
+
+@pytest.mark.parametrize("name", [TASK, "synthetic_pretrain"])
+def test_resumed_stream_is_the_uninterrupted_one(name, rng):
+    cfg = config(name)
+    uninterrupted = take(cfg, 30)
+    for step in rng.choice(29, 3, replace=False):
+        assert_same(take(cfg, 2, start_step=int(step)), uninterrupted[step : step + 2])
+
+
+def test_random_choices_are_resumed_too():
+    cfg = config("synthetic_rich_hf_augmented_prompt", lengths={"heatmaps": 1, "scores": 1})
+    assert_same(take(cfg, 2, start_step=10), take(cfg, 12)[10:])
+
+
+@pytest.mark.parametrize("name", [TASK, "synthetic_pretrain"])
+def test_hosts_have_consecutive_parts_of_each_batch(name):
+    cfg = config(name, batch_size=6)
+    hosts = [take(cfg, 5, seqio.ShardInfo(index, 3), start_step=4) for index in range(3)]
+    assert hosts[0][0]["image"].shape[0] == 2
+    joined = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*hosts, strict=True)
+    ]
+    assert_same(joined, take(cfg, 5, start_step=4))
+    # Within an epoch no two hosts see the same record.
+    if name == TASK:
+        seen = [set(ids(take(cfg, 5, seqio.ShardInfo(index, 3)))) for index in range(3)]
+        assert len(set.union(*seen)) == 30
+
+
+def test_batch_that_does_not_split_over_the_hosts():
+    with pytest.raises(errors.UserError, match="batch of 4 doesn't split evenly over 3 hosts"):
+        take(config(), 1, seqio.ShardInfo(0, 3))
+
+
+def test_mixture_has_its_rates_and_sees_records_equally_often():
+    gin.bind_parameter("tasks.synthetic.caption_rate.rate", 3.0)
+    batches = take(config("synthetic_pretrain", batch_size=50), 20)  # One block of the schedule.
+    captions = np.concatenate([batch["heatmap_weights"][:, 0] == 0 for batch in batches])
+    assert captions.sum() == 750
+    # Mixed: no long run of either.
+    assert captions[:100].sum() > 50
+    seen = np.array(ids(batches))
+    for task, count in ((captions, 750), (~captions, 250)):
+        times_seen = np.unique(seen[task], return_counts=True)[1]
+        assert len(times_seen) == TRAIN_EXAMPLES
+        assert set(times_seen) == {count // TRAIN_EXAMPLES, count // TRAIN_EXAMPLES + 1}
+
+
+def test_blind_by_gin():
+    gin.parse_config("richhf_jax.preprocessors.blind.to = 'image'")
+    (batch,) = take(config(), 1)
+    assert not batch["image"].any()
+    assert batch["heatmap_targets"].any()
+
+
+def test_quotas_are_whole_and_rounded_fairly():
+    mixture = seqio.MixtureRegistry.get("synthetic_pretrain")
+    names = [task.name for task in mixture.tasks]
+    thirds = seqio.Mixture("thirds", [(names[0], 2), (names[1], 1)])
+    np.testing.assert_array_equal(input_pipeline._quotas(thirds, thirds.tasks), [667, 333])
+    rare = seqio.Mixture("rare", [(names[0], 1), (names[1], 1e-5)])
+    with pytest.raises(errors.UserError, match=f"the rate of {names[1]} is below 1 in 1000"):
+        input_pipeline._quotas(rare, rare.tasks)
+
+
+def test_evaluation_takes_each_record_once_and_fills_up_the_last_batch():
+    cfg = config(split="test", batch_size=3)
+    batches = list(input_pipeline.evaluation_batches(cfg, ONE_HOST))
+    assert [len(examples) for examples, _ in batches] == [3, 3, 2]
+    names = [example[feedback.FILENAME_FIELD] for examples, _ in batches for example in examples]
+    assert len(set(names)) == TEST_EXAMPLES
+    for examples, features in batches:
+        assert features["image"].shape == (3, 64, 64, 3)
+        for example, image in zip(examples, features["image"], strict=False):
+            np.testing.assert_array_equal(example["image"], image)
+    last = batches[-1][1]
+    for name in ("heatmap_weights", "score_weights", "decoder_loss_weights"):
+        assert last[name][:2].any()
+        assert not last[name][2].any()
+
+
+def test_evaluation_on_several_hosts_is_that_of_one():
+    cfg = config(split="test", batch_size=6)
+    hosts = [list(input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(i, 3))) for i in range(3)]
+    # The last batch holds two records: the first host's.
+    assert [[len(examples) for examples, _ in host] for host in hosts] == [[2, 2], [2, 0], [2, 0]]
+    one = list(input_pipeline.evaluation_batches(cfg, ONE_HOST))
+    for number, (_, features) in enumerate(one):
+        joined = np.concatenate([host[number][1]["image"] for host in hosts])
+        np.testing.assert_array_equal(joined, features["image"])
+
+
+def test_evaluation_of_a_mixture_is_refused():
+    with pytest.raises(errors.UserError, match="synthetic_pretrain is a mixture"):
+        next(input_pipeline.evaluation_batches(config("synthetic_pretrain"), ONE_HOST))
+
+
+def test_split_that_is_not_there():
+    with pytest.raises(
+        errors.UserError, match=r"synthetic_captions has no split 'test', only train, validation"
+    ):
+        take(config("synthetic_captions", split="test"), 1)
+
+
+def test_data_that_is_not_built_is_named():
+    with pytest.raises(
+        errors.UserError, match=r"synthetic_rich_hf/subtle.*\n.*--config=subtle --data_dir=DIR"
+    ):
+        take(config("synthetic_rich_hf_subtle_multi_head"), 1)
+
+
+def test_train_stream():
+    cfg = config(batch_size=4)
+    layout = partitioning.DataLayout(batch_size=4, shard_id=1, num_shards=2)
+    stream = input_pipeline.TrainStream(cfg, lambda batch_size: layout)
+    batches = stream.batches({})
+    first = [next(batches) for _ in range(3)]
+    assert {name: (4, *value.shape[1:]) for name, value in first[0].items()} == {
+        name: value.shape for name, value in stream.batch_shapes.items()
+    }
+    assert all(value.dtype == stream.batch_shapes[name].dtype for name, value in first[0].items())
+    assert_same([next(stream.batches(stream.position(2)))], first[2:])
+
+
+def test_stock_seqio_reads_the_same_records():
+    dataset = seqio.get_dataset(
+        TASK, LENGTHS, feature_converters.RahfFeatureConverter(), dataset_split="train", batch_size=4
+    )
+    assert_same(list(dataset.as_numpy_iterator()), take(config(shuffle=False), 8))
+    mixture = seqio.get_dataset(
+        "synthetic_pretrain",
+        LENGTHS,
+        feature_converters.RahfFeatureConverter(),
+        shuffle=True,
+        num_epochs=None,
+        seed=0,
+        batch_size=4,
+    )
+    assert next(iter(mixture))["image"].shape == (4, 64, 64, 3)
+
+
+def test_program_ends_while_data_is_read_ahead(synthetic_data_dir):
+    program = (
+        "import seqio, tasks; from richhf_jax import input_pipeline\n"
+        f"seqio.set_tfds_data_dir_override({str(synthetic_data_dir)!r})\n"
+        f"cfg = input_pipeline.DatasetConfig({TASK!r}, {LENGTHS}, 'train', 4)\n"
+        "batches = input_pipeline.get_dataset(cfg, seqio.ShardInfo(0, 1)).as_numpy_iterator()\n"
+        "next(batches)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)

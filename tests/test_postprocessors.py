@@ -1,0 +1,56 @@
+import numpy as np
+
+from richhf_jax import feedback, postprocessors
+
+
+def task_example(**changes):
+    return {
+        "heatmaps": np.stack([np.full((2, 2), 255, np.uint8), np.full((2, 2), 51, np.uint8)]),
+        "heatmap_weights": np.float32([1, 1]),
+        "scores": np.float32([0, 0.25, 0.5, 1]),
+        "score_weights": np.float32([1, 1, 1, 1]),
+        feedback.FILENAME_FIELD: b"train/1.png",
+        feedback.PROMPT_FIELD: "a café, blue".encode(),
+        feedback.KEYWORDS_FIELD: b"1 0 1",
+        **changes,
+    }
+
+
+def test_target():
+    target = postprocessors.rich_feedback(None, task_example(), is_target=True)
+    assert target.id == "train/1.png"
+    assert target.prompt == "a café, blue"
+    assert target.scores == {"plausibility": 0.0, "alignment": 0.25, "aesthetics": 0.5, "overall": 1.0}
+    np.testing.assert_array_equal(target.heatmaps["implausibility"], np.ones((2, 2), np.float32))
+    np.testing.assert_allclose(target.heatmaps["misalignment"], 0.2, rtol=1e-6)
+    assert target.heatmaps["misalignment"].dtype == np.float32
+    assert [(t.text, t.misaligned) for t in target.tokens] == [("a", False), ("café", True), ("blue", False)]
+
+
+def test_kinds_without_label_are_absent():
+    target = postprocessors.target(
+        task_example(heatmap_weights=np.float32([0, 1]), score_weights=np.float32([1, 1, 0, 1]))
+    )
+    assert target.heatmaps.keys() == {"misalignment"}
+    assert target.scores.keys() == {"plausibility", "alignment", "overall"}
+
+
+def test_labels_that_do_not_fit_leave_no_tokens_and_are_named(caplog):
+    target = postprocessors.target(task_example(**{feedback.KEYWORDS_FIELD: b"1 0"}))
+    assert target.tokens == ()
+    assert "train/1.png: the prompt has 3 tokens but there are 2 labels" in caplog.text
+
+
+def test_output_of_a_model_is_left_as_it_is():
+    output = object()
+    assert postprocessors.rich_feedback(output, task_example(), is_target=False) is output
+
+
+def test_prediction():
+    prediction = postprocessors.prediction(
+        task_example(), np.full((2, 2, 2), 0.5), np.float32([0.1, 0.2, 0.3, 0.4]), "a café_0 blue"
+    )
+    assert prediction.id == "train/1.png"
+    assert prediction.labels == [1, 0, 1]
+    assert list(prediction.scores) == list(feedback.SCORES)
+    assert prediction.heatmaps["misalignment"].shape == (2, 2)

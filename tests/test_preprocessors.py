@@ -1,0 +1,290 @@
+import functools
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from richhf_jax import errors, feedback, preprocessors
+from tasks import vocabulary
+
+LENGTHS = {"image": 8, "inputs": 16, "targets": 16, "heatmaps": 2, "scores": 4, "texts": 1}
+VOCABULARY = vocabulary.get_vocabulary()
+FEATURES = {"inputs": seqio.Feature(VOCABULARY)}
+
+
+def record(**changes):
+    rng = np.random.default_rng(0)
+    return {
+        feedback.FILENAME_FIELD: "train/1.png",
+        feedback.IMAGE_FIELD: rng.integers(0, 256, (8, 8, 3), np.uint8),
+        feedback.PROMPT_FIELD: "a red star, and one blue ring",
+        feedback.KEYWORDS_FIELD: "1 0 1 1 1 1 0",
+        **{field: np.float32(i / 4) for i, field in enumerate(feedback.SCORE_FIELDS.values())},
+        **{
+            field: np.full((8, 8, 1), 100 + i, np.uint8)
+            for i, field in enumerate(feedback.HEATMAP_FIELDS.values())
+        },
+        **changes,
+    }
+
+
+def run(preprocess, *, seeds=(0,), lengths=None, example=None, **kwargs):
+    """One example of each seed through a task's chain of preprocessors."""
+    example = example or record()
+    dataset = tf.data.Dataset.from_tensors(example).repeat(len(seeds))
+    pairs = tf.data.Dataset.from_tensor_slices(np.int64([[0, seed] for seed in seeds]))
+    dataset = tf.data.Dataset.zip(dataset, pairs).map(lambda e, seed: e | {preprocessors.SEED: seed})
+    dataset = preprocessors.blind(preprocessors.add_seed(dataset))
+    dataset = preprocess(
+        dataset, sequence_length={**LENGTHS, **(lengths or {})}, output_features=FEATURES, **kwargs
+    )
+    return list(dataset.as_numpy_iterator())
+
+
+rich_feedback = functools.partial(run, preprocessors.rich_feedback)
+captions = functools.partial(run, preprocessors.captions)
+
+
+def decoded(tokens):
+    """Token rows -> their texts, each of which must be ended by EOS and padded."""
+    texts = []
+    for row in tokens:
+        (end,) = np.flatnonzero(row == VOCABULARY.eos_id)
+        assert not row[end + 1 :].any()
+        texts.append(VOCABULARY.decode(row[:end].tolist()))
+    return texts
+
+
+PROMPTS = [
+    "a yellow cat",
+    'A red cat, "happy" as ever!',
+    "  two  spaces ;and: marks?!...",
+    "",
+    ",.",
+    "naïve café – ünïcode",
+    "日本の 赤い,猫",
+    "an emoji 🎉🎊 party",
+    "a\ttab and\nline",
+    "ends_0 with the suffix_0",
+    "non\u00a0breaking\u3000spaces",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_mark_misaligned_is_that_of_feedback(prompt, rng):
+    tokens = feedback.tokenize_prompt(prompt)
+    labels = rng.integers(0, 2, len(tokens)).tolist()
+    text, fits = preprocessors.mark_misaligned(
+        tf.constant(prompt), tf.constant(feedback.format_labels(labels))
+    )
+    assert text.numpy().decode() == feedback.mark_misaligned(tokens, labels)
+    assert fits
+    assert [t.decode() for t in preprocessors.tokenize_prompt(tf.constant(prompt)).numpy()] == tokens
+
+
+@pytest.mark.parametrize("labels", ["", "1 0", "1 0 1 1", "1 2 1", "1 x 0"])
+def test_labels_that_do_not_fit_are_not_paired(labels):
+    text, fits = preprocessors.mark_misaligned(tf.constant("a yellow cat"), tf.constant(labels))
+    assert not fits
+    assert text == ""
+
+
+def test_encode_ends_pads_and_cuts():
+    a, red, star = VOCABULARY.encode("a red star")
+    tokens = preprocessors.encode(tf.constant(["a", "a red star", "a red star a"]), 4, VOCABULARY)
+    np.testing.assert_array_equal(tokens, [[a, 1, 0, 0], [a, red, star, 1], [a, red, star, 1]])
+    assert tokens.dtype == tf.int32
+
+
+def test_multi_head_example():
+    (example,) = rich_feedback(augmented_prompt=False)
+    original = record()
+    assert decoded(example["inputs"]) == ["a red star, and one blue ring"]
+    assert decoded(example["targets"]) == ["a red_0 star and one blue ring_0"]
+    assert example["texts"].tolist() == [b"a red_0 star and one blue ring_0"]
+    np.testing.assert_array_equal(example["image"], original[feedback.IMAGE_FIELD])
+    assert example["heatmaps"].dtype == np.uint8
+    np.testing.assert_array_equal(example["heatmaps"], np.broadcast_to([[[100]], [[101]]], (2, 8, 8)))
+    np.testing.assert_array_equal(example["heatmap_weights"], [1, 1])
+    np.testing.assert_array_equal(example["scores"], np.float32([0, 0.25, 0.5, 0.75]))
+    np.testing.assert_array_equal(example["score_weights"], [1, 1, 1, 1])
+    for field in (feedback.FILENAME_FIELD, feedback.PROMPT_FIELD, feedback.KEYWORDS_FIELD):
+        assert example[field].decode() == original[field]
+
+
+def test_augmented_prompt_example():
+    multi_head, augmented = (rich_feedback(augmented_prompt=variant)[0] for variant in (False, True))
+    prompt = "a red star, and one blue ring"
+    assert decoded(augmented.pop("inputs")) == [
+        f"implausibility heatmap {prompt}",
+        f"misalignment heatmap {prompt}",
+        f"plausibility score {prompt}",
+        f"alignment score {prompt}",
+        f"aesthetics score {prompt}",
+        f"overall score {prompt}",
+        f"misaligned keywords {prompt}",
+    ]
+    del multi_head["inputs"]
+    assert augmented.keys() == multi_head.keys()
+    for name, value in augmented.items():
+        np.testing.assert_array_equal(value, multi_head[name], err_msg=name)
+
+
+def test_fewer_slots_hold_kinds_drawn_without_replacement():
+    examples = rich_feedback(
+        augmented_prompt=True, seeds=range(200), lengths={"heatmaps": 1, "scores": 2, "texts": 0}
+    )
+    pairs = []
+    for example in examples:
+        heatmap, *scores = decoded(example["inputs"])
+        kind = heatmap.split()[0]
+        assert example["heatmaps"].shape == (1, 8, 8)
+        np.testing.assert_array_equal(example["heatmaps"], 100 + feedback.HEATMAPS.index(kind))
+        kinds = [feedback.SCORES.index(text.split()[0]) for text in scores]
+        np.testing.assert_array_equal(example["scores"], np.float32(kinds) / 4)
+        assert example["targets"].shape == (0, 16)
+        pairs.append((kind, *kinds))
+    heatmaps, *scores = zip(*pairs, strict=True)
+    assert 70 < heatmaps.count("misalignment") < 130
+    assert all(first != second for first, second in zip(*scores, strict=True))
+    assert len(set(zip(*scores, strict=True))) == 12
+    again = rich_feedback(augmented_prompt=True, seeds=[7], lengths={"heatmaps": 1, "scores": 2, "texts": 0})
+    np.testing.assert_array_equal(again[0]["inputs"], examples[7]["inputs"])
+
+
+def test_no_slots_of_a_kind():
+    (example,) = rich_feedback(augmented_prompt=True, lengths={"heatmaps": 0, "scores": 0})
+    assert decoded(example["inputs"]) == ["misaligned keywords a red star, and one blue ring"]
+    assert example["heatmaps"].shape == (0, 8, 8)
+    assert example["scores"].shape == (0,)
+
+
+@pytest.mark.parametrize("augmented_prompt", [False, True])
+def test_labels_that_do_not_fit_weigh_nothing(augmented_prompt):
+    (example,) = rich_feedback(
+        augmented_prompt=augmented_prompt, example=record(**{feedback.KEYWORDS_FIELD: "1 0"})
+    )
+    assert not example["targets"].any()
+    assert example["texts"].tolist() == [b""]
+    assert example["heatmap_weights"].all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "augmented_prompt", "message"),
+    [
+        ({"scores": 2}, False, r"'scores'\] is 2, but the multi-head variant.* 0 or 4"),
+        ({"heatmaps": 3}, True, r"'heatmaps'\] must be 0 to 2, got 3"),
+        ({"texts": -1}, True, r"'texts'\] must be 0 to 1, got -1"),
+        ({"inputs": 6}, True, r"'inputs'\] must be at least 7"),
+    ],
+)
+def test_lengths_that_make_no_sense(lengths, augmented_prompt, message):
+    with pytest.raises(errors.UserError, match=message):
+        preprocessors.slots_of({**LENGTHS, **lengths}, augmented_prompt)
+
+
+def test_missing_lengths():
+    with pytest.raises(errors.UserError, match="there is no 'image'"):
+        preprocessors.slots_of({"inputs": 8}, augmented_prompt=False)
+    with pytest.raises(errors.UserError, match="there is no 'image'"):
+        preprocessors.slots_of(None, augmented_prompt=False)
+
+
+def test_resize_keeps_places():
+    image = np.zeros((16, 32, 1), np.uint8)
+    image[:4, 16:] = 255  # top right
+    small = preprocessors.resize(tf.constant(image), 8).numpy()
+    assert small.dtype == np.uint8
+    assert small.shape == (8, 8, 1)
+    assert (small[0, 5:] == 255).all()
+    assert (small[4:] == 0).all()
+    assert (small[:, :3] == 0).all()
+
+
+def test_images_of_another_size_and_their_heatmaps():
+    big = record(
+        **{feedback.IMAGE_FIELD: np.full((32, 32, 3), 9, np.uint8)},
+        **{field: np.full((32, 32, 1), 50, np.uint8) for field in feedback.HEATMAP_FIELDS.values()},
+    )
+    (example,) = rich_feedback(augmented_prompt=False, example=big)
+    np.testing.assert_array_equal(example["image"], np.full((8, 8, 3), 9))
+    np.testing.assert_array_equal(example["heatmaps"], np.full((2, 8, 8), 50))
+
+
+def caption_record():
+    fields = (feedback.FILENAME_FIELD, feedback.IMAGE_FIELD, feedback.PROMPT_FIELD)
+    return {field: record()[field] for field in fields}
+
+
+def test_caption_without_hints():
+    (example,) = captions(augmented_prompt=False, shown_share=0.0, example=caption_record())
+    assert decoded(example["inputs"]) == ["caption"]
+    assert decoded(example["targets"]) == ["a red star, and one blue ring"]
+    assert example["heatmaps"].shape == (2, 8, 8)
+    for name in ("heatmaps", "heatmap_weights", "scores", "score_weights"):
+        assert not example[name].any()
+    assert example["scores"].shape == (4,)
+
+
+def test_caption_with_hidden_words():
+    examples = captions(augmented_prompt=False, shown_share=1.0, seeds=range(100), example=caption_record())
+    words = ["a", "red", "star,", "and", "one", "blue", "ring"]
+    hidden = []
+    for example in examples:
+        (text,) = decoded(example["inputs"])
+        task, *shown = text.split()
+        assert task == "caption"
+        assert all(s in (w, preprocessors.MASK) for s, w in zip(shown, words, strict=True))
+        hidden.append(shown.count(preprocessors.MASK))
+    # Uniform over the number of hidden words, as the probability is uniform.
+    assert min(hidden) == 0
+    assert max(hidden) == 7
+    assert 3.0 < np.mean(hidden) < 4.0
+    assert np.std(hidden) > 1.9
+
+
+def test_share_of_captions_with_hints():
+    examples = captions(augmented_prompt=False, shown_share=0.3, seeds=range(300), example=caption_record())
+    shown = [decoded(example["inputs"]) != ["caption"] for example in examples]
+    assert 0.22 < np.mean(shown) < 0.38
+
+
+def test_captions_in_the_augmented_prompt_variant():
+    (example,) = captions(augmented_prompt=True, shown_share=0.0, example=caption_record())
+    assert decoded(example["inputs"]) == [""] * 6 + ["caption"]
+    expected = rich_feedback(augmented_prompt=True)[0]
+    assert {k: (v.shape, v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)} == {
+        k: (v.shape, v.dtype) for k, v in expected.items() if isinstance(v, np.ndarray)
+    }
+
+
+def test_blind_to_the_image(monkeypatch):
+    monkeypatch.setattr(preprocessors, "blind", functools.partial(preprocessors.blind, to="image"))
+    (example,) = rich_feedback(augmented_prompt=False)
+    assert not example["image"].any()
+    assert decoded(example["inputs"]) == ["a red star, and one blue ring"]
+    assert example["heatmaps"].any()
+
+
+def test_blind_to_the_prompt(monkeypatch):
+    monkeypatch.setattr(preprocessors, "blind", functools.partial(preprocessors.blind, to="prompt"))
+    (example,) = rich_feedback(augmented_prompt=True)
+    assert decoded(example["inputs"])[0] == "implausibility heatmap"
+    assert decoded(example["targets"]) == ["a red_0 star and one blue ring_0"]
+    assert example["image"].any()
+    (caption,) = captions(augmented_prompt=False, shown_share=1.0, example=caption_record())
+    assert "star" not in decoded(caption["inputs"])[0]
+
+
+def test_blind_to_something_else():
+    with pytest.raises(errors.UserError, match=r"blind.to must be .* got 'words'"):
+        preprocessors.blind(tf.data.Dataset.from_tensors(record()), to="words")
+
+
+def test_seeds_of_stock_seqio():
+    dataset = tf.data.Dataset.range(5).map(lambda n: {"n": n})
+    with seqio.map_seed_manager(3):
+        first = [e[preprocessors.SEED] for e in preprocessors.add_seed(dataset).as_numpy_iterator()]
+    assert first[0].shape == (2,)
+    assert len({tuple(seed) for seed in first}) == 5
