@@ -202,6 +202,13 @@ def test_resize_keeps_places():
     assert (small[:, :3] == 0).all()
 
 
+def test_shrinking_averages():
+    stripes = np.zeros((32, 32, 1), np.uint8)
+    stripes[::4] = 200
+    small = preprocessors.resize(tf.constant(stripes), 8).numpy()
+    assert 40 <= small.min() <= small.max() <= 60
+
+
 def test_images_of_another_size_and_their_heatmaps():
     big = record(
         **{feedback.IMAGE_FIELD: np.full((32, 32, 3), 9, np.uint8)},
