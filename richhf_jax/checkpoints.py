@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 
 from richhf_jax import errors
 from richhf_jax import train_state as train_state_lib
@@ -36,10 +37,10 @@ class RestoreCheckpointConfig:
     Attributes:
       path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest checkpoint is meant. Parameters
         that it lacks, or whose shape differs, keep their fresh values and are listed; optimizer and
-        step begin anew.
+        step begin anew. None: nowhere, all are fresh.
     """
 
-    path: str
+    path: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,80 +114,75 @@ def find_checkpoint(path: str) -> tuple[str, int]:
     if not directory.name.startswith("checkpoint_"):
         steps = [int(p.name.split("_")[1]) for p in directory.glob("checkpoint_*") if p.name[11:].isdigit()]
         if not steps:
-            raise CheckpointError(f"no checkpoint_<step> in {directory}: train first, or name another directory")
+            raise CheckpointError(
+                f"no checkpoint_<step> in {directory}: train first, or name another directory"
+            )
         directory = directory / f"checkpoint_{max(steps)}"
     if not (directory / _STATE).is_dir():
         raise CheckpointError(f"{directory} is not a checkpoint: it holds no {_STATE}/")
     return str(directory), int(directory.name.split("_")[1])
 
 
-def restore_params(path: str, abstract_params: Any, strict: bool = True) -> tuple[Any, list[str]]:
-    """Parameters of a checkpoint, by name; a whole one or one with parts missing.
+def restore_params(path: str, abstract_params: Any) -> Any:
+    """All parameters of a model, from a checkpoint.
 
     Args:
       path: as for `find_checkpoint`.
       abstract_params: `ShapeDtypeStruct`s with shardings.
-      strict: every parameter must be there.
-
-    Returns:
-      A flat dict name path -> array of the parameters found, and the names that weren't.
 
     Raises:
-      CheckpointError: there is no checkpoint, or `strict` and a parameter is missing or of another shape.
+      CheckpointError: there is no checkpoint, or a parameter is missing or of another shape.
     """
+    found, absent = _restore_found(path, abstract_params)
+    if absent:
+        raise CheckpointError(
+            f"{path} doesn't fit this model: {'; '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}\n"
+            "Give the same gin files as in training: size, variant and vocabulary must agree"
+        )
+    return traverse_util.unflatten_dict(found)
+
+
+def restore_matching(path: str, abstract_params: Any) -> dict[tuple[str, ...], jax.Array]:
+    """The parameters that a checkpoint has under the same name and in the same shape; the rest is logged.
+
+    Args:
+      path: as for `find_checkpoint`.
+      abstract_params: `ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      Name, as a path in the tree -> array.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it shares no parameter.
+    """
+    found, absent = _restore_found(path, abstract_params)
+    if not found:
+        raise CheckpointError(f"{path} shares no parameter with this model")
+    logging.info("initialised %d arrays from %s, %d stay fresh", len(found), path, len(absent))
+    for line in absent:
+        logging.info("fresh: %s", line)
+    return found
+
+
+def _restore_found(path: str, abstract_params: Any) -> tuple[dict[tuple[str, ...], Any], list[str]]:
+    """The parameters that a checkpoint has in the right shape, by name, and what the others lack."""
     directory, _ = find_checkpoint(path)
     state_dir = os.path.join(directory, _STATE)
     reader = ocp.PyTreeCheckpointer()
-    saved = _flatten(reader.metadata(state_dir).item_metadata.tree["params"])
-    wanted = _flatten(abstract_params)
-    found = {
-        name: leaf for name, leaf in wanted.items() if name in saved and tuple(saved[name].shape) == leaf.shape
-    }
-    absent = [_describe(name, wanted[name], saved) for name in wanted if name not in found]
-    if strict and absent:
-        raise CheckpointError(f"{directory} doesn't fit this model: " + "; ".join(absent[:5]))
-    item = {"params": _unflatten(found)}
+    saved = traverse_util.flatten_dict(reader.metadata(state_dir).item_metadata.tree["params"])
+    wanted = traverse_util.flatten_dict(abstract_params)
+    fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
+    absent = [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
+    item = {"params": traverse_util.unflatten_dict(fits)}
     restored = reader.restore(
         state_dir,
         args=ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         ),
     )
-    return _flatten(restored["params"]), absent
-
-
-def initialize_from(path: str, params: Any) -> Any:
-    """Fresh parameters -> the same tree with what the checkpoint at `path` has of it.
-
-    Raises:
-      CheckpointError: there is no checkpoint, or it shares no parameter.
-    """
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-    found, absent = restore_params(path, abstract, strict=False)
-    if not found:
-        raise CheckpointError(f"{path} shares no parameter with this model")
-    logging.info("initialised %d arrays from %s, %d stay fresh", len(found), path, len(absent))
-    for line in absent:
-        logging.info("fresh: %s", line)
-    return _unflatten(_flatten(params) | found)
+    return traverse_util.flatten_dict(restored["params"]), absent
 
 
 def _describe(name: tuple[str, ...], leaf: Any, saved: Mapping) -> str:
     there = f"{tuple(saved[name].shape)} in the checkpoint" if name in saved else "not in the checkpoint"
     return f"{'/'.join(name)} {tuple(leaf.shape)}: {there}"
-
-
-def _flatten(tree: Any, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, (*prefix, key)).items()}
-
-
-def _unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for (*parents, last), leaf in flat.items():
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree

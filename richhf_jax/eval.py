@@ -11,7 +11,7 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
     checkpoints,
-    feedback,
     gin_utils,
     input_pipeline,
     metrics,
@@ -48,7 +47,8 @@ def trivial_baseline(
     """The mean score, the mean heatmap of the training split, no word flagged."""
     del images
     train_cfg = dataclasses.replace(cfg, split="train")
-    train_targets = (postprocessors.target(example) for example, _ in input_pipeline.eval_examples(train_cfg))
+    batches = input_pipeline.evaluation_batches(train_cfg, seqio.ShardInfo(0, 1))
+    train_targets = (postprocessors.target(example) for examples, _ in batches for example in examples)
     return "trivial (training mean)", metrics.trivial_baseline(train_targets, targets)
 
 
@@ -61,7 +61,7 @@ def evaluate(
     partitioner: partitioning.PjitPartitioner,
     baseline_fns: Sequence[Baseline] = (trivial_baseline,),
     gallery_size: int = 48,
-    curve_dirs: Mapping[str, str] | None = None,
+    curve_dirs: Mapping[str, str | None] | None = None,
     title: str = "RAHF",
 ) -> dict[str, float]:
     """Predicts a whole split and measures it, next to baselines.
@@ -74,7 +74,7 @@ def evaluate(
       partitioner: the mesh.
       baseline_fns: systems to stand beside the model in the tables.
       gallery_size: images in the report.
-      curve_dirs: name -> MODEL_DIR whose loss curves the report shows.
+      curve_dirs: stage of the training -> MODEL_DIR whose loss curves the report shows.
       title: the model's name in the report.
 
     Returns:
@@ -100,7 +100,7 @@ def evaluate(
         report.GalleryItem(*item)
         for item in itertools.islice(zip(images, targets, predictions, strict=True), gallery_size)
     ]
-    curves = {name: _read_curves(path) for name, path in (curve_dirs or {}).items()}
+    curves = {stage: _read_curves(path) for stage, path in (curve_dirs or {}).items() if path}
     details = {"task": task.name, "split": dataset_cfg.split, "step": step, "images": len(targets)}
     report.write_report(os.path.join(directory, "report.html"), title, rows, curves, gallery, details)
     print(report.format_tables(rows))
@@ -110,11 +110,10 @@ def evaluate(
 
 def _load(model, checkpoint_path, cfg, partitioner) -> tuple[trainer.Trainer, Any, int]:
     """A trainer for its predict step, the checkpoint's parameters on the mesh, and their step."""
-    partitioner.get_data_layout(cfg.batch_size)
-    loop = trainer.Trainer(model, partitioner, input_pipeline.batch_shapes(cfg))
+    stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout)
+    loop = trainer.Trainer(model, partitioner, stream.batch_shapes)
     _, step = checkpoints.find_checkpoint(checkpoint_path)
-    params, _ = checkpoints.restore_params(checkpoint_path, loop.abstract_state.params)
-    return loop, params, step
+    return loop, checkpoints.restore_params(checkpoint_path, loop.abstract_state.params), step
 
 
 def _predict_split(
@@ -123,26 +122,17 @@ def _predict_split(
     """Images, targets and predictions of every example, in the data's order."""
     vocabulary = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features["targets"].vocabulary
     images, targets, predictions = [], [], []
-    examples = tqdm.tqdm(input_pipeline.eval_examples(cfg), desc="predicting", unit=" images", mininterval=1)
-    for chunk in _batched(examples, cfg.batch_size):
-        # The last batch repeats its last example, so that one compiled program serves all.
-        padded = [*chunk, *[chunk[-1]] * (cfg.batch_size - len(chunk))]
-        batch = {name: np.stack([features[name] for _, features in padded]) for name in chunk[0][1]}
+    batches = input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))
+    for examples, batch in tqdm.tqdm(batches, desc="predicting", unit=" batches", mininterval=1):
         outputs = jax.device_get(loop.predict(params, batch))
-        for i, (example, features) in enumerate(chunk):
+        for i, example in enumerate(examples):
             text = vocabulary.decode(outputs["tokens"][i, 0].tolist())
-            images.append(features["image"])
+            images.append(example["image"])
             targets.append(postprocessors.target(example))
             predictions.append(
                 postprocessors.prediction(example, outputs["heatmaps"][i], outputs["scores"][i], text)
             )
     return images, targets, predictions
-
-
-def _batched(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
 
 
 def _measure(task, targets, predictions) -> dict[str, float]:
@@ -153,7 +143,7 @@ def _measure(task, targets, predictions) -> dict[str, float]:
 
 
 def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
-    """Loss curves of a MODEL_DIR: "train <scalar>" and "validation <scalar>" -> (step, value) points."""
+    """Loss curves of a MODEL_DIR: "<train or validation> <loss>" -> (step, value) points."""
     curves = {}
     places = {"train": "train", "validation": os.path.join("training_eval", "*")}
     for name, place in places.items():
@@ -162,7 +152,9 @@ def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
             for tag in events.Tags()["tensors"]:
                 if tag.startswith("loss"):
                     points = events.Tensors(tag)
-                    curves[f"{name} {tag}"] = [(p.step, float(tf.make_ndarray(p.tensor_proto))) for p in points]
+                    curves[f"{name} {tag}"] = [
+                        (p.step, float(tf.make_ndarray(p.tensor_proto))) for p in points
+                    ]
     return curves
 
 

@@ -108,10 +108,10 @@ def _initial_state(
     if latest is not None:
         logging.info("continuing from step %d", latest)
         return checkpointer.restore(loop.abstract_state, latest)
-    state = loop.init_state()
-    if restore:
-        state = state.replace(params=checkpoints.initialize_from(restore.path, state.params))
-    return state, {}
+    given = {}
+    if restore and restore.path:
+        given = checkpoints.restore_matching(restore.path, loop.abstract_state.params)
+    return loop.init_state(given), {}
 
 
 @contextlib.contextmanager
@@ -157,8 +157,8 @@ class _TrainingLog:
         scalars = trainer.summarize(self._metrics)
         if not np.isfinite(scalars["loss"]):
             raise errors.UserError(
-                f"the loss is {scalars['loss']} between step {self._since[1]} and {step}: lower the learning rate, "
-                "and start again from the last checkpoint by the same command"
+                f"the loss is {scalars['loss']} between step {self._since[1]} and {step}: lower the learning "
+                "rate, and start again from the last checkpoint by the same command"
             )
         now, (then, since_step) = time.monotonic(), self._since
         rate = (step - since_step) / (now - then)
@@ -191,7 +191,9 @@ class _Evaluation:
         self._num_batches = num_batches
         if self._stream:
             directory = os.path.join(model_dir, "training_eval", cfg.mixture_or_task_name)
-            self._writer = metric_writers.create_default_writer(directory, just_logging=jax.process_index() > 0)
+            self._writer = metric_writers.create_default_writer(
+                directory, just_logging=jax.process_index() > 0
+            )
 
     def run(self, params: Any, step: int) -> None:
         """Always the same batches, so that curves compare."""
@@ -222,7 +224,10 @@ class _Evaluation:
 def _write_model_info(path: str, params: Any) -> None:
     """One line a parameter, and their number (T5X's file)."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    lines = [f"{jax.tree_util.keystr(p, simple=True, separator='/')} {leaf.dtype} {leaf.shape}" for p, leaf in leaves]
+    lines = [
+        f"{jax.tree_util.keystr(p, simple=True, separator='/')} {leaf.dtype} {leaf.shape}"
+        for p, leaf in leaves
+    ]
     total = sum(leaf.size for _, leaf in leaves)
     with open(path, "w") as file:
         file.write("\n".join([*lines, f"total number of parameters: {total}", ""]))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import PartitionSpec
 
 from richhf_jax import losses, models, partitioning
@@ -46,8 +47,12 @@ class Trainer:
         self._partitioner = partitioner
         self._num_microbatches = num_microbatches or 1
         init_rng, self._dropout_rng = jax.random.split(jax.random.PRNGKey(random_seed))
-        self._init = functools.partial(self._fresh_state, init_rng, {k: v.shape for k, v in batch_shapes.items()})
-        abstract_state, params_axes = jax.eval_shape(self._init), self._params_axes(batch_shapes)
+        shapes = {name: array.shape for name, array in batch_shapes.items()}
+        self._init = functools.partial(model.get_initial_variables, init_rng, shapes)
+        variables = jax.eval_shape(self._init)
+        create = functools.partial(TrainState.create, model.optimizer_def)
+        abstract_state = jax.eval_shape(create, variables["params"])
+        params_axes = axes_by_param(variables["params_axes"])
         axes = train_state_lib.logical_axes(model.optimizer_def, params_axes, abstract_state)
         self._state_sharding = partitioner.state_sharding(axes)
         self.abstract_state = jax.tree.map(
@@ -64,9 +69,24 @@ class Trainer:
         )
         self._predict_step = partitioner.partition(model.predict_batch, (state.params, batch), everywhere)
 
-    def init_state(self) -> TrainState:
-        """Fresh parameters and optimizer state, made where they live."""
-        return jax.jit(self._init, out_shardings=self._state_sharding)()
+    def init_state(self, given: Mapping[tuple[str, ...], jax.Array] | None = None) -> TrainState:
+        """A state at step 0, made where it lives.
+
+        Args:
+          given: parameters by name, in place of fresh ones (which then cost nothing).
+        """
+        given = given or {}
+        shardings = traverse_util.flatten_dict(self._state_sharding.params)
+        wanted = {name: sharding for name, sharding in shardings.items() if name not in given}
+
+        def fresh():
+            params = traverse_util.flatten_dict(self._init()["params"])
+            return {name: params[name] for name in wanted}
+
+        made = jax.jit(fresh, out_shardings=wanted)() if wanted else {}
+        create = functools.partial(TrainState.create, self._model.optimizer_def)
+        params = traverse_util.unflatten_dict({**given, **made})
+        return jax.jit(create, out_shardings=self._state_sharding)(params)
 
     def train_step(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[TrainState, Metrics]:
         """One step. `state` is donated: don't use it again."""
@@ -79,15 +99,6 @@ class Trainer:
     def predict(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Predictions for a batch; see the model's `predict_batch`."""
         return self._predict_step(params, self._partitioner.shard_batch(batch))
-
-    def _fresh_state(self, rng: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> TrainState:
-        variables = self._model.get_initial_variables(rng, shapes)
-        return TrainState.create(self._model.optimizer_def, variables["params"])
-
-    def _params_axes(self, batch_shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
-        shapes = {name: leaf.shape for name, leaf in batch_shapes.items()}
-        variables = jax.eval_shape(lambda: self._model.get_initial_variables(jax.random.PRNGKey(0), shapes))
-        return axes_by_param(variables["params_axes"])
 
     def _train(self, state: TrainState, batch: models.Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(self._dropout_rng, state.step)
@@ -125,7 +136,7 @@ class Trainer:
 
 
 def axes_by_param(params_axes: Mapping[str, Any]) -> dict[str, Any]:
-    """Flax's `params_axes` collection (`kernel_axes: AxisMetadata`) -> a tree like `params`, of `PartitionSpec`s."""
+    """Flax's `params_axes` (`kernel_axes: AxisMetadata`) -> a tree like `params`, of `PartitionSpec`s."""
     tree: dict[str, Any] = {}
     for name, value in params_axes.items():
         if isinstance(value, Mapping):

@@ -26,16 +26,25 @@ OUTPUT_FEATURES = {
 
 
 def add_rich_feedback_task(
-    name: str, tfds_name: str, splits: Sequence[str], *, augmented_prompt: bool
+    name: str,
+    tfds_name: str,
+    splits: Sequence[str],
+    *,
+    augmented_prompt: bool,
+    more_metric_fns: Sequence[Callable] = (),
 ) -> None:
-    """Registers the task `name` on a TFDS data set with RichHF-18K's features, images and prompts."""
+    """Registers the task `name` on a TFDS data set with RichHF-18K's features, images and prompts.
+
+    Args:
+      more_metric_fns: (targets, predictions) -> metrics, beside those of the paper's protocol.
+    """
     _add(
         name,
         tfds_name,
         splits,
         functools.partial(preprocessors.rich_feedback, augmented_prompt=augmented_prompt),
         postprocess_fn=postprocessors.rich_feedback,
-        metric_fns=[metrics.rich_feedback_metrics],
+        metric_fns=[metrics.rich_feedback_metrics, *more_metric_fns],
     )
 
 

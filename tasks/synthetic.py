@@ -9,10 +9,16 @@ In pretraining TASK_FEATURE_LENGTHS asks for text slots alone; of the rich feedb
 are the keywords.
 """
 
+import functools
+from collections.abc import Sequence
+
 import gin
+import numpy as np
 import seqio
 
-from richhf_jax.datasets import synthetic_captions, synthetic_rich_hf
+from richhf_jax import input_pipeline, metrics
+from richhf_jax.datasets import scenes, synthetic_captions, synthetic_rich_hf
+from richhf_jax.feedback import RichFeedback
 from tasks import providers
 
 _RICH_HF_VERSION = synthetic_rich_hf.SyntheticRichHf.VERSION
@@ -26,6 +32,30 @@ def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
     return rate
 
 
+def truth_metrics(
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback], config: scenes.SceneConfig
+) -> dict[str, float]:
+    """Checks against what is really in the scenes, drawn again from their names."""
+    return metrics.synthetic_metrics(targets, predictions, _truths(targets, config))
+
+
+@gin.configurable
+def training_free_baseline(
+    cfg: input_pipeline.DatasetConfig,
+    images: Sequence[np.ndarray],
+    targets: Sequence[RichFeedback],
+    config: str = "default",
+) -> tuple[str, Sequence[RichFeedback]]:
+    """A system for `eval.evaluate`'s tables: all objects misaligned, busy textures implausible."""
+    del cfg
+    truths = _truths(targets, scenes.CONFIGS[config])
+    return "training-free (object mask, detail)", metrics.training_free_baseline(images, targets, truths)
+
+
+def _truths(targets: Sequence[RichFeedback], config: scenes.SceneConfig) -> list[scenes.SceneTruth]:
+    return [scenes.truth(target.id, config) for target in targets]
+
+
 for _variant, _augmented in providers.VARIANTS.items():
     for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
         providers.add_rich_feedback_task(
@@ -33,6 +63,7 @@ for _variant, _augmented in providers.VARIANTS.items():
             f"synthetic_rich_hf/{_config}:{_RICH_HF_VERSION}",
             ["train", "validation", "test"],
             augmented_prompt=_augmented,
+            more_metric_fns=[functools.partial(truth_metrics, config=scenes.CONFIGS[_config])],
         )
     _suffix = f"_{_variant}" if _augmented else ""
     providers.add_captions_task(
