@@ -51,9 +51,9 @@ def test_each_epoch_has_every_record_once_in_an_order_of_its_own():
 
 
 def test_order_depends_on_the_seed_alone():
-    assert_same(take(config(seed=3), 4), take(config(seed=3), 4))
-    assert ids(take(config(seed=3), 8)) != ids(take(config(seed=4), 8))
-    assert ids(take(config(seed=3, batch_size=2), 8)) == ids(take(config(seed=3, batch_size=8), 2))
+    seen = ids(take(config(seed=3), 8))
+    assert ids(take(config(seed=4), 8)) != seen
+    assert ids(take(config(seed=3, batch_size=16), 2)) == seen
 
 
 def test_without_shuffle_records_come_in_order():
@@ -66,7 +66,7 @@ def test_without_shuffle_records_come_in_order():
 def test_resumed_stream_is_the_uninterrupted_one(name, rng):
     cfg = config(name)
     uninterrupted = take(cfg, 30)
-    for step in rng.choice(29, 3, replace=False):
+    for step in rng.choice(29, 2, replace=False):
         assert_same(take(cfg, 2, start_step=int(step)), uninterrupted[step : step + 2])
 
 
@@ -78,17 +78,15 @@ def test_random_choices_are_resumed_too():
 @pytest.mark.parametrize("name", [TASK, "synthetic_pretrain"])
 def test_hosts_have_consecutive_parts_of_each_batch(name):
     cfg = config(name, batch_size=6)
-    hosts = [take(cfg, 5, seqio.ShardInfo(index, 3), start_step=4) for index in range(3)]
-    assert hosts[0][0]["image"].shape[0] == 2
+    hosts = [take(cfg, 5, seqio.ShardInfo(index, 2)) for index in range(2)]
+    assert hosts[0][0]["image"].shape[0] == 3
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*hosts, strict=True)
     ]
-    assert_same(joined, take(cfg, 5, start_step=4))
-    # Within an epoch no two hosts see the same record.
-    if name == TASK:
-        seen = [set(ids(take(cfg, 5, seqio.ShardInfo(index, 3)))) for index in range(3)]
-        assert len(set.union(*seen)) == 30
+    assert_same(joined, take(cfg, 5))
+    if name == TASK:  # These are 30 examples of an epoch of 32.
+        assert not set(ids(hosts[0])) & set(ids(hosts[1]))
 
 
 def test_batch_that_does_not_split_over_the_hosts():
