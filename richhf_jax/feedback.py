@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-SCORES = ("plausibility", "alignment", "aesthetics", "overall")
-HEATMAPS = ("implausibility", "misalignment")
+SCORES = PLAUSIBILITY, ALIGNMENT, AESTHETICS, OVERALL = ("plausibility", "alignment", "aesthetics", "overall")
+HEATMAPS = IMPLAUSIBILITY, MISALIGNMENT = ("implausibility", "misalignment")
 
 # RichHF-18K's fields. https://github.com/google-research/google-research/tree/master/richhf_18k
 FILENAME_FIELD = "filename"
 SCORE_FIELDS = {
-    "plausibility": "artifact_score",
-    "alignment": "misalignment_score",
-    "aesthetics": "aesthetics_score",
-    "overall": "overall_score",
+    PLAUSIBILITY: "artifact_score",
+    ALIGNMENT: "misalignment_score",
+    AESTHETICS: "aesthetics_score",
+    OVERALL: "overall_score",
 }
-HEATMAP_FIELDS = {"implausibility": "artifact_map", "misalignment": "misalignment_map"}
+HEATMAP_FIELDS = {IMPLAUSIBILITY: "artifact_map", MISALIGNMENT: "misalignment_map"}
 KEYWORDS_FIELD = "prompt_misalignment_label"
 
 # Joined to a record from Pick-a-Pic (the TFRecords hold neither).

@@ -26,8 +26,6 @@ from richhf_jax.feedback import RichFeedback
 # The regulariser of KLD in the reference code of the MIT/Tuebingen saliency benchmark (MATLAB's eps).
 KLD_EPSILON = 2.2204e-16
 
-IMPLAUSIBILITY, MISALIGNMENT = feedback.HEATMAPS
-
 
 class ObjectTruth(Protocol):
     """An object of a synthetic scene: its pixels (bool [height, width]), whether it belies the prompt."""
@@ -175,7 +173,7 @@ def synthetic_metrics(
     for target, truth in zip(targets, truths, strict=True):
         if any(heatmap.shape != truth.object_mask.shape for heatmap in target.heatmaps.values()):
             raise ValueError(f"record {target.id!r}: the scene's truth is of {truth.object_mask.shape}")
-    regions = {IMPLAUSIBILITY: "artifact_region", MISALIGNMENT: "misaligned_region"}
+    regions = {feedback.IMPLAUSIBILITY: "artifact_region", feedback.MISALIGNMENT: "misaligned_region"}
     results = {}
     for kind, region in regions.items():
         pairs = [(truths[i], heatmap) for i, _, heatmap in _pairs("heatmaps", kind, targets, predictions)]
@@ -183,7 +181,7 @@ def synthetic_metrics(
         peaks = np.array([heatmap.max() for _, heatmap in pairs])
         if flawed.any() and not flawed.all():
             results[f"synthetic/detection_auc/{kind}"] = _roc_auc(flawed, peaks)
-        if kind == MISALIGNMENT and pairs:
+        if kind == feedback.MISALIGNMENT and pairs:
             results |= _wrong_object_metrics(pairs)
     return results
 
@@ -250,8 +248,8 @@ def training_free_baseline(
             t.prompt,
             {},
             {
-                IMPLAUSIBILITY: _high_frequency_energy(image),
-                MISALIGNMENT: truth.object_mask.astype(np.float32),
+                feedback.IMPLAUSIBILITY: _high_frequency_energy(image),
+                feedback.MISALIGNMENT: truth.object_mask.astype(np.float32),
             },
             (),
         )

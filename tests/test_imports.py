@@ -33,8 +33,9 @@ PROJECT_IMPORTS = {
     "preprocessors": set(),
     "postprocessors": set(),
     "feature_converters": {"preprocessors"},
-    "tasks": {"datasets", "metrics", "preprocessors", "postprocessors"},
-    "input_pipeline": {"datasets", "feature_converters", "partitioning", "preprocessors", "tasks"},
+    "input_pipeline": {"datasets", "feature_converters", "partitioning", "preprocessors"},
+    # `input_pipeline` for its DatasetConfig, which baselines are given.
+    "tasks": {"datasets", "input_pipeline", "metrics", "preprocessors", "postprocessors"},
     "gin_utils": set(),
 }
 ENTRY_POINTS = {"train", "eval"}

@@ -36,7 +36,7 @@ MISALIGNMENT_COSTS = {"colour": 2.3, "shape": 2.4, "size": 1.7, "count": 1.9, "m
 SECOND_MISALIGNMENT = 0.4  # the share that a second one costs
 BACKGROUND_CHARM = {"gradient": 1.5, "plain": 0.9, "stripes": 0.5, "checks": 0.0}
 PLAIN_AESTHETICS, COLOUR_CHARM, IMBALANCE_COST, ARTIFACT_UGLINESS = 2.4, 1.0, 1.3, 0.4
-OVERALL_WEIGHTS = (0.4, 0.35, 0.25)  # of plausibility, alignment and aesthetics
+OVERALL_WEIGHTS = {feedback.PLAUSIBILITY: 0.4, feedback.ALIGNMENT: 0.35, feedback.AESTHETICS: 0.25}
 
 
 def opinions(
@@ -50,12 +50,14 @@ def opinions(
       misalignments: the noticed ones.
     """
     costs = sorted((MISALIGNMENT_COSTS[m.kind] for m in misalignments), reverse=True)
-    plausibility = BEST - sum(ARTIFACT_COST + ARTIFACT_AREA_COST * area for area in areas)
-    alignment = BEST - sum(cost * (SECOND_MISALIGNMENT if i else 1) for i, cost in enumerate(costs))
-    aesthetics = beauty(truth.scene) - ARTIFACT_UGLINESS * len(areas)
-    three = (plausibility, alignment, aesthetics)
-    overall = sum(weight * value for weight, value in zip(OVERALL_WEIGHTS, three, strict=True))
-    return dict(zip(feedback.SCORES, (*three, overall), strict=True))
+    points = {
+        feedback.PLAUSIBILITY: BEST - sum(ARTIFACT_COST + ARTIFACT_AREA_COST * area for area in areas),
+        feedback.ALIGNMENT: BEST
+        - sum(cost * (SECOND_MISALIGNMENT if i else 1) for i, cost in enumerate(costs)),
+        feedback.AESTHETICS: beauty(truth.scene) - ARTIFACT_UGLINESS * len(areas),
+    }
+    overall = sum(weight * points[kind] for kind, weight in OVERALL_WEIGHTS.items())
+    return points | {feedback.OVERALL: overall}
 
 
 def beauty(scene: scenes.Scene) -> float:
@@ -103,7 +105,7 @@ def rate(config: scenes.SceneConfig, name: str, truth: scenes.SceneTruth, rater_
         if o.misaligned and thing.phrase_index in noticed
     ]
     points = {}
-    for kind, regions in zip(feedback.HEATMAPS, (artifacts, wrong), strict=True):
+    for kind, regions in {feedback.IMPLAUSIBILITY: artifacts, feedback.MISALIGNMENT: wrong}.items():
         found = [point for region in regions for point in clicks(region, rng)]
         if rng.random() < P_SPURIOUS_CLICK:
             found.append(tuple(rng.uniform(0, size - 1, 2).round(1).tolist()))
