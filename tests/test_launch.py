@@ -14,6 +14,7 @@ LAUNCH = pathlib.Path(richhf_jax.__file__).resolve().parents[1] / "launch"
 FAKE_PYTHON = """#!/usr/bin/env bash
 [[ $1 == -c ]] && exit
 echo "$*" >>"$LOG"
+echo "tunables: $GLIBC_TUNABLES"
 if [[ $2 == richhf_jax.eval ]]; then
   for argument; do
     [[ $argument == --gin.MODEL_DIR=* ]] && model_dir=${argument#*=}
@@ -70,6 +71,13 @@ def test_quickstart_runs_its_parts_in_order(venv):
     ]
     assert output.endswith(f"open {out}/report.html\n")
     assert (out / "report.html").read_text() == "page\n"
+
+
+@pytest.mark.parametrize(("given", "used"), [("", "glibc.malloc.hugetlb=1"), ("glibc.malloc.hugetlb=0",) * 2])
+def test_quickstart_asks_for_huge_pages(venv, monkeypatch, given, used):
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+    parts = launch("quickstart.sh", venv, "--out=out")[1].partition("== 1/4")[2]
+    assert parts.count(f"tunables: {used}\n") == 4
 
 
 def test_quickstart_stops_at_a_part_that_fails(venv):
