@@ -1,6 +1,8 @@
 """Learning-rate schedules from T5X's factor strings, and AdamW."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,9 @@ def create_learning_rate_scheduler(
     }
     names = [name.strip() for name in factors.split("*")]
     if unknown := [name for name in names if name not in terms]:
-        raise ValueError(f"unknown learning-rate factor {unknown[0]!r} in {factors!r}; known: {', '.join(terms)}")
+        raise ValueError(
+            f"unknown learning-rate factor {unknown[0]!r} in {factors!r}; known: {', '.join(terms)}"
+        )
 
     def learning_rate(step: jax.Array) -> jax.Array:
         step = jnp.maximum(0, step - step_offset)
@@ -72,6 +76,7 @@ def adamw(
     beta2: float = 0.999,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = None,
+    learning_rate_multipliers: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
     """AdamW in float32. Weight decay acts on matrices and kernels only, not on biases or norm scales.
 
@@ -79,6 +84,8 @@ def adamw(
       learning_rate_fn: step -> learning rate.
       weight_decay: share of a weight taken off a step, times the learning rate.
       max_grad_norm: bound on the gradient's global norm; None leaves it alone.
+      learning_rate_multipliers: part of a parameter's name ("relpos_bias") -> by what its learning rate is
+        multiplied. Adam moves every weight by about the learning rate a step, whatever the weight's scale.
     """
     optimizer = optax.adamw(
         learning_rate_fn,
@@ -87,6 +94,16 @@ def adamw(
         weight_decay=weight_decay,
         mask=lambda params: jax.tree.map(lambda param: param.ndim > 1, params),
     )
-    if max_grad_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+    clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
+    scales = [
+        optax.masked(optax.scale(factor), functools.partial(_named, part=part))
+        for part, factor in (learning_rate_multipliers or {}).items()
+    ]
+    return optax.chain(*clip, optimizer, *scales)
+
+
+def _named(params: Any, part: str) -> Any:
+    """A tree of bools: whether `part` is in a parameter's name, "decoder/relpos_bias/rel_embedding"."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: part in jax.tree_util.keystr(path, simple=True, separator="/"), params
+    )

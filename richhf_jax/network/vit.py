@@ -34,6 +34,9 @@ class ViTConfig:
       dropout_rate: on embeddings, attention weights, and the outputs of both blocks.
       dtype: of activations; parameters are float32.
       float32_attention_logits: attention's softmax in float32 whatever `dtype`.
+      stem_filters: 3x3 convolutions with stride 2 before the patches are cut, each with a norm and a GELU
+        (Xiao et al., "Early Convolutions Help Transformers See Better", https://arxiv.org/abs/2106.14881).
+        None as published; a small ViT learns texture several times faster with two.
     """
 
     patch_size: int = 16
@@ -45,6 +48,30 @@ class ViTConfig:
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
     float32_attention_logits: bool = False
+    stem_filters: tuple[int, ...] = ()
+
+
+class StemLayer(nn.Module):
+    """A 3x3 convolution with stride 2, a layer norm over the channels, a GELU."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> [batch, height / 2, width / 2, features]."""
+        kernel = param_with_axes(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (3, 3, x.shape[-1], self.features),
+            jnp.float32,
+            axes=("height", "width", "image_channels", "mlp"),
+        )
+        x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return nn.gelu(layers.CenteredLayerNorm(dtype=self.dtype, name="norm")(x))
 
 
 class PatchEmbedding(nn.Module):
@@ -178,12 +205,19 @@ class ViT(nn.Module):
           [batch, patches, embed] of `config.dtype`, the patches row by row.
 
         Raises:
-          ValueError: the image does not divide into patches, or the heads do not divide the width.
+          ValueError: the image does not divide into patches, the heads do not divide the width, or the stem
+            does not divide a patch.
         """
         cfg = self.config
         if cfg.emb_dim % cfg.num_heads:
             raise ValueError(f"{cfg.num_heads} heads do not divide the width {cfg.emb_dim}")
-        x = PatchEmbedding(cfg.patch_size, cfg.emb_dim, cfg.dtype, name="patch_embedding")(images)
+        if cfg.patch_size % 2 ** len(cfg.stem_filters):
+            raise ValueError(f"{len(cfg.stem_filters)} stem layers do not divide a patch of {cfg.patch_size}")
+        x = images
+        for i, features in enumerate(cfg.stem_filters):
+            x = StemLayer(features, cfg.dtype, name=f"stem_{i}")(x)
+        patch_size = cfg.patch_size // 2 ** len(cfg.stem_filters)
+        x = PatchEmbedding(patch_size, cfg.emb_dim, cfg.dtype, name="patch_embedding")(x)
         x = PositionEmbedding(cfg.grid, name="position_embedding")(x)
         # [batch, height, width, embed] -> [batch, patches, embed]
         x = x.reshape(x.shape[0], -1, cfg.emb_dim)
