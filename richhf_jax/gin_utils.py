@@ -93,7 +93,7 @@ def parse_gin_flags(
         gin.add_config_file_search_path(path)
     for file in gin_files:
         with _explained(file):
-            gin.parse_config_file(file)
+            gin.parse_config_file(_find(file, gin_search_paths))
     for binding in gin_bindings:
         _check_macro_exists(binding, gin.config_str())
         with _explained(f"--gin.{binding}"):
@@ -117,6 +117,16 @@ def _explained(source: str) -> Iterator[None]:
                 f"{source}: %{name} is used but has no value; give --gin.{name}=..."
             ) from error
         raise errors.UserError(f"{source}: {error}") from error
+
+
+def _find(file: str, search_paths: Sequence[str]) -> str:
+    """Where a gin file is; the name itself where it is nowhere, for gin to complain.
+
+    Gin would first look for a Python package of the name's first part, and break at a mere folder of that
+    name in the working directory (`runs/`). The project's own includes begin with `gin/` for the same reason.
+    """
+    places = [os.path.join(folder, file) for folder in ("", *search_paths)]
+    return next((place for place in places if os.path.isfile(place)), file)
 
 
 def _check_macro_exists(binding: str, config: str) -> None:
