@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from richhf_jax import errors
 from richhf_jax import train_state as train_state_lib
 
 _STATE, _POSITION = "state", "data_position"
+_NAME = re.compile(r"checkpoint_(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +113,8 @@ def find_checkpoint(path: str) -> tuple[str, int]:
       CheckpointError: there is none.
     """
     directory = pathlib.Path(os.path.abspath(path))
-    if not directory.name.startswith("checkpoint_"):
-        steps = [int(p.name.split("_")[1]) for p in directory.glob("checkpoint_*") if p.name[11:].isdigit()]
+    if not _NAME.fullmatch(directory.name):
+        steps = [int(match[1]) for p in directory.glob("*") if (match := _NAME.fullmatch(p.name))]
         if not steps:
             raise CheckpointError(
                 f"no checkpoint_<step> in {directory}: train first, or name another directory"
@@ -173,6 +175,8 @@ def _restore_found(path: str, abstract_params: Any) -> tuple[dict[tuple[str, ...
     wanted = traverse_util.flatten_dict(abstract_params)
     fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
     absent = [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
+    if not fits:  # Orbax can't restore nothing.
+        return {}, absent
     item = {"params": traverse_util.unflatten_dict(fits)}
     restored = reader.restore(
         state_dir,

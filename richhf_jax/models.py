@@ -24,7 +24,11 @@ class BaseModel(abc.ABC):
 
     @abc.abstractmethod
     def loss_fn(
-        self, params: Any, batch: Batch, dropout_rng: jax.Array | None, normalizers: dict[str, jax.Array] | None = None
+        self,
+        params: Any,
+        batch: Batch,
+        dropout_rng: jax.Array | None,
+        normalizers: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """Loss and metrics of a training batch. `dropout_rng=None` switches dropout off."""
 
@@ -97,7 +101,10 @@ class RahfModel(BaseModel):
         del input_types  # The network's inputs have one type each.
         slots = self.module.smallest_slots
         height, width = input_shapes["image"][1:3]
-        length, target_length = input_shapes["encoder_input_tokens"][-1], input_shapes["decoder_input_tokens"][-1]
+        length, target_length = (
+            input_shapes["encoder_input_tokens"][-1],
+            input_shapes["decoder_input_tokens"][-1],
+        )
         targets = jnp.ones((1, slots.texts, target_length), jnp.int32)
         return self.module.init(
             rng,
@@ -125,8 +132,7 @@ class RahfModel(BaseModel):
 
     def loss_weights(self, batch):
         """Labelled slots of each kind and target tokens; at least 1, so an empty kind's loss is 0."""
-        names = {"heatmap": "heatmap_weights", "score": "score_weights", "keywords": "decoder_loss_weights"}
-        return {kind: jnp.maximum(jnp.sum(batch[name]), 1.0) for kind, name in names.items()}
+        return {kind: jnp.maximum(count, 1.0) for kind, count in _label_counts(batch).items()}
 
     def loss_fn(self, params, batch, dropout_rng, normalizers=None):
         """See the class. Summed over microbatches with the whole batch's `normalizers` it is the same."""
@@ -148,12 +154,12 @@ class RahfModel(BaseModel):
             )
             hits = (jnp.argmax(outputs["logits"], axis=-1) == targets) * weights
             metrics["keywords/token_accuracy"] = losses.WeightedMean(jnp.sum(hits), jnp.sum(weights))
-        own = self.loss_weights(batch)
-        normalizers = own if normalizers is None else normalizers
+        counts = _label_counts(batch)
+        normalizers = self.loss_weights(batch) if normalizers is None else normalizers
         loss = jnp.zeros((), jnp.float32)
         for kind, total in sums.items():
             loss += self._loss_weights[kind] * total / normalizers[kind]
-            metrics[f"loss/{kind}"] = losses.WeightedMean(total, own[kind])
+            metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
         metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
         return loss, metrics
 
@@ -210,3 +216,9 @@ class RahfModel(BaseModel):
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(log_probs, batch["decoder_target_tokens"][..., None], axis=-1)
         return jnp.sum(jnp.squeeze(chosen, axis=-1) * batch["decoder_loss_weights"], axis=-1)
+
+
+def _label_counts(batch: Batch) -> dict[str, jax.Array]:
+    """Labelled heatmap and score slots, and target tokens."""
+    names = {"heatmap": "heatmap_weights", "score": "score_weights", "keywords": "decoder_loss_weights"}
+    return {kind: jnp.sum(batch[name]) for kind, name in names.items()}
