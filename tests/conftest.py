@@ -32,6 +32,84 @@ def clean_gin():
         sys.modules["gin"].clear_config()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiles two to three times faster to slower code, for tests that run a program a few times."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """Makes the model of the shipped gin files, in the size of small.gin unless another is named."""
+    import gin
+
+    from richhf_jax import gin_utils, models
+
+    search_paths = [str(pathlib.Path(__file__).parent), *gin_utils.DEFAULT_SEARCH_PATHS]
+
+    def make(variant, *bindings, size="small.gin"):
+        files = ["models/rahf.gin", size, f"variants/{variant}.gin", "losses/default.gin"]
+        gin.clear_config()
+        gin_utils.parse_gin_flags(search_paths, files, bindings)
+        return gin.get_configurable(models.RahfModel)()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_values():
+    """Fills a tree of shapes with random numbers: a zero bias or a scale of one would hide its misuse.
+
+    By numpy: compiling a network's own initialisers takes seconds.
+    """
+    import jax
+
+    def fill(shapes):
+        rng = np.random.default_rng(2)
+
+        def value(path, leaf):
+            # Standard deviation 1 / sqrt(fan-in), 1 for vectors and tables.
+            is_table = path and "embedding" in str(path[-1])
+            deviation = 1 if is_table else np.prod(leaf.shape[:-1]) ** -0.5
+            return rng.normal(0, deviation, leaf.shape).astype(np.float32)
+
+        return jax.tree_util.tree_map_with_path(value, shapes)
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """Makes a batch of the size of small.gin as the feature converter does, with random labels."""
+
+    def make(model, heatmaps, scores, texts, batch_size=4):
+        rng = np.random.default_rng(3)
+        prompts = model.module.num_prompts(type(model.module.smallest_slots)(heatmaps, scores, texts))
+        tokens = rng.integers(2, 32, (batch_size, prompts, 6), dtype=np.int32)
+        tokens[..., 4:] = 0
+        targets = rng.integers(2, 32, (batch_size, texts, 5), dtype=np.int32)
+        ended = np.arange(5) >= rng.integers(2, 5, (batch_size, texts, 1))
+        targets = np.where(ended, 0, targets)
+        inputs = np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        return {
+            "image": rng.integers(0, 256, (batch_size, 16, 16, 3), dtype=np.uint8),
+            "encoder_input_tokens": tokens,
+            "heatmap_targets": rng.integers(0, 256, (batch_size, heatmaps, 16, 16), dtype=np.uint8),
+            "heatmap_weights": rng.integers(0, 2, (batch_size, heatmaps)).astype(np.float32),
+            "score_targets": rng.random((batch_size, scores), dtype=np.float32),
+            "score_weights": rng.integers(0, 2, (batch_size, scores)).astype(np.float32),
+            "decoder_input_tokens": inputs,
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": (targets > 0).astype(np.float32),
+        }
+
+    return make
+
+
 SMALL_SPLITS = {"train": 32, "validation": 8, "test": 8}
 
 

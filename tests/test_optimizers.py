@@ -80,3 +80,21 @@ def test_gradients_are_clipped_by_their_global_norm():
     first_moment = optax.tree.get(state, "mu")
     # (30, 40) of norm 50 becomes (0.6, 0.8); Adam's first moment takes a tenth of it.
     np.testing.assert_allclose([first_moment["a"][0], first_moment["b"][0]], [0.06, 0.08], rtol=1e-5)
+
+
+def test_learning_rates_are_multiplied_by_name():
+    multipliers = {"relpos_bias": 30.0, "encoder/": 2.0}
+    optimizer = optimizers.adamw(lambda step: 0.01, learning_rate_multipliers=multipliers)
+    params = {
+        "decoder": {"relpos_bias": {"rel_embedding": jnp.zeros(2)}, "norm": jnp.zeros(2)},
+        "encoder": {"relpos_bias": {"rel_embedding": jnp.zeros(2)}, "norm": jnp.zeros(2)},
+    }
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    # Adam's first step is the learning rate; a parameter of two names is multiplied twice.
+    expected = {
+        "decoder": {"relpos_bias": {"rel_embedding": -0.3}, "norm": -0.01},
+        "encoder": {"relpos_bias": {"rel_embedding": -0.6}, "norm": -0.02},
+    }
+    jax.tree.map(
+        lambda update, value: np.testing.assert_allclose(update, value, rtol=1e-5), updates, expected
+    )

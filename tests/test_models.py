@@ -1,0 +1,251 @@
+"""RAHF's losses and predictions, on random parameters of the smallest size."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from richhf_jax.network import rahf
+
+# Few heads, which are slow to compile.
+SLOTS = {"multi_head": (1, 2, 1), "augmented_prompt": (2, 3, 2)}
+LOSS_WEIGHTS = {"heatmap": 3.0, "score": 0.5, "keywords": 2.0}
+LABEL_SMOOTHING, Z_LOSS = 0.1, 0.01
+BINDINGS = (
+    *(f"models.RahfModel.{kind}_loss_weight = {weight}" for kind, weight in LOSS_WEIGHTS.items()),
+    f"models.RahfModel.label_smoothing = {LABEL_SMOOTHING}",
+    f"models.RahfModel.z_loss = {Z_LOSS}",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(quick_compilation):
+    pass
+
+
+class Case:
+    """A model, its parameters and a batch; its functions, each compiled once."""
+
+    def __init__(self, model, params, batch):
+        self.model, self.params, self.batch = model, params, batch
+        self.compiled_forward = jax.jit(functools.partial(forward, model))
+        self.compiled_gradients = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True), static_argnums=2)
+        self.score = jax.jit(model.score_batch)
+        self.predict = jax.jit(model.predict_batch_with_aux)
+
+    def gradients(self, **changed):
+        """Loss, metrics and gradients of the batch, divided by its own weights whatever is changed."""
+        normalizers = self.model.loss_weights(self.batch)
+        (loss, metrics), found = self.compiled_gradients(self.params, self.batch | changed, None, normalizers)
+        return float(loss), metrics, jax.tree.map(np.asarray, found)
+
+    @functools.cached_property
+    def outputs(self):
+        return self.compiled_forward(self.params, self.batch)
+
+    @functools.cached_property
+    def predictions(self):
+        return self.predict(self.params, self.batch)
+
+
+@pytest.fixture(scope="module")
+def make(make_model, make_batch, random_values):
+    """Makes a case."""
+
+    @functools.cache
+    def parameters(variant):
+        model = make_model(variant)
+        params = random_values(initial_shapes(model, make_batch(model, *SLOTS[variant]))["params"])
+        # No prediction is padding: a trained model never says it.
+        params["decoder"]["logits_dense"]["kernel"][:, 0] = 0
+        return params
+
+    @functools.cache
+    def make(variant, *bindings, slots=None):
+        model = make_model(variant, *BINDINGS, *bindings)
+        return Case(model, parameters(variant), make_batch(model, *(slots or SLOTS[variant])))
+
+    return make
+
+
+@pytest.fixture(params=rahf.VARIANTS)
+def case(request, make):
+    return make(request.param)
+
+
+@pytest.fixture
+def multi_head(make):
+    return make("multi_head")
+
+
+def initial_shapes(model, batch):
+    shapes = {name: value.shape for name, value in batch.items()}
+    return jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
+
+
+def forward(model, params, batch):
+    inputs = ("image", "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    return model.module.apply(
+        {"params": params},
+        *(batch[name] for name in inputs),
+        num_heatmaps=batch["heatmap_weights"].shape[1],
+        num_scores=batch["score_weights"].shape[1],
+        enable_dropout=False,
+    )
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def numpy_losses(outputs, batch):
+    """Each loss as a sum and what it is divided by."""
+    heat = batch["heatmap_targets"] / 255
+    error = ((np.asarray(outputs["heatmaps"]) - heat) ** 2).mean(axis=(2, 3))
+    heatmap = (batch["heatmap_weights"] * error).sum(), batch["heatmap_weights"].sum()
+    error = (np.asarray(outputs["scores"]) - batch["score_targets"]) ** 2
+    score = (batch["score_weights"] * error).sum(), batch["score_weights"].sum()
+    vocab, log_probs = 32, log_softmax(outputs["logits"])
+    is_target = np.eye(vocab)[batch["decoder_target_tokens"]] == 1
+    distribution = np.where(is_target, 1 - LABEL_SMOOTHING, LABEL_SMOOTHING / (vocab - 1))
+    # The smoothed targets' entropy is what no prediction can undercut.
+    divergence = (distribution * (np.log(distribution) - log_probs)).sum(axis=-1)
+    log_z = np.log(np.exp(np.asarray(outputs["logits"], np.float64)).sum(axis=-1))
+    tokens = (divergence + Z_LOSS * log_z**2) * batch["decoder_loss_weights"]
+    return {
+        "heatmap": heatmap,
+        "score": score,
+        "keywords": (tokens.sum(), batch["decoder_loss_weights"].sum()),
+    }
+
+
+def test_the_loss_by_numpy(case):
+    batch, outputs = case.batch, case.outputs
+    loss, metrics = jax.jit(case.model.eval_fn)(case.params, batch)
+    expected = numpy_losses(outputs, batch)
+    assert 0 < expected["score"][1] < batch["score_weights"].size, "some labels are missing"
+    total = sum(LOSS_WEIGHTS[kind] * value / count for kind, (value, count) in expected.items())
+    np.testing.assert_allclose(loss, total, rtol=1e-4)
+    np.testing.assert_allclose(metrics.pop("loss").compute(), total, rtol=1e-4)
+    accuracy = metrics.pop("keywords/token_accuracy")
+    right = outputs["logits"].argmax(axis=-1) == batch["decoder_target_tokens"]
+    hits = right * batch["decoder_loss_weights"]
+    np.testing.assert_allclose((accuracy.total, accuracy.weight), (hits.sum(), expected["keywords"][1]))
+    assert metrics.keys() == {f"loss/{kind}" for kind in expected}
+    for kind, pair in expected.items():
+        found = metrics[f"loss/{kind}"]
+        np.testing.assert_allclose((found.total, found.weight), pair, rtol=1e-4, err_msg=kind)
+
+
+def test_parts_of_a_batch_add_up_by_the_whole_batchs_weights(multi_head):
+    names = ("heatmap_weights", "score_weights", "decoder_loss_weights")
+    first = np.arange(4) == 0
+
+    def only(rows):
+        weights = {name: multi_head.batch[name].copy() for name in names}
+        for value in weights.values():
+            value[~rows] = 0
+        return multi_head.gradients(**weights)
+
+    whole, _, expected = multi_head.gradients()
+    (part, _, gradients), (rest, _, other_gradients) = only(first), only(~first)
+    np.testing.assert_allclose(part + rest, whole, rtol=1e-5)
+    total = jax.tree.map(np.add, gradients, other_gradients)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), total, expected)
+
+
+def test_labels_without_weight_change_neither_loss_nor_gradients(multi_head):
+    batch = multi_head.batch
+    loss, _, expected = multi_head.gradients()
+    no_heatmap = batch["heatmap_weights"][..., None, None] == 0
+    other_loss, _, other = multi_head.gradients(
+        heatmap_targets=np.where(no_heatmap, np.uint8(77), batch["heatmap_targets"]),
+        score_targets=np.where(batch["score_weights"] == 0, np.float32(9), batch["score_targets"]),
+    )
+    assert other_loss == loss
+    jax.tree.map(np.testing.assert_array_equal, other, expected)
+
+    weights = ("heatmap_weights", "score_weights", "decoder_loss_weights")
+    nothing = {name: np.zeros_like(batch[name]) for name in weights}
+    loss, metrics, found = multi_head.gradients(**nothing)
+    assert loss == 0
+    # Such a part takes no share in a mean over parts.
+    assert metrics["loss/score"].weight == metrics["loss/heatmap"].weight == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(found))
+    # Not divided by 0, which would be NaN.
+    assert all(value == 1 for value in multi_head.model.loss_weights(batch | nothing).values())
+
+
+def test_a_batch_of_captions_trains_the_same_parameters(make):
+    captions = make("multi_head", slots=(0, 0, 1))
+    loss, metrics, gradients = captions.gradients()
+    assert metrics.keys() == {"loss", "loss/keywords", "keywords/token_accuracy"}
+    np.testing.assert_allclose(loss, LOSS_WEIGHTS["keywords"] * metrics["loss/keywords"].compute(), rtol=1e-6)
+    for name, part in gradients.items():
+        resting = "_head_" in name
+        assert all((leaf == 0).all() == resting for leaf in jax.tree.leaves(part)), name
+
+
+@pytest.mark.parametrize("variant", rahf.VARIANTS)
+def test_every_batch_initialises_the_same_parameters(make, variant):
+    full, captions = make(variant), make(variant, slots=(0, 0, 1))
+    full, captions = (initial_shapes(case.model, case.batch)["params"] for case in (full, captions))
+    assert full == captions
+    assert any("score_head" in name for name in captions)
+
+
+def test_dropout_only_with_a_seed(make):
+    case = make("multi_head", "DROPOUT_RATE = 0.5", slots=(0, 0, 1))
+    loss_fn = jax.jit(lambda rng: case.model.loss_fn(case.params, case.batch, rng)[0])
+    losses = [float(loss_fn(jax.random.key(seed))) for seed in (1, 1, 2)]
+    assert losses[0] == losses[1]
+    assert abs(losses[0] - losses[2]) > 1e-3
+    assert "random" in str(jax.make_jaxpr(loss_fn)(jax.random.key(1)))
+    assert "random" not in str(jax.make_jaxpr(case.model.eval_fn)(case.params, case.batch))
+
+
+def test_predictions_are_the_networks_outputs(case):
+    predictions, aux = case.predictions
+    assert predictions.keys() == {"heatmaps", "scores", "tokens"}
+    for name in ("heatmaps", "scores"):
+        assert predictions[name].dtype == np.float32
+        np.testing.assert_allclose(predictions[name], case.outputs[name], rtol=1e-4, atol=1e-6)
+    assert predictions["tokens"].shape == case.batch["decoder_target_tokens"].shape
+    assert predictions["tokens"].dtype == np.int32
+    assert aux["log_probs"].shape == case.batch["decoder_target_tokens"].shape[:2]
+
+
+def test_decoding_with_the_cache_agrees_with_teacher_forcing(case):
+    predictions, aux = case.predictions
+    tokens = np.asarray(predictions["tokens"])
+    assert len(np.unique(tokens)) > 4, "the texts are not all the same"
+    forced = case.batch | {
+        "decoder_input_tokens": np.pad(tokens[..., :-1], ((0, 0), (0, 0), (1, 0))),
+        "decoder_target_tokens": tokens,
+        "decoder_loss_weights": (tokens > 0).astype(np.float32),
+    }
+    logits = case.compiled_forward(case.params, forced)["logits"]
+    np.testing.assert_array_equal(np.where(tokens > 0, logits.argmax(axis=-1), 0), tokens)
+    np.testing.assert_allclose(aux["log_probs"], case.score(case.params, forced), rtol=1e-4, atol=1e-5)
+
+
+def test_the_targets_are_not_looked_at(case):
+    hidden = {name: np.zeros_like(value) for name, value in case.batch.items() if name.startswith("decoder_")}
+    again = case.predict(case.params, case.batch | hidden)
+    jax.tree.map(np.testing.assert_array_equal, again, case.predictions)
+
+
+def test_score_batch_is_the_targets_log_likelihood(case):
+    found = case.score(case.params, case.batch)
+    target, weights = case.batch["decoder_target_tokens"], case.batch["decoder_loss_weights"]
+    chosen = np.take_along_axis(log_softmax(case.outputs["logits"]), target[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found, (chosen * weights).sum(axis=-1), rtol=1e-4)
+
+
+def test_only_what_has_slots_is_predicted(make):
+    case = make("augmented_prompt", slots=(0, 1, 0))
+    predictions, aux = jax.eval_shape(case.model.predict_batch_with_aux, case.params, case.batch)
+    assert predictions.keys() == {"scores"}
+    assert aux == {}
