@@ -66,9 +66,9 @@ run_gin() {
 begin=$SECONDS
 part "1/4 data sets" richhf_jax.datasets --data_dir="$out/data"
 run_gin "2/4 pretraining on captions" richhf_jax.train experiments/quickstart_pretrain.gin "$out/pretrain"
-run_gin "3/4 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" \
-  --gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\""
-run_gin "4/4 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune"
+initial=--gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\"" # For evaluation, whose loss curves to show as well.
+run_gin "3/4 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" "$initial"
+run_gin "4/4 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune" "$initial"
 
 # The newest, in case there are reports of shorter runs.
 report=$(find "$out/finetune/inference_eval" -name report.html -exec ls -t {} + | head -n 1)

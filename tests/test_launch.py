@@ -67,7 +67,8 @@ def test_quickstart_runs_its_parts_in_order(venv):
         f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.INITIAL_CHECKPOINT_PATH="{out}/pretrain"'
         " --gin.BATCH_SIZE=2",
         "-m richhf_jax.eval --gin_file=experiments/quickstart.gin"
-        f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.BATCH_SIZE=2',
+        f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.INITIAL_CHECKPOINT_PATH="{out}/pretrain"'
+        " --gin.BATCH_SIZE=2",
     ]
     assert output.endswith(f"open {out}/report.html\n")
     assert (out / "report.html").read_text() == "page\n"
