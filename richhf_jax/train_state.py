@@ -30,7 +30,9 @@ class TrainState:
         return TrainState(self.step + 1, optax.apply_updates(self.params, updates), opt_state)
 
 
-def logical_axes(optimizer_def: optax.GradientTransformation, params_axes: Any, state: TrainState) -> TrainState:
+def logical_axes(
+    optimizer_def: optax.GradientTransformation, params_axes: Any, state: TrainState
+) -> TrainState:
     """Logical axes of the whole state: moments are laid out as their parameters, the rest replicated.
 
     Args:

@@ -218,3 +218,18 @@ def test_parse_gin_flags_in_process(folder):
     gin_utils.parse_gin_flags([str(folder)], ["values.gin"], ["A = 2"])
     assert gin.config_is_locked()
     assert "A = 2\n" in gin.config_str()
+
+
+def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):
+    """Gin takes a folder `runs/` in the working directory, where the quickstart's results go, for a package."""
+    for folder in ("runs", "experiments", "models"):
+        (tmp_path / folder).mkdir()
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "richhf_jax.train", "--dry_run",
+            "--gin_file=experiments/quickstart.gin", "--gin.MODEL_DIR=/nowhere",
+        ],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "MODEL_DIR = '/nowhere'" in result.stdout
