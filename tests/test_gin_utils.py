@@ -226,10 +226,14 @@ def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):
         (tmp_path / folder).mkdir()
     result = subprocess.run(
         [
-            sys.executable, "-m", "richhf_jax.train", "--dry_run",
-            "--gin_file=experiments/quickstart.gin", "--gin.MODEL_DIR=/nowhere",
+            *(sys.executable, "-m", "richhf_jax.train", "--dry_run"),
+            *("--gin_file=experiments/quickstart.gin", "--gin.MODEL_DIR=/nowhere"),
         ],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert "MODEL_DIR = '/nowhere'" in result.stdout
