@@ -74,13 +74,11 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: train_state_lib.TrainState, data_position: Mapping[str, Any], step: int) -> None:
-        """Begins to save; a checkpoint is complete or absent, never half-written.
+        """Begins to save; a checkpoint is complete or absent, never half-written. A saved step stays as it is.
 
         Args:
           data_position: JSON-able; where the training data stands.
         """
-        if step == self.latest_step():
-            return
         items = ocp.args.Composite(
             **{_STATE: ocp.args.StandardSave(state), _POSITION: ocp.args.JsonSave(dict(data_position))}
         )

@@ -221,7 +221,7 @@ def test_parse_gin_flags_in_process(folder):
 
 
 def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):
-    """Gin takes a folder `runs/` in the working directory, where the quickstart's results go, for a package."""
+    """Gin takes a folder `runs/` beside us, where the quickstart writes, for a package."""
     for folder in ("runs", "experiments", "models"):
         (tmp_path / folder).mkdir()
     result = subprocess.run(
