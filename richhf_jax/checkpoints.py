@@ -74,7 +74,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: train_state_lib.TrainState, data_position: Mapping[str, Any], step: int) -> None:
-        """Begins to save; a checkpoint is complete or absent, never half-written. A saved step stays as it is.
+        """Begins to save; a checkpoint is complete or absent, never half-written; a saved step stays.
 
         Args:
           data_position: JSON-able; where the training data stands.
