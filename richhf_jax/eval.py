@@ -110,10 +110,10 @@ def evaluate(
 
 def _load(model, checkpoint_path, cfg, partitioner) -> tuple[trainer.Trainer, Any, int]:
     """A trainer for its predict step, the checkpoint's parameters on the mesh, and their step."""
+    directory, step = checkpoints.find_checkpoint(checkpoint_path)
     stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout)
     loop = trainer.Trainer(model, partitioner, stream.batch_shapes)
-    _, step = checkpoints.find_checkpoint(checkpoint_path)
-    return loop, checkpoints.restore_params(checkpoint_path, loop.abstract_state.params), step
+    return loop, checkpoints.restore_params(directory, loop.abstract_state.params), step
 
 
 def _predict_split(

@@ -75,20 +75,24 @@ def train(
     evaluation = _Evaluation(loop, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
     log = _TrainingLog(model_dir, total_steps, step)
     batches = stream.batches(position)
-    with _stop_signal() as stop_requested:
-        while step < total_steps and not stop_requested():
+    with _stop_signal() as stop_signal:
+        last = step >= total_steps
+        while not last:
             state, metrics = loop.train_step(state, next(batches))
             step += 1
             log.add(metrics)
             last = step == total_steps
-            if last or step % log_period == 0:
+            if name := stop_signal():
+                logging.info("%s: saving a checkpoint, then exiting", name)
+                last = True
+            save_now = save is not None and (last or step % save.period == 0)
+            # Before every save too: what is not finite must not become a checkpoint.
+            if last or save_now or step % log_period == 0:
                 log.write(step)
-            if last or step % eval_period == 0:
+            if step == total_steps or step % eval_period == 0:
                 evaluation.run(state.params, step)
-            if save and not last and step % save.period == 0:
+            if save_now:
                 checkpointer.save(state, stream.position(step), step)
-        if save:
-            checkpointer.save(state, stream.position(step), step)
     checkpointer.close()
     log.close()
     evaluation.close()
@@ -115,20 +119,23 @@ def _initial_state(
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and Ctrl-C ask for a stop after the current step; a second one stops at once."""
+def _stop_signal() -> Iterator[Callable[[], str | None]]:
+    """Inside, SIGTERM and Ctrl-C ask for a stop after the current step; a second one stops at once.
+
+    Yields a function that names the signal received, if any. (The handler must not log: it may interrupt
+    a log call.)
+    """
     received = []
 
     def ask(signum, frame):
         del frame
         if received:
             raise KeyboardInterrupt
-        received.append(signum)
-        logging.info("%s: saving a checkpoint, then exiting", signal.Signals(signum).name)
+        received.append(signal.Signals(signum).name)
 
     previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else None
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

@@ -36,7 +36,7 @@ def truth_metrics(
     targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback], config: scenes.SceneConfig
 ) -> dict[str, float]:
     """Checks against what is really in the scenes, drawn again from their names."""
-    return metrics.synthetic_metrics(targets, predictions, _truths(targets, config))
+    return metrics.synthetic_metrics(targets, predictions, _truths(_ids(targets), config))
 
 
 @gin.configurable
@@ -48,12 +48,17 @@ def training_free_baseline(
 ) -> tuple[str, Sequence[RichFeedback]]:
     """A system for `eval.evaluate`'s tables: all objects misaligned, busy textures implausible."""
     del cfg
-    truths = _truths(targets, scenes.CONFIGS[config])
+    truths = _truths(_ids(targets), scenes.CONFIGS[config])
     return "training-free (object mask, detail)", metrics.training_free_baseline(images, targets, truths)
 
 
-def _truths(targets: Sequence[RichFeedback], config: scenes.SceneConfig) -> list[scenes.SceneTruth]:
-    return [scenes.truth(target.id, config) for target in targets]
+def _ids(targets: Sequence[RichFeedback]) -> tuple[str, ...]:
+    return tuple(target.id for target in targets)
+
+
+@functools.lru_cache(maxsize=1)  # The model's and the baselines' metrics ask for the same.
+def _truths(ids: tuple[str, ...], config: scenes.SceneConfig) -> list[scenes.SceneTruth]:
+    return [scenes.truth(name, config) for name in ids]
 
 
 for _variant, _augmented in providers.VARIANTS.items():

@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw
 
 # Of static, along the picture's side.
 GRAINS = 64
+# In radii of the object: from one dark line to the next, where something is torn or melted.
+LINE_SPACING = 0.36
+COPIES = 3  # of a duplicated object
 
 
 def _shift(masks: np.ndarray, dx: int, dy: int) -> np.ndarray:
@@ -23,60 +26,82 @@ def _shift(masks: np.ndarray, dx: int, dy: int) -> np.ndarray:
     return out
 
 
+def _lines(positions: np.ndarray, radius: float) -> np.ndarray:
+    """Which of the positions lie on dark lines: half of them. The lines' spacing follows the radius."""
+    return positions % (LINE_SPACING * radius) < LINE_SPACING / 2 * radius
+
+
 def torn(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Cut along a jagged line; the halves slide apart, with a gap between them."""
+    """Cut along a jagged line; the halves slide apart, and threads span the gap between them."""
     side = masks.shape[-1]
     upright = rng.random() < 0.5
     if upright:
         masks = masks.transpose(0, 2, 1)
     centre, radius = (thing.x if upright else thing.y) * side, thing.radius * side
-    teeth = rng.uniform(-0.3, 0.3, side // max(1, round(radius / 4)) + 2) * radius
-    line = centre + np.interp(np.arange(side), np.arange(len(teeth)) * max(1, round(radius / 4)), teeth)
-    slide = round(rng.choice((-1, 1)) * 0.5 * strength * radius)
-    gap = max(1, round(0.22 * strength * radius))
-    above = np.arange(side)[:, None] < line
+    step = max(1, round(radius / 4))
+    teeth = rng.uniform(-0.3, 0.3, side // step + 2) * radius
+    line = centre + np.interp(np.arange(side), np.arange(len(teeth)) * step, teeth)
+    slide = round(rng.choice((-1, 1)) * 0.4 * strength * radius)
+    gap = max(1, round(0.25 * strength * radius))
+    rows = np.arange(side)[:, None]
+    above = rows < line
     out = np.maximum(_shift(masks * above, slide, -gap), _shift(masks * ~above, -slide, gap))
+    threads = (np.abs(rows - line) < gap + LINE_SPACING * radius) & _lines(np.arange(side), radius)
+    within = masks[0].max(axis=0) > 0
+    out[0] = np.where(threads & within, 255, out[0])
+    out[1] = np.where(threads, 0, out[1])
     return out.transpose(0, 2, 1) if upright else out
 
 
 def scrambled(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """The object's box is cut into blocks, and the blocks change places."""
+    """The object's box is cut into blocks, and the blocks change places; the cuts show."""
     side = masks.shape[-1]
-    blocks = 3
+    blocks = 4
     length = max(1, round(2 * thing.radius * side / blocks))
     left = int(np.clip(round(thing.x * side - length * blocks / 2), 0, side - length * blocks))
     top = int(np.clip(round(thing.y * side - length * blocks / 2), 0, side - length * blocks))
     moved = rng.permutation(blocks * blocks)[: max(3, round(strength * blocks * blocks))]
+
+    def block(index):
+        row, column = divmod(index, blocks)
+        y, x = top + row * length, left + column * length
+        return np.s_[:, y : y + length, x : x + length]
+
     out = masks.copy()
     for source, target in zip(moved, np.roll(moved, 1), strict=True):
-        (si, sj), (ti, tj) = divmod(source, blocks), divmod(target, blocks)
-        out[:, top + ti * length : top + (ti + 1) * length, left + tj * length : left + (tj + 1) * length] = (
-            masks[
-                :, top + si * length : top + (si + 1) * length, left + sj * length : left + (sj + 1) * length
-            ]
-        )
+        piece = masks[block(source)].copy()
+        cut = max(1, length // 5)
+        piece[1, :cut] = piece[1, :, :cut] = 0
+        out[block(target)] = piece
     return out
 
 
 def melted(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """The lower half runs down in drips of different lengths."""
+    """The lower half runs down in strands of different lengths."""
     side = masks.shape[-1]
     centre, radius = thing.y * side, thing.radius * side
     turns = np.arange(side) / radius * math.pi
     wave = np.sin(2.1 * turns + rng.uniform(0, 6.3)) + 0.5 * np.sin(3.7 * turns + rng.uniform(0, 6.3))
-    stretch = 1 + strength * (0.45 + 0.55 * wave / 1.5).clip(0)
+    stretch = 1 + strength * (0.6 + 0.6 * wave / 1.5).clip(0)
     rows = np.arange(side)[:, None]
     source = np.where(rows > centre, centre + (rows - centre) / stretch, rows)
-    return np.take_along_axis(masks, np.rint(source).astype(int)[None], axis=1)
+    out = np.take_along_axis(masks, np.rint(source).astype(int)[None], axis=1)
+    out[1] = np.where((rows > centre) & _lines(np.arange(side), radius), 0, out[1])
+    return out
 
 
 def duplicated(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A ghost of the object sticks out of it, towards the picture's middle."""
+    """Copies of the object stick out from under it, one behind the other, towards the picture's middle."""
     side = masks.shape[-1]
     angle = math.atan2(0.5 - thing.y, 0.5 - thing.x) + rng.uniform(-0.8, 0.8)
-    length = (0.35 + 0.65 * strength) * thing.radius * side
-    ghost = _shift(masks, round(length * math.cos(angle)), round(length * math.sin(angle)))
-    return np.maximum(masks, (ghost * 0.6).astype(np.uint8))
+    length = (0.4 + 0.8 * strength) * thing.radius * side
+    outer, inner = masks
+    for copy in range(1, COPIES + 1):
+        shift = [round(length * copy / COPIES * turn(angle)) for turn in (math.cos, math.sin)]
+        behind, behind_inner = _shift(masks, *shift)
+        inner = np.where(outer > 0, inner, behind_inner)
+        outer = np.maximum(outer, behind)
+    return np.stack([outer, inner])
 
 
 OBJECT_ARTIFACTS = {"torn": torn, "scrambled": scrambled, "melted": melted, "duplicated": duplicated}
@@ -93,7 +118,7 @@ def region(kind: str, thing, before: np.ndarray, after: np.ndarray) -> np.ndarra
       before, after: bool [height, width], the object as it should be and as it is.
 
     Returns:
-      bool [height, width]: the part that sticks out of a duplicated object, the lower half of a
+      bool [height, width]: the copies that stick out of a duplicated object, the lower half of a
       melted one, the whole of the others with their gaps.
     """
     if kind == "duplicated":

@@ -8,14 +8,13 @@ from PIL import Image, ImageDraw
 RGB = {
     "red": (218, 40, 42),
     "orange": (246, 142, 32),
-    "yellow": (250, 222, 50),
     "green": (44, 160, 66),
     "blue": (40, 88, 216),
-    "purple": (140, 56, 178),
     "white": (248, 248, 246),
     "black": (28, 28, 32),
 }
-OUTLINE_DARKNESS = 0.5
+# Half as bright as the fill; black's is brighter, to be seen at all.
+OUTLINES = {name: tuple(value // 2 for value in rgb) for name, rgb in RGB.items()} | {"black": (128, 128, 132)}
 # The fill's scale inside the outline. A ring's outline is on both sides.
 FILL_SCALE = 0.86
 RING_HOLE = 0.52
@@ -33,14 +32,6 @@ def _regular(corners: int, inner: float | None = None) -> list[tuple[float, floa
     ]
 
 
-def _heart() -> list[tuple[float, float]]:
-    """The curve of https://mathworld.wolfram.com/HeartCurve.html, number 8."""
-    turns = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-    xs = 16 * np.sin(turns) ** 3
-    ys = -(13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns))
-    return [(x / 16.5, (y - 2.5) / 15.5) for x, y in zip(xs, ys, strict=True)]
-
-
 _ARM = 0.33
 _CROSS = [
     *[(_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM), (_ARM, 1)],
@@ -53,8 +44,6 @@ POLYGONS = {
     "square": [(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)],
     "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
     "star": _regular(5, inner=0.45),
-    "diamond": [(0, -1.08), (0.7, 0), (0, 1.08), (-0.7, 0)],
-    "heart": _heart(),
     "cross": _CROSS,
 }
 
@@ -93,8 +82,7 @@ def shape_masks(shape: str, x: float, y: float, radius: float, angle: float, sid
 
 def paint(canvas: Image.Image, masks: np.ndarray, colour: str) -> None:
     """Paints an object's outline and fill on the canvas, through uint8 masks [2, side, side]."""
-    outline = tuple(int(value * OUTLINE_DARKNESS) for value in RGB[colour])
-    for layer, rgb in zip(masks, (outline, RGB[colour]), strict=True):
+    for layer, rgb in zip(masks, (OUTLINES[colour], RGB[colour]), strict=True):
         mask = Image.fromarray(layer)
         if box := mask.getbbox():
             canvas.paste(rgb, box, mask.crop(box))

@@ -19,8 +19,8 @@ from richhf_jax.datasets import artifacts, drawing, prompts
 
 MIN_SIZE, MAX_SIZE = 64, 512
 BACKGROUNDS = ("plain", "gradient", "stripes", "checks")
-# Radii as shares of the side (64 pixels: 6.5 to 7.5, and 11 to 13).
-RADII = {"small": (0.102, 0.118), "large": (0.172, 0.203), None: (0.11, 0.19)}
+# Radii as shares of the side (64 pixels: 7.5 to 8.5, and 12 to 14).
+RADII = {"small": (0.117, 0.133), "large": (0.187, 0.218), None: (0.125, 0.2)}
 MAX_TILT = 0.2
 ARTIFACT_COUNTS = (0, 1, 2)
 ARTIFACT_COUNT_WEIGHTS = (0.45, 0.42, 0.13)

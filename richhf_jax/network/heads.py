@@ -119,35 +119,39 @@ class HeatmapHead(nn.Module):
       layers: (kind, filters, kernel size) each; kind 'conv' keeps the size, 'deconv' doubles it. A layer
         norm over the channels and a ReLU follow each.
       dtype: of the computation but for the output.
-      output_kernel: side of the last convolution's kernel.
+      output_layer: (kind, kernel size) of the last layer, which has one filter and the sigmoid.
       output_bias_init: the output's bias at the start. Heat is rare: with -3 a new head says 0.05
         everywhere and not 0.5, which spares it the first steps.
     """
 
     layers: Sequence[tuple[str, int, int]]
     dtype: Any = jnp.float32
-    output_kernel: int = 3
+    output_layer: tuple[str, int] = ("conv", 3)
     output_bias_init: float = 0.0
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
         """Feature map [batch, height, width, embed] -> heatmap [batch, H, W], float32 in [0, 1].
 
-        H and W are height and width times 2 for each 'deconv'.
+        H and W are height and width times 2 for each 'deconv', the output layer included.
 
         Raises:
           ValueError: a layer that is neither 'conv' nor 'deconv', or a deconv whose kernel is not 3x3.
         """
+        kinds = [kind for kind, *_ in (*self.layers, self.output_layer)]
+        if unknown := [i for i, kind in enumerate(kinds) if kind not in ("conv", "deconv")]:
+            layer = unknown[0]
+            raise ValueError(f"heatmap head, layer {layer}: expected 'conv' or 'deconv', got {kinds[layer]!r}")
         x = features
         for i, (kind, filters, kernel_size) in enumerate(self.layers):
-            if kind not in ("conv", "deconv"):
-                raise ValueError(f"heatmap head, layer {i}: expected 'conv' or 'deconv', got {kind!r}")
             x = Conv(filters, kernel_size, kind == "deconv", self.dtype, name=f"{kind}_{i}")(x)
             x = _norm_relu(x, self.dtype, f"norm_{i}")
+        kind, kernel_size = self.output_layer
         logits = Conv(
             1,
-            self.output_kernel,
-            dtype=jnp.float32,  # bfloat16 would give a low heat only two or three digits
+            kernel_size,
+            kind == "deconv",
+            jnp.float32,  # bfloat16 would give a low heat only two or three digits
             bias_init=nn.initializers.constant(self.output_bias_init),
             kernel_axes=("height", "width", "embed", None),
             name="output",

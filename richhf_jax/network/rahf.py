@@ -34,6 +34,7 @@ class HeadsConfig:
 
     Attributes:
       heatmap_layers: ('conv' | 'deconv', filters, kernel side), in order; deconvs double the side.
+      heatmap_output_layer: (kind, kernel side) of the layer after those, with one filter.
       heatmap_output_bias: initial bias before the sigmoid; below 0 because most pixels are cold.
       score_conv_layers: (filters, kernel side), in order.
       score_dense_layers: widths.
@@ -42,6 +43,7 @@ class HeadsConfig:
     heatmap_layers: tuple[tuple[str, int, int], ...]
     score_conv_layers: tuple[tuple[int, int], ...]
     score_dense_layers: tuple[int, ...]
+    heatmap_output_layer: tuple[str, int] = ("conv", 3)
     heatmap_output_bias: float = 0.0
 
 
@@ -81,7 +83,10 @@ class Rahf(nn.Module):
 
         def heatmap_head():
             return heads.HeatmapHead(
-                layers=head.heatmap_layers, output_bias_init=head.heatmap_output_bias, dtype=config.dtype
+                layers=head.heatmap_layers,
+                output_layer=head.heatmap_output_layer,
+                output_bias_init=head.heatmap_output_bias,
+                dtype=config.dtype,
             )
 
         def score_head():

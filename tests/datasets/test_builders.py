@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from richhf_jax import feedback
 from richhf_jax.datasets import rendering_pool, scenes, synthetic_captions, synthetic_rich_hf
-from richhf_jax.datasets.builder_config import SceneBuilderConfig
+from richhf_jax.datasets.scene_builder import SceneBuilderConfig
 
 OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
 

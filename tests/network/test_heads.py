@@ -77,7 +77,7 @@ def test_heatmap_head_parameters(rng):
 def test_heatmap_head_by_numpy(rng, random_params):
     # 1x1 kernels are matrix products.
     features = _normal(rng, 2, 3, 4, 8)
-    head = heads.HeatmapHead((("conv", 6, 1), ("conv", 5, 1)), output_kernel=1)
+    head = heads.HeatmapHead((("conv", 6, 1), ("conv", 5, 1)), output_layer=("conv", 1))
     variables = random_params(head, features)
     params, x = variables["params"], features
     for i in range(2):
@@ -95,10 +95,11 @@ def test_heatmap_head_doubles_the_map_at_each_deconv(rng, random_params):
     assert ((heatmaps > 0) & (heatmaps < 1)).all()
 
 
-def test_heatmap_head_starts_at_its_output_bias():
-    head = heads.HeatmapHead((), output_bias_init=-3.0)
+@pytest.mark.parametrize(("kind", "side"), [("conv", 4), ("deconv", 8)])
+def test_heatmap_head_starts_at_its_output_bias(kind, side):
+    head = heads.HeatmapHead((), output_layer=(kind, 3), output_bias_init=-3.0)
     heatmaps, _ = head.init_with_output(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
-    np.testing.assert_allclose(heatmaps, _sigmoid(-3), rtol=1e-5)
+    np.testing.assert_allclose(heatmaps, np.full((1, side, side), _sigmoid(-3)), rtol=1e-5)
 
 
 def test_outputs_are_float32_sigmoids_under_bfloat16(rng, random_params):
