@@ -67,8 +67,8 @@ class PjitPartitioner:
         """Args:
           num_partitions: devices on the model axis; the rest are data-parallel.
           logical_axis_rules: default `standard_logical_axis_rules()`.
-          num_cpu_devices: where there is no accelerator, simulate this many devices. Two use two
-            cores far better than XLA's own threads do. Works before the first jax computation only.
+          num_cpu_devices: where there is no accelerator, simulate this many devices. Works before
+            the first jax computation only.
 
         Raises:
           ValueError: the devices can't be split so.

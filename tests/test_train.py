@@ -41,7 +41,7 @@ vit.ViTConfig:
   num_layers = 1
   mlp_dim = 32
 rahf.HeadsConfig:
-  heatmap_layers = (('deconv', 8, 3), ('deconv', 8, 3), ('deconv', 4, 3))
+  heatmap_layers = (('deconv', 8, 3), ('deconv', 4, 3))
   score_conv_layers = ((8, 2),)
   score_dense_layers = (8,)
 """

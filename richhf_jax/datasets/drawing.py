@@ -14,7 +14,9 @@ RGB = {
     "black": (28, 28, 32),
 }
 # Half as bright as the fill; black's is brighter, to be seen at all.
-OUTLINES = {name: tuple(value // 2 for value in rgb) for name, rgb in RGB.items()} | {"black": (128, 128, 132)}
+OUTLINES = {name: tuple(value // 2 for value in rgb) for name, rgb in RGB.items()} | {
+    "black": (128, 128, 132)
+}
 # The fill's scale inside the outline. A ring's outline is on both sides.
 FILL_SCALE = 0.86
 RING_HOLE = 0.52

@@ -31,7 +31,7 @@ MAX_DESCRIBED_OBJECTS = 4
 PHRASE_COUNT_WEIGHTS = (0.45, 0.37, 0.18)  # of one, two and three
 
 # How often a phrase that is wrong in the picture is wrong in this way, of the ways that it can be.
-MISALIGNMENT_WEIGHTS = {"colour": 0.4, "shape": 0.27, "size": 0.11, "count": 0.11, "missing": 0.11}
+MISALIGNMENT_WEIGHTS = {"colour": 0.55, "shape": 0.17, "size": 0.08, "count": 0.08, "missing": 0.12}
 P_MISALIGNED_PROMPT = 0.45
 P_SECOND_MISALIGNMENT = 0.15
 SPLIT_BUCKETS = {"train": range(2, 10), "validation": range(1, 2), "test": range(1)}

@@ -141,7 +141,9 @@ class HeatmapHead(nn.Module):
         kinds = [kind for kind, *_ in (*self.layers, self.output_layer)]
         if unknown := [i for i, kind in enumerate(kinds) if kind not in ("conv", "deconv")]:
             layer = unknown[0]
-            raise ValueError(f"heatmap head, layer {layer}: expected 'conv' or 'deconv', got {kinds[layer]!r}")
+            raise ValueError(
+                f"heatmap head, layer {layer}: expected 'conv' or 'deconv', got {kinds[layer]!r}"
+            )
         x = features
         for i, (kind, filters, kernel_size) in enumerate(self.layers):
             x = Conv(filters, kernel_size, kind == "deconv", self.dtype, name=f"{kind}_{i}")(x)
