@@ -5,8 +5,8 @@
     synthetic_captions, synthetic_captions_augmented_prompt  captions
     synthetic_pretrain, synthetic_pretrain_augmented_prompt  mixtures: captions and rich feedback
 
-A caption's heatmap and score slots are there with weight 0. With none in TASK_FEATURE_LENGTHS, pretraining is on
-texts alone: captions, and of the rich feedback the keywords.
+A caption's heatmap and score slots have weight 0. With none in TASK_FEATURE_LENGTHS, pretraining is on texts
+alone: captions, and of the rich feedback the keywords.
 """
 
 import functools
