@@ -258,7 +258,7 @@ def test_evaluating_what_is_not_there(launch, finetuned):
             "--gin.MODEL_DIR=whole",
             "--gin.VARIANT=augmented_prompt",
             "--gin.MIXTURE_OR_TASK_NAME=synthetic_rich_hf_augmented_prompt",
-        ): "whole doesn't fit this model: heatmap_head/",
+        ): f"whole/checkpoint_{STEPS} doesn't fit this model: heatmap_head/",
     }
     programs = [launch("eval", "quickstart.gin", *flags) for flags in messages]
     for program, message in zip(programs, messages.values(), strict=True):
