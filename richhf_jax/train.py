@@ -43,6 +43,7 @@ def train(
     eval_period: int = 1000,
     log_period: int = 50,
     random_seed: int = 0,
+    use_hardware_rng: bool = False,
     trainer_cls: Callable[..., trainer.Trainer] = trainer.Trainer,
 ) -> None:
     """Trains until `total_steps`, from MODEL_DIR's newest checkpoint where there is one.
@@ -59,6 +60,7 @@ def train(
       eval_period: steps between evaluations.
       log_period: steps between progress lines and scalars.
       random_seed: of initial parameters and dropout; the data has its own.
+      use_hardware_rng: see `trainer.Trainer`.
 
     Raises:
       errors.UserError: the loss stopped being finite, or the configuration doesn't work out.
@@ -66,7 +68,13 @@ def train(
     save = checkpoint_cfg.save
     checkpointer = checkpoints.Checkpointer(model_dir, keep=save.keep if save else None)
     stream = input_pipeline.TrainStream(train_dataset_cfg, partitioner.get_data_layout)
-    loop = trainer_cls(model, partitioner, stream.batch_shapes, random_seed=random_seed)
+    loop = trainer_cls(
+        model,
+        partitioner,
+        stream.batch_shapes,
+        random_seed=random_seed,
+        use_hardware_rng=use_hardware_rng,
+    )
     state, position = _initial_state(loop, checkpointer, checkpoint_cfg.restore)
     step = int(state.step)
     if jax.process_index() == 0:

@@ -107,22 +107,35 @@ def test_microbatches_must_divide_the_batch(batch):
         make_trainer(Affine(optax.sgd(0.1)), batch, num_microbatches=3)
 
 
-def test_every_step_and_microbatch_draws_its_own_dropout(batch):
-    def draws(**kwargs):
-        loop = make_trainer(Affine(optax.sgd(0.1)), batch, **kwargs)
+@pytest.mark.parametrize("use_hardware_rng", [False, True])
+def test_every_step_and_microbatch_draws_its_own_dropout(batch, use_hardware_rng):
+    def draws(steps, **kwargs):
+        loop = make_trainer(Affine(optax.sgd(0.1)), batch, use_hardware_rng=use_hardware_rng, **kwargs)
         state, found = loop.init_state(), []
-        for _ in range(3):
+        for _ in range(steps):
             state, metrics = loop.train_step(state, batch)
             found.append(float(metrics["drawn"].total))
         return found
 
-    whole = draws()
-    assert len(set(whole)) == 3
-    assert draws() == whole, "the same seed, the same draws"
-    assert not set(draws(random_seed=1)) & set(whole)
-    # The first of two microbatches draws what a whole batch does; the second adds something else.
-    second = np.subtract(draws(num_microbatches=2), whole)
-    assert (np.abs(second - whole) > 1e-3).all()
+    whole = draws(6)
+    assert len(set(whole)) == 6
+    assert draws(6) == whole, "the same seed, the same draws"
+    assert not set(draws(6, random_seed=1)) & set(whole)
+    # Two microbatches draw what two steps do; the metric adds them up.
+    np.testing.assert_allclose(
+        draws(3, num_microbatches=2), np.sum(np.reshape(whole, (3, 2)), axis=1), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("use_hardware_rng, impl", [(False, "threefry2x32"), (True, "unsafe_rbg")])
+def test_initial_parameters_follow_from_seed_and_generator(batch, use_hardware_rng, impl):
+    model = Affine(optax.sgd(0.1))
+    loop = make_trainer(model, batch, random_seed=3, use_hardware_rng=use_hardware_rng, devices=1)
+    init_rng, _ = jax.random.split(jax.random.key(3, impl=impl))
+    shapes = {name: value.shape for name, value in batch.items()}
+    expected = jax.jit(lambda: model.get_initial_variables(init_rng, shapes)["params"])()
+    found = loop.init_state().params
+    np.testing.assert_array_equal(found["dense"]["kernel"], expected["dense"]["kernel"])
 
 
 def test_the_old_state_is_given_away(batch):
