@@ -127,7 +127,7 @@ def test_every_step_and_microbatch_draws_its_own_dropout(batch, use_hardware_rng
     )
 
 
-@pytest.mark.parametrize("use_hardware_rng, impl", [(False, "threefry2x32"), (True, "unsafe_rbg")])
+@pytest.mark.parametrize(("use_hardware_rng", "impl"), [(False, "threefry2x32"), (True, "unsafe_rbg")])
 def test_initial_parameters_follow_from_seed_and_generator(batch, use_hardware_rng, impl):
     model = Affine(optax.sgd(0.1))
     loop = make_trainer(model, batch, random_seed=3, use_hardware_rng=use_hardware_rng, devices=1)
