@@ -1,12 +1,17 @@
-"""Learning-rate schedules from T5X's factor strings, and AdamW."""
+"""Learning-rate schedules from T5X's factor strings; AdamW and Muon."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+
+# Newton and Schulz's iteration towards the nearest orthogonal matrix: the coefficients of Muon's authors.
+# Where each step is given its own, optax compiles one loop a matrix, not five copies of its body.
+_NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def create_learning_rate_scheduler(
@@ -94,6 +99,60 @@ def adamw(
         weight_decay=weight_decay,
         mask=lambda params: jax.tree.map(lambda param: param.ndim > 1, params),
     )
+    return _clipped_and_multiplied(optimizer, max_grad_norm, learning_rate_multipliers)
+
+
+def muon(
+    learning_rate_fn: Callable[[jax.Array], jax.Array],
+    beta: float = 0.95,
+    adam_beta2: float = 0.999,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = None,
+    learning_rate_multipliers: Mapping[str, float] | None = None,
+    adam_parameters: Sequence[str] = ("logits_dense", "output"),
+) -> optax.GradientTransformation:
+    """Muon for the kernels inside the network, AdamW with Nesterov's momentum for all other parameters.
+
+    Muon (https://kellerjordan.github.io/posts/muon) takes a step along the nearest orthogonal matrix of a
+    kernel's momentum. Its size is made AdamW's (https://arxiv.org/abs/2502.16982): both share one rate.
+
+    Args:
+      learning_rate_fn: step -> learning rate.
+      beta: of Muon's momentum.
+      adam_beta2: of AdamW.
+      weight_decay: as in `adamw`, on Muon's kernels only.
+      max_grad_norm: as in `adamw`.
+      learning_rate_multipliers: as in `adamw`.
+      adam_parameters: parts of the names of kernels that are AdamW's all the same: those of the last layers.
+    """
+
+    def dimension_numbers(params: Any) -> Any:
+        def of_one(path, param):
+            name = _name(path)
+            if not name.endswith("kernel") or any(part in name for part in adam_parameters):
+                return None  # AdamW's
+            # A convolution's kernel [height, width, in, out] counts as a matrix [height * width * in, out].
+            return optax.contrib.MuonDimensionNumbers(tuple(range(param.ndim - 1)), param.ndim - 1)
+
+        return jax.tree_util.tree_map_with_path(of_one, params)
+
+    optimizer = optax.contrib.muon(
+        learning_rate_fn,
+        ns_coeffs=_NEWTON_SCHULZ,
+        beta=beta,
+        weight_decay=weight_decay,
+        adam_b2=adam_beta2,
+        muon_weight_dimension_numbers=dimension_numbers,
+        consistent_rms=0.2,
+    )
+    return _clipped_and_multiplied(optimizer, max_grad_norm, learning_rate_multipliers)
+
+
+def _clipped_and_multiplied(
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float | None,
+    learning_rate_multipliers: Mapping[str, float] | None,
+) -> optax.GradientTransformation:
     clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
     scales = [
         optax.masked(optax.scale(factor), functools.partial(_named, part=part))
@@ -102,8 +161,11 @@ def adamw(
     return optax.chain(*clip, optimizer, *scales)
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    """A parameter's name, "decoder/relpos_bias/rel_embedding"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _named(params: Any, part: str) -> Any:
-    """A tree of bools: whether `part` is in a parameter's name, "decoder/relpos_bias/rel_embedding"."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: part in jax.tree_util.keystr(path, simple=True, separator="/"), params
-    )
+    """A tree of bools: whether `part` is in a parameter's name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: part in _name(path), params)

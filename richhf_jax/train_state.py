@@ -44,9 +44,11 @@ def logical_axes(
     """
     opt_axes = optax.tree_map_params(
         optimizer_def,
-        lambda _, axes: axes,
+        # Where an optimizer acts on some parameters only, the others' places are masked.
+        lambda leaf, axes: leaf if isinstance(leaf, optax.MaskedNode) else axes,
         state.opt_state,
         params_axes,
         transform_non_params=lambda _: PartitionSpec(),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     return TrainState(step=PartitionSpec(), params=params_axes, opt_state=opt_axes)

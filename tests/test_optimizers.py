@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from richhf_jax import optimizers
 
@@ -98,3 +99,40 @@ def test_learning_rates_are_multiplied_by_name():
     jax.tree.map(
         lambda update, value: np.testing.assert_allclose(update, value, rtol=1e-5), updates, expected
     )
+
+
+def orthogonalized(matrix, steps=5):
+    """Muon's iteration on a matrix, in float64."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (2, 2, 3, 5)], ids=str)
+def test_muon_steps_along_the_orthogonalized_gradient(rng, shape):
+    optimizer = optimizers.muon(lambda step: 0.1)
+    params = {"dense": {"kernel": jnp.zeros(shape)}}
+    gradient = rng.normal(size=shape)
+    grads = {"dense": {"kernel": jnp.asarray(gradient, jnp.float32)}}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    matrix = gradient.reshape(-1, shape[-1])
+    # At the first step the momentum is the gradient.
+    expected = -0.1 * 0.2 * np.sqrt(max(matrix.shape)) * orthogonalized(matrix)
+    found = np.asarray(updates["dense"]["kernel"]).reshape(matrix.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+ADAMS = ["mlp/bias", "token_embedder/embedding", "decoder/logits_dense/kernel", "score_head/output/kernel"]
+
+
+@pytest.mark.parametrize("path", ADAMS)
+def test_muon_leaves_tables_vectors_and_last_layers_to_adam(rng, path):
+    optimizer = optimizers.muon(lambda step: 0.1, adam_beta2=0.98, learning_rate_multipliers={"mlp": 3.0})
+    params = traverse_util.unflatten_dict({path: jnp.zeros((4, 6))}, sep="/")
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    adam = optax.nadam(0.3 if path.startswith("mlp") else 0.1, b2=0.98)
+    expected, _ = adam.update(grads, adam.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)

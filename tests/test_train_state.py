@@ -34,3 +34,20 @@ def test_moments_lie_as_their_parameters_and_the_rest_everywhere(multipliers):
     assert len(specs) == len(jax.tree.leaves(state.opt_state))
     # Adam's and the schedule's counters.
     assert specs.count(PartitionSpec()) == 2
+
+
+def test_moments_of_an_optimizer_that_acts_on_some_parameters_only():
+    optimizer = optimizers.muon(lambda step: 0.1)
+    state = jax.eval_shape(lambda: train_state.TrainState.create(optimizer, PARAMS))
+    axes = train_state.logical_axes(optimizer, AXES, state)
+
+    def is_spec(leaf):
+        return isinstance(leaf, PartitionSpec)
+
+    specs = jax.tree.map(lambda _: 0, axes.opt_state, is_leaf=is_spec)
+    assert jax.tree.structure(specs) == jax.tree.structure(state.opt_state)
+    found = jax.tree.leaves_with_path(axes.opt_state, is_spec)
+    # Muon has one moment, Adam two.
+    for name, number in (("kernel", 1), ("bias", 2)):
+        moments = [spec for path, spec in found if name in jax.tree_util.keystr(path)]
+        assert moments == [AXES["dense"][name]] * number
