@@ -1,4 +1,8 @@
-"""Decoding with a key-value cache: one compiled loop that stops when every sequence has ended."""
+"""Decoding with a key-value cache: one compiled loop that stops when every sequence has ended.
+
+Names, arguments and the order of the results are those of T5X's `decoding.py`; what RAHF has no use for
+(forced prefixes, filled caches, callbacks) isn't there.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 PAD_ID = 0
+# Below every score, yet finite, so that sums and ratios of it are no NaN.
+NEG_INF = -1.0e7
 
 
 @flax.struct.dataclass
@@ -15,7 +21,7 @@ class DecodingState:
     """What the step function sees, as in T5X.
 
     Attributes:
-      cur_token: int32 [batch, 1], the token decoded last (0 at the beginning).
+      cur_token: int32 [batch * num_decodes, 1], the token decoded last (0 at the beginning).
       cache: the decoder's key-value cache.
     """
 
@@ -26,22 +32,53 @@ class DecodingState:
 TokensToLogits = Callable[[DecodingState], tuple[jax.Array, Any]]
 
 
-def greedy_decode(
-    inputs: jax.Array, cache: Any, tokens_to_logits: TokensToLogits, eos_id: int = 1
+def temperature_sample(
+    inputs: jax.Array,
+    cache: Any,
+    tokens_to_logits: TokensToLogits,
+    eos_id: int = 1,
+    decode_rng: jax.Array | None = None,
+    num_decodes: int = 1,
+    temperature: float = 1.0,
+    topk: int = 1,
+    topp: float = 0.0,
+    cache_offset: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Takes the most probable token at each step.
+    """Draws each token from the model's distribution; with the default `topk`, takes the most probable one.
 
     Args:
       inputs: int32 [batch, length]; only the shape matters: how much to decode.
-      cache: the decoder's cache at its beginning.
-      tokens_to_logits: state -> (float [batch, vocab] logits, new cache).
+      cache: the decoder's cache at its beginning, for a batch of `batch`.
+      tokens_to_logits: state -> (float [batch * num_decodes, vocab] logits, new cache).
       eos_id: the token that ends a sequence.
+      decode_rng: key of the draws; None is seed 0.
+      num_decodes: sequences drawn for each input.
+      temperature: divides the logits. 0 takes the most probable token.
+      topk: draw from so many of the most probable tokens only; 0 for all.
+      topp: draw from the fewest most probable tokens that together have this probability; 0 for all.
+      cache_offset: axes before the cache's batch axis (1 where layers are scanned).
 
     Returns:
-      int32 [batch, length] tokens, ended by `eos_id` and then padded with 0, and their summed
-      log-probabilities, float32 [batch].
+      int32 [batch, num_decodes, length] tokens, each sequence ended by `eos_id` and padded with 0, and
+      float32 [batch, num_decodes] log-probabilities by the model itself, before `temperature`, `topk` and
+      `topp`. The most probable sequence is the last.
+
+    Raises:
+      ValueError: both `topk` and `topp`, or one out of its range.
     """
+    if topk and topp:
+        raise ValueError(f"give topk or topp, not both: topk={topk}, topp={topp}")
+    if topk < 0 or not 0 <= topp <= 1 or temperature < 0:
+        raise ValueError(f"out of range: topk={topk}, topp={topp}, temperature={temperature}")
     batch, length = inputs.shape
+    rows = batch * num_decodes
+    rng = jax.random.PRNGKey(0) if decode_rng is None else decode_rng
+
+    def choose(logits, step):
+        if topk == 1 or temperature == 0:
+            return jnp.argmax(logits, axis=-1)
+        logits = _nucleus(_most_probable(logits / temperature, topk), topp)
+        return jax.random.categorical(jax.random.fold_in(rng, step), logits)
 
     def unfinished(carry):
         step, _, _, _, ended = carry
@@ -50,15 +87,156 @@ def greedy_decode(
     def advance(carry):
         step, state, tokens, log_probs, ended = carry
         logits, cache = tokens_to_logits(state)
-        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        log_prob = jnp.max(jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
-        token = jnp.where(ended, PAD_ID, chosen)
-        tokens = tokens.at[:, step].set(token)
+        logits = logits.astype(jnp.float32)
+        token = jnp.where(ended, PAD_ID, choose(logits, step).astype(jnp.int32))
+        all_log_probs = jax.nn.log_softmax(logits)
+        log_prob = jnp.take_along_axis(all_log_probs, token[:, None], axis=-1)[:, 0]
         log_probs += jnp.where(ended, 0.0, log_prob)
+        tokens = tokens.at[:, step].set(token)
         state = DecodingState(cur_token=token[:, None], cache=cache)
         return step + 1, state, tokens, log_probs, ended | (token == eos_id)
 
-    state = DecodingState(cur_token=jnp.zeros((batch, 1), jnp.int32), cache=cache)
-    carry = (0, state, jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch), jnp.zeros(batch, bool))
+    state = DecodingState(
+        cur_token=jnp.zeros((rows, 1), jnp.int32), cache=cache_expand(cache, num_decodes, cache_offset)
+    )
+    carry = (0, state, jnp.zeros((rows, length), jnp.int32), jnp.zeros(rows), jnp.zeros(rows, bool))
     _, _, tokens, log_probs, _ = jax.lax.while_loop(unfinished, advance, carry)
-    return tokens, log_probs
+    log_probs = log_probs.reshape(batch, num_decodes)
+    order = jnp.argsort(log_probs, axis=-1)
+    tokens = jnp.take_along_axis(tokens.reshape(batch, num_decodes, length), order[..., None], axis=1)
+    return tokens, jnp.take_along_axis(log_probs, order, axis=-1)
+
+
+def _most_probable(logits: jax.Array, topk: int) -> jax.Array:
+    """[batch, vocab] with all but the `topk` highest at `NEG_INF`; 0 keeps all."""
+    if not topk:
+        return logits
+    lowest = jax.lax.top_k(logits, topk)[0][:, -1:]
+    return jnp.where(logits < lowest, NEG_INF, logits)
+
+
+def _nucleus(logits: jax.Array, topp: float) -> jax.Array:
+    """[batch, vocab] with `NEG_INF` but for the fewest highest of probability `topp`; 0 keeps all."""
+    if not topp:
+        return logits
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered)
+    # A token stays while those before it have less than `topp`: so the first always does.
+    stays = jnp.cumsum(probabilities, axis=-1) - probabilities < topp
+    lowest = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < lowest, NEG_INF, logits)
+
+
+def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
+    """By what a sequence's log-probability is divided: ((5 + length) / 6) ** alpha.
+
+    Wu et al., "Google's Neural Machine Translation System", https://arxiv.org/abs/1609.08144, equation 14.
+    """
+    return jnp.power((5.0 + length) / 6.0, alpha)
+
+
+@flax.struct.dataclass
+class _Beams:
+    """Sequences of one kind, live or finished.
+
+    Attributes:
+      tokens: int32 [batch, beams, length].
+      scores: float32 [batch, beams], in descending order: log-probabilities (live), or these divided by the
+        brevity penalty (finished); `NEG_INF` where there is none yet.
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+
+    def best(self, count: int) -> tuple["_Beams", jax.Array]:
+        """The `count` beams of the highest scores, and which they were: [batch, count]."""
+        scores, beams = jax.lax.top_k(self.scores, count)
+        return _Beams(jnp.take_along_axis(self.tokens, beams[..., None], axis=1), scores), beams
+
+
+def beam_search(
+    inputs: jax.Array,
+    cache: Any,
+    tokens_to_logits: TokensToLogits,
+    eos_id: int = 1,
+    decode_rng: jax.Array | None = None,
+    num_decodes: int = 4,
+    alpha: float = 0.6,
+    cache_offset: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Keeps the `num_decodes` most probable beginnings of a sequence at every step.
+
+    A sequence that ends competes with the finished ones by its log-probability over `brevity_penalty`; the
+    search stops when no live one can beat the worst of them.
+
+    Args:
+      inputs, cache, tokens_to_logits, eos_id, cache_offset: as for `temperature_sample`.
+      decode_rng: taken for the interface; a beam search draws nothing.
+      num_decodes: beams.
+      alpha: of the brevity penalty; 0 ranks by log-probability alone, which favours short sequences.
+
+    Returns:
+      int32 [batch, num_decodes, length] tokens and their float32 [batch, num_decodes] scores, the best last.
+      An input none of whose sequences ended gives its live ones; where only some did, the others are empty
+      and score `NEG_INF`.
+    """
+    del decode_rng
+    batch, length = inputs.shape
+    beams = num_decodes
+
+    def unfinished(carry):
+        step, live, finished, _ = carry
+        reachable = live.scores[:, 0] / brevity_penalty(alpha, length)
+        return (step < length) & ~jnp.all(finished.scores[:, -1] > reachable)
+
+    def advance(carry):
+        step, live, finished, state = carry
+        logits, cache = tokens_to_logits(state)
+        vocab = logits.shape[-1]
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, vocab)
+        sums = (live.scores[..., None] + log_probs).reshape(batch, beams * vocab)
+        # Of twice as many candidates as beams at most half have ended: enough live ones remain.
+        scores, indices = jax.lax.top_k(sums, 2 * beams)
+        parents, token = indices // vocab, (indices % vocab).astype(jnp.int32)
+        tokens = jnp.take_along_axis(live.tokens, parents[..., None], axis=1).at[..., step].set(token)
+        ended = token == eos_id
+
+        live, chosen = _Beams(tokens, jnp.where(ended, NEG_INF, scores)).best(beams)
+        ended_scores = jnp.where(ended, scores / brevity_penalty(alpha, step + 1), NEG_INF)
+        finished, _ = _Beams(
+            jnp.concatenate([finished.tokens, tokens], axis=1),
+            jnp.concatenate([finished.scores, ended_scores], axis=1),
+        ).best(beams)
+        cache = _gather_beams(cache, jnp.take_along_axis(parents, chosen, axis=1), cache_offset)
+        cur_token = jnp.take_along_axis(token, chosen, axis=1).reshape(batch * beams, 1)
+        return step + 1, live, finished, DecodingState(cur_token=cur_token, cache=cache)
+
+    no_tokens = jnp.zeros((batch, beams, length), jnp.int32)
+    # One empty beginning; the others wait for its continuations.
+    live = _Beams(no_tokens, jnp.full((batch, beams), NEG_INF).at[:, 0].set(0.0))
+    finished = _Beams(no_tokens, jnp.full((batch, beams), NEG_INF))
+    state = DecodingState(
+        cur_token=jnp.zeros((batch * beams, 1), jnp.int32), cache=cache_expand(cache, beams, cache_offset)
+    )
+    _, live, finished, _ = jax.lax.while_loop(unfinished, advance, (0, live, finished, state))
+    any_ended = finished.scores[:, :1] > NEG_INF
+    tokens = jnp.where(any_ended[..., None], finished.tokens, live.tokens)
+    scores = jnp.where(any_ended, finished.scores, live.scores / brevity_penalty(alpha, length))
+    return tokens[:, ::-1], scores[:, ::-1]
+
+
+def cache_expand(cache: Any, num_decodes: int, cache_offset: int = 0) -> Any:
+    """Repeats each example `num_decodes` times: [batch, ...] -> [batch * num_decodes, ...]."""
+    return _map_cache(lambda leaf: jnp.repeat(leaf, num_decodes, axis=cache_offset), cache, cache_offset)
+
+
+def _gather_beams(cache: Any, parents: jax.Array, cache_offset: int) -> Any:
+    """The cache of each new beam's parent; `parents` is int32 [batch, beams]."""
+    batch, beams = parents.shape
+    rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
+    return _map_cache(lambda leaf: jnp.take(leaf, rows, axis=cache_offset), cache, cache_offset)
+
+
+def _map_cache(fn: Callable[[jax.Array], jax.Array], cache: Any, cache_offset: int) -> Any:
+    """`fn` of every array that has a batch axis; a cache's index has none."""
+    return jax.tree.map(lambda leaf: fn(leaf) if leaf.ndim > cache_offset else leaf, cache)

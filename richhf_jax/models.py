@@ -76,7 +76,8 @@ class RahfModel(BaseModel):
         self,
         module: nn.Module,
         optimizer_def: optax.GradientTransformation,
-        decode_fn: Callable = decoding.greedy_decode,
+        decode_fn: Callable = decoding.temperature_sample,
+        num_decodes: int = 1,
         heatmap_loss_weight: float = 1.0,
         score_loss_weight: float = 1.0,
         keywords_loss_weight: float = 1.0,
@@ -87,6 +88,7 @@ class RahfModel(BaseModel):
         super().__init__(optimizer_def)
         self.module = module
         self._decode_fn = decode_fn
+        self._num_decodes = num_decodes
         self._loss_weights = {
             "heatmap": heatmap_loss_weight,
             "score": score_loss_weight,
@@ -168,9 +170,9 @@ class RahfModel(BaseModel):
 
         Returns:
           {"heatmaps": float32 [batch, heatmaps, height, width], "scores": float32 [batch, scores],
-          "tokens": int32 [batch, texts, target_length]} and {"log_probs": float32 [batch, texts]}.
+          "tokens": int32 [batch, texts, target_length]} and {"decodes": int32 [batch, texts, num_decodes,
+          target_length], "scores": float32 [batch, texts, num_decodes]}, the best text last as in T5X.
         """
-        del rng  # Greedy decoding draws nothing.
         tokens = batch["encoder_input_tokens"]
         batch_size, texts, target_length = batch["decoder_input_tokens"].shape
         apply = functools.partial(self.module.apply, {"params": params})
@@ -184,23 +186,28 @@ class RahfModel(BaseModel):
         if slots.scores:
             predictions["scores"] = apply(encoded, num_patches, slots, method="scores")
         if texts:
-            decoded, log_probs = self._decode(
+            decodes, decode_scores = self._decode(
                 params,
                 encoded[:, -texts:].reshape(batch_size * texts, *encoded.shape[2:]),
                 tokens[:, -texts:].reshape(batch_size * texts, -1),
                 target_length,
+                rng,
             )
-            predictions["tokens"] = decoded.reshape(batch_size, texts, target_length)
-            aux["log_probs"] = log_probs.reshape(batch_size, texts)
+            aux["decodes"] = decodes.reshape(batch_size, texts, -1, target_length)
+            aux["scores"] = decode_scores.reshape(batch_size, texts, -1)
+            predictions["tokens"] = aux["decodes"][:, :, -1]
         return predictions, aux
 
-    def _decode(self, params: Any, encoded: jax.Array, tokens: jax.Array, length: int):
+    def _decode(
+        self, params: Any, encoded: jax.Array, tokens: jax.Array, length: int, rng: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Free decoding of [texts, positions, embed] encoded prompts."""
         targets = jnp.zeros((encoded.shape[0], length), jnp.int32)
         step = functools.partial(
             self.module.apply, method="decode", mutable=["cache"], decode=True, max_decode_length=length
         )
         _, variables = step({"params": params}, encoded, tokens, targets, targets)
+        encoded, tokens = (jnp.repeat(x, self._num_decodes, axis=0) for x in (encoded, tokens))
 
         def tokens_to_logits(state: decoding.DecodingState):
             logits, variables = step(
@@ -208,7 +215,14 @@ class RahfModel(BaseModel):
             )
             return jnp.squeeze(logits, axis=1), variables["cache"]
 
-        return self._decode_fn(targets, variables["cache"], tokens_to_logits, eos_id=self._eos_id)
+        return self._decode_fn(
+            targets,
+            variables["cache"],
+            tokens_to_logits,
+            eos_id=self._eos_id,
+            decode_rng=rng,
+            num_decodes=self._num_decodes,
+        )
 
     def score_batch(self, params, batch):
         """Log-likelihood of each target text: float32 [batch, texts]."""

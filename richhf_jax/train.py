@@ -83,7 +83,13 @@ def train(
     evaluation = _Evaluation(loop, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
     log = _TrainingLog(model_dir, total_steps, step)
     batches = stream.batches(position)
-    with _stop_signal() as stop_signal:
+    # Also when something fails: a checkpoint may still be on its way to the disk.
+    with (
+        contextlib.closing(checkpointer),
+        contextlib.closing(log),
+        contextlib.closing(evaluation),
+        _stop_signal() as stop_signal,
+    ):
         last = step >= total_steps
         while not last:
             state, metrics = loop.train_step(state, next(batches))
@@ -94,16 +100,13 @@ def train(
                 logging.info("%s: saving a checkpoint, then exiting", name)
                 last = True
             save_now = save is not None and (last or step % save.period == 0)
-            # Before every save too: what is not finite must not become a checkpoint.
+            # Before every save too: a state that is not finite must not become a checkpoint.
             if last or save_now or step % log_period == 0:
                 log.write(step)
             if step == total_steps or step % eval_period == 0:
                 evaluation.run(state.params, step)
             if save_now:
                 checkpointer.save(state, stream.position(step), step)
-    checkpointer.close()
-    log.close()
-    evaluation.close()
     if step < total_steps:
         logging.info("stopped at step %d; the same command continues", step)
     else:
@@ -167,13 +170,13 @@ class _TrainingLog:
         """Fetches what was added since the last time.
 
         Raises:
-          errors.UserError: the loss is not finite.
+          errors.UserError: something is not finite: the loss, or the gradient, and so the state.
         """
         scalars = trainer.summarize(self._metrics)
-        if not np.isfinite(scalars["loss"]):
+        if broken := [name for name, value in scalars.items() if not np.isfinite(value)]:
             raise errors.UserError(
-                f"the loss is {scalars['loss']} between step {self._since[1]} and {step}: lower the learning "
-                "rate, and start again from the last checkpoint by the same command"
+                f"{' and '.join(broken)} not finite between step {self._since[1]} and {step}: lower the "
+                "learning rate, and start again from the last checkpoint by the same command"
             )
         now, (then, since_step) = time.monotonic(), self._since
         rate = (step - since_step) / (now - then)

@@ -206,6 +206,15 @@ def test_dropout_only_with_a_seed(make):
     assert "random" not in str(jax.make_jaxpr(case.model.eval_fn)(case.params, case.batch))
 
 
+def as_targets(batch, tokens):
+    """The batch with these texts, int [batch, texts, length], to be scored."""
+    return batch | {
+        "decoder_input_tokens": np.pad(tokens[..., :-1], ((0, 0), (0, 0), (1, 0))),
+        "decoder_target_tokens": tokens,
+        "decoder_loss_weights": (tokens > 0).astype(np.float32),
+    }
+
+
 def test_predictions_are_the_networks_outputs(case):
     predictions, aux = case.predictions
     assert predictions.keys() == {"heatmaps", "scores", "tokens"}
@@ -214,21 +223,42 @@ def test_predictions_are_the_networks_outputs(case):
         np.testing.assert_allclose(predictions[name], case.outputs[name], rtol=1e-4, atol=1e-6)
     assert predictions["tokens"].shape == case.batch["decoder_target_tokens"].shape
     assert predictions["tokens"].dtype == np.int32
-    assert aux["log_probs"].shape == case.batch["decoder_target_tokens"].shape[:2]
+    assert aux["scores"].shape == (*case.batch["decoder_target_tokens"].shape[:2], 1)
+    np.testing.assert_array_equal(aux["decodes"], predictions["tokens"][:, :, None])
 
 
 def test_decoding_with_the_cache_agrees_with_teacher_forcing(case):
     predictions, aux = case.predictions
     tokens = np.asarray(predictions["tokens"])
     assert len(np.unique(tokens)) > 4, "the texts are not all the same"
-    forced = case.batch | {
-        "decoder_input_tokens": np.pad(tokens[..., :-1], ((0, 0), (0, 0), (1, 0))),
-        "decoder_target_tokens": tokens,
-        "decoder_loss_weights": (tokens > 0).astype(np.float32),
-    }
+    forced = as_targets(case.batch, tokens)
     logits = case.compiled_forward(case.params, forced)["logits"]
     np.testing.assert_array_equal(np.where(tokens > 0, logits.argmax(axis=-1), 0), tokens)
-    np.testing.assert_allclose(aux["log_probs"], case.score(case.params, forced), rtol=1e-4, atol=1e-5)
+    likelihood = case.score(case.params, forced)
+    np.testing.assert_allclose(aux["scores"][..., 0], likelihood, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decode_fn", ["beam_search", "temperature_sample"])
+def test_every_one_of_several_texts_has_its_own_cache(make, decode_fn):
+    settings = "beam_search.alpha = 0.0" if decode_fn == "beam_search" else "temperature_sample.topk = 0"
+    case = make(
+        "multi_head",
+        f"DECODE_FN = @decoding.{decode_fn}",
+        "NUM_DECODES = 3",
+        f"decoding.{settings}",
+    )
+    predictions, aux = case.predictions
+    decodes = np.asarray(aux["decodes"])
+    np.testing.assert_array_equal(predictions["tokens"], decodes[:, :, -1])
+    texts = [as_targets(case.batch, decodes[:, :, i]) for i in range(3)]
+    likelihood = np.stack([case.score(case.params, batch) for batch in texts], axis=-1)
+    # A draw may be padding amid a text, which teacher forcing then doesn't show the later positions. And
+    # where fewer beams than asked have ended, the others are empty.
+    written = decodes > 0
+    whole = (np.diff(written.astype(int), axis=-1) <= 0).all(axis=-1) & written.any(axis=-1)
+    assert whole.sum() >= 4
+    np.testing.assert_allclose(aux["scores"][whole], likelihood[whole], rtol=1e-4, atol=1e-4)
+    assert (np.diff(aux["scores"], axis=-1) >= 0).all()
 
 
 def test_the_targets_are_not_looked_at(case):

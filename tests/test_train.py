@@ -3,6 +3,8 @@
 Only sizes and steps are smaller (see SMALL). The fixtures tell one story, which the tests look at.
 """
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -12,12 +14,22 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 
-from richhf_jax import errors, feedback, losses, train
+from richhf_jax import (
+    checkpoints,
+    errors,
+    feedback,
+    input_pipeline,
+    losses,
+    partitioning,
+    train,
+    train_state,
+)
 
 ROOT = pathlib.Path(train.__file__).resolve().parents[1]
 TASK = "synthetic_rich_hf_multi_head"
@@ -267,11 +279,55 @@ def test_evaluating_what_is_not_there(launch, finetuned):
         assert "Traceback" not in program.output
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    log = train._TrainingLog(str(tmp_path), total_steps=4, first_step=2)
-    log.add({"loss": losses.WeightedMean(np.float32(np.nan), np.float32(1))})
-    with pytest.raises(
-        errors.UserError, match="the loss is nan between step 2 and 3: lower the learning rate"
-    ):
-        log.write(3)
-    log.close()
+class BreakingLoop:
+    """In place of the trainer: at step 3 one of the metrics is not finite."""
+
+    broken: str
+
+    def __init__(self, *args, **kwargs):
+        self.abstract_state = None
+
+    def init_state(self, given):
+        params = {"kernel": jnp.zeros(2)}
+        return train_state.TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
+
+    def train_step(self, state, batch):
+        state = dataclasses.replace(state, step=state.step + 1)
+        values = {"loss": 1.0, "gradient_norm": 1.0}
+        if state.step == 3:
+            values[self.broken] = np.nan
+        ones = np.ones((), np.float32)
+        return state, {name: losses.WeightedMean(value * ones, ones) for name, value in values.items()}
+
+
+class NoData:
+    """In place of the training data."""
+
+    batch_shapes = None
+
+    def __init__(self, *args):
+        pass
+
+    def batches(self, position):
+        return itertools.repeat({})
+
+    def position(self, step):
+        return {"step": step}
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient_norm"])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, broken):
+    monkeypatch.setattr(BreakingLoop, "broken", broken, raising=False)
+    monkeypatch.setattr(input_pipeline, "TrainStream", NoData)
+    with pytest.raises(errors.UserError, match=f"{broken} not finite between step 2 and 3: lower the"):
+        train.train(
+            model=None,
+            model_dir=str(tmp_path),
+            train_dataset_cfg=None,
+            train_eval_dataset_cfg=None,
+            partitioner=partitioning.PjitPartitioner(),
+            checkpoint_cfg=checkpoints.CheckpointConfig(checkpoints.SaveCheckpointConfig(period=1, keep=9)),
+            total_steps=5,
+            trainer_cls=BreakingLoop,
+        )
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == ["checkpoint_1", "checkpoint_2"]
