@@ -43,6 +43,8 @@ export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 # XLA takes its temporary memory, some 270 MB, anew from the system at every step on a CPU. Huge pages save most
 # of the page faults, and a fifth of the time. A glibc older than 2.35 ignores this.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+# Pretraining and finetuning run the same compiled step.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
 # Training saves a checkpoint at Ctrl-C and exits as if all were well; the next part must not start.
 trap 'echo "stopped; the same command continues"; exit 130' INT TERM
 
