@@ -69,7 +69,8 @@ class RahfModel(BaseModel):
 
     The loss is the paper's weighted sum (section 4.1.3): pixel-wise mean squared error of the heatmaps,
     mean squared error of the scores, teacher-forced cross entropy of the keywords; each is a mean over
-    the slots (or tokens) that have labels.
+    the slots (or tokens) that have labels. Texts are decoded by `decode_fn`, one of `decoding`'s functions,
+    which makes `num_decodes` of each; the best is the prediction.
     """
 
     def __init__(
