@@ -162,7 +162,7 @@ def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: path
         with tf.io.TFRecordWriter(str(partial)) as writer:
             for record in records:
                 features = tf.train.Features(feature={name: feature(v) for name, v in record.items()})
-                writer.write(tf.train.Example(features=features).SerializeToString())
+                writer.write(tf.train.Example(features=features).SerializeToString(deterministic=True))
         os.replace(partial, path)
 
 
