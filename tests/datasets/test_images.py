@@ -1,0 +1,245 @@
+"""Every kind of image file: what TensorFlow shows of the checked bytes is what Pillow shows of the file."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from richhf_jax.datasets import images
+
+HEIGHT, WIDTH = 24, 36
+
+
+@pytest.fixture
+def colours(rng) -> np.ndarray:
+    """uint8 [height, width, 3]: a gradient and some noise, which JPEG keeps nearly as it is."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    gradient = np.stack([rows * 6, columns * 5, 200 - rows * 3], -1)
+    return (gradient + rng.integers(0, 20, gradient.shape)).astype(np.uint8)
+
+
+def encode(image: np.ndarray | Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def shown(data: bytes) -> np.ndarray:
+    """What TensorFlow shows of checked bytes."""
+    import tensorflow as tf
+
+    return tf.io.decode_image(images.checked(data), channels=3, expand_animations=False).numpy()
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def with_chunk(png: bytes, name: bytes, content: bytes) -> bytes:
+    """A PNG with one more chunk behind its header."""
+    return png[:33] + chunk(name, content) + png[33:]
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A small file that says it is a large RGB picture; its pixels deflate to almost nothing."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    deflate = zlib.compressobj(9)
+    row = bytes(1 + 3 * width)
+    pixels = b"".join(deflate.compress(row) for _ in range(height)) + deflate.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("JPEG", {"quality": 95}),
+        ("JPEG", {"quality": 80, "progressive": True, "subsampling": 2}),
+        ("PNG", {}),
+        ("WEBP", {"quality": 80}),
+        ("WEBP", {"lossless": True}),
+    ],
+)
+@pytest.mark.parametrize("grey", [False, True])
+def test_plain_images_stay_as_they_are(colours, image_format, options, grey):
+    data = encode(colours[..., 0] if grey else colours, image_format, **options)
+    assert images.checked(data) is data
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    # TensorFlow's JPEG decoder has a faster, coarser cosine transform and chroma upsampling.
+    tolerance = 8 if image_format == "JPEG" else 0
+    np.testing.assert_allclose(shown(data).astype(int), expected, atol=tolerance)
+
+
+def test_one_bit_png(colours):
+    one_bit = Image.fromarray(colours[..., 0]).convert("1")
+    data = encode(one_bit, "PNG")
+    assert images.checked(data) != data
+    np.testing.assert_array_equal(shown(data), np.asarray(one_bit.convert("RGB")))
+
+
+def test_palette(colours):
+    palette = Image.fromarray(colours).quantize(16)
+    for data in (encode(palette, "PNG"), encode(palette, "GIF"), encode(palette, "BMP")):
+        np.testing.assert_array_equal(shown(data), np.asarray(palette.convert("RGB")))
+
+
+def test_transparent_palette_is_over_white(colours):
+    palette = Image.fromarray(colours).quantize(16)
+    data = encode(palette, "PNG", transparency=3)
+    expected = np.where((np.asarray(palette) == 3)[..., None], 255, np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(shown(data), expected)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
+def test_alpha_is_over_white(colours, image_format):
+    alpha = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
+    alpha[:, :12], alpha[:, 12:24] = 255, 128
+    data = encode(np.concatenate([colours, alpha], -1), image_format, lossless=True, exact=True)
+    expected = colours * (alpha / 255) + 255 * (1 - alpha / 255)
+    np.testing.assert_allclose(shown(data), expected, atol=0.51)  # rounding
+
+
+def test_grey_with_alpha_and_a_transparent_colour(colours):
+    grey = colours[..., 0]
+    alpha = np.where(np.arange(WIDTH) < 9, 0, 255).astype(np.uint8) + np.zeros_like(grey)
+    expected = np.where(alpha == 0, 255, grey)[..., None].repeat(3, -1)
+    np.testing.assert_array_equal(shown(encode(np.stack([grey, alpha], -1), "PNG")), expected)
+    colours[:9] = 1, 2, 3
+    expected = np.where((colours == (1, 2, 3)).all(-1, keepdims=True), 255, colours)
+    np.testing.assert_array_equal(shown(encode(colours, "PNG", transparency=(1, 2, 3))), expected)
+
+
+@pytest.mark.parametrize("adobe", [True, False])
+def test_cmyk_jpeg(colours, adobe):
+    cmyk = Image.fromarray(colours).convert("CMYK")
+    data = encode(cmyk, "JPEG", quality=100, subsampling=0)
+    marker = data.index(b"\xff\xee")  # Adobe's, which says that the inks are stored inverted
+    assert data[marker + 4 : marker + 9] == b"Adobe"
+    if not adobe:
+        data = data[:marker] + data[marker + 16 :]
+    np.testing.assert_allclose(
+        shown(data).astype(int), np.asarray(cmyk.convert("RGB")), atol=4
+    )  # JPEG's loss
+    np.testing.assert_allclose(shown(data).astype(int), colours, atol=4)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(colours, image_format, orientation):
+    options = {"quality": 100, "subsampling": 0} if image_format == "JPEG" else {"lossless": True}
+    turned = {  # https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf, Orientation
+        1: colours,
+        2: colours[:, ::-1],
+        3: colours[::-1, ::-1],
+        4: colours[::-1],
+        5: colours.transpose(1, 0, 2),
+        6: colours.transpose(1, 0, 2)[:, ::-1],
+        7: colours.transpose(1, 0, 2)[::-1, ::-1],
+        8: colours.transpose(1, 0, 2)[::-1],
+    }[orientation]
+    data = encode(colours, image_format, exif=oriented(orientation), **options)
+    tolerance = 10 if image_format == "JPEG" else 0  # JPEG's loss, and TensorFlow's coarser transform
+    np.testing.assert_allclose(shown(data).astype(int), turned, atol=tolerance)
+
+
+def test_16_bit_png(colours):
+    grey = colours[..., 0].astype(np.uint16) * 256 + 77
+    np.testing.assert_array_equal(
+        shown(encode(Image.fromarray(grey), "PNG")), (grey >> 8)[..., None].repeat(3, -1)
+    )
+    rows = (colours * np.uint16(256) + np.uint16(77)).astype(">u2").reshape(HEIGHT, -1)
+    pixels = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    data += chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(shown(data), colours)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "GIF"])
+def test_first_frame_of_an_animation(colours, image_format):
+    frames = [Image.fromarray(pixels).quantize(16).convert("RGB") for pixels in (colours, 255 - colours)]
+    data = encode(frames[0], image_format, save_all=True, append_images=frames[1:], lossless=True)
+    np.testing.assert_array_equal(shown(data), np.asarray(frames[0]))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_cut_off_anywhere_is_either_whole_or_an_error(colours, image_format):
+    data = encode(colours, image_format)
+    whole = shown(data)
+    refused = 0
+    for length in range(len(data)):
+        try:
+            image = shown(data[:length])
+        except images.ImageError:
+            refused += 1
+            continue
+        # Nothing but the end marker is missing. Re-encoded pixels are Pillow's, hence the tolerance.
+        np.testing.assert_allclose(image.astype(int), whole, atol=8)
+    assert refused >= len(data) - 8
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
+def test_what_passes_with_a_changed_byte_can_be_decoded(colours, image_format, capfd):
+    data = bytearray(encode(colours, image_format))
+    passed = 0
+    for position in range(0, len(data), 3):
+        changed = bytes([*data[:position], data[position] ^ 0x55, *data[position + 1 :]])
+        try:
+            shown(changed)  # would raise TensorFlow's InvalidArgumentError
+            passed += 1
+        except images.ImageError:
+            pass
+    assert passed
+    capfd.readouterr()  # libjpeg's complaints
+
+
+def test_what_follows_an_image_does_not_matter(colours):
+    for image_format in ("JPEG", "PNG"):
+        data = encode(colours, image_format)
+        np.testing.assert_allclose(shown(data + b"junk").astype(int), shown(data), atol=8)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no bytes"),
+        (b"<!DOCTYPE html><html>404</html>", "an HTML page"),
+        (b"\n <html>404</html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"nothing of the kind", "neither JPEG, PNG, WebP, GIF nor BMP.* b'nothing '"),
+        (png_of(8193, 2), "8193 x 2 pixels; at most 8192 x 8192"),
+        (png_of(2, 8193), "2 x 8193 pixels; at most 8192 x 8192"),
+    ],
+)
+def test_no_image(data, message):
+    with pytest.raises(images.ImageError, match=message):
+        images.checked(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [(10_000, "10000 x 10000 pixels; at most 8192"), (60_000, "too large: .*3600000000 pixels")],
+)
+def test_a_picture_too_large_is_refused_before_its_pixels_are_decoded(side, message, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    png = png_of(side, 3).replace(struct.pack(">II", side, 3), struct.pack(">II", side, side))
+    with pytest.raises(images.ImageError, match=message):
+        images.checked(png[:29] + struct.pack(">I", zlib.crc32(png[12:29])) + png[33:])
+
+
+def test_a_png_whose_text_inflates_to_gigabytes_is_refused(colours):
+    deflate = zlib.compressobj(9)
+    text = b"".join(deflate.compress(bytes(1 << 20)) for _ in range(64)) + deflate.flush()
+    bomb = with_chunk(encode(colours, "PNG"), b"zTXt", b"comment\0\0" + text)
+    with pytest.raises(images.ImageError, match="Decompressed data too large"):
+        images.checked(bomb)
