@@ -12,14 +12,15 @@ class RahfFeatureConverter(seqio.FeatureConverter):
     """Feature converter of the RAHF models, for both variants.
 
     Of a task example with one prompt, one heatmap, two scores and one text
-        {"image": ..., "inputs": [[7, 8, 1, 0]], "heatmaps": [...], "heatmap_weights": [1.0],
-         "scores": [0.5, 1.0], "score_weights": [1.0, 1.0], "targets": [[3, 9, 1, 0, 0]]}
+        {"image": ..., "inputs": [[7, 8, 1, 0]], "inputs_words_cut": 0, "heatmaps": [...],
+         "heatmap_weights": [1.0], "scores": [0.5, 1.0], "score_weights": [1.0, 1.0],
+         "targets": [[3, 9, 1, 0, 0]], "targets_words_cut": 0}
     it makes
-        {"image": ..., "encoder_input_tokens": [[7, 8, 1, 0]], "heatmap_targets": [...],
-         "heatmap_weights": [1.0], "score_targets": [0.5, 1.0], "score_weights": [1.0, 1.0],
-         "decoder_target_tokens": [[3, 9, 1, 0, 0]],
+        {"image": ..., "encoder_input_tokens": [[7, 8, 1, 0]], "encoder_words_cut": 0,
+         "heatmap_targets": [...], "heatmap_weights": [1.0], "score_targets": [0.5, 1.0],
+         "score_weights": [1.0, 1.0], "decoder_target_tokens": [[3, 9, 1, 0, 0]],
           "decoder_input_tokens": [[0, 3, 9, 1, 0]],
-          "decoder_loss_weights": [[1.0, 1.0, 1.0, 0.0, 0.0]]}
+          "decoder_loss_weights": [[1.0, 1.0, 1.0, 0.0, 0.0]], "decoder_words_cut": 0}
 
     Images and heatmaps stay uint8: the model normalises them on the device. A text slot without label has
     only padding, so no weight. Nothing is packed.
@@ -36,6 +37,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
     MODEL_FEATURES = {
         "image": FeatureSpec(dtype=tf.uint8, rank=3),
         "encoder_input_tokens": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
+        "encoder_words_cut": FeatureSpec(dtype=tf.int32, rank=0),
         "heatmap_targets": FeatureSpec(dtype=tf.uint8, rank=3),
         "heatmap_weights": FeatureSpec(dtype=tf.float32),
         "score_targets": FeatureSpec(dtype=tf.float32),
@@ -43,6 +45,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
         "decoder_target_tokens": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
         "decoder_input_tokens": FeatureSpec(dtype=tf.int32, rank=2, sequence_dim=1),
         "decoder_loss_weights": FeatureSpec(dtype=tf.float32, rank=2, sequence_dim=1),
+        "decoder_words_cut": FeatureSpec(dtype=tf.int32, rank=0),
     }
     PACKING_FEATURE_DTYPES = {}
 
@@ -57,6 +60,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
         return {
             "image": features["image"],
             "encoder_input_tokens": features["inputs"],
+            "encoder_words_cut": features["inputs_words_cut"],
             "heatmap_targets": features["heatmaps"],
             "heatmap_weights": features["heatmap_weights"],
             "score_targets": features["scores"],
@@ -64,6 +68,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
             "decoder_target_tokens": targets,
             "decoder_input_tokens": shifted,
             "decoder_loss_weights": tf.cast(targets != 0, tf.float32),
+            "decoder_words_cut": features["targets_words_cut"],
         }
 
     def _convert_features(
@@ -84,4 +89,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
             "decoder_target_tokens": lengths["targets"],
             "decoder_input_tokens": lengths["targets"],
             "decoder_loss_weights": lengths["targets"],
+            # Scalars: seqio wants a length of each name, and doesn't look at these.
+            "encoder_words_cut": 1,
+            "decoder_words_cut": 1,
         }

@@ -13,6 +13,7 @@ import numpy as np
 
 SCORES = PLAUSIBILITY, ALIGNMENT, AESTHETICS, OVERALL = ("plausibility", "alignment", "aesthetics", "overall")
 HEATMAPS = IMPLAUSIBILITY, MISALIGNMENT = ("implausibility", "misalignment")
+KEYWORDS = "keywords"
 
 # RichHF-18K's fields. https://github.com/google-research/google-research/tree/master/richhf_18k
 FILENAME_FIELD = "filename"
@@ -95,9 +96,10 @@ def mark_misaligned(tokens: Sequence[str], labels: Sequence[int]) -> str:
 def labels_from_text(tokens: Sequence[str], text: str) -> list[int]:
     """What the decoder wrote -> one label a prompt token, tolerating slips of the model.
 
-    The text's words (without suffix) are aligned with the prompt's tokens, ignoring case. A token
-    takes the label of the word it is aligned with; words written in place of as many tokens are
-    aligned in order; tokens with no word of their own are aligned (label 1).
+    A text that `mark_misaligned` could have made gives back its labels, whatever the tokens are. For any
+    other, the words (without suffix) are aligned with the prompt's tokens, ignoring case: a token takes the
+    label of the word it is aligned with; words written in place of as many tokens are aligned in order;
+    tokens with no word of their own are aligned (label 1), and words with no token say nothing.
 
     >>> labels_from_text(['a', 'yellow', 'cat'], 'a yellow_0 cat')
     [1, 0, 1]
@@ -106,6 +108,9 @@ def labels_from_text(tokens: Sequence[str], text: str) -> list[int]:
     >>> labels_from_text(['a', 'yellow', 'cat'], 'a yelow_0 cat')
     [1, 0, 1]
     """
+    exact = _exact_labels(tokens, text)
+    if exact is not None:
+        return exact
     tokens = [token.lower() for token in tokens]
     known = set(tokens)
     words, labels = [], []
@@ -120,6 +125,19 @@ def labels_from_text(tokens: Sequence[str], text: str) -> list[int]:
         if tag == "equal" or (tag == "replace" and token_end - token_start == word_end - word_start):
             result[token_start:token_end] = labels[word_start:word_end]
     return result
+
+
+def _exact_labels(tokens: Sequence[str], text: str) -> list[int] | None:
+    """The labels of which `mark_misaligned` makes `text`, None if there are none."""
+    words = text.split(" ") if text else []
+    if len(words) != len(tokens):
+        return None
+    labels = []
+    for token, word in zip(tokens, words, strict=True):
+        if word not in (token, token + MISALIGNED_SUFFIX):
+            return None
+        labels.append(ALIGNED if word == token else MISALIGNED)
+    return labels
 
 
 @dataclasses.dataclass(frozen=True)

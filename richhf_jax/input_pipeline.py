@@ -20,6 +20,7 @@ import gin
 import numpy as np
 import seqio
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from richhf_jax import errors, preprocessors
 from richhf_jax.datasets import records
@@ -44,6 +45,7 @@ class DatasetConfig:
       batch_size: examples in a batch, of all hosts together.
       shuffle: whether each epoch has an order of its own (training), or the records'.
       seed: of the order and of every random choice in preprocessing.
+      augment: whether images are augmented (`augmentation`).
     """
 
     mixture_or_task_name: str
@@ -52,6 +54,7 @@ class DatasetConfig:
     batch_size: int
     shuffle: bool = True
     seed: int = 0
+    augment: bool = False
 
 
 def get_dataset(
@@ -266,12 +269,18 @@ class _Records:
         self._paths = [file.filename for file in files]
         self._files, self._offsets = records.locate([(file.filename, file.skip, file.take) for file in files])
         self._features = builder.info.features
+        # What no slot uses is never decoded; the preprocessors decode the rest.
+        self._decoders = {
+            name: tfds.decode.SkipDecoding()
+            for name, feature in self._features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def read(self, index: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The record's features. Fails where the data doesn't match its checksum."""
+        """The record's features, images still encoded. Fails where the data doesn't match its checksum."""
         one_string = {"output_types": [tf.string], "output_shapes": [[]]}
         # tf.data.TFRecordDataset with the one argument that its Python class lacks. A Python function that
         # reads would do, but its threads may hang the interpreter at exit.
@@ -283,7 +292,7 @@ class _Records:
         )
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=tf.constant(1, tf.int64), **one_string)
         record = tf.raw_ops.DatasetToSingleElement(dataset=dataset, **one_string)[0]
-        return self._features.deserialize_example(record)
+        return self._features.deserialize_example(record, decoders=self._decoders)
 
 
 def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.Dataset) -> tf.data.Dataset:
@@ -292,7 +301,10 @@ def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.
 
     def read(k):
         shuffled = _permute(k % count, count, _RECORDS, cfg.seed, k // count) if cfg.shuffle else k % count
-        return data.read(shuffled) | {preprocessors.SEED: tf.stack([tf.constant(cfg.seed, tf.int64), k])}
+        return data.read(shuffled) | {
+            preprocessors.SEED: tf.stack([tf.constant(cfg.seed, tf.int64), k]),
+            preprocessors.AUGMENT: tf.constant(cfg.augment),
+        }
 
     examples = ks.map(read, num_parallel_calls=tf.data.AUTOTUNE)
     source = seqio.FunctionDataSource(lambda split, shuffle_files: examples, splits=[cfg.split])

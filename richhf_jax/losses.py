@@ -110,15 +110,27 @@ def compute_weighted_cross_entropy(
     return jnp.sum(loss * weights) / factor, jnp.sum(auxiliary * weights) / factor, jnp.sum(weights)
 
 
-def weighted_squared_error(predictions: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def weighted_squared_error(
+    predictions: jax.Array, targets: jax.Array, weights: jax.Array, image_box: jax.Array | None = None
+) -> jax.Array:
     """Mean squared error of each example, weighed and summed.
 
     Args:
       predictions, targets: float [batch, slots] (scores) or [batch, slots, height, width] (heatmaps).
       weights: float [batch, slots]; 0 takes a slot out.
+      image_box: None or int32 [batch, 4], heatmaps alone: first row and column of the image and those behind
+        its last; pixels outside, a letterbox's, take no part.
 
     Returns:
       float32 scalar: sum over batch and slots of weight x mean over pixels of the squared error.
     """
     error = jnp.square(predictions.astype(jnp.float32) - targets)
-    return jnp.sum(weights * error.reshape(*weights.shape, -1).mean(axis=-1))
+    if image_box is None:
+        return jnp.sum(weights * error.reshape(*weights.shape, -1).mean(axis=-1))
+    top, left, bottom, right = (edge[:, None, None] for edge in jnp.moveaxis(image_box, 1, 0))
+    rows = jnp.arange(error.shape[2])[None, :, None]
+    columns = jnp.arange(error.shape[3])[None, None, :]
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # [batch, height, width]
+    pixels = jnp.maximum(jnp.sum(inside, axis=(1, 2)), 1)[:, None]
+    means = jnp.sum(error * inside[:, None], axis=(2, 3)) / pixels
+    return jnp.sum(weights * means)

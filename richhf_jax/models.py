@@ -149,7 +149,7 @@ class RahfModel(BaseModel):
         if "heatmaps" in outputs:
             targets = batch["heatmap_targets"].astype(jnp.float32) / 255.0
             sums["heatmap"] = losses.weighted_squared_error(
-                outputs["heatmaps"], targets, batch["heatmap_weights"]
+                outputs["heatmaps"], targets, batch["heatmap_weights"], batch.get("image_box")
             )
         if "scores" in outputs:
             sums["score"] = losses.weighted_squared_error(
@@ -169,6 +169,12 @@ class RahfModel(BaseModel):
             loss += self._loss_weights[kind] * total / normalizers[kind]
             metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
         metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
+        for name in ("encoder_words_cut", "decoder_words_cut"):
+            if name in batch:  # The share of texts that are too long.
+                cut = batch[name] > 0
+                metrics[f"data/{name}"] = losses.WeightedMean(
+                    jnp.sum(cut, dtype=jnp.float32), jnp.full((), cut.size, jnp.float32)
+                )
         return loss, metrics
 
     def predict_batch_with_aux(self, params, batch, rng=None):

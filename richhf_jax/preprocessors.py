@@ -11,6 +11,7 @@ Task features (S = side of the image), one name for one key of seqio's
     score_weights    [scores]            float32, 0 = not labelled
     targets          [texts, target_length]   int32, all padding = not labelled
     texts            [texts]             string, what `targets` encodes
+    inputs_words_cut, targets_words_cut  int32, words of the longest prompt or text that there is no room for
 
 and, for evaluation, the record's own strings (feedback.FILENAME_FIELD, PROMPT_FIELD, KEYWORDS_FIELD).
 Randomness is stateless: it depends on the example's `seed` alone.
@@ -18,7 +19,7 @@ Randomness is stateless: it depends on the example's `seed` alone.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import gin
 import seqio
@@ -30,11 +31,14 @@ from richhf_jax import errors, feedback
 MASK = "_"
 
 # The slots of an example, and the kinds that fill them.
-_KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": ("keywords",)}
+_KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": (feedback.KEYWORDS,)}
 _LENGTHS = ("image", "inputs", "targets", *_KINDS)
+ALL_KINDS = (*feedback.HEATMAPS, *feedback.SCORES, feedback.KEYWORDS)
 
 # int64 [2], given to each example by whoever reads it.
 SEED = "seed"
+# bool [], likewise; without it nothing is augmented.
+AUGMENT = "augment"
 _SHOWN_PROMPT = "shown_prompt"
 # Folded into the example's seed, so that no two random draws of an example are the same.
 _HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
@@ -105,16 +109,40 @@ def mask_words(text: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     return tf.strings.reduce_join(tf.where(draws[1:] < draws[0], MASK, words), separator=" ")
 
 
-def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tf.Tensor:
-    """Texts -> int32 [texts, length], each ended by EOS and padded with 0; one too long is cut before EOS.
+def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple[tf.Tensor, tf.Tensor]:
+    """Texts -> int32 [texts, length], each ended by EOS and padded with 0, and the most words cut off of one.
 
-    ['a b', 'a b c d'] of 3 -> [[a, b, EOS], [a, b, EOS]];  ['a'] of 3 -> [[a, EOS, 0]]
+    ['a b', 'a b c d'] of 3 -> [[a, b, EOS], [a, b, EOS]], 2;  ['a'] of 3 -> [[a, EOS, 0]], 0
+
+    What is too long ends before the first word that doesn't fit as a whole; a text whose very first word
+    doesn't fit, within this word.
     """
-    if texts.shape[0] == 0:
-        return tf.zeros([0, length], tf.int32)
+    count = texts.shape[0]
+    if count == 0:
+        return tf.zeros([0, length], tf.int32), tf.zeros([], tf.int32)
+    texts, words_cut = _cut_at_word(texts, length - 1, vocabulary)
     tokens = vocabulary.encode_tf(texts)[:, : length - 1]
-    eos = tf.fill([texts.shape[0], 1], vocabulary.eos_id)
-    return tf.concat([tokens, eos], 1).to_tensor(shape=[texts.shape[0], length])
+    eos = tf.fill([count, 1], vocabulary.eos_id)
+    tokens = tf.concat([tokens, eos], 1).to_tensor(shape=[count, length])
+    return tokens, tf.reduce_max(words_cut)
+
+
+def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> tuple[tf.Tensor, tf.Tensor]:
+    """The words of each text that fit into `room` tokens (at least one), and the number of the others.
+
+    No SentencePiece piece of T5's spans two words, so that a text's tokens are its words' in a row.
+    """
+    words = tf.strings.split(texts)
+    pieces = words.with_flat_values(vocabulary.encode_tf(words.flat_values).row_lengths())
+    ends = tf.cumsum(pieces.to_tensor(), axis=1)
+    counts = words.row_lengths()
+    fitting = tf.reduce_sum(
+        tf.cast(ends <= room, counts.dtype), axis=1
+    )  # Padding fits wherever all words do.
+    kept = tf.minimum(tf.maximum(fitting, 1), counts)
+    first_words = tf.RaggedTensor.from_tensor(words.to_tensor(), lengths=kept)
+    shorter = tf.strings.reduce_join(first_words, axis=1, separator=" ")
+    return tf.where(kept < counts, shorter, texts), tf.cast(counts - kept, tf.int32)
 
 
 def resize(image: tf.Tensor, side: int) -> tf.Tensor:
@@ -128,12 +156,27 @@ def resize(image: tf.Tensor, side: int) -> tf.Tensor:
     return tf.ensure_shape(tf.cond(fits, lambda: image, resized), [side, side, image.shape[2]])
 
 
-def draw_kinds(kinds: tuple[str, ...], count: int, seed: tf.Tensor) -> tf.Tensor:
-    """Which kinds fill the slots: all, in their order, or `count` of them drawn at random. int32 [count]."""
-    indices = tf.range(len(kinds))
-    if count == len(kinds):
-        return indices
-    return tf.random.experimental.stateless_shuffle(indices, seed)[:count]
+def draw_kinds(
+    all_kinds: tuple[str, ...], kinds: Sequence[str], count: int, seed: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Which kinds fill the slots: all, in their order, or `count` of those labelled, drawn at random.
+
+    Args:
+      all_kinds: of a slot.
+      kinds: those with labels. Only where there are fewer than slots, others fill the rest.
+      count: slots.
+      seed: int64 [2].
+
+    Returns:
+      int32 [count], indices into `all_kinds`; float32 [count], 1 where the kind has labels.
+    """
+    labelled = tf.constant([float(kind in kinds) for kind in all_kinds])
+    indices = tf.range(len(all_kinds))
+    if count < len(all_kinds):
+        shuffled = tf.random.experimental.stateless_shuffle(indices, seed)
+        first = tf.argsort(tf.gather(labelled, shuffled), direction="DESCENDING", stable=True)
+        indices = tf.gather(shuffled, first)[:count]
+    return indices, tf.gather(labelled, indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +243,7 @@ def rich_feedback(
     output_features: Mapping[str, seqio.Feature],
     *,
     augmented_prompt: bool,
+    kinds: Sequence[str] = ALL_KINDS,
 ) -> tf.data.Dataset:
     """RichHF-18K records (joined with image and prompt) -> task features.
 
@@ -215,20 +259,25 @@ def rich_feedback(
                   'plausibility score a yellow cat', ..., 'misaligned keywords a yellow cat']
 
     The augmented-prompt variant may ask for fewer heatmaps or scores than there are kinds: that many are then
-    drawn at random for each example, without replacement. Where the labels don't fit the prompt, the text
-    slot's target is empty, so it has no weight (`postprocessors` names such records).
+    drawn at random for each example, without replacement. Without weight are kinds that aren't among `kinds`,
+    scores that are missing (NaN), and the text slot, whose target is then empty, where the labels don't fit
+    the prompt (`postprocessors` names such records).
 
     Raises:
-      errors.UserError: as `slots_of`.
+      errors.UserError: as `slots_of`; one of `kinds` doesn't exist.
     """
+    if unknown := set(kinds) - set(ALL_KINDS):
+        raise errors.UserError(f"there is no kind {min(unknown)!r}, only {', '.join(ALL_KINDS)}")
     slots = slots_of(sequence_length, augmented_prompt)
     vocabulary = output_features["inputs"].vocabulary
     score_fields = [feedback.SCORE_FIELDS[kind] for kind in feedback.SCORES]
 
     def convert(example):
         fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[SEED])
-        heatmap_kinds = draw_kinds(feedback.HEATMAPS, slots.heatmaps, fold_in(_HEATMAP_DRAW))
-        score_kinds = draw_kinds(feedback.SCORES, slots.scores, fold_in(_SCORE_DRAW))
+        heatmap_kinds, heatmap_weights = draw_kinds(
+            feedback.HEATMAPS, kinds, slots.heatmaps, fold_in(_HEATMAP_DRAW)
+        )
+        score_kinds, score_weights = draw_kinds(feedback.SCORES, kinds, slots.scores, fold_in(_SCORE_DRAW))
         prompts = example[_SHOWN_PROMPT][None]
         if augmented_prompt:
             tasks = [
@@ -238,15 +287,22 @@ def rich_feedback(
             ]
             prompts = tf.concat(tasks, 0) + " " + prompts
         text, fits = mark_misaligned(example[feedback.PROMPT_FIELD], example[feedback.KEYWORDS_FIELD])
+        fits &= feedback.KEYWORDS in kinds
         texts = tf.fill([slots.texts], text)
+        scores = tf.gather([example[field] for field in score_fields], score_kinds)
+        known = tf.math.is_finite(scores)
+        inputs, inputs_words_cut = encode(prompts, sequence_length["inputs"], vocabulary)
+        targets, targets_words_cut = encode(texts, sequence_length["targets"], vocabulary)
         return {
             "image": resize(example[feedback.IMAGE_FIELD], sequence_length["image"]),
-            "inputs": encode(prompts, sequence_length["inputs"], vocabulary),
+            "inputs": inputs,
+            "inputs_words_cut": inputs_words_cut,
             "heatmaps": _heatmaps(example, heatmap_kinds, sequence_length["image"]),
-            "heatmap_weights": tf.ones([slots.heatmaps]),
-            "scores": tf.gather([example[field] for field in score_fields], score_kinds),
-            "score_weights": tf.ones([slots.scores]),
-            "targets": encode(texts, sequence_length["targets"], vocabulary) * tf.cast(fits, tf.int32),
+            "heatmap_weights": heatmap_weights,
+            "scores": tf.where(known, scores, 0.0),
+            "score_weights": score_weights * tf.cast(known, tf.float32),
+            "targets": targets * tf.cast(fits, tf.int32),
+            "targets_words_cut": targets_words_cut,
             "texts": texts,
             **_pass_through(example),
         }
@@ -288,14 +344,18 @@ def captions(
         unused = slots.heatmaps + slots.scores if augmented_prompt else 0
         prompts = tf.concat([tf.fill([unused], ""), tf.fill([slots.prompts - unused], prompt)], 0)
         texts = tf.fill([slots.texts], example[feedback.PROMPT_FIELD])
+        inputs, inputs_words_cut = encode(prompts, sequence_length["inputs"], vocabulary)
+        targets, targets_words_cut = encode(texts, sequence_length["targets"], vocabulary)
         return {
             "image": resize(example[feedback.IMAGE_FIELD], side),
-            "inputs": encode(prompts, sequence_length["inputs"], vocabulary),
+            "inputs": inputs,
+            "inputs_words_cut": inputs_words_cut,
             "heatmaps": tf.zeros([slots.heatmaps, side, side], tf.uint8),
             "heatmap_weights": tf.zeros([slots.heatmaps]),
             "scores": tf.zeros([slots.scores]),
             "score_weights": tf.zeros([slots.scores]),
-            "targets": encode(texts, sequence_length["targets"], vocabulary),
+            "targets": targets,
+            "targets_words_cut": targets_words_cut,
             "texts": texts,
             **_pass_through(example),
         }

@@ -16,6 +16,8 @@ def task_example():
         "scores": np.float32([0.5, 1.0]),
         "score_weights": np.float32([1, 0]),
         "targets": np.int32([[3, 9, 1, 0, 0]]),
+        "inputs_words_cut": np.int32(2),
+        "targets_words_cut": np.int32(0),
         "texts": np.array(["a b"]),
         "filename": "train/1.png",
     }
@@ -31,6 +33,7 @@ def test_model_features():
     expected = {
         "image": np.full((2, 2, 3), 7, np.uint8),
         "encoder_input_tokens": np.int32([[7, 8, 1, 0]]),
+        "encoder_words_cut": np.int32(2),
         "heatmap_targets": np.full((1, 2, 2), 9, np.uint8),
         "heatmap_weights": np.float32([1]),
         "score_targets": np.float32([0.5, 1.0]),
@@ -38,6 +41,7 @@ def test_model_features():
         "decoder_target_tokens": np.int32([[3, 9, 1, 0, 0]]),
         "decoder_input_tokens": np.int32([[0, 3, 9, 1, 0]]),
         "decoder_loss_weights": np.float32([[1, 1, 1, 0, 0]]),
+        "decoder_words_cut": np.int32(0),
     }
     batch = convert(task_example())
     assert batch.keys() == expected.keys()

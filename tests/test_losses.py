@@ -71,6 +71,20 @@ def test_weighted_squared_error():
     assert losses.weighted_squared_error(predictions, targets, jnp.array([[1.0, 1.0]])) == 1.5
 
 
+def test_pixels_outside_a_letterboxed_image_take_no_part(rng):
+    predictions, targets = rng.random((2, 3, 2, 5, 6), np.float32)
+    weights = np.float32([[1, 0.5], [0, 1], [1, 1]])
+    boxes = np.int32([[1, 2, 4, 5], [0, 0, 5, 6], [0, 3, 2, 6]])  # top, left, bottom, right
+    expected = 0
+    for example, (top, left, bottom, right) in enumerate(boxes):
+        error = (predictions - targets)[example, :, top:bottom, left:right] ** 2
+        expected += (weights[example] * error.mean(axis=(1, 2))).sum()
+    loss = losses.weighted_squared_error(predictions, targets, weights, boxes)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)  # sums of 12 float32 products
+    targets[0, :, 0], targets[0, :, :, 5] = 7, 7
+    np.testing.assert_allclose(losses.weighted_squared_error(predictions, targets, weights, boxes), loss)
+
+
 def test_weighted_means_merge_exactly():
     # Mean of 1 over one item, and of 4 over three: 13 / 4, not the mean of means.
     merged = losses.WeightedMean(1.0, 1.0).merge(losses.WeightedMean(12.0, 3.0))

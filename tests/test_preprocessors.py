@@ -92,9 +92,42 @@ def test_labels_that_do_not_fit_are_not_paired(labels):
 
 def test_encode_ends_pads_and_cuts():
     a, red, star = VOCABULARY.encode("a red star")
-    tokens = preprocessors.encode(tf.constant(["a", "a red star", "a red star a"]), 4, VOCABULARY)
-    np.testing.assert_array_equal(tokens, [[a, 1, 0, 0], [a, red, star, 1], [a, red, star, 1]])
-    assert tokens.dtype == tf.int32
+    texts = tf.constant(["a", "a red star", "a red star a  star", ""])
+    tokens, words_cut = preprocessors.encode(texts, 4, VOCABULARY)
+    np.testing.assert_array_equal(tokens, [[a, 1, 0, 0], [a, red, star, 1], [a, red, star, 1], [1, 0, 0, 0]])
+    assert words_cut == 2
+    assert tokens.dtype == words_cut.dtype == tf.int32
+
+
+def test_encode_cuts_before_a_word_that_does_not_fit():
+    # "zyxw" is four pieces: letters, of which the first stands with the mark of a word's start.
+    for length in range(2, 12):
+        tokens, words_cut = preprocessors.encode(tf.constant(["a red zyxw zyxw"]), length, VOCABULARY)
+        (text,) = decoded(tokens.numpy())
+        room = length - 1
+        words = ["a", "red", "zyxw", "zyxw"]
+        ends = np.cumsum([len(VOCABULARY.encode(word)) for word in words])
+        fitting = max(1, int((ends <= room).sum()))
+        assert (text.split(), words_cut) == (words[:fitting], 4 - fitting)
+
+
+def test_a_first_word_that_does_not_fit_is_cut_within():
+    tokens, words_cut = preprocessors.encode(tf.constant(["zyxw a"]), 3, VOCABULARY)
+    np.testing.assert_array_equal(tokens[0], [*VOCABULARY.encode("zyxw")[:2], 1])
+    assert words_cut == 1
+
+
+def test_no_text_at_all():
+    tokens, words_cut = preprocessors.encode(tf.constant(["", ""]), 3, VOCABULARY)
+    np.testing.assert_array_equal(tokens, [[1, 0, 0], [1, 0, 0]])
+    assert words_cut == 0
+
+
+def test_cut_words_are_counted():
+    (example,) = rich_feedback(augmented_prompt=True, lengths={"inputs": 8, "targets": 8})
+    assert decoded(example["inputs"])[-1] == "misaligned keywords a red star, and"
+    assert decoded(example["targets"]) == ["a red_0 star and one blue"]
+    assert (example["inputs_words_cut"], example["targets_words_cut"]) == (3, 1)
 
 
 def test_multi_head_example():
@@ -151,6 +184,46 @@ def test_fewer_slots_hold_kinds_drawn_without_replacement():
     assert len(set(zip(*scores, strict=True))) == 12
     again = rich_feedback(augmented_prompt=True, seeds=[7], lengths={"heatmaps": 1, "scores": 2, "texts": 0})
     np.testing.assert_array_equal(again[0]["inputs"], examples[7]["inputs"])
+
+
+@pytest.mark.parametrize("augmented_prompt", [False, True])
+def test_a_task_of_one_kind(augmented_prompt):
+    kinds = [feedback.ALIGNMENT]
+    (example,) = rich_feedback(augmented_prompt=augmented_prompt, kinds=kinds)
+    assert example["score_weights"].tolist() == [0, 1, 0, 0]
+    assert example["heatmap_weights"].tolist() == [0, 0]
+    assert not example["targets"].any()
+    (example,) = rich_feedback(augmented_prompt=augmented_prompt, kinds=[feedback.MISALIGNMENT, "keywords"])
+    assert not example["score_weights"].any()
+    assert example["heatmap_weights"].tolist() == [0, 1]
+    assert decoded(example["targets"]) == ["a red_0 star and one blue ring_0"]
+
+
+def test_slots_are_drawn_from_the_kinds_of_the_task():
+    kinds = [feedback.ALIGNMENT, feedback.OVERALL]
+    examples = rich_feedback(
+        augmented_prompt=True, kinds=kinds, lengths={"scores": 1, "heatmaps": 0}, seeds=range(16)
+    )
+    tasks = {
+        decoded(example["inputs"])[0].removesuffix(" a red star, and one blue ring") for example in examples
+    }
+    assert tasks == {"alignment score", "overall score"}
+    assert all(example["score_weights"] == [1] for example in examples)
+    # More slots than labelled kinds: the rest have no weight.
+    for example in rich_feedback(augmented_prompt=True, kinds=kinds, lengths={"scores": 3}, seeds=range(4)):
+        assert example["score_weights"].tolist() == [1, 1, 0]
+
+
+def test_a_kind_that_is_none():
+    with pytest.raises(errors.UserError, match="no kind 'beauty', only implausibility"):
+        rich_feedback(augmented_prompt=False, kinds=["beauty"])
+
+
+def test_a_missing_score_has_no_weight():
+    missing = {feedback.SCORE_FIELDS[feedback.OVERALL]: np.float32(np.nan)}
+    (example,) = rich_feedback(augmented_prompt=False, example=record(**missing))
+    assert example["score_weights"].tolist() == [1, 1, 1, 0]
+    assert example["scores"].tolist() == [0, 0.25, 0.5, 0]
 
 
 def test_no_slots_of_a_kind():
