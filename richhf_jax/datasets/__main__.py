@@ -11,7 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GP
 # one: so they start without TensorFlow.
 import tensorflow_datasets as tfds
 
-from richhf_jax.datasets import scenes, synthetic_captions, synthetic_rich_hf
+from richhf_jax.datasets import records, scenes, synthetic_captions, synthetic_rich_hf
 
 BUILDERS = (synthetic_rich_hf.SyntheticRichHf, synthetic_captions.SyntheticCaptions)
 
@@ -33,6 +33,7 @@ def main() -> None:
         start = time.monotonic()
         builder = builder_class(config=options.config, data_dir=options.data_dir)
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        records.write_index(builder.data_dir)
         sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
         print(f"{builder.info.full_name}: {sizes}; {time.monotonic() - start:.0f} s; {builder.data_dir}")
 

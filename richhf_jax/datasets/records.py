@@ -1,15 +1,31 @@
-"""Where the records of TFRecord files are, so that they can be read in any order."""
+"""Where the records of TFRecord files are, so that they can be read in any order.
 
+To find that out takes a read for each record: thousands of round trips where the files are in a bucket. So
+the commands that build data sets save it beside the files, in one small file a folder (`write_index`). Where
+there is none, or one of other files, they are scanned. For data that something else built:
+
+    python -m richhf_jax.datasets.records FOLDER
+"""
+
+import argparse
+import concurrent.futures
+import io
 import struct
+import sys
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from etils import epath
 
+INDEX_NAME = "record_offsets.npz"
 # TFRecord: uint64 length, uint32 CRC of the length; the data; uint32 CRC of the data.
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 _LENGTH = struct.Struct("<Q")
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
+# They wait for a bucket's answers.
+_THREADS = 32
 
 
 def record_offsets(path: str) -> np.ndarray:
@@ -34,15 +50,106 @@ def record_offsets(path: str) -> np.ndarray:
     return np.array(offsets, np.int64)
 
 
+def write_index(folder: str) -> None:
+    """Scans the TFRecord files of a TFDS data set's folder and saves where their records are, beside them.
+
+    The index is a .npz file of
+        names    [files]    str
+        sizes    [files]    int64, bytes: an index of other files is told by these
+        counts   [files]    int64, records
+        offsets  [records]  int64, as `record_offsets`, one file after the other
+
+    Raises:
+      ValueError: a file ends within a record.
+      FileNotFoundError: there is no TFRecord file.
+    """
+    folder = epath.Path(folder)
+    paths = sorted(folder.glob("*.tfrecord-*"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no files *.tfrecord-*")
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        sizes = list(threads.map(_size, paths))
+        offsets = list(threads.map(record_offsets, paths))
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        names=np.array([path.name for path in paths], np.str_),
+        sizes=np.array(sizes, np.int64),
+        counts=np.array([len(part) for part in offsets], np.int64),
+        offsets=np.concatenate(offsets),
+    )
+    # The index appears complete or not at all.
+    partial = folder / f"{INDEX_NAME}.partial"
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(folder / INDEX_NAME)
+
+
 def locate(parts: Sequence[tuple[str, int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Parts of files in a row, as one sequence of records.
+
+    Where a folder's index knows a file of this name and size, the file isn't opened.
 
     Args:
       parts: (path, records to skip, records to take), as TFDS's file instructions.
 
     Returns:
       The number of its part and its offset in the file for each record, int64 [records].
+
+    Raises:
+      ValueError: a file ends within a record.
     """
-    offsets = [record_offsets(path)[skip:][:take] for path, skip, take in parts]
+    paths = [epath.Path(path) for path, _, _ in parts]
+    indexes = {folder: _read_index(folder) for folder in {path.parent for path in paths}}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        known = threads.map(lambda path: _known_offsets(path, indexes[path.parent]), paths)
+        offsets = [part[skip:][:take] for part, (_, skip, take) in zip(known, parts, strict=True)]
     numbers = np.repeat(np.arange(len(parts)), [len(part) for part in offsets])
     return numbers, np.concatenate(offsets)
+
+
+def _size(path: epath.Path) -> int:
+    return path.stat().length
+
+
+def _read_index(folder: epath.Path) -> dict[str, tuple[int, np.ndarray]]:
+    """A file's name -> its size and offsets when the index was written; empty if there is no index."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return {}
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as index:
+            names, sizes = index["names"].tolist(), index["sizes"].tolist()
+            offsets = np.split(index["offsets"], np.cumsum(index["counts"])[:-1])
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logging.warning("%s can't be read (%s); scanning the files", path, error)
+        return {}
+    return dict(zip(names, zip(sizes, offsets, strict=True), strict=True))
+
+
+def _known_offsets(path: epath.Path, index: dict[str, tuple[int, np.ndarray]]) -> np.ndarray:
+    """`record_offsets`, from the index where it is of this very file."""
+    if path.name in index:
+        size, offsets = index[path.name]
+        if size == _size(path):
+            return offsets
+        logging.warning("%s: not the file that %s tells of; scanning it", path, INDEX_NAME)
+    return record_offsets(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.datasets.records",
+        description="Saves where the records of a TFDS data set are, so that training on it starts at once.",
+    )
+    parser.add_argument("folder", help="with the TFRecord files, e.g. DIR/coco_captions/2014/1.1.0")
+    folder = parser.parse_args(arguments).folder
+    try:
+        write_index(folder)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(epath.Path(folder) / INDEX_NAME)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import logging
 
 from richhf_jax.datasets import records
 
@@ -37,3 +38,99 @@ def test_locate_skips_and_takes(tmp_path):
     numbers, offsets = records.locate([(a, 1, 2), (b, 0, 1)])
     np.testing.assert_array_equal(numbers, [0, 0, 1])
     np.testing.assert_array_equal(offsets, [20, 40, 0])
+
+
+FILES = {
+    "a-train.tfrecord-00000-of-00002": [b"1234"] * 3,
+    "a-train.tfrecord-00001-of-00002": [],
+    "a-test.tfrecord-00000-of-00001": [b"", b"x" * 100],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, contents in FILES.items():
+        write(tmp_path / name, contents)
+    records.write_index(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """The files whose headers were read."""
+    names = []
+    scan = records.record_offsets
+
+    def record_offsets(path):
+        names.append(path.name)
+        return scan(path)
+
+    monkeypatch.setattr(records, "record_offsets", record_offsets)
+    return names
+
+
+def whole_files(folder):
+    return [(str(folder / name), 0, len(contents)) for name, contents in FILES.items()]
+
+
+def test_the_index_says_what_a_scan_says_without_opening_files(folder, scanned):
+    numbers, offsets = records.locate(whole_files(folder))
+    assert scanned == []
+    np.testing.assert_array_equal(numbers, [0, 0, 0, 2, 2])
+    np.testing.assert_array_equal(offsets, [0, 20, 40, 0, 16])
+    assert offsets.dtype == np.int64
+    (folder / records.INDEX_NAME).unlink()
+    by_scan = records.locate(whole_files(folder))
+    assert sorted(scanned) == sorted(FILES)
+    np.testing.assert_array_equal(by_scan, (numbers, offsets))
+
+
+def test_parts_of_indexed_files(folder):
+    name = str(folder / "a-train.tfrecord-00000-of-00002")
+    numbers, offsets = records.locate([(name, 2, 1), (name, 0, 1)])
+    assert (numbers.tolist(), offsets.tolist()) == ([0, 1], [40, 0])
+
+
+def test_a_file_of_another_size_than_the_index_says_is_scanned(folder, scanned, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: warnings.append(message % values))
+    changed = "a-test.tfrecord-00000-of-00001"
+    write(folder / changed, [b"12", b"34"])
+    _, offsets = records.locate(whole_files(folder))
+    assert scanned == [changed]
+    assert offsets.tolist() == [0, 20, 40, 0, 18]
+    (warning,) = warnings
+    assert changed in warning
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_broken_index_is_not_used(folder, scanned, kept):
+    index = folder / records.INDEX_NAME
+    index.write_bytes(index.read_bytes()[:kept])
+    _, offsets = records.locate(whole_files(folder))
+    assert len(scanned) == len(FILES)
+    assert offsets.tolist() == [0, 20, 40, 0, 16]
+
+
+def test_the_index_of_the_same_files_is_the_same(folder):
+    before = (folder / records.INDEX_NAME).read_bytes()
+    records.write_index(folder)
+    assert (folder / records.INDEX_NAME).read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {*FILES, records.INDEX_NAME}
+
+
+def test_command(folder):
+    (folder / records.INDEX_NAME).unlink()
+    records.main([str(folder)])
+    assert (folder / records.INDEX_NAME).exists()
+    with pytest.raises(SystemExit, match=r"no files"):
+        records.main([str(folder / "elsewhere")])
+
+
+def test_no_index_of_a_torn_file(folder):
+    (folder / records.INDEX_NAME).unlink()
+    path = folder / "a-train.tfrecord-00000-of-00002"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SystemExit, match="00000-of-00002: record 2 is cut off"):
+        records.main([str(folder)])
+    assert not (folder / records.INDEX_NAME).exists()

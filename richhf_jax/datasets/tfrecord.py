@@ -1,0 +1,67 @@
+"""TFRecord files from and to any file object, checksums included. Free of TensorFlow.
+
+A record: uint64 length, uint32 checksum of these 8 bytes; the data; uint32 checksum of the data.
+https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import google_crc32c
+
+_LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
+# Of what is read at once: a length may be wrong.
+_CHUNK_BYTES = 1 << 20
+
+
+class RecordError(ValueError):
+    """What is wrong with a record."""
+
+
+def write(file: BinaryIO, data: bytes) -> None:
+    """Appends a record."""
+    length = _LENGTH.pack(len(data))
+    file.write(length + _checksum(length) + data + _checksum(data))
+
+
+def read(file: BinaryIO) -> Iterator[bytes | RecordError]:
+    """Reads a file from where it stands to its end.
+
+    Yields:
+      Records in order; in place of one whose data is garbled, the error. Where a length is garbled or the
+      file is cut off, the error is the last.
+    """
+    while header := _read_up_to(file, _LENGTH.size + _CHECKSUM.size):
+        length = header[: _LENGTH.size]
+        if len(header) < _LENGTH.size + _CHECKSUM.size:
+            yield RecordError("cut off: the file ends within this record")
+            return
+        if header != length + _checksum(length):
+            yield RecordError("its length is garbled; this record and the rest of the file are lost")
+            return
+        (size,) = _LENGTH.unpack(length)
+        data = _read_up_to(file, size + _CHECKSUM.size)
+        if len(data) < size + _CHECKSUM.size:
+            yield RecordError("cut off: the file ends within this record")
+            return
+        if data[size:] != _checksum(data[:size]):
+            yield RecordError("garbled: its checksum is wrong")
+        else:
+            yield data[:size]
+
+
+def _read_up_to(file: BinaryIO, size: int) -> bytes:
+    """`size` bytes, or what there is before the file's end; files of a network may give less at a time."""
+    chunks = []
+    while size and (chunk := file.read(min(size, _CHUNK_BYTES))):
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
+
+
+def _checksum(data: bytes) -> bytes:
+    """TFRecord's masked CRC-32C, little-endian."""
+    crc = google_crc32c.value(data)
+    return _CHECKSUM.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

@@ -1,0 +1,58 @@
+import io
+
+import pytest
+import tensorflow as tf
+
+from richhf_jax.datasets import tfrecord
+
+RECORDS = [b"", b"12345", b"x" * 3_000_000, b"the last"]
+
+
+def file_of(contents):
+    file = io.BytesIO()
+    for content in contents:
+        tfrecord.write(file, content)
+    return file.getvalue()
+
+
+def reasons(data):
+    """What is read, with the reasons in place of broken records."""
+    found = tfrecord.read(io.BytesIO(data))
+    return [str(record) if isinstance(record, tfrecord.RecordError) else record for record in found]
+
+
+def test_tensorflow_reads_what_is_written(tmp_path):
+    (tmp_path / "a.tfrecord").write_bytes(file_of(RECORDS))
+    dataset = tf.data.TFRecordDataset(str(tmp_path / "a.tfrecord"))
+    assert list(dataset.as_numpy_iterator()) == RECORDS
+
+
+def test_what_tensorflow_writes_is_read(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in RECORDS:
+            writer.write(record)
+    assert path.read_bytes() == file_of(RECORDS)
+    assert reasons(path.read_bytes()) == RECORDS
+    assert reasons(b"") == []
+
+
+@pytest.mark.parametrize("missing", [1, 4, 8, 12, 16, 23])
+def test_a_torn_file_keeps_the_records_before(missing):
+    *whole, reason = reasons(file_of(RECORDS)[:-missing])
+    assert whole == RECORDS[:-1]
+    assert reason == "cut off: the file ends within this record"
+
+
+def test_a_garbled_record_is_left_out():
+    data = bytearray(file_of(RECORDS))
+    data[16 + 12] ^= 1
+    assert reasons(data) == [b"", "garbled: its checksum is wrong", *RECORDS[2:]]
+
+
+def test_behind_a_garbled_length_nothing_is_read():
+    data = bytearray(file_of(RECORDS))
+    data[16] ^= 1
+    first, reason = reasons(data)
+    assert first == b""
+    assert "rest of the file" in reason
