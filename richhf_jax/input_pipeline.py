@@ -22,7 +22,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from richhf_jax import errors, preprocessors
+from richhf_jax import datasets, errors, preprocessors
 from richhf_jax.datasets import records
 from richhf_jax.feature_converters import RahfFeatureConverter
 
@@ -251,6 +251,26 @@ def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Te
     return task, block * tf.gather(quotas, task) + slot - tf.gather(ends - quotas, task)
 
 
+def _builder(task: seqio.Task) -> tfds.core.DatasetBuilder:
+    """The TFDS data set of a task, which must have been built."""
+    loader = task.source.tfds_dataset
+    try:
+        builder = loader.builder
+    except tfds.core.DatasetNotFoundError:  # Its files are all there is of it, and they aren't there.
+        builder = None
+    if builder is None or not builder.is_prepared():
+        # Of a name, a configuration where there are several, and a version.
+        name, _, config = loader.name.partition(":")[0].partition("/")
+        command = datasets.BUILD_COMMANDS[name]
+        where = builder.data_path if builder else loader.data_dir or "~/tensorflow_datasets"
+        raise errors.UserError(
+            f"{task.name}: its data, {loader.name}, isn't in {where}; build it by\n"
+            f"    {command}{f' --config={config}' if config not in ('', 'default') else ''}\n"
+            "and give --tfds_data_dir=DIR"
+        )
+    return builder
+
+
 class _Records:
     """The records of a task's split, in the order of the TFDS files, readable in any order."""
 
@@ -258,13 +278,7 @@ class _Records:
         if split not in task.splits:
             raise errors.UserError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}")
         loader = task.source.tfds_dataset
-        builder = loader.builder
-        if not builder.is_prepared():
-            raise errors.UserError(
-                f"{task.name}: its data isn't in {builder.data_path}; build it by\n"
-                f"    python -m richhf_jax.datasets --config={builder.builder_config.name} --data_dir=DIR\n"
-                "and give --tfds_data_dir=DIR"
-            )
+        builder = _builder(task)
         files = loader.files(split)
         self._paths = [file.filename for file in files]
         self._files, self._offsets = records.locate([(file.filename, file.skip, file.take) for file in files])

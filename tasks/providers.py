@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable, Sequence
 
+import gin
 import seqio
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
-from richhf_jax import metrics, postprocessors, preprocessors
+from richhf_jax import feedback, metrics, postprocessors, preprocessors
 from tasks import vocabulary
 
 # Variant -> whether each slot has a prompt of its own.
@@ -25,42 +27,108 @@ OUTPUT_FEATURES = {
 }
 
 
-def add_rich_feedback_task(
+@gin.configurable
+def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
+    """Captions for each record of rich feedback in a pretraining mixture."""
+    del task
+    return rate
+
+
+def add_rich_feedback_tasks(
+    name: str, tfds_name: str, splits: Sequence[str], more_metric_fns: Sequence[Callable] = ()
+) -> None:
+    """Registers a TFDS data set with RichHF-18K's features, images and prompts, for both variants.
+
+    `<name>_<variant>` trains every kind of label, `<name>_<kind>_<variant>` one alone: a score, a heatmap or
+    `keywords`; the others' slots then have weight 0.
+
+    Args:
+      name: what the tasks' names begin with.
+      tfds_name: data set and version.
+      splits: those it has.
+      more_metric_fns: (targets, predictions) -> metrics, beside those of the paper's protocol.
+    """
+    names_of_kinds = {name: preprocessors.ALL_KINDS}
+    names_of_kinds |= {f"{name}_{kind}": (kind,) for kind in preprocessors.ALL_KINDS}
+    for variant, augmented_prompt in VARIANTS.items():
+        for prefix, kinds in names_of_kinds.items():
+            _add(
+                f"{prefix}_{variant}",
+                tfds_name,
+                splits,
+                [
+                    functools.partial(
+                        preprocessors.rich_feedback, augmented_prompt=augmented_prompt, kinds=kinds
+                    )
+                ],
+                encoded=(feedback.IMAGE_FIELD, *feedback.HEATMAP_FIELDS.values()),
+                postprocess_fn=postprocessors.rich_feedback,
+                metric_fns=[metrics.rich_feedback_metrics, *more_metric_fns],
+            )
+
+
+def add_captions_tasks(
+    name: str, tfds_name: str, splits: Sequence[str], first_preprocessors: Sequence[Callable] = ()
+) -> None:
+    """Registers a TFDS data set of images with captions: `<name>` and `<name>_augmented_prompt`.
+
+    Args:
+      name: of the multi-head task, what the other's begins with.
+      tfds_name: data set and version.
+      splits: those it has.
+      first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) of a record, where it
+        has others; they may use the example's `preprocessors.SEED`.
+    """
+    for variant, augmented_prompt in VARIANTS.items():
+        preprocess = functools.partial(preprocessors.captions, augmented_prompt=augmented_prompt)
+        _add(
+            captions_name(name, variant),
+            tfds_name,
+            splits,
+            [preprocess],
+            encoded=(feedback.IMAGE_FIELD,),
+            first_preprocessors=first_preprocessors,
+        )
+
+
+def captions_name(name: str, variant: str) -> str:
+    """What the task `name` is called for a variant; multi-head is the plain name."""
+    return f"{name}_{variant}" if VARIANTS[variant] else name
+
+
+def add_pretraining_mixture(name: str, captions: str, rich_feedback: str) -> None:
+    """Registers `<name>` and `<name>_augmented_prompt`: captions at `caption_rate`, rich feedback at 1."""
+    for variant in VARIANTS:
+        tasks = [(captions_name(captions, variant), caption_rate), (f"{rich_feedback}_{variant}", 1.0)]
+        seqio.MixtureRegistry.add(captions_name(name, variant), tasks)
+
+
+def _add(
     name: str,
     tfds_name: str,
     splits: Sequence[str],
+    last_preprocessors: Sequence[Callable],
     *,
-    augmented_prompt: bool,
-    more_metric_fns: Sequence[Callable] = (),
+    encoded: Sequence[str],
+    first_preprocessors: Sequence[Callable] = (),
+    **kwargs,
 ) -> None:
-    """Registers the task `name` on a TFDS data set with RichHF-18K's features, images and prompts.
-
-    Args:
-      more_metric_fns: (targets, predictions) -> metrics, beside those of the paper's protocol.
-    """
-    _add(
-        name,
-        tfds_name,
-        splits,
-        functools.partial(preprocessors.rich_feedback, augmented_prompt=augmented_prompt),
-        postprocess_fn=postprocessors.rich_feedback,
-        metric_fns=[metrics.rich_feedback_metrics, *more_metric_fns],
-    )
-
-
-def add_captions_task(name: str, tfds_name: str, splits: Sequence[str], *, augmented_prompt: bool) -> None:
-    """Registers the task `name` on a TFDS data set of images with captions (in the prompt's feature)."""
-    _add(
-        name, tfds_name, splits, functools.partial(preprocessors.captions, augmented_prompt=augmented_prompt)
-    )
-
-
-def _add(name: str, tfds_name: str, splits: Sequence[str], preprocess: Callable, **kwargs) -> None:
     seqio.TaskRegistry.add(
         name,
-        # Only reads: data is built by a command of its own.
-        source=seqio.TfdsDataSource(tfds_name, splits=splits, read_only=True),
-        preprocessors=[preprocessors.add_seed, preprocessors.blind, preprocess],
+        source=seqio.TfdsDataSource(
+            tfds_name,
+            splits=splits,
+            # As in `input_pipeline`: the preprocessors decode what a slot uses.
+            decoders={field: tfds.decode.SkipDecoding() for field in encoded},
+            # Only reads: data is built by a command of its own.
+            read_only=True,
+        ),
+        preprocessors=[
+            preprocessors.add_seed,
+            *first_preprocessors,
+            preprocessors.blind,
+            *last_preprocessors,
+        ],
         output_features=OUTPUT_FEATURES,
         **kwargs,
     )

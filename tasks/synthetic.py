@@ -1,7 +1,8 @@
 """Tasks on the embedded data sets, for both variants of the model.
 
     synthetic_rich_hf_{multi_head,augmented_prompt}          rich feedback
-    synthetic_rich_hf_subtle_{multi_head,augmented_prompt}   the same with small flaws and noise
+    synthetic_rich_hf_<kind>_{multi_head,augmented_prompt}   one kind of it alone
+    synthetic_rich_hf_subtle...                              the same with small flaws and noise
     synthetic_captions, synthetic_captions_augmented_prompt  captions
     synthetic_pretrain, synthetic_pretrain_augmented_prompt  mixtures: captions and rich feedback
 
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 
 import gin
 import numpy as np
-import seqio
 
 from richhf_jax import input_pipeline, metrics
 from richhf_jax.datasets import scenes, synthetic_captions, synthetic_rich_hf
@@ -23,13 +23,6 @@ from tasks import providers
 
 _RICH_HF_VERSION = synthetic_rich_hf.SyntheticRichHf.VERSION
 _CAPTIONS_VERSION = synthetic_captions.SyntheticCaptions.VERSION
-
-
-@gin.configurable
-def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
-    """Captions for each record of rich feedback in the pretraining mixture."""
-    del task
-    return rate
 
 
 def truth_metrics(
@@ -61,23 +54,14 @@ def _truths(ids: tuple[str, ...], config: scenes.SceneConfig) -> list[scenes.Sce
     return [scenes.truth(name, config) for name in ids]
 
 
-for _variant, _augmented in providers.VARIANTS.items():
-    for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
-        providers.add_rich_feedback_task(
-            f"synthetic_rich_hf{_suffix}_{_variant}",
-            f"synthetic_rich_hf/{_config}:{_RICH_HF_VERSION}",
-            ["train", "validation", "test"],
-            augmented_prompt=_augmented,
-            more_metric_fns=[functools.partial(truth_metrics, config=scenes.CONFIGS[_config])],
-        )
-    _suffix = f"_{_variant}" if _augmented else ""
-    providers.add_captions_task(
-        f"synthetic_captions{_suffix}",
-        f"synthetic_captions/default:{_CAPTIONS_VERSION}",
-        ["train", "validation"],
-        augmented_prompt=_augmented,
+for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
+    providers.add_rich_feedback_tasks(
+        f"synthetic_rich_hf{_suffix}",
+        f"synthetic_rich_hf/{_config}:{_RICH_HF_VERSION}",
+        ["train", "validation", "test"],
+        more_metric_fns=[functools.partial(truth_metrics, config=scenes.CONFIGS[_config])],
     )
-    seqio.MixtureRegistry.add(
-        f"synthetic_pretrain{_suffix}",
-        [(f"synthetic_captions{_suffix}", caption_rate), (f"synthetic_rich_hf_{_variant}", 1.0)],
-    )
+providers.add_captions_tasks(
+    "synthetic_captions", f"synthetic_captions/default:{_CAPTIONS_VERSION}", ["train", "validation"]
+)
+providers.add_pretraining_mixture("synthetic_pretrain", "synthetic_captions", "synthetic_rich_hf")

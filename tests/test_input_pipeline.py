@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -70,6 +71,21 @@ def test_resumed_stream_is_the_uninterrupted_one(name, rng):
         assert_same(take(cfg, 2, start_step=int(step)), uninterrupted[step : step + 2])
 
 
+def test_stopped_at_ten_random_steps_the_examples_are_those_of_one_run(rng):
+    cfg = config("synthetic_pretrain", lengths={"heatmaps": 0, "scores": 0})
+    layout = partitioning.DataLayout(batch_size=4, shard_id=0, num_shards=1)
+    uninterrupted = ids(take(cfg, 44))
+    stops = [*sorted(rng.choice(np.arange(1, 44), 10, replace=False)), 44]
+    seen, saved = [], "{}"
+    for start, stop in zip([0, *stops], stops, strict=False):
+        stream = input_pipeline.TrainStream(cfg, lambda batch_size: layout)
+        batches = stream.batches(json.loads(saved))
+        seen += ids([next(batches) for _ in range(stop - start)])
+        saved = json.dumps(stream.position(int(stop)))
+        assert len(saved) <= len('{"step": 12345678}')
+    assert seen == uninterrupted
+
+
 def test_random_choices_are_resumed_too():
     cfg = config("synthetic_rich_hf_augmented_prompt", lengths={"heatmaps": 1, "scores": 1})
     assert_same(take(cfg, 2, start_step=10), take(cfg, 12)[10:])
@@ -95,7 +111,7 @@ def test_batch_that_does_not_split_over_the_hosts():
 
 
 def test_mixture_has_its_rates_and_sees_records_equally_often():
-    gin.bind_parameter("tasks.synthetic.caption_rate.rate", 3.0)
+    gin.bind_parameter("tasks.providers.caption_rate.rate", 3.0)
     batches = take(config("synthetic_pretrain", batch_size=50), 20)  # One block of the schedule.
     captions = np.concatenate([batch["heatmap_weights"][:, 0] == 0 for batch in batches])
     assert captions.sum() == 750
@@ -166,7 +182,7 @@ def test_split_that_is_not_there():
 
 def test_data_that_is_not_built_is_named():
     with pytest.raises(
-        errors.UserError, match=r"synthetic_rich_hf/subtle.*\n.*--config=subtle --data_dir=DIR"
+        errors.UserError, match=r"synthetic_rich_hf/subtle.*\n.*datasets --data_dir=DIR --config=subtle\n"
     ):
         take(config("synthetic_rich_hf_subtle_multi_head"), 1)
 
