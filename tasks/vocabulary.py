@@ -1,23 +1,45 @@
 """The vocabulary of every task: the small model shipped here, or any other SentencePiece model by gin.
 
-    tasks.vocabulary.get_vocabulary.path = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
+    VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 
 Tasks are registered on import, gin files are parsed later: so tasks hold a `ConfiguredVocabulary`, which
 asks gin for the file when it is first needed.
 """
 
+import functools
 import pathlib
 
 import gin
 import seqio
+import tensorflow as tf
+from google.protobuf import message
+
+from richhf_jax import errors
 
 SMALL_MODEL = str(pathlib.Path(__file__).parent / "sentencepiece_small.model")
 
 
 @gin.configurable
-def get_vocabulary(path: str = SMALL_MODEL) -> seqio.SentencePieceVocabulary:
-    """The SentencePiece model in the file `path` (local or gs://), loaded when it is first used."""
-    return seqio.SentencePieceVocabulary(path, extra_ids=0)
+def get_vocabulary(path: str | None = None) -> seqio.SentencePieceVocabulary:
+    """The SentencePiece model in the file `path` (local or gs://; None: the small one), loaded once.
+
+    Raises:
+      errors.UserError: the file can't be read, or is none.
+    """
+    return _load(path or SMALL_MODEL)
+
+
+@functools.lru_cache
+def _load(path: str) -> seqio.SentencePieceVocabulary:
+    vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=0)
+    try:
+        vocabulary.vocab_size  # noqa: B018 (loads it)
+    except (OSError, RuntimeError, message.DecodeError, tf.errors.OpError) as error:
+        raise errors.UserError(
+            f"{path}: no SentencePiece model can be read there ({error}); set the macro VOCABULARY to one, "
+            "e.g. to the `spiece.model` of a T5 on Hugging Face"
+        ) from error
+    return vocabulary
 
 
 class ConfiguredVocabulary(seqio.Vocabulary):

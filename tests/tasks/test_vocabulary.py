@@ -4,7 +4,7 @@ import gin
 import pytest
 import sentencepiece
 
-from richhf_jax import feedback, preprocessors
+from richhf_jax import errors, feedback, preprocessors
 from richhf_jax.datasets import prompts
 from tasks import providers, train_vocabulary, vocabulary
 
@@ -94,3 +94,13 @@ def test_gin_names_another_model_for_the_registered_tasks(tmp_path):
 
 def test_model_is_beside_the_code():
     assert pathlib.Path(vocabulary.SMALL_MODEL).parent == pathlib.Path(vocabulary.__file__).parent
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model"])
+def test_a_file_that_is_no_model(tmp_path, content):
+    path = tmp_path / "bad.model"
+    if content is not None:
+        path.write_bytes(content)
+    gin.bind_parameter("tasks.vocabulary.get_vocabulary.path", str(path))
+    with pytest.raises(errors.UserError, match=r"bad.model: no SentencePiece model .* macro VOCABULARY"):
+        VOCABULARY.encode("a")
