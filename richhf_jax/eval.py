@@ -116,6 +116,7 @@ def evaluate(
 def _load(model, checkpoint_path, cfg, partitioner) -> tuple[trainer.Trainer, Any, int]:
     """A trainer for its predict step, the checkpoint's parameters on the mesh, and their step."""
     directory, step = checkpoints.find_checkpoint(checkpoint_path)
+    input_pipeline.check_vocabulary(cfg, model.vocab_size)
     stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout)
     loop = trainer.Trainer(model, partitioner, stream.batch_shapes)
     return loop, checkpoints.restore_params(directory, loop.abstract_state.params), step
@@ -127,6 +128,7 @@ def _predict_split(
     """Images, targets and predictions of every example, in the data's order."""
     vocabulary = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features["targets"].vocabulary
     images, targets, predictions = [], [], []
+    cut = 0
     batches = input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))
     for examples, batch in tqdm.tqdm(batches, desc="predicting", unit=" batches", mininterval=1):
         prompts = [example[feedback.PROMPT_FIELD].decode() for example in examples]
@@ -148,11 +150,15 @@ def _predict_split(
             else:
                 text = vocabulary.decode(outputs["tokens"][i, 0].tolist())
                 tokens = postprocessors.written_tokens(prompt, text)
+            cut += example["inputs_words_cut"] > 0
             images.append(example["image"])
             targets.append(postprocessors.target(example))
             predictions.append(
                 postprocessors.prediction(example, outputs["heatmaps"][i], outputs["scores"][i], tokens)
             )
+    if cut:
+        length = cfg.task_feature_lengths["inputs"]
+        print(f"{cut} of {len(images)} prompts have more than {length} tokens and were cut at a word")
     return images, targets, predictions
 
 

@@ -112,6 +112,25 @@ def batch_shapes(
     }
 
 
+def check_vocabulary(cfg: DatasetConfig, vocab_size: int) -> None:
+    """Checks that the model knows every token id of the data: ids beyond would silently be another token's.
+
+    Args:
+      cfg: what is read.
+      vocab_size: of the model.
+
+    Raises:
+      errors.UserError: the vocabulary is larger than the model's.
+    """
+    features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
+    size = features["inputs"].vocabulary.vocab_size
+    if size > vocab_size:
+        raise errors.UserError(
+            f"{cfg.mixture_or_task_name}: its vocabulary has {size} tokens, the model {vocab_size}; set"
+            " VOCABULARY to the model's SentencePiece file, or T5Config.vocab_size"
+        )
+
+
 class TrainStream:
     """The batches of `get_dataset` as numpy, for the training loop.
 

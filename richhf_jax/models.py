@@ -103,6 +103,11 @@ class RahfModel(BaseModel):
         self._z_loss = z_loss
         self._eos_id = eos_id
 
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids the network knows."""
+        return self.module.t5_config.vocab_size
+
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task."""
         del input_types  # The network's inputs have one type each.

@@ -67,6 +67,7 @@ def train(
     """
     save = checkpoint_cfg.save
     checkpointer = checkpoints.Checkpointer(model_dir, keep=save.keep if save else None)
+    input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
     stream = input_pipeline.TrainStream(train_dataset_cfg, partitioner.get_data_layout)
     loop = trainer_cls(
         model,

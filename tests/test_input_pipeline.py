@@ -9,6 +9,7 @@ import seqio
 
 import tasks  # noqa: F401 (registers them)
 from richhf_jax import errors, feature_converters, feedback, input_pipeline, partitioning
+from tasks import vocabulary
 
 LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
 TASK = "synthetic_rich_hf_multi_head"
@@ -185,6 +186,15 @@ def test_data_that_is_not_built_is_named():
         errors.UserError, match=r"synthetic_rich_hf/subtle.*\n.*datasets --data_dir=DIR --config=subtle\n"
     ):
         take(config("synthetic_rich_hf_subtle_multi_head"), 1)
+
+
+def test_a_vocabulary_larger_than_the_models():
+    size = vocabulary.get_vocabulary().vocab_size
+    input_pipeline.check_vocabulary(config(), size)
+    with pytest.raises(
+        errors.UserError, match=rf"{TASK}: its vocabulary has {size} tokens, the model {size - 1}"
+    ):
+        input_pipeline.check_vocabulary(config(), size - 1)
 
 
 def test_train_stream():
