@@ -33,9 +33,15 @@ CORE = [
 
 # Everything that reads data through seqio, and gin: training, evaluation and building data sets.
 TRAIN = [
+    "fsspec>=2024.10",
     "gin-config>=0.5,<0.6",
+    "google-crc32c>=1.5",
+    # hf:// addresses for fsspec. Those of other stores: gcsfs for gs://, s3fs for s3://.
+    "huggingface_hub>=0.30",
     # tensorflow-datasets imports it without requiring it.
     "importlib_resources>=6.4",
+    "matplotlib>=3.9",
+    "pyarrow>=18.0",
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.20",
     # Never beside tensorflow-cpu: the two share files.
@@ -44,6 +50,9 @@ TRAIN = [
     # Fixes TensorFlow's minor version.
     "tensorflow-text>=2.21,<2.22",
 ]
+
+# Attributes of images by visual question answering, for balanced sampling.
+VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
 # What the tests compare with, and the tools.
 TEST = [
@@ -75,6 +84,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "export": ["orbax-export>=0.0.8", "tensorflow>=2.21,<2.22"],
+        "vqa": [*TRAIN, *VQA],
         "test": TEST,
     },
 )
