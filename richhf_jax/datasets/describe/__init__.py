@@ -1,0 +1,1 @@
+"""What is in a data set: `python -m richhf_jax.datasets.describe`."""

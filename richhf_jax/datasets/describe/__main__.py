@@ -1,0 +1,134 @@
+"""Describes a data set: scores, rater agreement, heatmaps, prompts, labels, images, and what is wrong.
+
+    python -m richhf_jax.datasets.describe --dataset=rich_hf_18k --data_dir=DIR --split=train
+    python -m richhf_jax.datasets.describe --labels train.tfrecord
+    python -m richhf_jax.datasets.describe --raw RAW.jsonl --html=report.html
+
+Figures follow section 3.4 of "Rich Human Feedback for Text-to-Image Generation": score histograms (Fig. 2),
+and how far the raters of an image are apart (Fig. 4; raw ratings alone tell). Heatmaps of all shapes are
+stretched to a square for their mean. Records are read one by one; raw ratings are held in memory.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+import sentencepiece
+from etils import epath
+
+from richhf_jax import errors
+from richhf_jax.datasets.describe import sources, text
+from richhf_jax.datasets.describe.statistics import Record, Statistics
+
+
+def token_counter(path: str) -> Callable[[str], int]:
+    """A SentencePiece model (local or gs://) -> prompt -> tokens, with the one that ends it.
+
+    Raises:
+      errors.UserError: there is no such model.
+    """
+    try:
+        vocabulary = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise errors.UserError(f"--vocabulary: {path}: no SentencePiece model: {error}") from None
+    return lambda prompt: len(vocabulary.encode(prompt)) + 1
+
+
+def describe(records: Iterator[Record], statistics: Statistics) -> dict:
+    """Reads all records -> `Statistics.summary`.
+
+    Raises:
+      errors.UserError: there is no record.
+    """
+    for record in records:
+        statistics.add(record)
+    summary = statistics.summary()
+    if not summary["records"]:
+        raise errors.UserError("there are no records")
+    return summary
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    """The file appears complete or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            partial = pathlib.Path(folder) / path.name
+            partial.write_bytes(data)
+            os.replace(partial, path)
+    except OSError as error:
+        raise errors.UserError(f"{path}: {error.strerror}. Not written.") from None
+
+
+def _outputs(options: argparse.Namespace, title: str, summary: dict) -> None:
+    if options.json:
+        content = {"source": title} | summary
+        _write(options.json, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    if options.png:
+        from richhf_jax.datasets.describe import figure  # matplotlib, where a picture is asked for.
+
+        _write(options.png, figure.make_png(title, summary))
+    if options.html:
+        from richhf_jax.datasets.describe import page
+
+        _write(options.html, page.make_page(title, summary).encode())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.datasets.describe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--dataset", metavar="NAME", help="built by TFDS: rich_hf_18k, synthetic_rich_hf/subtle"
+    )
+    source.add_argument(
+        "--labels", nargs="+", type=pathlib.Path, metavar="FILE", help="RichHF-18K's TFRecord files"
+    )
+    source.add_argument("--raw", type=pathlib.Path, metavar="FILE", help="raw ratings, JSON Lines")
+    parser.add_argument("--data_dir", metavar="DIR", help="of TFDS; default: ~/tensorflow_datasets")
+    parser.add_argument("--split", default="train", help="of --dataset; default: train")
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="a SentencePiece model: prompts are measured in its tokens, too"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="TOKENS",
+        help="count the prompts that have more, the end token included",
+    )
+    for name, what in (("json", "all figures"), ("png", "one picture"), ("html", "a self-contained page")):
+        parser.add_argument(f"--{name}", type=pathlib.Path, metavar="FILE", help=f"also write {what}")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.length is not None and not options.vocabulary:
+        parser.error("--length needs --vocabulary")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
+    try:
+        count_tokens = token_counter(options.vocabulary) if options.vocabulary else None
+        if options.dataset:
+            title = f"{options.dataset}, {options.split}"
+            records = sources.tfds_records(options.dataset, options.data_dir, options.split)
+        elif options.labels:
+            title, records = ", ".join(map(str, options.labels)), sources.label_records(options.labels)
+        else:
+            title, records = str(options.raw), sources.raw_records(options.raw)
+        summary = describe(records, Statistics(count_tokens, options.length))
+        print(text.format_summary(title, summary))
+        _outputs(options, title, summary)
+    except errors.UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

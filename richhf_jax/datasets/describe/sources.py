@@ -1,0 +1,150 @@
+"""Where records come from: built TFDS data, label TFRecords, raw ratings. Images stay encoded."""
+
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import tqdm
+
+from richhf_jax import errors, feedback
+from richhf_jax.datasets import consolidate, ratings, tfrecord
+from richhf_jax.datasets.describe.statistics import Record
+
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def _text(value: bytes | str | None) -> str | None:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _record(fields: Mapping, name: str) -> Record:
+    """A record from RichHF-18K's fields and what is joined to them.
+
+    A score is missing (NaN) where the record lacks its field but has another score's.
+    """
+    scores = {kind: fields.get(field) for kind, field in feedback.SCORE_FIELDS.items()}
+    if set(scores.values()) == {None}:
+        scores = {}
+    heatmaps = {kind: fields[field] for kind, field in feedback.HEATMAP_FIELDS.items() if field in fields}
+    return Record(
+        name=_text(fields.get(feedback.FILENAME_FIELD)) or name,
+        prompt=_text(fields.get(feedback.PROMPT_FIELD)),
+        scores={kind: math.nan if score is None else float(score) for kind, score in scores.items()},
+        heatmaps=heatmaps,
+        labels=_text(fields.get(feedback.KEYWORDS_FIELD)),
+        image=fields.get(feedback.IMAGE_FIELD),
+    )
+
+
+def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Record]:
+    """The records of a data set that TFDS has built.
+
+    Args:
+      dataset: TFDS's name for it, e.g. 'synthetic_rich_hf' or 'synthetic_rich_hf/subtle'.
+      data_dir: where it was built; by default TFDS's own folder.
+      split: 'train', or TFDS's 'train[:100]'.
+
+    Raises:
+      errors.UserError: it isn't there, has no such split or nothing to describe, or a file is broken.
+    """
+    import tensorflow as tf  # These take seconds; only this function needs them.
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
+    except ValueError:  # Neither code nor files; or no such configuration.
+        raise errors.UserError(
+            f"{data_dir or 'TFDS'}: there is no data set {dataset}, see --data_dir"
+        ) from None
+    if not builder.is_prepared():
+        raise errors.UserError(f"{builder.data_path}: {dataset} isn't built there, see --data_dir")
+    features = builder.info.features
+    if not {feedback.PROMPT_FIELD, feedback.FILENAME_FIELD} & set(features):
+        raise errors.UserError(
+            f"{dataset} has only {', '.join(features)}; described are sets with"
+            f" {feedback.FILENAME_FIELD} or {feedback.PROMPT_FIELD}"
+        )
+    encoded = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    try:
+        examples = builder.as_dataset(
+            split,
+            decoders={name: tfds.decode.SkipDecoding() for name in encoded},
+            read_config=tfds.ReadConfig(try_autocache=False),
+        )
+        total = builder.info.splits[split].num_examples
+    except ValueError as error:  # TFDS's message names the splits.
+        raise errors.UserError(f"{dataset}: {error}") from None
+    progress = tqdm.tqdm(tfds.as_numpy(examples), total=total, unit=" records", disable=None)
+    try:
+        for number, example in enumerate(progress):
+            yield _record(example, f"record {number}")
+    except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
+        raise errors.UserError(f"{builder.data_path}: {error.message}; build {dataset} again") from None
+
+
+def label_records(paths: Sequence[pathlib.Path]) -> Iterator[Record]:
+    """The records of RichHF-18K's TFRecord files, or of others with its fields.
+
+    Raises:
+      errors.UserError: a file can't be read, or a record is broken.
+    """
+    import tensorflow as tf
+
+    for path in paths:
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file, _bytes_progress(size) as progress:
+                if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
+                    raise errors.UserError(
+                        f"{path}: this is Git LFS's pointer, not the data; run `git lfs pull`"
+                    )
+                file.seek(0)
+                for number, data in enumerate(tfrecord.read(file)):
+                    if isinstance(data, tfrecord.RecordError):
+                        raise errors.UserError(f"{path}: record {number}: {data}")
+                    yield _record(
+                        _fields(tf.train.Example, data, f"{path}: record {number}"), f"record {number}"
+                    )
+                    progress.update(file.tell() - progress.n)
+        except OSError as error:
+            raise errors.UserError(f"{path}: {error.strerror}") from None
+
+
+def _bytes_progress(size: int) -> tqdm.tqdm:
+    return tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=None)
+
+
+def _fields(example_type, data: bytes, where: str) -> dict:
+    """A serialised tf.train.Example -> each field's first value."""
+    try:
+        features = example_type.FromString(data).features.feature
+    except Exception as error:  # protobuf's own DecodeError, without importing its module.
+        raise errors.UserError(f"{where}: no tf.train.Example: {error}") from None
+    values = {name: (*f.bytes_list.value, *f.float_list.value) for name, f in features.items()}
+    return {name: value[0] for name, value in values.items() if value}
+
+
+def raw_records(path: pathlib.Path) -> Iterator[Record]:
+    """One consolidated record an image, with its raters' answers; all answers are held in memory.
+
+    Raises:
+      errors.UserError: the file can't be read, or a line is bad.
+    """
+    good = []
+    try:
+        with path.open("rb") as lines, _bytes_progress(path.stat().st_size) as progress:
+            for number, rating in ratings.read_ratings(_counted(lines, progress)):
+                if isinstance(rating, ratings.RatingError):
+                    raise errors.UserError(f"{path}:{number}: {rating}")
+                good.append(rating)
+    except OSError as error:
+        raise errors.UserError(f"{path}: {error.strerror}") from None
+    for group in tqdm.tqdm(consolidate.group_by_image(good), unit=" images", disable=None):
+        record = _record(consolidate.consolidate(group), group[0].image_id)
+        yield Record(**{**vars(record), "prompt": group[0].prompt, "raters": group})
+
+
+def _counted(lines, progress: tqdm.tqdm) -> Iterator[bytes]:
+    for line in lines:
+        progress.update(len(line))
+        yield line

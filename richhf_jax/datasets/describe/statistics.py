@@ -1,0 +1,358 @@
+"""Statistics of records with rich feedback, one record at a time: memory doesn't grow with their number."""
+
+import collections
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from richhf_jax import feedback
+from richhf_jax.datasets import ratings
+
+# The mean of three raters' answers on a 5-point scale is a multiple of 1/12.
+SCORE_STEPS = 12
+LIKERT_STEPS = feedback.LIKERT_MAX - feedback.LIKERT_MIN
+# Section 3.4: raters agree well on a score if their answers differ by no more than one step.
+GOOD_AGREEMENT_STEPS = 1
+# Mean heatmaps are squares of this side, whatever the images' shape.
+HEATMAP_SIDE = 64
+# Of records with a problem, so many are named; all are counted.
+MAX_LISTED = 100
+# Of different image sizes, so many are counted one by one.
+MAX_SIZES = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a source has of one image; what it doesn't have is None or empty.
+
+    Attributes:
+      name: the image's name, for lists of problems.
+      prompt: the text.
+      scores: kind -> [0, 1]; NaN where this record lacks it.
+      heatmaps: kind -> encoded greyscale image, 255 = marked by all raters.
+      labels: e.g. '1 0 1'.
+      image: encoded.
+      raters: the raters' single answers.
+    """
+
+    name: str
+    prompt: str | None = None
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    heatmaps: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    labels: str | None = None
+    image: bytes | None = None
+    raters: Sequence[ratings.Rating] = ()
+
+
+class Listed:
+    """A count with the first few names."""
+
+    def __init__(self):
+        self.count, self._names = 0, []
+
+    def add(self, name: str) -> None:
+        """Counts one."""
+        self.count += 1
+        if len(self._names) < MAX_LISTED:
+            self._names.append(name)
+
+    def summary(self) -> dict:
+        """{'count': int, 'first': [name, ...]}."""
+        return {"count": self.count, "first": list(self._names)}
+
+
+class Scores:
+    """Histogram of one score (the paper's Fig. 2)."""
+
+    def __init__(self, kind: str):
+        self._kind = kind
+        self._histogram = np.zeros(SCORE_STEPS + 1, np.int64)
+        self._sum = self._sum_of_squares = 0.0
+        self._missing, self._out_of_range = Listed(), Listed()
+
+    def add(self, record: Record) -> None:
+        """Counts the record's score of this kind, if its source has any."""
+        score = record.scores.get(self._kind)
+        if score is None:
+            return
+        if math.isnan(score):
+            self._missing.add(record.name)
+        elif not 0 <= score <= 1:
+            self._out_of_range.add(record.name)
+        else:
+            self._histogram[round(score * SCORE_STEPS)] += 1
+            self._sum += score
+            self._sum_of_squares += score**2
+
+    def summary(self) -> dict | None:
+        """`histogram[i]`: records whose score is nearest to i / 12. `sd` divides by the count."""
+        count = int(self._histogram.sum())
+        if not count + self._missing.count + self._out_of_range.count:
+            return None
+        mean = self._sum / count if count else math.nan
+        variance = self._sum_of_squares / count - mean**2 if count else math.nan
+        return {
+            "count": count,
+            "mean": _finite(mean),
+            "sd": _finite(math.sqrt(max(variance, 0)) if count else math.nan),
+            "histogram": self._histogram.tolist(),
+            "missing": self._missing.summary(),
+            "out_of_range": self._out_of_range.summary(),
+        }
+
+
+class Agreement:
+    """How far the raters of an image are apart in one score (the paper's Fig. 4)."""
+
+    def __init__(self, kind: str):
+        self._kind = kind
+        self._histogram = np.zeros(LIKERT_STEPS + 1, np.int64)
+
+    def add(self, record: Record) -> None:
+        """Counts an image with two raters or more."""
+        if len(record.raters) > 1:
+            answers = [rater.ratings[self._kind] for rater in record.raters]
+            self._histogram[max(answers) - min(answers)] += 1
+
+    def summary(self) -> dict | None:
+        """`histogram[i]`: images whose highest and lowest rating, standardised, are i / 4 apart."""
+        count = int(self._histogram.sum())
+        if not count:
+            return None
+        return {
+            "count": count,
+            "histogram": self._histogram.tolist(),
+            "perfect_share": int(self._histogram[0]) / count,
+            "good_share": int(self._histogram[: GOOD_AGREEMENT_STEPS + 1].sum()) / count,
+        }
+
+
+class Heatmaps:
+    """The mean heatmap of one kind, and how many are empty."""
+
+    def __init__(self, kind: str):
+        self._kind = kind
+        self._count = self._empty = 0
+        self._marked = 0.0
+        self._sum = np.zeros((HEATMAP_SIDE, HEATMAP_SIDE))
+        self._unreadable = Listed()
+
+    def add(self, record: Record) -> None:
+        """Adds the record's heatmap of this kind, if it has one, stretched to the square."""
+        data = record.heatmaps.get(self._kind)
+        if data is None:
+            return
+        try:
+            heatmap = Image.open(io.BytesIO(data)).convert("L")
+        except (OSError, Image.DecompressionBombError) as error:
+            self._unreadable.add(f"{record.name}: {error}")
+            return
+        self._count += 1
+        histogram = heatmap.histogram()
+        marked = 1 - histogram[0] / sum(histogram)
+        if not marked:
+            self._empty += 1
+            return
+        self._marked += marked
+        small = heatmap.resize((HEATMAP_SIDE, HEATMAP_SIDE), Image.Resampling.BOX)
+        self._sum += np.asarray(small) / 255
+
+    def summary(self) -> dict | None:
+        """`mean`: [side][side] over all records, empty ones included, 1 = marked by all raters of all images.
+
+        `marked_share`: pixels above 0, mean over the records that aren't empty.
+        """
+        if not self._count + self._unreadable.count:
+            return None
+        count, marked = self._count, self._count - self._empty
+        return {
+            "count": count,
+            "empty": self._empty,
+            "empty_share": _share(self._empty, count),
+            "marked_share": _share(self._marked, marked),
+            "mean": (self._sum / max(count, 1)).round(5).tolist(),
+            "unreadable": self._unreadable.summary(),
+        }
+
+
+class Lengths:
+    """How long the prompts are, in some unit."""
+
+    def __init__(self, measure: Callable[[str], int], limit: int | None = None):
+        self._measure, self._limit = measure, limit
+        self._lengths: collections.Counter[int] = collections.Counter()
+
+    def add(self, record: Record) -> None:
+        """Measures the record's prompt, if there is one."""
+        if record.prompt is not None:
+            self._lengths[self._measure(record.prompt)] += 1
+
+    def summary(self) -> dict | None:
+        """`histogram`: [length, prompts] for each length that occurs. `over_limit`: longer than `limit`."""
+        count = self._lengths.total()
+        if not count:
+            return None
+        lengths = sorted(self._lengths.items())
+        result = {
+            "count": count,
+            "mean": sum(length * n for length, n in lengths) / count,
+            "median": _quantile(lengths, 0.5),
+            "p95": _quantile(lengths, 0.95),
+            "max": lengths[-1][0],
+            "histogram": [list(pair) for pair in lengths],
+        }
+        if self._limit is not None:
+            over = sum(n for length, n in lengths if length > self._limit)
+            result |= {"limit": self._limit, "over_limit": over}
+        return result
+
+
+class Labels:
+    """How many tokens are misaligned, and whose labels don't fit the prompt."""
+
+    def __init__(self):
+        self._records = self._any = self._tokens = self._misaligned = 0
+        self._mismatches = Listed()
+
+    def add(self, record: Record) -> None:
+        """Counts the record's labels; those that don't fit its prompt count as a mismatch alone."""
+        if record.labels is None:
+            return
+        try:
+            labels = feedback.parse_labels(record.labels)
+        except ValueError as error:
+            self._mismatches.add(f"{record.name}: {error}")
+            return
+        tokens = len(labels) if record.prompt is None else len(feedback.tokenize_prompt(record.prompt))
+        if len(labels) != tokens:
+            self._mismatches.add(f"{record.name}: {tokens} tokens but {len(labels)} labels")
+            return
+        misaligned = labels.count(feedback.MISALIGNED)
+        self._records += 1
+        self._any += misaligned > 0
+        self._tokens += tokens
+        self._misaligned += misaligned
+
+    def summary(self) -> dict | None:
+        """Counts and shares; mismatches are in none of them but their own."""
+        if not self._records + self._mismatches.count:
+            return None
+        return {
+            "records": self._records,
+            "tokens": self._tokens,
+            "misaligned_tokens": self._misaligned,
+            "misaligned_token_share": _share(self._misaligned, self._tokens),
+            "records_with_misaligned": self._any,
+            "records_with_misaligned_share": _share(self._any, self._records),
+            "mismatches": self._mismatches.summary(),
+        }
+
+
+class Images:
+    """Sizes and formats, from the images' headers alone."""
+
+    def __init__(self):
+        self._sizes, self._formats = collections.Counter(), collections.Counter()
+        self._unreadable = Listed()
+
+    def add(self, record: Record) -> None:
+        """Reads the header of the record's image, if there is one."""
+        if record.image is None:
+            return
+        try:
+            with Image.open(io.BytesIO(record.image)) as image:
+                size, image_format = image.size, image.format
+        except (OSError, Image.DecompressionBombError) as error:
+            self._unreadable.add(f"{record.name}: {error}")
+            return
+        self._formats[image_format] += 1
+        known = size in self._sizes or len(self._sizes) < MAX_SIZES
+        self._sizes[size if known else None] += 1
+
+    def summary(self) -> dict | None:
+        """`sizes`: width, height, images, the commonest first; null sizes are the rest of very many."""
+        if not self._formats and not self._unreadable.count:
+            return None
+        return {
+            "count": self._formats.total(),
+            "formats": dict(self._formats.most_common()),
+            "sizes": [[*(size or (None, None)), n] for size, n in self._sizes.most_common()],
+            "unreadable": self._unreadable.summary(),
+        }
+
+
+class Raters:
+    """How many raters an image has."""
+
+    def __init__(self):
+        self._images: collections.Counter[int] = collections.Counter()
+
+    def add(self, record: Record) -> None:
+        """Counts the image by its raters."""
+        if record.raters:
+            self._images[len(record.raters)] += 1
+
+    def summary(self) -> dict | None:
+        """Number of raters, as a string -> images."""
+        return {str(n): images for n, images in sorted(self._images.items())} or None
+
+
+class Statistics:
+    """All of the above.
+
+    Args:
+      count_tokens: prompt -> its length for the model, in tokens.
+      limit: prompts with more tokens are counted.
+    """
+
+    def __init__(self, count_tokens: Callable[[str], int] | None = None, limit: int | None = None):
+        self._records = 0
+        lengths = {"words": Lengths(lambda prompt: len(feedback.tokenize_prompt(prompt)))}
+        if count_tokens:
+            lengths["tokens"] = Lengths(count_tokens, limit)
+        self._groups = {
+            "scores": {kind: Scores(kind) for kind in feedback.SCORES},
+            "agreement": {kind: Agreement(kind) for kind in feedback.SCORES},
+            "heatmaps": {kind: Heatmaps(kind) for kind in feedback.HEATMAPS},
+            "prompt_lengths": lengths,
+        }
+        self._single = {"raters": Raters(), "labels": Labels(), "images": Images()}
+
+    def add(self, record: Record) -> None:
+        """Takes one record into account."""
+        self._records += 1
+        for group in (*self._groups.values(), self._single):
+            for part in group.values():
+                part.add(record)
+
+    def summary(self) -> dict:
+        """Everything as JSON values; a part of which the records have nothing is left out."""
+        groups = {
+            name: {key: part for key, member in group.items() if (part := member.summary())}
+            for name, group in self._groups.items()
+        }
+        single = {name: part.summary() for name, part in self._single.items()}
+        return {"records": self._records} | {name: part for name, part in (groups | single).items() if part}
+
+
+def _share(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _quantile(lengths: Sequence[tuple[int, int]], share: float) -> int:
+    """The smallest length that at least this share of the prompts doesn't exceed."""
+    total = sum(n for _, n in lengths)
+    seen = 0
+    for length, n in lengths:
+        seen += n
+        if seen >= share * total:
+            return length
+    return lengths[-1][0]
