@@ -310,6 +310,24 @@ def rich_feedback(
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """TFDS's coco_captions -> file name, image and prompt: a caption, drawn by the example's `SEED`.
+
+    image/filename 'COCO_1.jpg', captions {text: ['a red star', 'one star'], ...}
+    -> filename 'COCO_1.jpg', prompt 'one star'
+    """
+
+    def draw(example):
+        seed = tf.random.experimental.stateless_fold_in(example[SEED], _CAPTION_DRAW)
+        texts = example["captions"]["text"]
+        seed = tf.random.experimental.stateless_fold_in(seed, 2)  # 0 and 1 are `captions`'s.
+        drawn = tf.random.stateless_uniform([], seed, maxval=tf.size(texts), dtype=tf.int32)
+        names = {feedback.FILENAME_FIELD: example["image/filename"], feedback.PROMPT_FIELD: texts[drawn]}
+        return example | names
+
+    return dataset.map(draw, num_parallel_calls=tf.data.AUTOTUNE)
+
+
 @gin.configurable
 def captions(
     dataset: tf.data.Dataset,

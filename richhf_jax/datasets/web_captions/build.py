@@ -1,0 +1,280 @@
+"""Builds the TFDS data set from input shards, in several processes, resumable at any time.
+
+Everything happens in `1.0.0.incomplete`, which is renamed at the end:
+
+    build.json                                        what is built; another build doesn't go on with it
+    web_captions-train.tfrecord-00007-of-01243        the output of input shard 7, whole or absent
+    shards/web_captions-train.tfrecord-00007-of-....json    written after it: the shard is finished
+    errors.jsonl                                      bad records and shards
+
+So the order on disk is that of the input shards, whatever the number of processes.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing.connection
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import process
+
+import tqdm
+
+from richhf_jax import errors, feedback
+from richhf_jax.datasets import records
+from richhf_jax.datasets.web_captions import convert, shards
+
+NAME, CONFIG, VERSION = "web_captions", "default", "1.0.0"
+DESCRIPTION = "Images with alt-text, one caption each."
+BUILD_NAME, ERRORS_NAME = "build.json", "errors.jsonl"
+# Between two looks at the progress.
+_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was built.
+
+    Attributes:
+      folder: with the data set and, if anything is bad, errors.jsonl.
+      counts: split -> convert.KEPT, convert.BAD, filters -> samples.
+    """
+
+    folder: pathlib.Path
+    counts: Mapping[str, Mapping[str, int]]
+
+    def __str__(self) -> str:
+        total = sum((collections.Counter(counts) for counts in self.counts.values()), collections.Counter())
+        kept = ", ".join(f"{counts.get(convert.KEPT, 0)} {split}" for split, counts in self.counts.items())
+        left_out = ", ".join(f"{total[name]} {name}" for name in convert.FILTERS)
+        bad = f"{total[convert.BAD]} bad" + (f", see {ERRORS_NAME}" if total[convert.BAD] else "")
+        return f"{NAME}/{CONFIG}:{VERSION}: {kept}; left out: {left_out}, {bad}; {self.folder}"
+
+
+def build(
+    inputs: Mapping[str, Sequence[shards.Shard]],
+    data_dir: pathlib.Path,
+    options: convert.Options,
+    processes: int,
+    skip_bad_shards: bool = False,
+) -> Report:
+    """Builds the data set, or what is left of it.
+
+    Args:
+      inputs: split -> its shards.
+      data_dir: TFDS's, local.
+      options: which samples are kept.
+      processes: that convert shards; nothing depends on their number.
+      skip_bad_shards: leave out shards that can't be read.
+
+    Raises:
+      errors.UserError: there is another build, or an unfinished one, of other shards or with other options;
+        a shard can't be read (those that can are finished); no sample is left; the disk is full or the like.
+    """
+    folder = data_dir / NAME / CONFIG / VERSION
+    partial = folder.with_name(f"{VERSION}.incomplete")
+    plan = {
+        "shards": {split: [shard.url for shard in found] for split, found in inputs.items()},
+        "options": json.loads(json.dumps(dataclasses.asdict(options))),  # Tuples become lists.
+    }
+    try:
+        if folder.exists():
+            _check_plan(folder, plan)
+            return Report(folder, json.loads((folder / BUILD_NAME).read_text())["counts"])
+        if partial.exists():
+            _check_plan(partial, plan)
+        else:
+            (partial / "shards").mkdir(parents=True)
+            _write_text(partial / BUILD_NAME, json.dumps(plan))
+        jobs = {
+            split: _jobs(split, found, partial, options, skip_bad_shards) for split, found in inputs.items()
+        }
+        failed = _convert_all([job for split_jobs in jobs.values() for job in split_jobs], processes)
+        _write_errors(partial, jobs, failed)
+        if failed:
+            raise errors.UserError(_failure(failed, partial))
+        report = _finish(partial, folder, jobs, plan)
+    except OSError as error:
+        raise errors.UserError(f"{error.filename}: {error.strerror}") from error
+    return report
+
+
+def _check_plan(folder: pathlib.Path, plan: dict) -> None:
+    """Raises a UserError if the build in the folder is another one."""
+    try:
+        found = json.loads((folder / BUILD_NAME).read_text())
+    except (OSError, ValueError):
+        found = {}
+    if found.get("shards") != plan["shards"]:
+        difference = "of other shards"
+    elif found["options"] != plan["options"]:
+        names = [name for name, value in plan["options"].items() if found["options"].get(name) != value]
+        difference = f"with another --{', --'.join(names)}"
+    else:
+        return
+    raise errors.UserError(
+        f"{folder} is {difference}. Give what was given then, delete that folder, or give another --data_dir."
+    )
+
+
+def _jobs(
+    split: str, found: Sequence[shards.Shard], folder: pathlib.Path, options: convert.Options, skip_bad: bool
+) -> list[convert.Job]:
+    names = [f"{NAME}-{split}.tfrecord-{index:05}-of-{len(found):05}" for index in range(len(found))]
+    return [
+        convert.Job(shard, folder / name, folder / "shards" / f"{name}.json", options, skip_bad)
+        for shard, name in zip(found, names, strict=True)
+    ]
+
+
+def _convert_all(jobs: Sequence[convert.Job], processes: int) -> dict[str, str]:
+    """Converts what isn't finished -> the shards that can't be read, and why."""
+    todo = [job for job in jobs if convert.read_state(job) is None]
+    total, left = (sum(job.shard.size for job in part) for part in (jobs, todo))
+    failed = {}
+    # Without a terminal there is no bar (disable=None).
+    with (
+        tqdm.tqdm(total=total, initial=total - left, unit="B", unit_scale=True, disable=None) as bar,
+        contextlib.closing(_results(todo, processes, bar.update)) as results,
+    ):
+        for job, reason in results:
+            if reason:
+                failed[job.shard.url] = reason
+                bar.write(f"{job.shard.url}: {reason}", file=sys.stderr)
+    return failed
+
+
+def _results(
+    jobs: Sequence[convert.Job], processes: int, count: Callable[[int], None]
+) -> Iterator[tuple[convert.Job, str]]:
+    """Jobs as they are done, and why they failed if they did."""
+    if processes == 1 or len(jobs) <= 1:
+        yield from ((job, convert.convert(job, count)) for job in jobs)
+        return
+    # Spawned: forking a process in which libraries run threads may deadlock.
+    context = multiprocessing.get_context("spawn")
+    bytes_read = context.Value("q")
+    shown = 0
+    others = set(multiprocessing.active_children())
+    executor = process.ProcessPoolExecutor(min(processes, len(jobs)), context, _start, (bytes_read,))
+    try:
+        waiting = {executor.submit(_convert_and_count, job): job for job in jobs}
+        while waiting:
+            done, _ = concurrent.futures.wait(
+                waiting, _SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            count(bytes_read.value - shown)
+            shown = bytes_read.value
+            for future in done:
+                yield waiting.pop(future), future.result()
+        executor.shutdown()
+    except process.BrokenProcessPool:
+        raise errors.UserError(
+            "A process was killed, perhaps for want of memory. Run the command again with fewer --processes."
+        ) from None
+    finally:
+        # After an error or Ctrl-C; what they write appears complete or not at all.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+
+
+def _start(bytes_read) -> None:
+    """In a new process: it ends with the one that started it, be that killed; Ctrl-C isn't for it."""
+    global _bytes_read
+    _bytes_read = bytes_read
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _convert_and_count(job: convert.Job) -> str:
+    def count(number: int) -> None:
+        with _bytes_read.get_lock():
+            _bytes_read.value += number
+
+    return convert.convert(job, count)
+
+
+def _failure(failed: Mapping[str, str], partial: pathlib.Path) -> str:
+    first = "\n".join(f"  {url}: {reason}" for url, reason in sorted(failed.items())[:10])
+    return (
+        f"{len(failed)} shards can't be read:\n{first}\n"
+        f"All are listed in {partial / ERRORS_NAME}; the others are finished. Run the command again to try"
+        " these alone once more, or with --skip_bad_shards to leave them out."
+    )
+
+
+def _write_errors(
+    folder: pathlib.Path, jobs: Mapping[str, list[convert.Job]], failed: Mapping[str, str]
+) -> None:
+    """Lists bad records and shards, in the order of the input."""
+    lines = []
+    for job in (job for split_jobs in jobs.values() for job in split_jobs):
+        if reason := failed.get(job.shard.url):
+            lines.append({"file": job.shard.url, "record": "", "reason": reason})
+        else:
+            lines += convert.read_state(job).errors
+    _write_text(folder / ERRORS_NAME, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _finish(
+    partial: pathlib.Path, folder: pathlib.Path, jobs: Mapping[str, list[convert.Job]], plan: dict
+) -> Report:
+    """Makes a TFDS data set of finished shards."""
+    import tensorflow_datasets as tfds  # It imports TensorFlow, which nothing else here needs.
+
+    states = {split: [convert.read_state(job) for job in split_jobs] for split, split_jobs in jobs.items()}
+    counts = {
+        split: dict(sum((collections.Counter(state.counts) for state in found), collections.Counter()))
+        for split, found in states.items()
+    }
+    report = Report(folder, counts)
+    for split, number in counts.items():
+        if not number.get(convert.KEPT):
+            raise errors.UserError(f"No sample is left for {split}. {report}")
+    split_infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[state.counts.get(convert.KEPT, 0) for state in found],
+            num_bytes=sum(state.bytes for state in found),
+        )
+        for split, found in states.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=partial,
+        features={
+            feedback.FILENAME_FIELD: tfds.features.Text(),
+            feedback.IMAGE_FIELD: tfds.features.Image(shape=(None, None, 3)),
+            feedback.PROMPT_FIELD: tfds.features.Text(),
+        },
+        split_infos=split_infos,
+        version=VERSION,
+        description=DESCRIPTION,
+        check_data=False,
+    )
+    records.write_index(partial)
+    # By this TFDS finds the folder where no configuration is named.
+    config = folder.parents[1] / ".config"
+    config.mkdir(exist_ok=True)
+    _write_text(config / "metadata.json", json.dumps({"default_config_name": CONFIG}))
+    _write_text(partial / BUILD_NAME, json.dumps({**plan, "counts": counts}))
+    os.replace(partial, folder)
+    shutil.rmtree(folder / "shards")
+    return report
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,205 @@
+"""One input shard -> one TFRecord file of a TFDS data set. Free of TensorFlow, for many processes."""
+
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from richhf_jax import errors, feedback
+from richhf_jax.datasets import images, tfrecord
+from richhf_jax.datasets.web_captions import shards
+
+KEPT, BAD = "kept", "bad"
+# Why a good sample is left out.
+FILTERS = TOO_FEW_WORDS, TOO_MANY_WORDS, OTHER_LANGUAGE, TOO_SMALL = (
+    "too few words",
+    "too many words",
+    "other language",
+    "too small",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is taken of a sample, and which samples are kept.
+
+    Attributes:
+      languages: codes; 'en' also means 'en-GB'. Empty: all, and samples needn't tell theirs.
+      min_words, max_words: of a caption, as white space separates them.
+      min_side: pixels of the image's shorter side.
+      image_fields, caption_fields, language_fields: the first of these that a sample has is meant.
+    """
+
+    languages: tuple[str, ...] = ()
+    min_words: int = 3
+    max_words: int = 64
+    min_side: int = 0
+    image_fields: tuple[str, ...] = ("image", "jpg", "jpeg", "png", "webp", "image/encoded")
+    caption_fields: tuple[str, ...] = ("caption", "text", "txt", "image/caption")
+    language_fields: tuple[str, ...] = ("language", "lang")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An input shard and where its output goes; with `skip_bad`, one that can't be read becomes empty."""
+
+    shard: shards.Shard
+    out: pathlib.Path
+    state: pathlib.Path
+    options: Options
+    skip_bad: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What became of a finished shard, as its state file tells.
+
+    Attributes:
+      size: of the input, bytes: a new file under the old name is converted again.
+      bytes: of the output.
+      counts: KEPT, BAD and FILTERS -> samples.
+      errors: {'file', 'record', 'reason'} of each bad sample.
+    """
+
+    size: int
+    bytes: int
+    counts: Mapping[str, int]
+    errors: list[dict[str, str]]
+
+
+def read_state(job: Job) -> State | None:
+    """What a finished job left, or None: it isn't finished, or its input is another file by now."""
+    if not job.state.exists():
+        return None
+    state = State(**json.loads(job.state.read_text()))
+    return state if state.size == job.shard.size else None
+
+
+def convert(job: Job, count: Callable[[int], None]) -> str:
+    """Converts a shard. Output and state appear complete or not at all.
+
+    Args:
+      job: what to do.
+      count: called with numbers of input bytes, as they are read.
+
+    Returns:
+      Why the shard can't be read, or ''.
+
+    Raises:
+      errors.UserError: the output can't be written.
+    """
+    try:
+        try:
+            state = _write(job, _read(job, count))
+            if state.counts.keys() == {BAD}:
+                first = state.errors[0]
+                raise shards.ShardError(
+                    f"nothing in it is good; {first['record'] or 'first'}: {first['reason']}"
+                )
+        except shards.ShardError as error:
+            if not job.skip_bad:
+                return str(error)
+            state = _write(job, iter([shards.Sample("", problem=str(error))]))
+        with _complete(job.state) as file:
+            file.write(json.dumps(dataclasses.asdict(state)).encode())
+    except OSError as error:
+        raise errors.UserError(f"{error.filename or job.out}: {error.strerror}") from error
+    return ""
+
+
+def _read(job: Job, count: Callable[[int], None]) -> Iterator[shards.Sample]:
+    options = job.options
+    wanted = {*options.image_fields, *options.caption_fields, *options.language_fields}
+    return shards.read(job.shard, wanted, count)
+
+
+def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
+    """Writes the good samples to the job's output."""
+    counts, bad = collections.Counter(), []
+    shard_name = job.shard.url.rpartition("/")[-1]
+    with _complete(job.out) as file:
+        for sample in samples:
+            try:
+                verdict, image, caption = judge(sample, job.options)
+            except ValueError as error:
+                verdict = BAD
+                bad.append({"file": job.shard.url, "record": sample.key, "reason": str(error)})
+            if verdict == KEPT:
+                tfrecord.write(file, _example(f"{shard_name}/{sample.key}", image, caption))
+            counts[verdict] += 1
+        size = file.tell()
+    return State(size=job.shard.size, bytes=size, counts=dict(counts), errors=bad)
+
+
+def judge(sample: shards.Sample, options: Options) -> tuple[str, bytes, str]:
+    """KEPT or the filter that leaves the sample out; the image's bytes (if KEPT); the caption.
+
+    Raises:
+      ValueError: the sample is bad; the message says why.
+    """
+    if sample.problem:
+        raise ValueError(sample.problem)
+    words = _text(sample, options.caption_fields, "caption").split()
+    caption = " ".join(words)
+    if len(words) < options.min_words:
+        return TOO_FEW_WORDS, b"", caption
+    if len(words) > options.max_words:
+        return TOO_MANY_WORDS, b"", caption
+    if options.languages:
+        language = _text(sample, options.language_fields, "language").lower()
+        if not any(language == code or language.startswith(f"{code}-") for code in options.languages):
+            return OTHER_LANGUAGE, b"", caption
+    image = _find(sample, options.image_fields, "image")
+    if isinstance(image, Mapping):  # Hugging Face's struct.
+        image = image.get("bytes")
+    if not isinstance(image, bytes):
+        raise ValueError(f"the image isn't bytes but {type(image).__name__}")
+    image = images.checked(image)
+    if options.min_side and min(Image.open(io.BytesIO(image)).size) < options.min_side:
+        return TOO_SMALL, b"", caption
+    return KEPT, image, caption
+
+
+def _find(sample: shards.Sample, names: tuple[str, ...], what: str) -> Any:
+    for name in names:
+        if sample.fields.get(name) is not None:
+            return sample.fields[name]
+    raise ValueError(f"no {what}: none of the fields {', '.join(names)}")
+
+
+def _text(sample: shards.Sample, names: tuple[str, ...], what: str) -> str:
+    """The field's text; it may be bytes, but UTF-8 (JSON can hold text that isn't any either)."""
+    value = _find(sample, names, what)
+    try:
+        return (value if isinstance(value, bytes) else value.encode()).decode()
+    except (AttributeError, UnicodeError):
+        raise ValueError(f"the {what} isn't UTF-8 text") from None
+
+
+def _example(filename: str, image: bytes, caption: str) -> bytes:
+    example = tf_example_pb2.Example()
+    values = {
+        feedback.FILENAME_FIELD: filename.encode(),
+        feedback.IMAGE_FIELD: image,
+        feedback.PROMPT_FIELD: caption.encode(),
+    }
+    for name, value in values.items():
+        example.features.feature[name].bytes_list.value.append(value)
+    return example.SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def _complete(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears at `path` at the end."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        yield file
+    os.replace(partial, path)
