@@ -23,7 +23,8 @@ class RahfFeatureConverter(seqio.FeatureConverter):
           "decoder_loss_weights": [[1.0, 1.0, 1.0, 0.0, 0.0]], "decoder_words_cut": 0}
 
     Images and heatmaps stay uint8: the model normalises them on the device. A text slot without label has
-    only padding, so no weight. Nothing is packed.
+    only padding, so no weight. Nothing is packed. Where images are letterboxed, examples have one feature
+    more, the `image_box`, which is passed on.
     """
 
     TASK_FEATURES = {
@@ -47,6 +48,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
         "decoder_loss_weights": FeatureSpec(dtype=tf.float32, rank=2, sequence_dim=1),
         "decoder_words_cut": FeatureSpec(dtype=tf.int32, rank=0),
     }
+    LETTERBOX_FEATURES = {"image_box": FeatureSpec(dtype=tf.int32)}
     PACKING_FEATURE_DTYPES = {}
 
     def __init__(self, **kwargs):
@@ -57,8 +59,10 @@ class RahfFeatureConverter(seqio.FeatureConverter):
         targets = features["targets"]
         # [texts, target_length] shifted right by one
         shifted = tf.pad(targets[:, :-1], [[0, 0], [1, 0]], constant_values=self.bos_id)
+        box = {name: features[name] for name in self.LETTERBOX_FEATURES if name in features}
         return {
             "image": features["image"],
+            **box,
             "encoder_input_tokens": features["inputs"],
             "encoder_words_cut": features["inputs_words_cut"],
             "heatmap_targets": features["heatmaps"],
@@ -74,6 +78,9 @@ class RahfFeatureConverter(seqio.FeatureConverter):
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
+        if self.LETTERBOX_FEATURES.keys() <= ds.element_spec.keys():
+            # seqio holds the result against this. The class's own stays as it is.
+            self.MODEL_FEATURES = {**self.MODEL_FEATURES, **self.LETTERBOX_FEATURES}
         return ds.map(self.convert_example, num_parallel_calls=tf.data.AUTOTUNE)
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
@@ -89,6 +96,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
             "decoder_target_tokens": lengths["targets"],
             "decoder_input_tokens": lengths["targets"],
             "decoder_loss_weights": lengths["targets"],
+            **{name: 4 for name in self.LETTERBOX_FEATURES if name in self.MODEL_FEATURES},
             # Scalars: seqio wants a length of each name, and doesn't look at these.
             "encoder_words_cut": 1,
             "decoder_words_cut": 1,

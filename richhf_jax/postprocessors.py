@@ -41,9 +41,17 @@ def target(example: Mapping[str, np.ndarray]) -> feedback.RichFeedback:
         id=name,
         prompt=prompt,
         scores={kind: float(score) for kind, score, weight in scores if weight},
-        heatmaps={kind: np.float32(heat) / 255 for kind, heat, weight in heatmaps if weight},
+        heatmaps={kind: np.float32(in_box(heat, example)) / 255 for kind, heat, weight in heatmaps if weight},
         tokens=tokens,
     )
+
+
+def in_box(pixels: np.ndarray, example: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[height, width, ...] of a task example, without the padding of a letterbox: no metric shall see it."""
+    if "image_box" not in example:
+        return pixels
+    top, left, bottom, right = example["image_box"]
+    return pixels[top:bottom, left:right]
 
 
 def prediction(
@@ -55,7 +63,7 @@ def prediction(
     """A model's outputs for a task example -> feedback.
 
     Args:
-      example: the task example; its name and prompt are taken.
+      example: the task example; its name, prompt and letterbox are taken.
       heatmaps: float32 [heatmaps, height, width], in the order of `feedback.HEATMAPS`.
       scores: float32 [scores], in the order of `feedback.SCORES`.
       tokens: the prompt's, labelled: by `keywords.tokens`, or by `written_tokens`.
@@ -64,7 +72,10 @@ def prediction(
         id=example[feedback.FILENAME_FIELD].decode(),
         prompt=example[feedback.PROMPT_FIELD].decode(),
         scores=dict(zip(feedback.SCORES, map(float, scores), strict=True)),
-        heatmaps=dict(zip(feedback.HEATMAPS, np.asarray(heatmaps, np.float32), strict=True)),
+        heatmaps={
+            kind: in_box(np.asarray(heatmap, np.float32), example)
+            for kind, heatmap in zip(feedback.HEATMAPS, heatmaps, strict=True)
+        },
         tokens=tokens,
     )
 

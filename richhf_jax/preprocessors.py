@@ -4,6 +4,7 @@ Task features (S = side of the image), one name for one key of seqio's
 `sequence_length`, so that the gin macro TASK_FEATURE_LENGTHS sets every size:
 
     image            [S, S, 3]           uint8
+    image_box        [4]                 int32, where letterboxed images lie; absent unless they are
     inputs           [prompts, length]   int32, 0 = padding
     heatmaps         [heatmaps, S, S]    uint8 / 255
     heatmap_weights  [heatmaps]          float32, 0 = not labelled
@@ -25,7 +26,7 @@ import gin
 import seqio
 import tensorflow as tf
 
-from richhf_jax import errors, feedback
+from richhf_jax import augmentation, errors, feedback
 
 # Stands for a hidden word in the input of a caption.
 MASK = "_"
@@ -68,8 +69,10 @@ def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
 
     def hide(example):
         image, prompt = example[feedback.IMAGE_FIELD], example[feedback.PROMPT_FIELD]
+        if to == "image":  # Of the same size, so that a letterbox is the same.
+            image = tf.io.encode_png(tf.zeros_like(augmentation.decode(image, 3)))
         return example | {
-            feedback.IMAGE_FIELD: tf.zeros_like(image) if to == "image" else image,
+            feedback.IMAGE_FIELD: image,
             _SHOWN_PROMPT: tf.constant("") if to == "prompt" else prompt,
         }
 
@@ -145,17 +148,6 @@ def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> t
     return tf.where(kept < counts, shorter, texts), tf.cast(counts - kept, tf.int32)
 
 
-def resize(image: tf.Tensor, side: int) -> tf.Tensor:
-    """uint8 [height, width, channels] -> uint8 [side, side, channels], untouched where it already is that."""
-
-    def resized():
-        pixels = tf.image.resize(image, [side, side], antialias=True)
-        return tf.saturate_cast(tf.round(pixels), tf.uint8)
-
-    fits = tf.reduce_all(tf.shape(image)[:2] == side)
-    return tf.ensure_shape(tf.cond(fits, lambda: image, resized), [side, side, image.shape[2]])
-
-
 def draw_kinds(
     all_kinds: tuple[str, ...], kinds: Sequence[str], count: int, seed: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -228,13 +220,14 @@ def _pass_through(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     return {name: example.get(name, tf.constant("")) for name in names}
 
 
-def _heatmaps(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> tf.Tensor:
-    """The heatmaps of these kinds, [kinds, side, side]."""
-    if kinds.shape[0] == 0:
-        return tf.zeros([0, side, side], tf.uint8)
-    maps = tf.concat([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS], axis=2)
-    maps = tf.ensure_shape(tf.gather(maps, kinds, axis=2), [None, None, kinds.shape[0]])
-    return tf.transpose(resize(maps, side), [2, 0, 1])
+def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> dict[str, tf.Tensor]:
+    """The image and the heatmaps of these kinds, as `augmentation.show` makes them; no other is decoded."""
+    heatmaps = []
+    if kinds.shape[0]:
+        maps = tf.stack([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS])
+        heatmaps = tf.unstack(tf.gather(maps, kinds), kinds.shape[0])
+    augment = example.get(AUGMENT, tf.constant(False))
+    return augmentation.show(example[feedback.IMAGE_FIELD], heatmaps, side, example[SEED], augment)
 
 
 def rich_feedback(
@@ -294,10 +287,9 @@ def rich_feedback(
         inputs, inputs_words_cut = encode(prompts, sequence_length["inputs"], vocabulary)
         targets, targets_words_cut = encode(texts, sequence_length["targets"], vocabulary)
         return {
-            "image": resize(example[feedback.IMAGE_FIELD], sequence_length["image"]),
+            **_pictures(example, heatmap_kinds, sequence_length["image"]),
             "inputs": inputs,
             "inputs_words_cut": inputs_words_cut,
-            "heatmaps": _heatmaps(example, heatmap_kinds, sequence_length["image"]),
             "heatmap_weights": heatmap_weights,
             "scores": tf.where(known, scores, 0.0),
             "score_weights": score_weights * tf.cast(known, tf.float32),
@@ -365,7 +357,7 @@ def captions(
         inputs, inputs_words_cut = encode(prompts, sequence_length["inputs"], vocabulary)
         targets, targets_words_cut = encode(texts, sequence_length["targets"], vocabulary)
         return {
-            "image": resize(example[feedback.IMAGE_FIELD], side),
+            **_pictures(example, tf.constant([], tf.int32), side),
             "inputs": inputs,
             "inputs_words_cut": inputs_words_cut,
             "heatmaps": tf.zeros([slots.heatmaps, side, side], tf.uint8),

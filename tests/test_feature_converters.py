@@ -50,6 +50,11 @@ def test_model_features():
         np.testing.assert_array_equal(batch[name], value, err_msg=name)
 
 
+def test_the_box_of_a_letterbox_is_passed_on():
+    box = np.int32([0, 0, 1, 2])
+    np.testing.assert_array_equal(convert({**task_example(), "image_box": box})["image_box"], box)
+
+
 def test_a_text_without_label_has_no_weight():
     batch = convert({**task_example(), "targets": np.zeros((1, 5), np.int32)})
     assert not batch["decoder_loss_weights"].any()

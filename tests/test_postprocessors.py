@@ -63,6 +63,18 @@ def test_prediction():
     assert prediction.heatmaps["misalignment"].shape == (2, 2)
 
 
+def test_padding_of_a_letterbox_is_no_part_of_the_heatmaps():
+    pixels = np.arange(32, dtype=np.uint8).reshape(2, 4, 4)
+    example = task_example(heatmaps=pixels, image_box=np.int32([1, 0, 3, 4]))
+    target = postprocessors.target(example)
+    np.testing.assert_allclose(target.heatmaps["misalignment"] * 255, pixels[1, 1:3], rtol=1e-6)
+    prediction = postprocessors.prediction(example, pixels / 255, np.zeros(4), ())
+    assert prediction.heatmaps.keys() == target.heatmaps.keys()
+    for kind, heatmap in prediction.heatmaps.items():
+        assert heatmap.dtype == np.float32
+        np.testing.assert_allclose(heatmap, target.heatmaps[kind], rtol=1e-6)
+
+
 def test_a_freely_written_text_labels_the_prompts_tokens():
     tokens = postprocessors.written_tokens("a café, blue", "a cafe_0 blue")
     assert tokens == (feedback.Token("a", False), feedback.Token("café", True), feedback.Token("blue", False))

@@ -6,6 +6,7 @@ import seqio
 import tensorflow as tf
 
 from richhf_jax import errors, feedback, preprocessors
+from richhf_jax.datasets import consolidate
 from tasks import vocabulary
 
 LENGTHS = {"image": 8, "inputs": 16, "targets": 16, "heatmaps": 2, "scores": 4, "texts": 1}
@@ -17,12 +18,12 @@ def record(**changes):
     rng = np.random.default_rng(0)
     return {
         feedback.FILENAME_FIELD: "train/1.png",
-        feedback.IMAGE_FIELD: rng.integers(0, 256, (8, 8, 3), np.uint8),
+        feedback.IMAGE_FIELD: consolidate.encode_png(rng.integers(0, 256, (8, 8, 3), np.uint8)),
         feedback.PROMPT_FIELD: "a red star, and one blue ring",
         feedback.KEYWORDS_FIELD: "1 0 1 1 1 1 0",
         **{field: np.float32(i / 4) for i, field in enumerate(feedback.SCORE_FIELDS.values())},
         **{
-            field: np.full((8, 8, 1), 100 + i, np.uint8)
+            field: consolidate.encode_png(np.full((8, 8), 100 + i, np.uint8))
             for i, field in enumerate(feedback.HEATMAP_FIELDS.values())
         },
         **changes,
@@ -136,7 +137,7 @@ def test_multi_head_example():
     assert decoded(example["inputs"]) == ["a red star, and one blue ring"]
     assert decoded(example["targets"]) == ["a red_0 star and one blue ring_0"]
     assert example["texts"].tolist() == [b"a red_0 star and one blue ring_0"]
-    np.testing.assert_array_equal(example["image"], original[feedback.IMAGE_FIELD])
+    np.testing.assert_array_equal(example["image"], tf.io.decode_png(original[feedback.IMAGE_FIELD]))
     assert example["heatmaps"].dtype == np.uint8
     np.testing.assert_array_equal(example["heatmaps"], np.broadcast_to([[[100]], [[101]]], (2, 8, 8)))
     np.testing.assert_array_equal(example["heatmap_weights"], [1, 1])
@@ -264,28 +265,13 @@ def test_missing_lengths():
         preprocessors.slots_of(None, augmented_prompt=False)
 
 
-def test_resize_keeps_places():
-    image = np.zeros((16, 32, 1), np.uint8)
-    image[:4, 16:] = 255  # top right
-    small = preprocessors.resize(tf.constant(image), 8).numpy()
-    assert small.dtype == np.uint8
-    assert small.shape == (8, 8, 1)
-    assert (small[0, 5:] == 255).all()
-    assert (small[4:] == 0).all()
-    assert (small[:, :3] == 0).all()
-
-
-def test_shrinking_averages():
-    stripes = np.zeros((32, 32, 1), np.uint8)
-    stripes[::4] = 200
-    small = preprocessors.resize(tf.constant(stripes), 8).numpy()
-    assert 30 <= small.min() <= small.max() <= 70
-
-
 def test_images_of_another_size_and_their_heatmaps():
     big = record(
-        **{feedback.IMAGE_FIELD: np.full((32, 32, 3), 9, np.uint8)},
-        **{field: np.full((32, 32, 1), 50, np.uint8) for field in feedback.HEATMAP_FIELDS.values()},
+        **{feedback.IMAGE_FIELD: consolidate.encode_png(np.full((32, 32, 3), 9, np.uint8))},
+        **{
+            field: consolidate.encode_png(np.full((16, 16), 50, np.uint8))
+            for field in feedback.HEATMAP_FIELDS.values()
+        },
     )
     (example,) = rich_feedback(augmented_prompt=False, example=big)
     np.testing.assert_array_equal(example["image"], np.full((8, 8, 3), 9))

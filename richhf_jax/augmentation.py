@@ -1,0 +1,174 @@
+"""Encoded images and heatmaps -> the model's square of pixels, augmented where the example asks for it.
+
+Image and heatmaps are brought to the square by the same window and the same box, whatever their sizes:
+
+    window   the part of the picture that is shown, in units of 1 / side of its height and width; all of it
+             unless the picture is cropped
+    box      where in the square the window goes, in pixels; all of it unless the picture is letterboxed
+
+Everything is uint8, no random number depends on anything but the example's seed, and what isn't drawn isn't
+computed. The defaults are the paper's (supplement); gin/augmentation/default.gin explains them.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import gin
+import tensorflow as tf
+
+from richhf_jax import errors
+
+# Luma of red, green and blue: ITU-R BT.601.
+_LUMA = (0.299, 0.587, 0.114)
+# Pixels a row of the matrix product that mixes colours: few enough for the zeros in it to cost little.
+_PIXELS = 8
+# Folded into the example's seed.
+_CROP_DRAW, _COLOUR_DRAW = range(100, 102)
+
+
+def decode(data: tf.Tensor, channels: int) -> tf.Tensor:
+    """An encoded image, string [] -> uint8 [height, width, channels]."""
+    return tf.io.decode_image(data, channels=channels, expand_animations=False)
+
+
+@gin.configurable
+def show(
+    image: tf.Tensor,
+    heatmaps: Sequence[tf.Tensor],
+    side: int,
+    seed: tf.Tensor,
+    augment: tf.Tensor,
+    *,
+    fit: str = "resize",
+) -> dict[str, tf.Tensor]:
+    """An image with its heatmaps -> what the model is shown.
+
+    Args:
+      image: string [], encoded.
+      heatmaps: string [] each, encoded; their sizes may differ from the image's.
+      side: of the square, in pixels.
+      seed: int64 [2].
+      augment: bool [].
+      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it.
+
+    Returns:
+      image      uint8 [side, side, 3]
+      heatmaps   uint8 [heatmaps, side, side]
+      image_box  int32 [4], 'letterbox' only: the first row and column of the picture, and those behind its
+                 last.
+
+    Raises:
+      errors.UserError: `fit` is something else.
+    """
+    if fit not in ("resize", "letterbox"):
+        raise errors.UserError(f"augmentation.show.fit must be 'resize' or 'letterbox', got {fit!r}")
+    pixels = decode(image, 3)
+    window = draw_window(seed, augment, side)
+    box = letterbox(tf.shape(pixels)[:2], side) if fit == "letterbox" else None
+    features = {
+        "image": recolour(place(pixels, window, side, box), seed, augment, box),
+        "heatmaps": tf.zeros([0, side, side], tf.uint8),
+    }
+    if heatmaps:
+        maps = [place(decode(heatmap, 1), window, side, box) for heatmap in heatmaps]
+        features["heatmaps"] = tf.stack([tf.squeeze(heatmap, 2) for heatmap in maps])
+    return features if box is None else features | {"image_box": box}
+
+
+@gin.configurable
+def draw_window(
+    seed: tf.Tensor,
+    augment: tf.Tensor,
+    side: int,
+    *,
+    crop_probability: float = 0.5,
+    crop_shares: tuple[float, float] = (0.8, 1.0),
+) -> tf.Tensor:
+    """Draws the part of a picture that is shown.
+
+    Args:
+      seed: int64 [2].
+      augment: bool []; False: all of it is shown.
+      side: of the square, in pixels.
+      crop_probability: of showing a part.
+      crop_shares: the least and the greatest share of the height, and of the width, in a part.
+
+    Returns:
+      int32 [4] in units of 1 / side: top, left, bottom, right.
+    """
+    draws = tf.random.stateless_uniform([5], tf.random.experimental.stateless_fold_in(seed, _CROP_DRAW))
+    least, greatest = crop_shares
+    sizes = tf.cast(tf.round((least + draws[:2] * (greatest - least)) * side), tf.int32)
+    starts = tf.cast(draws[2:4] * tf.cast(side - sizes + 1, tf.float32), tf.int32)
+    window = tf.concat([starts, starts + sizes], 0)
+    return tf.where(augment & (draws[4] < crop_probability), window, [0, 0, side, side])
+
+
+def letterbox(size: tf.Tensor, side: int) -> tf.Tensor:
+    """A picture's height and width -> int32 [4], its box in the middle of the square, with its aspect.
+
+    [100, 200] in 64 -> [16, 0, 48, 64]
+    """
+    sizes = tf.maximum(tf.cast(tf.round(size * side / tf.reduce_max(size)), tf.int32), 1)
+    starts = (side - sizes) // 2
+    return tf.concat([starts, starts + sizes], 0)
+
+
+def place(image: tf.Tensor, window: tf.Tensor, side: int, box: tf.Tensor | None = None) -> tf.Tensor:
+    """The window of a picture -> its box in the square. Black is beside it.
+
+    Args:
+      image: uint8 [height, width, channels].
+      window: int32 [4] in units of 1 / side.
+      side: of the square, in pixels.
+      box: int32 [4] in pixels; None: all of the square.
+
+    Returns:
+      uint8 [side, side, channels]; untouched where it has its size already.
+    """
+    size = tf.constant([side, side]) if box is None else box[2:] - box[:2]
+    shown = window[2:] - window[:2]
+    fits = tf.reduce_all(tf.shape(image)[:2] == size)
+    # One pixel of the picture is one unit of the window.
+    enlarged = tf.reduce_all(tf.shape(image)[:2] == side)
+    untouched = fits & tf.reduce_all(shown == side)
+    image = tf.cond(
+        untouched,
+        lambda: image,
+        lambda: tf.cond(
+            fits & enlarged,
+            lambda: _enlarge(image, window, side),
+            lambda: _resample(image, window, side, size),
+        ),
+    )
+    if box is not None:
+        image = _pad(image, box, side)
+    return tf.ensure_shape(image, [side, side, image.shape[2]])
+
+
+def _pad(image: tf.Tensor, box: tf.Tensor, side: int) -> tf.Tensor:
+    paddings = tf.stack([box[:2], side - box[2:]], 1)
+    return tf.pad(image, tf.pad(paddings, [[0, 1], [0, 0]]))
+
+
+def _enlarge(image: tf.Tensor, window: tf.Tensor, side: int) -> tf.Tensor:
+    top, left, bottom, right = tf.unstack(window)
+    pixels = tf.cast(image[None, top:bottom, left:right], tf.float32)
+    pixels = tf.raw_ops.ResizeBilinear(images=pixels, size=[side, side], half_pixel_centers=True)
+    return tf.cast(pixels[0] + 0.5, tf.uint8)
+
+
+def _resample(image: tf.Tensor, window: tf.Tensor, side: int, size: tf.Tensor) -> tf.Tensor:
+    """Any window, to any size; averages where it shrinks."""
+    # A row y of the picture, in pixels, goes to row y * scale + translation.
+    enlargement = tf.cast(size, tf.float32) / tf.cast(window[2:] - window[:2], tf.float32)
+    scale = enlargement * side / tf.cast(tf.shape(image)[:2], tf.float32)
+    translation = -enlargement * tf.cast(window[:2], tf.float32)
+    pixels = tf.raw_ops.ScaleAndTranslate(
+        images=image[None], size=size, scale=scale, translation=translation, kernel_type="triangle"
+    )
+    return tf.cast(pixels[0] + 0.5, tf.uint8)
+
+
+def recolour(image, seed, augment, box):
+    return image
