@@ -35,7 +35,7 @@ def checked(data: bytes) -> bytes:
     alpha, its further frames and bits beyond eight.
 
     All pixels are decoded once, so that a file that is cut off is found here. The size is known before that:
-    what memory it takes is bounded by MAX_SIDE (1.2 GB at 8192 x 8192 pixels with alpha).
+    what memory it takes is bounded by MAX_SIDE (0.9 GB at 8192 x 8192 pixels with alpha).
 
     Raises:
       ImageError: no image, one that is cut off or broken, or one of more than MAX_SIDE pixels a side.

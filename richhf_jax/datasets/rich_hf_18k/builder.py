@@ -1,0 +1,106 @@
+"""TFDS builder `rich_hf_18k`: RichHF-18K with images and prompts, from what the join left in its folder."""
+
+import json
+import pathlib
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+
+from richhf_jax import errors, feedback
+from richhf_jax.datasets import records
+from richhf_jax.datasets.rich_hf_18k import join, labels, report
+
+# Name of the split -> of the labels' file.
+SPLITS = {"train": "train", "validation": "dev", "test": "test"}
+# Rows of a part in memory at once.
+_BATCH_ROWS = 16
+# A TFRecord's head: the length of its data and a checksum of that; `records` has the reference.
+_HEAD = struct.Struct("<QI")
+
+
+class RichHf18k(tfds.core.GeneratorBasedBuilder):
+    """Rich human feedback on 17,760 generated images (https://arxiv.org/abs/2312.10240).
+
+    Features as in `synthetic_rich_hf`, images and heatmaps in their own sizes; an unknown score is NaN.
+    """
+
+    name = "rich_hf_18k"
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = """\
+    The labels must be joined with images first. `python -m richhf_jax.datasets.rich_hf_18k` does this, and
+    builds the data set; see its --help. `manual_dir` is its --work_dir.
+    """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            feedback.FILENAME_FIELD: tfds.features.Text(),
+            feedback.IMAGE_FIELD: tfds.features.Image(shape=(None, None, 3)),
+            feedback.PROMPT_FIELD: tfds.features.Text(),
+            **{field: tfds.features.Scalar(np.float32) for field in feedback.SCORE_FIELDS.values()},
+            **{
+                field: tfds.features.Image(shape=(None, None, 1))
+                for field in feedback.HEATMAP_FIELDS.values()
+            },
+            feedback.KEYWORDS_FIELD: tfds.features.Text(),
+        }
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features),
+            homepage="https://github.com/google-research/google-research/tree/master/richhf_18k",
+        )
+
+    def _split_generators(self, dl_manager):
+        work_dir = pathlib.Path(dl_manager.manual_dir)
+        check_joined(work_dir)
+        return {split: self._generate_examples(work_dir, name) for split, name in SPLITS.items()}
+
+    def _generate_examples(self, work_dir: pathlib.Path, split: str):
+        for example in examples(work_dir, split):
+            yield example[feedback.FILENAME_FIELD], example
+
+
+def check_joined(work_dir: pathlib.Path) -> None:
+    """Raises:
+    errors.UserError: the join isn't finished, or left out more than was allowed.
+    """
+    path = work_dir / report.FILE
+    problem = json.loads(path.read_text())["problem"] if path.exists() else "the join isn't finished"
+    if problem:
+        raise errors.UserError(
+            f"{work_dir}: {problem}\nGive the command `python -m richhf_jax.datasets.rich_hf_18k` again."
+        )
+
+
+def examples(work_dir: pathlib.Path, split: str) -> Iterator[dict]:
+    """The examples of a split ('train', 'dev' or 'test'), in the order in which their images were found.
+
+    A few are in memory at a time.
+    """
+    offsets = _label_offsets(work_dir, split)
+    columns = [join.UID, feedback.PROMPT_FIELD, feedback.IMAGE_FIELD]
+    with (work_dir / "labels" / f"{split}.tfrecord").open("rb") as file:
+        for path in join.parts(work_dir):
+            part = pq.ParquetFile(path)
+            for group in range(part.num_row_groups):
+                uids = part.read_row_group(group, columns=[join.UID])[join.UID].to_pylist()
+                if offsets.keys().isdisjoint(uids):
+                    continue
+                for batch in part.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+                    for row in batch.to_pylist():
+                        if (uid := row.pop(join.UID)) in offsets:
+                            yield row | _label(file, offsets[uid])
+
+
+def _label(file: BinaryIO, offset: int) -> labels.Record:
+    file.seek(offset)
+    length, _ = _HEAD.unpack(file.read(_HEAD.size))
+    return labels.parse(file.read(length), f"{file.name}: offset {offset}")
+
+
+def _label_offsets(work_dir: pathlib.Path, split: str) -> dict[str, int]:
+    """uid -> where its record starts in the labels' file."""
+    offsets = records.record_offsets(str(work_dir / "labels" / f"{split}.tfrecord"))
+    return dict(zip(labels.load(work_dir).keywords[split], offsets.tolist(), strict=True))

@@ -1,0 +1,230 @@
+"""RichHF-18K's labels, from its three TFRecords or from the joined mirror, checked once and kept.
+
+WORK_DIR/labels/{train,dev,test}.tfrecord   checked records with all eight fields; an unknown score is NaN
+WORK_DIR/labels/index.json                  what is in them, what was wrong, and which files they are from
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+
+import tqdm
+
+from richhf_jax import errors, feedback
+from richhf_jax.datasets import consolidate, images
+
+SPLITS = ("train", "dev", "test")
+LFS_POINTER = b"version https://git-lfs"
+_INDEX = "index.json"
+
+Record = dict[str, str | float | bytes]
+
+
+def uid_of(filename: str) -> str:
+    """'train/<uid>.png' -> '<uid>'."""
+    return pathlib.PurePosixPath(filename).stem
+
+
+@dataclasses.dataclass
+class Index:
+    """What is in the labels.
+
+    Attributes:
+      inputs: name -> digest of what they were read from.
+      keywords: split -> uid -> the keyword labels as text, in the records' order.
+      filenames: uid -> the record's filename.
+      duplicates: further records of a filename or uid; the first one counts.
+      broken_heatmaps: split -> uid -> why; records that are left out, since a heatmap can't be decoded.
+      missing_scores: field -> records without it.
+      zero_overall: records whose overall score is exactly 0.
+      zero_is_missing: whether such a score is taken as missing.
+    """
+
+    inputs: dict[str, str]
+    keywords: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    filenames: dict[str, str] = dataclasses.field(default_factory=dict)
+    duplicates: list[str] = dataclasses.field(default_factory=list)
+    broken_heatmaps: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    missing_scores: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
+    zero_overall: list[str] = dataclasses.field(default_factory=list)
+    zero_is_missing: bool = False
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """uid -> split, of every record that is to have an image."""
+        return {uid: split for split, uids in self.keywords.items() for uid in uids}
+
+
+def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
+    """The records of a published file, with what messages call them.
+
+    Raises:
+      errors.UserError: the file is missing or torn, or a record isn't of RichHF-18K; both are named.
+    """
+    import tensorflow as tf
+
+    _check_is_tfrecord(path)
+    iterator = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    number = 0
+    with tqdm.tqdm(
+        desc=f"checking {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=None
+    ) as bar:
+        while True:
+            where = f"{path}: record {number}"
+            try:
+                data = next(iterator)
+            except StopIteration:
+                return
+            except tf.errors.DataLossError:
+                raise errors.UserError(
+                    f"{where} is cut off or corrupt; the {number} before it are good. Get the file again, and"
+                    " give the same command: images that were found are kept."
+                ) from None
+            yield where, parse(data, where)
+            bar.update(len(data))
+            number += 1
+
+
+def _check_is_tfrecord(path: pathlib.Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise errors.UserError(f"{path}: {error.strerror}; there must be one file for each split") from error
+    if start == LFS_POINTER:
+        raise errors.UserError(
+            f"{path} is a pointer of Git LFS, not the labels: run `git lfs pull` in that clone"
+        )
+
+
+def parse(data: bytes, where: str) -> Record:
+    """A serialised tf.train.Example -> those of RichHF-18K's fields that it has.
+
+    Raises:
+      errors.UserError: it is no Example, or a field has another type.
+    """
+    import tensorflow as tf
+    from google.protobuf import message
+
+    try:
+        features = tf.train.Example.FromString(data).features.feature
+    except message.DecodeError as error:
+        raise errors.UserError(f"{where} is no tf.train.Example") from error
+    record = {}
+    texts = (feedback.FILENAME_FIELD, feedback.KEYWORDS_FIELD)
+    for field in (*texts, *feedback.SCORE_FIELDS.values(), *feedback.HEATMAP_FIELDS.values()):
+        kind = "float_list" if field in feedback.SCORE_FIELDS.values() else "bytes_list"
+        found = features[field].WhichOneof("kind") if field in features else None
+        if found not in (None, kind):
+            raise errors.UserError(f"{where}: {field} must be a {kind}, got {found}")
+        if found and (values := getattr(features[field], kind).value):
+            record[field] = values[0].decode("utf-8", "replace") if field in texts else values[0]
+    return record
+
+
+def load(work_dir: pathlib.Path) -> Index:
+    """What `prepare` kept in `work_dir`."""
+    return Index(**json.loads((work_dir / "labels" / _INDEX).read_text()))
+
+
+def prepare(
+    records: Mapping[str, Iterable[tuple[str, Record]]],
+    inputs: Mapping[str, str],
+    work_dir: pathlib.Path,
+    zero_is_missing: bool = False,
+) -> Index:
+    """Checks labels and keeps them in `work_dir`; where they are there already, nothing is read.
+
+    Args:
+      records: split -> its records, each with what messages call it.
+      inputs: name -> digest of what they come from.
+      work_dir: of the join.
+      zero_is_missing: whether an overall score of 0 means that there is none.
+
+    Raises:
+      errors.UserError: bad labels, or `work_dir` holds a join that didn't look for all of these images.
+    """
+    folder = work_dir / "labels"
+    path = folder / _INDEX
+    old = load(work_dir) if path.exists() else None
+    if old and old.inputs == inputs:
+        return old
+    folder.mkdir(parents=True, exist_ok=True)
+    new = Index(dict(inputs), zero_is_missing=zero_is_missing)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for split in SPLITS:
+            records_file = pathlib.Path(temporary) / f"{split}.tfrecord"
+            consolidate.write_tfrecord(_checked(records[split], split, new), records_file)
+        more = len(new.splits.keys() - old.splits.keys()) if old else 0
+        if more and any((work_dir / "parts").glob("*.parquet")):
+            raise errors.UserError(
+                f"{work_dir} holds a join that didn't look for {more} of these labels' images. Delete it to"
+                " begin again, or give another --work_dir."
+            )
+        # The index goes first and comes last: what it says is always what the files hold.
+        path.unlink(missing_ok=True)
+        for split in SPLITS:
+            os.replace(pathlib.Path(temporary) / f"{split}.tfrecord", folder / f"{split}.tfrecord")
+    write_json(path, dataclasses.asdict(new))
+    return new
+
+
+def _checked(records: Iterable[tuple[str, Record]], split: str, index: Index) -> Iterator[Record]:
+    """The good records, with all fields. What is wrong with the others goes into the index."""
+    keywords = index.keywords.setdefault(split, {})
+    broken = index.broken_heatmaps.setdefault(split, {})
+    for where, record in records:
+        filename = record.get(feedback.FILENAME_FIELD)
+        if not filename:
+            raise errors.UserError(f"{where} has no {feedback.FILENAME_FIELD}")
+        uid = uid_of(filename)
+        if uid in index.filenames:
+            index.duplicates.append(f"{where}: {filename} again (first as {index.filenames[uid]})")
+            continue
+        index.filenames[uid] = filename
+        try:
+            maps = {f: images.checked(record.get(f, b"")) for f in feedback.HEATMAP_FIELDS.values()}
+        except images.ImageError as error:
+            broken[uid] = f"{where}: heatmap: {error}"
+            continue
+        scores = {f: float(record.get(f, math.nan)) for f in feedback.SCORE_FIELDS.values()}
+        overall = feedback.SCORE_FIELDS[feedback.OVERALL]
+        if scores[overall] == 0:
+            index.zero_overall.append(filename)
+            if index.zero_is_missing:
+                scores[overall] = math.nan
+        for field in (field for field, score in scores.items() if math.isnan(score)):
+            index.missing_scores[field] = index.missing_scores.get(field, 0) + 1
+        keywords[uid] = record.get(feedback.KEYWORDS_FIELD, "")
+        yield {feedback.FILENAME_FIELD: filename, feedback.KEYWORDS_FIELD: keywords[uid], **scores, **maps}
+
+
+def prepare_tfrecords(labels: pathlib.Path, work_dir: pathlib.Path) -> Index:
+    """`prepare` for the published files in the folder `labels`.
+
+    Raises:
+      errors.UserError: as `prepare` and `read_tfrecord`.
+    """
+    paths = {split: labels / f"{split}.tfrecord" for split in SPLITS}
+    for path in paths.values():
+        _check_is_tfrecord(path)
+    inputs = {path.name: _digest(path) for path in paths.values()}
+    return prepare({split: read_tfrecord(path) for split, path in paths.items()}, inputs, work_dir)
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: pathlib.Path, content) -> None:
+    """Writes a JSON file, which appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(partial, path)

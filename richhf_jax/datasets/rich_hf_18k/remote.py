@@ -1,0 +1,132 @@
+"""Files in a local folder or at any fsspec URL, read in ranges and tried again where the network fails."""
+
+import io
+import posixpath
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import fsspec
+
+from richhf_jax import errors
+
+# Tries of one read, and seconds between the first two; each further wait is twice as long (15 s in all).
+ATTEMPTS = 5
+FIRST_WAIT = 1.0
+# Bytes that are read, and read again after a failure, at once.
+PIECE = 16 << 20
+
+_Result = TypeVar("_Result")
+
+
+def _patiently(path: str, action: Callable[[], _Result]) -> _Result:
+    """Does it, again where it fails for a reason that may pass."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise errors.UserError(f"{path}: no such file or folder") from error
+        except PermissionError as error:
+            raise errors.UserError(f"{path}: reading it isn't allowed ({error})") from error
+        except Exception as error:  # Each kind of file system has exceptions of its own.
+            if attempt == ATTEMPTS - 1:
+                raise errors.UserError(
+                    f"{path}: reading failed {ATTEMPTS} times, the last time with\n"
+                    f"    {type(error).__name__}: {error}\n"
+                    "Give the same command again: it goes on behind the last finished shard."
+                ) from error
+            time.sleep(FIRST_WAIT * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+class _PatientFile(io.RawIOBase):
+    """A readable file whose reads are tried again."""
+
+    def __init__(self, path: str, file):
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        pieces = []
+        while size:
+            start = self._file.tell()
+            wanted = PIECE if size < 0 else min(size, PIECE)
+            piece = _patiently(self._path, lambda start=start, wanted=wanted: self._read_at(start, wanted))
+            pieces.append(piece)
+            if not piece:
+                break
+            size = max(size - len(piece), -1) if size > 0 else size
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_at(self, start: int, size: int) -> bytes:
+        self._file.seek(start)
+        return self._file.read(size)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class Folder:
+    """A folder, or a single file, and everything under it.
+
+    Attributes:
+      path: as it was given, e.g. 'hf://datasets/owner/name/data'.
+    """
+
+    def __init__(self, path: str):
+        """Raises:
+        errors.UserError: there is no such kind of path, or what reads it isn't installed.
+        """
+        self.path = path
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise errors.UserError(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        """The whole path, the same however it was given."""
+        return self._fs.unstrip_protocol(self._root)
+
+    def files(self, suffixes: Sequence[str]) -> dict[str, int]:
+        """Name below the folder -> bytes, sorted by name, of the files with one of the suffixes.
+
+        Raises:
+          errors.UserError: there is none.
+        """
+        found = _patiently(self.path, lambda: self._fs.find(self._root, detail=True))
+        names = {
+            posixpath.basename(path) if path == self._root else posixpath.relpath(path, self._root): entry
+            for path, entry in found.items()
+        }
+        files = {
+            name: entry["size"] for name, entry in sorted(names.items()) if name.endswith(tuple(suffixes))
+        }
+        if not files:
+            raise errors.UserError(f"{self.path}: no file in it ends with {' or '.join(suffixes)}")
+        return files
+
+    def where(self, name: str) -> str:
+        """A file's name, as messages say it."""
+        return name if self._is_file(name) else f"{self.path.rstrip('/')}/{name}"
+
+    def _is_file(self, name: str) -> bool:
+        return posixpath.basename(self._root) == name
+
+    def open(self, name: str) -> io.RawIOBase:
+        """A file for reading; it reads exactly what it is asked for, nothing ahead."""
+        path = self._root if self._is_file(name) else f"{self._root}/{name}"
+        where = self.where(name)
+        return _PatientFile(where, _patiently(where, lambda: self._fs.open(path, "rb", cache_type="none")))

@@ -1,0 +1,390 @@
+"""Where images and prompts come from: Pick-a-Pic's shards, the joined mirror, or a folder.
+
+A source says which shards it has, and gives a shard's rows; only the images that are still missing are read.
+"""
+
+import abc
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from richhf_jax import errors, feedback
+from richhf_jax.datasets.rich_hf_18k import remote
+from richhf_jax.datasets.rich_hf_18k.labels import LFS_POINTER, SPLITS, Record, uid_of
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Rows of images in memory at once, and bytes that are read ahead within a column of a row group.
+_BATCH_ROWS = 16
+_BUFFER = 4 << 20
+# The shards of a folder of images: files by a hash of their uid.
+_FOLDER_SHARDS = 64
+# What pyarrow raises at broken files. What reading raises is a UserError (`remote`), and stays so.
+_BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+
+class BadShard(Exception):
+    """A shard is cut off or corrupt; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A part of a source that is read at once.
+
+    Attributes:
+      name: what identifies it.
+      size: in bytes.
+      version: changes where its content does, as far as that can be told without reading it.
+    """
+
+    name: str
+    size: int
+    version: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An image and its prompt; `image` is None where it wasn't missing. `where` is for messages."""
+
+    uid: str
+    prompt: str
+    where: str
+    image: bytes | None
+
+
+class Source(abc.ABC):
+    """Shards with images and prompts.
+
+    Attributes:
+      description: what was given; another description is another source.
+    """
+
+    description: str
+
+    @abc.abstractmethod
+    def shards(self) -> list[Shard]:
+        """All shards, in the order in which they are to be read."""
+
+    def label_splits(self, shard: Shard) -> Collection[str]:
+        """Splits of the labels whose images may be in a shard."""
+        del shard
+        return SPLITS
+
+    @abc.abstractmethod
+    def rows(
+        self, shard: Shard, wanted: Collection[str], missing: Collection[str], passed: Callable[[int], None]
+    ) -> Iterator[Row]:
+        """The rows of a shard whose uid is wanted, in order.
+
+        Args:
+          shard: one of `shards`.
+          wanted: uids.
+          missing: uids whose images are to be read; may shrink meanwhile.
+          passed: is told the number of bytes that were read or left out.
+
+        Raises:
+          BadShard: the shard is cut off or corrupt; after the rows that can be read.
+          errors.UserError: it isn't of this source's form, or reading it fails.
+        """
+
+
+class _Parquet(Source):
+    """Shards in parquet. A row has a prompt and one or several images, each with its uid."""
+
+    prompt_column: str
+    # (column of the uids, column of the images)
+    image_columns: tuple[tuple[str, str], ...]
+
+    def __init__(self, path: str):
+        """Raises:
+        errors.UserError: no such path.
+        """
+        self._folder = remote.Folder(path)
+        self.description = f"{type(self).__name__} {self._folder}"
+
+    def shards(self) -> list[Shard]:
+        return [Shard(name, size) for name, size in self._folder.files([".parquet"]).items()]
+
+    def rows(self, shard, wanted, missing, passed):
+        where = self._folder.where(shard.name)
+        with self._folder.open(shard.name) as file:
+            parquet = _open_parquet(file, where)
+            self._check_columns(parquet.schema_arrow, self._columns(), where)
+            start, broken = 0, None
+            for group in range(parquet.num_row_groups):
+                try:
+                    yield from self._group_rows(parquet, group, f"{where}: row", start, wanted, missing)
+                except _BROKEN as error:
+                    broken = f"{where}: row group {group} is corrupt ({_first_line(error)})"
+                start += parquet.metadata.row_group(group).num_rows
+                passed(_stored_bytes(parquet, group))
+            if broken:
+                raise BadShard(broken)
+
+    def _columns(self) -> dict[str, str]:
+        """Name -> kind of the columns that are read for images and prompts."""
+        columns = {self.prompt_column: "string"}
+        for uid_column, image_column in self.image_columns:
+            columns |= {uid_column: "string", image_column: "binary"}
+        return columns
+
+    def _group_rows(self, parquet, group, where, start, wanted, missing) -> Iterator[Row]:
+        """The rows of a row group: all of the first image column, then of the second."""
+        uid_columns = [column for column, _ in self.image_columns]
+        keys = parquet.read_row_group(group, columns=[*uid_columns, self.prompt_column], use_threads=False)
+        prompts = keys[self.prompt_column]
+        for uid_column, image_column in self.image_columns:
+            uids = [self._uid(name) for name in keys[uid_column].to_pylist()]
+            _check_uids(uids, uid_column, where, start)
+            rows = [row for row, uid in enumerate(uids) if uid in wanted]
+            needed = [row for row in rows if uids[row] in missing]
+            images = dict.fromkeys(rows)
+            # One image is in memory at a time: each is given away before the next one is taken.
+            for row, image in _cells(parquet, group, image_column, needed):
+                images.pop(row)
+                yield Row(uids[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", image)
+            for row in images:
+                yield Row(uids[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", None)
+
+    def _uid(self, name: str | None) -> str | None:
+        return name
+
+    def _check_columns(self, schema: pa.Schema, columns: Mapping[str, str], where: str) -> None:
+        if all(
+            name in schema.names and _KINDS[kind](schema.field(name).type) for name, kind in columns.items()
+        ):
+            return
+        expected = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise errors.UserError(
+            f"{where}: these aren't the columns of {type(self).__name__}.\n"
+            f"    expected: {expected}\n"
+            f"    found: {found}"
+        )
+
+
+class PickAPic(_Parquet):
+    """Pick-a-Pic v1 (https://huggingface.co/datasets/yuvalkirstain/pickapic_v1), 190 GB of image pairs."""
+
+    prompt_column = "caption"
+    image_columns = (("image_0_uid", "jpg_0"), ("image_1_uid", "jpg_1"))
+
+    # By the first part of a shard's name. RichHF-18K's train and dev images are in Pick-a-Pic's train split,
+    # its test images in the test split; other shards come last, should something still be missing.
+    _LABEL_SPLITS = {"train": ("train", "dev"), "test": ("test",)}
+
+    def shards(self):
+        return sorted(super().shards(), key=lambda shard: _first_part(shard) not in self._LABEL_SPLITS)
+
+    def label_splits(self, shard):
+        return self._LABEL_SPLITS.get(_first_part(shard), SPLITS)
+
+
+class Joined(_Parquet):
+    """The mirror with images and prompts in one table with the labels."""
+
+    prompt_column = feedback.PROMPT_FIELD
+    image_columns = ((feedback.FILENAME_FIELD, feedback.IMAGE_FIELD),)
+
+    # By the first part of a shard's name.
+    _LABEL_SPLIT = {"train": "train", "dev": "dev", "validation": "dev", "test": "test"}
+    _LABEL_COLUMNS = {
+        feedback.FILENAME_FIELD: "string",
+        feedback.KEYWORDS_FIELD: "string",
+        **dict.fromkeys(feedback.SCORE_FIELDS.values(), "number"),
+        **dict.fromkeys(feedback.HEATMAP_FIELDS.values(), "binary"),
+    }
+
+    def _uid(self, name):
+        return uid_of(name) if name else None
+
+    def label_inputs(self) -> dict[str, str]:
+        """Name -> size of the shards, to tell whether the labels in them have changed."""
+        return {shard.name: str(shard.size) for shard in self.shards()}
+
+    def label_records(self) -> dict[str, Iterator[tuple[str, Record]]]:
+        """Split -> the labels in the mirror itself, as `labels.prepare` takes them.
+
+        Raises:
+          errors.UserError: a split has no shard, or one that can't be read.
+        """
+        by_split = {split: [] for split in SPLITS}
+        for shard in self.shards():
+            split = self._LABEL_SPLIT.get(_first_part(shard))
+            if split is None:
+                names = ", ".join(self._LABEL_SPLIT)
+                raise errors.UserError(
+                    f"{self._folder.where(shard.name)}: of which split? Its name must begin with one of"
+                    f" {names}, and a dash; or give --labels"
+                )
+            by_split[split].append(shard)
+        if empty := [split for split, shards in by_split.items() if not shards]:
+            raise errors.UserError(f"{self._folder.path}: no shard of {', '.join(empty)}")
+        return {split: self._records(shards) for split, shards in by_split.items()}
+
+    def _records(self, shards: list[Shard]) -> Iterator[tuple[str, Record]]:
+        for shard in shards:
+            where = self._folder.where(shard.name)
+            with self._folder.open(shard.name) as file:
+                try:
+                    parquet = _open_parquet(file, where)
+                    schema = parquet.schema_arrow
+                    self._check_columns(schema, self._LABEL_COLUMNS, where)
+                    names = [_leaf(schema, name) for name in self._LABEL_COLUMNS]
+                    row = 0
+                    for batch in parquet.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
+                        for record in batch.to_pylist():
+                            values = {name: _bytes_of(value) for name, value in record.items()}
+                            yield f"{where}: row {row}", {k: v for k, v in values.items() if v is not None}
+                            row += 1
+                except (BadShard, *_BROKEN) as error:
+                    raise errors.UserError(
+                        f"{where}: the labels in it can't be read ({_first_line(error)})."
+                        " Get the file again, or give --labels"
+                    ) from error
+
+
+class Images(Source):
+    """A folder of <uid>.{jpg,jpeg,png,webp}, and a CSV or JSON Lines file of prompts (uid, prompt)."""
+
+    def __init__(self, images: str, prompts: str):
+        """Raises:
+        errors.UserError: no such folder or file, or the prompts aren't of this form.
+        """
+        self._folder = remote.Folder(images)
+        self.description = f"Images {self._folder}"
+        self._prompts, digest = _read_prompts(prompts)
+        self._groups: dict[Shard, list[str]] = {}
+        groups: dict[int, dict[str, int]] = {}
+        for name, size in self._folder.files(IMAGE_SUFFIXES).items():
+            groups.setdefault(zlib.crc32(uid_of(name).encode()) % _FOLDER_SHARDS, {})[name] = size
+        for number, sizes in sorted(groups.items()):
+            version = hashlib.sha256(json.dumps([sizes, digest]).encode()).hexdigest()
+            self._groups[Shard(f"images-{number:02}", sum(sizes.values()), version)] = list(sizes)
+
+    def shards(self):
+        return list(self._groups)
+
+    def rows(self, shard, wanted, missing, passed):
+        for name in self._groups[shard]:
+            uid = uid_of(name)
+            if uid not in wanted:
+                continue
+            image = None
+            if uid in missing:
+                with self._folder.open(name) as file:
+                    image = file.read()
+                passed(len(image))
+            yield Row(uid, self._prompts.get(uid, ""), self._folder.where(name), image)
+
+
+def _first_part(shard: Shard) -> str:
+    """'data/train-00000-of-00002.parquet' -> 'train'."""
+    return pathlib.PurePosixPath(shard.name).name.partition("-")[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _open_parquet(file: io.RawIOBase, where: str) -> pq.ParquetFile:
+    """Reads the footer alone."""
+    try:
+        return pq.ParquetFile(file, buffer_size=_BUFFER, page_checksum_verification=True)
+    except _BROKEN as error:
+        file.seek(0)
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise errors.UserError(
+                f"{where} is a pointer of Git LFS, not the file: run `git lfs pull` in that clone"
+            ) from None
+        raise BadShard(f"{where}: cut off or corrupt ({_first_line(error)})") from error
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    """Bytes as they are, or in Hugging Face's struct of an image."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+_KINDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "string": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
+    "binary": _is_bytes,
+}
+
+
+def _leaf(schema: pa.Schema, column: str) -> str:
+    """What to read of a column: of an image's struct, the bytes alone."""
+    return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
+
+
+def _bytes_of(value):
+    """A cell of such a column."""
+    return value["bytes"] if isinstance(value, dict) else value
+
+
+def _check_uids(uids: list[str | None], column: str, where: str, start: int) -> None:
+    """Tells prompts in the place of uids."""
+    for row, uid in enumerate(uids):
+        if uid is not None and any(character.isspace() for character in uid):
+            raise errors.UserError(
+                f"{where} {start + row}: {column} is {uid[:80]!r}, which is no uid; were columns swapped?"
+            )
+
+
+def _stored_bytes(parquet: pq.ParquetFile, group: int) -> int:
+    metadata = parquet.metadata.row_group(group)
+    return sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
+
+
+def _cells(
+    parquet: pq.ParquetFile, group: int, column: str, rows: list[int]
+) -> Iterator[tuple[int, bytes | None]]:
+    """Some cells of an image column, one by one; without rows, nothing is read."""
+    if not rows:
+        return
+    columns = [_leaf(parquet.schema_arrow, column)]
+    batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
+    needed = iter(rows)
+    row = next(needed)
+    start = 0
+    for batch in batches:
+        cells = batch.column(0)
+        while row is not None and row < start + len(cells):
+            yield row, _bytes_of(cells[row - start].as_py())
+            row = next(needed, None)
+        if row is None:
+            return
+        start += len(cells)
+
+
+def _read_prompts(path: str) -> tuple[dict[str, str], str]:
+    """Prompts by uid, and a digest of the file."""
+    folder = remote.Folder(path)
+    (name,) = folder.files([".csv", ".jsonl"])
+    with folder.open(name) as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+        if name.endswith(".csv"):
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            numbered = ((reader.line_num, row) for row in reader)
+        else:
+            numbered = ((n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        prompts = {}
+        for number, row in numbered:
+            uid, prompt = (row.get("uid"), row.get("prompt")) if isinstance(row, dict) else (None, None)
+            if not isinstance(uid, str) or not isinstance(prompt, str) or any(c.isspace() for c in uid):
+                raise errors.UserError(f"{path}:{number}: expected uid and prompt, got {str(row)[:200]}")
+            prompts.setdefault(uid, prompt)
+    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise errors.UserError(f"{path}: {error}") from error
+    return prompts, hashlib.sha256(data).hexdigest()
