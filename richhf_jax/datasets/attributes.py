@@ -1,0 +1,345 @@
+"""Asks a visual question answering model for two attributes of each image, for `datasets.balance`.
+
+The questions are the paper's (section 3.3, asked of PaLI there): is the image photorealistic, and which of
+five categories describes it best. IMAGES is
+
+    a folder    of .jpg, .jpeg, .png and .webp files, also in folders within; the id is the name's stem
+    a table     .parquet of Pick-a-Pic (image_0_uid, jpg_0, image_1_uid, jpg_1), or with columns id and image
+                (bytes, or Hugging Face's struct); or a folder of such files
+
+and OUT.jsonl, the table of attributes, has a line an image:
+
+    {"id": "...", "photorealistic": true, "category": "animal", "answers": {"photorealistic": "yes", ...}}
+
+An answer that is none of those asked for leaves null, which `balance` leaves out; the answer itself is beside
+it. The same command continues after a stop: images in OUT.jsonl aren't asked about again. Images that can't
+be decoded are listed in OUT.jsonl.errors.jsonl ("id", "reason").
+
+The model is --vqa=transformers:MODEL, any name or folder that transformers' image-text-to-text pipeline takes
+(extra `vqa`), or --vqa=MODULE:FUNCTION, a function
+
+    def answer(images: Sequence[PIL.Image.Image], questions: Sequence[str]) -> Sequence[str]
+
+which gets RGB images and one question an image, and returns one answer an image.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tqdm
+from PIL import Image
+
+from richhf_jax import errors
+from richhf_jax.datasets import images as image_files
+
+CATEGORIES = ("human", "animal", "object", "indoor scene", "outdoor scene")
+PHOTOREALISTIC_QUESTION = "Is the image photorealistic?"
+CATEGORY_QUESTION = (
+    "Which category best describes the image? "
+    "Choose one in 'human', 'animal', 'object', 'indoor scene', 'outdoor scene'."
+)
+# (images, one question an image) -> one answer an image.
+Vqa = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+# Names of columns: of the id, and of the image.
+PICK_A_PIC_COLUMNS = (("image_0_uid", "jpg_0"), ("image_1_uid", "jpg_1"))
+PLAIN_COLUMNS = (("id", "image"),)
+_ROWS_AT_ONCE = 16
+# The answers asked for are words; some models say them in a sentence.
+_MAX_NEW_TOKENS = 20
+_SHOWN = 5
+
+# "An indoor scene", "indoors", "Humans." and so on.
+_CATEGORY_WORDS = {category: rf"\b{category.removesuffix(' scene')}s?\b" for category in CATEGORIES}
+
+
+def parse_photorealistic(answer: str) -> bool | None:
+    """A free answer -> yes or no; None where it says neither or both.
+
+    >>> parse_photorealistic('Yes, it is.'), parse_photorealistic('no'), parse_photorealistic('a photo')
+    (True, False, None)
+    """
+    words = set(re.findall(r"\w+", answer.lower())) & {"yes", "no"}
+    return words == {"yes"} if len(words) == 1 else None
+
+
+def parse_category(answer: str) -> str | None:
+    """A free answer -> the category that it names; None where it names none or several.
+
+    >>> parse_category('An outdoor scene.'), parse_category('Humans'), parse_category('human or animal')
+    ('outdoor scene', 'human', None)
+    """
+    named = [name for name, pattern in _CATEGORY_WORDS.items() if re.search(pattern, answer.lower())]
+    return named[0] if len(named) == 1 else None
+
+
+def load_vqa(name: str) -> Vqa:
+    """'transformers:MODEL' or 'MODULE:FUNCTION' -> the function.
+
+    Raises:
+      errors.UserError: there is no such thing.
+    """
+    module, colon, rest = name.partition(":")
+    if not colon or not rest:
+        raise errors.UserError(f"--vqa must be transformers:MODEL or MODULE:FUNCTION, got {name!r}")
+    if module == "transformers":
+        return transformers_vqa(rest)
+    try:
+        return getattr(importlib.import_module(module), rest)
+    except (ImportError, AttributeError) as error:
+        raise errors.UserError(f"--vqa={name}: {error}") from None
+
+
+def transformers_vqa(model: str) -> Vqa:
+    """A model of transformers' image-text-to-text pipeline; images are asked about one by one.
+
+    Models with a chat template get the question as a message of the user, others as it stands.
+
+    Raises:
+      errors.UserError: transformers isn't installed, or there is no such model.
+    """
+    try:
+        from transformers import pipeline
+    except ImportError as error:
+        raise errors.UserError(f"{error}: pip install 'richhf_jax[vqa]'") from None
+    try:
+        pipe = pipeline("image-text-to-text", model=model)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"--vqa=transformers:{model}: {error}") from None
+    is_chat = getattr(pipe.processor, "chat_template", None) is not None
+
+    def ask_one(image: Image.Image, question: str) -> str:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        chat = {"text": [{"role": "user", "content": content}]}
+        prompt = chat if is_chat else {"images": image, "text": question}
+        (answer,) = pipe(**prompt, return_full_text=False, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+        return answer["generated_text"]
+
+    return lambda images, questions: [ask_one(*pair) for pair in zip(images, questions, strict=True)]
+
+
+def read_images(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Ids and encoded images of a folder or of parquet files, each id once, without those in `done`.
+
+    Raises:
+      errors.UserError: there are no images, or a file can't be read or lacks the columns.
+    """
+    is_table = path.suffix == ".parquet" and path.is_file()
+    tables = [path] if is_table else sorted(path.rglob("*.parquet"))
+    if tables:
+        found = (pair for table in tables for pair in _read_table(table, done))
+    else:
+        found = _read_folder(path, done)
+    seen = set()
+    for image_id, data in found:
+        if image_id not in seen:
+            seen.add(image_id)
+            yield image_id, data
+
+
+def _read_folder(folder: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise errors.UserError(f"{folder}: no {', '.join(EXTENSIONS)} or .parquet file there")
+    by_id = {}
+    for path in paths:
+        if (first := by_id.setdefault(path.stem, path)) != path:
+            raise errors.UserError(f"{path}: has the same name, which is the id, as {first}")
+    for image_id, path in tqdm.tqdm(by_id.items(), unit=" images", disable=None):
+        if image_id not in done:
+            yield image_id, path.read_bytes()
+
+
+def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Row group by row group: first the ids, then, where there are new ones, the images."""
+    try:
+        with pq.ParquetFile(path) as file:
+            pairs = _columns(path, file.schema_arrow.names)
+            ids = [name for name, _ in pairs]
+            groups = tqdm.tqdm(range(file.num_row_groups), path.name, unit=" row groups", disable=None)
+            for group in groups:
+                known = file.read_row_group(group, ids)
+                if all(set(map(str, known[name].to_pylist())) <= done for name in ids):
+                    continue
+                names = [name for pair in pairs for name in pair]
+                for batch in file.iter_batches(_ROWS_AT_ONCE, [group], names):
+                    yield from (
+                        (
+                            str(row[image_id]),
+                            row[image]["bytes"] if isinstance(row[image], dict) else row[image],
+                        )
+                        for row in batch.to_pylist()
+                        for image_id, image in pairs
+                        if str(row[image_id]) not in done
+                    )
+    except (OSError, pa.ArrowInvalid) as error:
+        raise errors.UserError(f"{path}: {error}") from None
+
+
+def _columns(path: pathlib.Path, names: Sequence[str]) -> Sequence[tuple[str, str]]:
+    for pairs in (PICK_A_PIC_COLUMNS, PLAIN_COLUMNS):
+        if {name for pair in pairs for name in pair} <= set(names):
+            return pairs
+    raise errors.UserError(
+        f"{path}: has neither Pick-a-Pic's columns nor id and image, only {', '.join(names)}"
+    )
+
+
+def finished_ids(out: pathlib.Path) -> set[str]:
+    """The ids in a table; a last line that was cut off by a stop is removed from the file.
+
+    Raises:
+      errors.UserError: another line is bad.
+    """
+    if not out.exists():
+        return set()
+    done, end = set(), 0
+    with out.open("r+b") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(json.loads(line)["id"])
+            except (ValueError, KeyError, TypeError):
+                raise errors.UserError(f"{out}:{number}: no line of a table of attributes") from None
+            end += len(line)
+        file.truncate(end)
+    return done
+
+
+def ask(vqa: Vqa, ids: Sequence[str], images: Sequence[Image.Image]) -> list[dict]:
+    """The table's rows for some images.
+
+    Raises:
+      errors.UserError: the model doesn't give one answer an image.
+    """
+    count = len(ids)
+    questions = [PHOTOREALISTIC_QUESTION] * count + [CATEGORY_QUESTION] * count
+    answers = list(vqa([*images, *images], questions))
+    if len(answers) != len(questions) or not all(isinstance(answer, str) for answer in answers):
+        raise errors.UserError(
+            f"--vqa: {len(questions)} questions need as many strings, got {answers!r:.200}"
+        )
+    return [
+        {
+            "id": image_id,
+            "photorealistic": parse_photorealistic(real),
+            "category": parse_category(category),
+            "answers": {"photorealistic": real, "category": category},
+        }
+        for image_id, real, category in zip(ids, answers[:count], answers[count:], strict=True)
+    ]
+
+
+@dataclasses.dataclass
+class Report:
+    """What a run did. `unknown`: rows that lack an attribute, with the first of them."""
+
+    rows: int = 0
+    unknown: int = 0
+    first_unknown: list[dict] = dataclasses.field(default_factory=list)
+    undecodable: int = 0
+
+    def add(self, rows: Sequence[dict]) -> None:
+        """Counts rows of the table."""
+        unknown = [row for row in rows if None in (row["photorealistic"], row["category"])]
+        self.rows += len(rows)
+        self.unknown += len(unknown)
+        self.first_unknown = (self.first_unknown + unknown)[:_SHOWN]
+
+
+def make_table(
+    images: Iterable[tuple[str, bytes]], out: pathlib.Path, vqa: Vqa, batch_size: int = 8
+) -> Report:
+    """Asks about images and appends to the table, batch by batch; a stop loses the last batch at most.
+
+    Args:
+      images: ids and encoded images that the table doesn't have.
+      out: the table.
+      vqa: the model.
+      batch_size: images that are asked about at once.
+
+    Raises:
+      errors.UserError: as `ask`; or a file can't be read or written.
+    """
+    report = Report()
+    errors_path = errors_of(out)
+    try:
+        # Images that failed before are tried again: the list is of this run.
+        with out.open("a", encoding="utf-8") as table, errors_path.open("w", encoding="utf-8") as failures:
+            good = _decoded(images, failures, report)
+            while batch := list(itertools.islice(good, batch_size)):
+                ids, pictures = zip(*batch, strict=True)
+                rows = ask(vqa, ids, pictures)
+                table.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+                table.flush()
+                report.add(rows)
+        if not report.undecodable:
+            errors_path.unlink()
+    except OSError as error:
+        raise errors.UserError(f"{error.filename or out}: {error.strerror or error}") from None
+    return report
+
+
+def errors_of(out: pathlib.Path) -> pathlib.Path:
+    """Where the undecodable images of a table are listed."""
+    return out.with_name(f"{out.name}.errors.jsonl")
+
+
+def _decoded(
+    images: Iterable[tuple[str, bytes]], failures: TextIO, report: Report
+) -> Iterator[tuple[str, Image.Image]]:
+    """Upright RGB images; those that can't be decoded are written to `failures` instead."""
+    for image_id, data in images:
+        try:
+            yield image_id, Image.open(io.BytesIO(image_files.checked(data or b""))).convert("RGB")
+        except image_files.ImageError as error:
+            failures.write(json.dumps({"id": image_id, "reason": str(error)}) + "\n")
+            report.undecodable += 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.datasets.attributes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", required=True, type=pathlib.Path, metavar="IMAGES", help="see above")
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="OUT.jsonl", help="is continued")
+    parser.add_argument("--vqa", required=True, metavar="MODEL", help="see above")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="images the model gets at once; default: 8"
+    )
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        parser.error("--batch_size must be at least 1")
+    try:
+        vqa = load_vqa(options.vqa)
+        done = finished_ids(options.out)
+        report = make_table(read_images(options.images, done), options.out, vqa, options.batch_size)
+    except errors.UserError as error:
+        sys.exit(str(error))
+    for row in report.first_unknown:
+        print(f"no attribute: {json.dumps(row, ensure_ascii=False)}", file=sys.stderr)
+    where = f", see {errors_of(options.out)}" if report.undecodable else ""
+    print(
+        f"{options.out}: {len(done):,} images were there, {report.rows:,} added; {report.unknown:,} of these"
+        f" lack an attribute; {report.undecodable:,} can't be decoded{where}"
+    )
+
+
+if __name__ == "__main__":
+    main()

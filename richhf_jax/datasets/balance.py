@@ -1,0 +1,327 @@
+"""Draws a balanced subset of a large pool of images, by their attributes (section 3.3 of the paper).
+
+The table (.csv, .jsonl or .parquet) has a row an image and the columns
+
+    id              text or number, each one once
+    photorealistic  true or false (also yes/no, 1/0)
+    category        human, animal, object, indoor scene or outdoor scene
+
+Rows with an empty photorealistic or category are left out. `datasets.attributes` makes such tables.
+
+How many are drawn of each kind:
+
+ 1. Each category gets the same number. Where one has too few, it gives all, and the others share the rest.
+ 2. Of these, PHOTOREALISTIC_SHARE are photo-realistic, the same number in each category. Where one has too
+    few of either sort, the other categories make up for it as far as they can; the numbers of 1 stay.
+
+Which ones: those with the smallest hashes of seed and id. So the same seed draws the same images whatever the
+order of the rows. Memory: a few dozen bytes a row of the table, and the ids drawn.
+"""
+
+import argparse
+import array
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tqdm
+
+from richhf_jax import errors
+from richhf_jax.datasets.attributes import CATEGORIES
+
+COLUMNS = ID, PHOTOREALISTIC, CATEGORY = ("id", "photorealistic", "category")
+# The paper says "the majority"; the figure is ours.
+PHOTOREALISTIC_SHARE = 0.7
+
+_TRUTH = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
+# A cell is a category and whether photo-realistic: 2 * category + photorealistic.
+_CELLS = 2 * len(CATEGORIES)
+_UNKNOWN = _CELLS
+
+
+def water_fill(total: int, lows: Sequence[int], highs: Sequence[int]) -> list[int]:
+    """Splits a total as equally as the bounds allow: each share in [low, high].
+
+    What doesn't divide goes to the first that have room.
+
+    >>> water_fill(10, [0, 0, 0], [9, 2, 9])
+    [4, 2, 4]
+    >>> water_fill(10, [0, 6, 0], [9, 9, 9])
+    [2, 6, 2]
+
+    Raises:
+      ValueError: the bounds leave no way.
+    """
+    if not sum(lows) <= total <= sum(highs):
+        raise ValueError(f"{total} can't be split between {list(lows)} and {list(highs)}")
+
+    def shares(level):
+        return [min(max(level, low), high) for low, high in zip(lows, highs, strict=True)]
+
+    # The highest level that isn't too much, by bisection.
+    level, too_high = 0, max(highs) + 1
+    while too_high - level > 1:
+        middle = (level + too_high) // 2
+        level, too_high = (middle, too_high) if sum(shares(middle)) <= total else (level, middle)
+    result = shares(level)
+    for i, more in enumerate(shares(level + 1)):
+        if sum(result) < total:
+            result[i] = more
+    return result
+
+
+def allocate(pool: np.ndarray, count: int, photorealistic_share: float = PHOTOREALISTIC_SHARE) -> np.ndarray:
+    """How many to draw of each cell, by the rule above.
+
+    Args:
+      pool: int [categories, 2], images there are; the second axis is: not photo-realistic, photo-realistic.
+      count: of images to draw.
+      photorealistic_share: of them, 0 to 1.
+
+    Returns:
+      int [categories, 2].
+
+    Raises:
+      ValueError: there are fewer than `count`.
+    """
+    other, photorealistic = pool.T
+    totals = np.array(water_fill(count, [0] * len(pool), pool.sum(axis=1).tolist()))
+    lows, highs = np.maximum(totals - other, 0), np.minimum(totals, photorealistic)
+    wanted = int(np.clip(round(photorealistic_share * count), lows.sum(), highs.sum()))
+    real = np.array(water_fill(wanted, lows.tolist(), highs.tolist()))
+    return np.stack([totals - real, real], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """What was drawn.
+
+    Attributes:
+      rows: (id, photorealistic, category), in the order of their hashes.
+      pool, drawn: int [categories, 2], as in `allocate`.
+      unknown: rows without one of the attributes.
+    """
+
+    rows: list[tuple[str, bool, str]]
+    pool: np.ndarray
+    drawn: np.ndarray
+    unknown: int
+
+
+def draw(
+    path: pathlib.Path, count: int, photorealistic_share: float = PHOTOREALISTIC_SHARE, seed: int = 0
+) -> Subset:
+    """Draws a balanced subset; the table is read twice, row by row.
+
+    Raises:
+      errors.UserError: the table can't be read, a row is bad, an id occurs twice, or there are too few rows.
+    """
+    hashes, cells = array.array("Q"), bytearray()
+    for _, image_id, cell in _read(path):
+        hashes.append(_hash(seed, image_id))
+        cells.append(cell)
+    hashes, cells = np.frombuffer(hashes, np.uint64), np.frombuffer(cells, np.uint8)
+    counts = np.bincount(cells, minlength=_CELLS + 1)
+    pool = counts[:_CELLS].reshape(-1, 2)
+    if count > pool.sum():
+        raise errors.UserError(
+            f"{path}: {count:,} are to be drawn, but only {pool.sum():,} rows have both attributes"
+        )
+    drawn = allocate(pool, count, photorealistic_share)
+    order = np.argsort(hashes, kind="stable")
+    ranked = cells[order]
+    chosen = np.concatenate([np.flatnonzero(ranked == cell)[:n] for cell, n in enumerate(drawn.ravel())])
+    rows = _rows(path, order[np.sort(chosen)], seed, _repeated(hashes[order]))
+    return Subset(rows, pool, drawn, int(counts[_UNKNOWN]))
+
+
+def _repeated(ordered: np.ndarray) -> set[int]:
+    """The values that occur twice or more in an ordered array."""
+    return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+
+def _rows(
+    path: pathlib.Path, chosen: np.ndarray, seed: int, suspects: set[int]
+) -> list[tuple[str, bool, str]]:
+    """The chosen rows in the order given; on the way, ids with suspect hashes must be all different."""
+    places = {row: place for place, row in enumerate(chosen.tolist())}
+    rows, first_seen = [("", False, "")] * len(places), {}
+    for row, (number, image_id, cell) in enumerate(_read(path)):
+        if suspects and _hash(seed, image_id) in suspects:
+            first = first_seen.setdefault(image_id, number)
+            if first != number:
+                raise errors.UserError(
+                    f"{_where(path, number)}: id {image_id!r} is already in {_where(path, first)}"
+                )
+        if row in places:
+            category, photorealistic = divmod(cell, 2)
+            rows[places[row]] = (image_id, bool(photorealistic), CATEGORIES[category])
+    return rows
+
+
+def _hash(seed: int, image_id: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{image_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _where(path: pathlib.Path, number: int) -> str:
+    return f"{path}:{number}" if path.suffix != ".parquet" else f"{path}: row {number}"
+
+
+def _read(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
+    """(number of the line, or of a parquet file's row from 0; id; cell) of each row."""
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise errors.UserError(f"{path}: a table's name ends in {', '.join(readers)}")
+    try:
+        for number, row in tqdm.tqdm(readers[path.suffix](path), unit=" rows", disable=None):
+            try:
+                yield number, *_parse(row)
+            except ValueError as error:
+                raise errors.UserError(f"{_where(path, number)}: {error}") from None
+    except OSError as error:
+        raise errors.UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise errors.UserError(f"{path}: this is no UTF-8: {error.reason}") from None
+
+
+def _read_csv(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        _check_columns(path, reader.fieldnames or [])
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise errors.UserError(f"{path}:{number}: broken JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise errors.UserError(f"{path}:{number}: a line must be a JSON object")
+            yield number, row
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(columns=list(COLUMNS)):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+    except pa.ArrowInvalid as error:
+        raise errors.UserError(f"{path}: {error}") from None
+
+
+def _check_columns(path: pathlib.Path, names: Sequence[str]) -> None:
+    if missing := [name for name in COLUMNS if name not in names]:
+        raise errors.UserError(f"{path}: there is no column {missing[0]}, only {', '.join(names) or 'none'}")
+
+
+def _parse(row: dict) -> tuple[str, int]:
+    """Id and cell of a row.
+
+    Raises:
+      ValueError: a value is missing or none of those that can be.
+    """
+    if missing := [name for name in COLUMNS if name not in row]:
+        raise ValueError(f"there is no {missing[0]}")
+    if row[ID] is None or row[ID] == "":
+        raise ValueError("the id is empty")
+    values = [
+        str("" if row[name] is None else row[name]).strip().lower() for name in (PHOTOREALISTIC, CATEGORY)
+    ]
+    photorealistic, category = values
+    if photorealistic and photorealistic not in _TRUTH:
+        raise ValueError(f"photorealistic must be true or false, got {row[PHOTOREALISTIC]!r}")
+    if category and category not in CATEGORIES:
+        raise ValueError(f"category must be one of {', '.join(CATEGORIES)}, got {row[CATEGORY]!r}")
+    if not all(values):
+        return str(row[ID]), _UNKNOWN
+    return str(row[ID]), 2 * CATEGORIES.index(category) + _TRUTH[photorealistic]
+
+
+def format_cells(subset: Subset, photorealistic_share: float) -> str:
+    """A line a cell: how many there are, would be wanted of a pool without shortage, and are drawn."""
+    total = int(subset.drawn.sum())
+    lines = [f"{'':24}{'pool':>12}{'wanted':>10}{'drawn':>10}"]
+    for photorealistic, share in ((1, photorealistic_share), (0, 1 - photorealistic_share)):
+        for category, pool, drawn in zip(CATEGORIES, subset.pool, subset.drawn, strict=True):
+            name = f"{category}{', photo-realistic' if photorealistic else ''}"
+            wanted = share * total / len(CATEGORIES)
+            lines.append(f"{name:32}{pool[photorealistic]:>12,}{wanted:>10,.0f}{drawn[photorealistic]:>10,}")
+    return "\n".join(lines)
+
+
+def write(subset: Subset, out: pathlib.Path) -> None:
+    """Writes the subset as CSV, with the table's three columns; the file appears complete or not at all.
+
+    Raises:
+      errors.UserError: it can't be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows((i, str(real).lower(), category) for i, real, category in subset.rows)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            partial = pathlib.Path(folder) / out.name
+            partial.write_text(text.getvalue())
+            os.replace(partial, out)
+    except OSError as error:
+        raise errors.UserError(f"{out}: {error.strerror}. Nothing written.") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.datasets.balance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--attributes", required=True, type=pathlib.Path, metavar="TABLE", help="see above")
+    parser.add_argument("--count", required=True, type=int, metavar="N", help="images to draw")
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="SUBSET.csv", help="overwritten")
+    parser.add_argument(
+        "--photorealistic_share",
+        type=float,
+        default=PHOTOREALISTIC_SHARE,
+        metavar="SHARE",
+        help=f"0 to 1; default: {PHOTOREALISTIC_SHARE} (ours; the paper says: the majority)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another subset; default: 0")
+    options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error("--count must be at least 1")
+    if not 0 <= options.photorealistic_share <= 1:
+        parser.error("--photorealistic_share must be 0 to 1")
+    try:
+        subset = draw(options.attributes, options.count, options.photorealistic_share, options.seed)
+        write(subset, options.out)
+    except errors.UserError as error:
+        sys.exit(str(error))
+    print(format_cells(subset, options.photorealistic_share))
+    if subset.unknown:
+        print(f"{subset.unknown:,} rows without an attribute were left out")
+    print(f"{options.out}: {len(subset.rows):,} images, {subset.drawn[:, 1].sum():,} photo-realistic")
+
+
+if __name__ == "__main__":
+    main()
