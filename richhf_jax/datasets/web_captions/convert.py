@@ -131,7 +131,8 @@ def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
                 verdict, image, caption = judge(sample, job.options)
             except ValueError as error:
                 verdict = BAD
-                bad.append({"file": job.shard.url, "record": sample.key, "reason": str(error)})
+                reason = " ".join(str(error).split())  # Some have several lines.
+                bad.append({"file": job.shard.url, "record": sample.key, "reason": reason})
             if verdict == KEPT:
                 tfrecord.write(file, _example(f"{shard_name}/{sample.key}", image, caption))
             counts[verdict] += 1

@@ -10,6 +10,7 @@ Free of TensorFlow, which each process would have to import.
 """
 
 import dataclasses
+import gzip
 import io
 import json
 import re
@@ -31,6 +32,7 @@ from richhf_jax.datasets import tfrecord
 _BUFFER_BYTES = 1 << 20
 # Rows of a parquet file that are in memory at once.
 _ROWS = 16
+_GZIP = b"\x1f\x8b"
 # They wait for answers of a network.
 _THREADS = 16
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -181,10 +183,16 @@ def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
         yield Sample(key, {name: value[0] for name, value in values.items() if value})
 
 
-def _read_webdataset(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
-    key, fields, problem = None, {}, ""
+def _read_webdataset(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
+    key, fields, problem, bufsize = None, {}, "", tarfile.RECORDSIZE
+    if file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP:
+        # tarfile's own gzip takes a stream that is cut off for a whole one.
+        file, bufsize = (
+            gzip.GzipFile(fileobj=file),
+            tarfile.BLOCKSIZE,
+        )  # Of the last buffer nothing is seen then.
     try:
-        with tarfile.open(fileobj=file, mode="r|*") as tar:
+        with tarfile.open(fileobj=file, mode="r|", bufsize=bufsize) as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -197,7 +205,9 @@ def _read_webdataset(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample
                 key, extension = member_key, extension.lower()
                 if extension in wanted or extension == "json":
                     fields[extension] = tar.extractfile(member).read()
-            # A garbled header ends a tar as if nothing followed.
+            # To tarfile, a header that is absent or garbled ends the file as well as a block of zeros.
+            if tar.fileobj.tell() - tar.offset < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("no mark of the end")
             while chunk := tar.fileobj.read(_BUFFER_BYTES):
                 if chunk.strip(b"\0"):
                     raise tarfile.ReadError("garbled header")
