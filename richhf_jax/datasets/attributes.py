@@ -58,7 +58,7 @@ PICK_A_PIC_COLUMNS = (("image_0_uid", "jpg_0"), ("image_1_uid", "jpg_1"))
 PLAIN_COLUMNS = (("id", "image"),)
 _ROWS_AT_ONCE = 16
 # The answers asked for are words; some models say them in a sentence.
-_MAX_NEW_TOKENS = 20
+_GENERATE = {"max_new_tokens": 20, "do_sample": False}
 _SHOWN = 5
 
 # "An indoor scene", "indoors", "Humans." and so on.
@@ -124,7 +124,7 @@ def transformers_vqa(model: str) -> Vqa:
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         chat = {"text": [{"role": "user", "content": content}]}
         prompt = chat if is_chat else {"images": image, "text": question}
-        (answer,) = pipe(**prompt, return_full_text=False, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+        (answer,) = pipe(**prompt, return_full_text=False, generate_kwargs=_GENERATE)
         return answer["generated_text"]
 
     return lambda images, questions: [ask_one(*pair) for pair in zip(images, questions, strict=True)]
