@@ -17,9 +17,12 @@ VARIANTS = {"multi_head": False, "augmented_prompt": True}
 _TEXT = seqio.Feature(vocabulary.ConfiguredVocabulary(), add_eos=False, dtype=tf.int32, rank=2)
 OUTPUT_FEATURES = {
     "image": seqio.ContinuousFeature(dtype=tf.uint8, rank=3),
+    "image_box": seqio.ContinuousFeature(dtype=tf.int32, rank=1, required=False),
     "inputs": _TEXT,
     "targets": _TEXT,
     "texts": seqio.ContinuousFeature(dtype=tf.string, rank=1),
+    "inputs_words_cut": seqio.ContinuousFeature(dtype=tf.int32, rank=0),
+    "targets_words_cut": seqio.ContinuousFeature(dtype=tf.int32, rank=0),
     "heatmaps": seqio.ContinuousFeature(dtype=tf.uint8, rank=3),
     "heatmap_weights": seqio.ContinuousFeature(dtype=tf.float32, rank=1),
     "scores": seqio.ContinuousFeature(dtype=tf.float32, rank=1),

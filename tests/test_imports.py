@@ -31,26 +31,30 @@ PROJECT_IMPORTS = {
     "datasets": set(),
     "metrics": {"datasets"},
     "report": {"metrics"},
-    "preprocessors": set(),
+    "augmentation": set(),
+    "preprocessors": {"augmentation"},
     "postprocessors": set(),
     "feature_converters": {"preprocessors"},
     "input_pipeline": {"datasets", "feature_converters", "partitioning", "preprocessors"},
     # `input_pipeline` for its DatasetConfig, which baselines are given.
     "tasks": {"datasets", "input_pipeline", "metrics", "preprocessors", "postprocessors"},
     "convert": {"checkpoints"},
+    "benchmarks": {"datasets"},
     "gin_utils": set(),
 }
-ENTRY_POINTS = {"train", "eval", "convert.__main__"}
+ENTRY_POINTS = {"train", "eval", "convert.__main__", "benchmarks.input"}
 
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MAY_IMPORT_TENSORFLOW = ENTRY_POINTS | {
+    "augmentation",
     "preprocessors",
     "postprocessors",
     "feature_converters",
     "input_pipeline",
     "datasets",
     "tasks",
+    "benchmarks",
     "gin_utils",
 }
 NEVER_IMPORT_JAX = {
@@ -60,6 +64,7 @@ NEVER_IMPORT_JAX = {
     "metrics",
     "report",
     "datasets",
+    "augmentation",
     "preprocessors",
     "postprocessors",
     "tasks",
