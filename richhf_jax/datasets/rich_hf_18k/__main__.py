@@ -106,9 +106,9 @@ def build(options: argparse.Namespace) -> None:
         print(result)
         if result.problem:
             raise errors.UserError(
-                f"{result.problem}. Nothing was built. All lists are in {work_dir / report.FILE}. What was"
-                " found is kept: the same command with what was missing, or with a larger --allow-missing, reads no"
-                " finished shard again."
+                f"{result.problem}. Nothing was built; all lists are in {work_dir / report.FILE}.\n"
+                "What was found is kept: the same command with what was missing, or with a larger"
+                " --allow-missing, reads no finished shard again."
             )
         config = tfds.download.DownloadConfig(manual_dir=work_dir, try_download_gcs=False)
         builder.download_and_prepare(download_config=config)

@@ -122,6 +122,8 @@ def join(source: Source, splits: Mapping[str, str], work_dir: pathlib.Path) -> S
     (work_dir / "parts").mkdir(exist_ok=True)
     shards = source.shards()
     state = _resume(shards, work_dir)
+    if not shards and not state.notes:
+        raise errors.UserError(f"{source.description}: there is no such path, or no shard or image in it")
     missing = set(splits) - state.prompts.keys()
     with tqdm.tqdm(
         desc="looking for images",

@@ -4,7 +4,6 @@ WORK_DIR/labels/{train,dev,test}.tfrecord   checked records with all eight field
 WORK_DIR/labels/index.json                  what is in them, what was wrong, and which files they are from
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -51,7 +50,7 @@ class Index:
     filenames: dict[str, str] = dataclasses.field(default_factory=dict)
     duplicates: list[str] = dataclasses.field(default_factory=list)
     broken_heatmaps: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
-    missing_scores: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
+    missing_scores: dict[str, int] = dataclasses.field(default_factory=dict)
     zero_overall: list[str] = dataclasses.field(default_factory=list)
     zero_is_missing: bool = False
 

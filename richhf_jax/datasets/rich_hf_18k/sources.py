@@ -158,7 +158,8 @@ class _Parquet(Source):
 
     def _check_columns(self, schema: pa.Schema, columns: Mapping[str, str], where: str) -> None:
         if all(
-            name in schema.names and _KINDS[kind](schema.field(name).type) for name, kind in columns.items()
+            schema.get_field_index(name) >= 0 and _KINDS[kind](schema.field(name).type)
+            for name, kind in columns.items()
         ):
             return
         expected = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
@@ -369,12 +370,14 @@ def _cells(
 def _read_prompts(path: str) -> tuple[dict[str, str], str]:
     """Prompts by uid, and a digest of the file."""
     folder = remote.Folder(path)
-    (name,) = folder.files([".csv", ".jsonl"])
-    with folder.open(name) as file:
+    names = list(folder.files([".csv", ".jsonl"]))
+    if len(names) != 1:
+        raise errors.UserError(f"{path}: not a file that ends with .csv or .jsonl, or there is none")
+    with folder.open(names[0]) as file:
         data = file.read()
     try:
         text = data.decode("utf-8-sig")
-        if name.endswith(".csv"):
+        if names[0].endswith(".csv"):
             reader = csv.DictReader(io.StringIO(text, newline=""))
             numbered = ((reader.line_num, row) for row in reader)
         else:
