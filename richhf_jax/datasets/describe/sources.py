@@ -1,5 +1,6 @@
 """Where records come from: built TFDS data, label TFRecords, raw ratings. Images stay encoded."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import tqdm
 
 from richhf_jax import errors, feedback
-from richhf_jax.datasets import consolidate, ratings, tfrecord
+from richhf_jax.datasets import consolidate, ratings
 from richhf_jax.datasets.describe.statistics import Record
-
-GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+from richhf_jax.datasets.rich_hf_18k import labels
 
 
 def _text(value: bytes | str | None) -> str | None:
@@ -83,45 +83,14 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
 
 
 def label_records(paths: Sequence[pathlib.Path]) -> Iterator[Record]:
-    """The records of RichHF-18K's TFRecord files, or of others with its fields.
+    """The records of RichHF-18K's TFRecord files.
 
     Raises:
       errors.UserError: a file can't be read, or a record is broken.
     """
-    import tensorflow as tf
-
     for path in paths:
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file, _bytes_progress(size) as progress:
-                if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
-                    raise errors.UserError(
-                        f"{path}: this is Git LFS's pointer, not the data; run `git lfs pull`"
-                    )
-                file.seek(0)
-                for number, data in enumerate(tfrecord.read(file)):
-                    if isinstance(data, tfrecord.RecordError):
-                        raise errors.UserError(f"{path}: record {number}: {data}")
-                    yield _record(
-                        _fields(tf.train.Example, data, f"{path}: record {number}"), f"record {number}"
-                    )
-                    progress.update(file.tell() - progress.n)
-        except OSError as error:
-            raise errors.UserError(f"{path}: {error.strerror}") from None
-
-
-def _bytes_progress(size: int) -> tqdm.tqdm:
-    return tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=None)
-
-
-def _fields(example_type, data: bytes, where: str) -> dict:
-    """A serialised tf.train.Example -> each field's first value."""
-    try:
-        features = example_type.FromString(data).features.feature
-    except Exception as error:  # protobuf's own DecodeError, without importing its module.
-        raise errors.UserError(f"{where}: no tf.train.Example: {error}") from None
-    values = {name: (*f.bytes_list.value, *f.float_list.value) for name, f in features.items()}
-    return {name: value[0] for name, value in values.items() if value}
+        for where, fields in labels.read_tfrecord(path):
+            yield _record(fields, where)
 
 
 def raw_records(path: pathlib.Path) -> Iterator[Record]:
@@ -132,7 +101,11 @@ def raw_records(path: pathlib.Path) -> Iterator[Record]:
     """
     good = []
     try:
-        with path.open("rb") as lines, _bytes_progress(path.stat().st_size) as progress:
+        total = path.stat().st_size
+        with (
+            path.open("rb") as lines,
+            tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress,
+        ):
             for number, rating in ratings.read_ratings(_counted(lines, progress)):
                 if isinstance(rating, ratings.RatingError):
                     raise errors.UserError(f"{path}:{number}: {rating}")
@@ -141,7 +114,7 @@ def raw_records(path: pathlib.Path) -> Iterator[Record]:
         raise errors.UserError(f"{path}: {error.strerror}") from None
     for group in tqdm.tqdm(consolidate.group_by_image(good), unit=" images", disable=None):
         record = _record(consolidate.consolidate(group), group[0].image_id)
-        yield Record(**{**vars(record), "prompt": group[0].prompt, "raters": group})
+        yield dataclasses.replace(record, prompt=group[0].prompt, raters=group)
 
 
 def _counted(lines, progress: tqdm.tqdm) -> Iterator[bytes]:
