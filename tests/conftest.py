@@ -131,3 +131,30 @@ def synthetic_data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def sample_sources_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Small files in the form of every real source; `consolidated` holds the raw ratings as TFRecords."""
+    from richhf_jax.datasets import consolidate, sample_sources
+
+    folder = tmp_path_factory.mktemp("sources") / "samples"
+    sample_sources.write(folder, examples=12, image_size=64)
+    (folder / "consolidated").mkdir()
+    for raw in (folder / "raw").glob("*.jsonl"):
+        consolidate.main([str(raw), str(folder / "consolidated" / f"{raw.stem}.tfrecord")])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_data_dir(sample_sources_dir: pathlib.Path) -> pathlib.Path:
+    """A TFDS data directory with rich_hf_18k and web_captions, built by the shipped commands."""
+    from richhf_jax.datasets.rich_hf_18k import __main__ as rich_hf_18k
+    from richhf_jax.datasets.web_captions import __main__ as web_captions
+
+    samples, data_dir = sample_sources_dir, sample_sources_dir / "tfds"
+    labels, images = samples / "consolidated", samples / "pick_a_pic"
+    rich_hf_18k.main([f"--labels={labels}", f"--pick_a_pic={images}", f"--data_dir={data_dir}"])
+    shards = samples / "web/webdataset/*.tar"
+    web_captions.main([f"--shards={shards}", f"--data_dir={data_dir}", "--processes=1"])
+    return data_dir

@@ -1,0 +1,20 @@
+"""Tasks on RichHF-18K, and the mixtures of the paper's pretraining, for both variants of the model.
+
+    rich_hf_18k_{multi_head,augmented_prompt}          rich feedback
+    rich_hf_18k_<kind>_{multi_head,augmented_prompt}   one kind of it alone: plausibility, ..., keywords
+    rahf_pretrain, rahf_pretrain_augmented_prompt      captions of the web, and RichHF-18K's keywords
+    rahf_pretrain_coco, ...                            the same with COCO's captions
+
+The mixtures have `providers.caption_rate.rate` captions for each record of RichHF-18K. The paper mixed WebLI
+into its pretraining (section 4.1.2); it doesn't tell the rate.
+"""
+
+from richhf_jax.datasets.rich_hf_18k import builder
+from tasks import captions as captions  # The mixtures' other half.
+from tasks import providers
+
+providers.add_rich_feedback_tasks(
+    "rich_hf_18k", f"rich_hf_18k:{builder.RichHf18k.VERSION}", ["train", "validation", "test"]
+)
+providers.add_pretraining_mixture("rahf_pretrain", "web_captions", "rich_hf_18k_keywords")
+providers.add_pretraining_mixture("rahf_pretrain_coco", "coco_captions", "rich_hf_18k_keywords")
