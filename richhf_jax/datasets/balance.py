@@ -261,7 +261,7 @@ def _parse(row: dict) -> tuple[str, int]:
 def format_cells(subset: Subset, photorealistic_share: float) -> str:
     """A line a cell: how many there are, would be wanted of a pool without shortage, and are drawn."""
     total = int(subset.drawn.sum())
-    lines = [f"{'':24}{'pool':>12}{'wanted':>10}{'drawn':>10}"]
+    lines = [f"{'':32}{'pool':>12}{'wanted':>10}{'drawn':>10}"]
     for photorealistic, share in ((1, photorealistic_share), (0, 1 - photorealistic_share)):
         for category, pool, drawn in zip(CATEGORIES, subset.pool, subset.drawn, strict=True):
             name = f"{category}{', photo-realistic' if photorealistic else ''}"
