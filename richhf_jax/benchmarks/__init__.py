@@ -1,0 +1,1 @@
+"""Benchmarks: what is printed are ratios within one run, as machines and their loads differ."""

@@ -1,0 +1,165 @@
+"""Measures the input pipeline against decoding the same images alone.
+
+A data set in RichHF-18K's format is made of procedural scenes (a JPEG and two heatmaps a record, the task
+rich_hf_18k_multi_head). Then two rates are measured in turn, several times in one run:
+
+  decoding   the same bytes, from memory, decoded and thrown away
+  pipeline   input_pipeline.get_dataset as in training: read, checked, decoded, cropped, recoloured, tokenised
+             and batched
+
+Both use all cores that the process may use (taskset -c 0,1 ... gives it two). The ratio is what to look at:
+machines differ, and their load changes; the rates are the medians of the turns.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
+
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+import tqdm
+
+import tasks  # noqa: F401 (registers them)
+from richhf_jax import augmentation, feedback, input_pipeline
+from richhf_jax.benchmarks import noisy_scenes
+from richhf_jax.datasets.rich_hf_18k import builder
+
+TASK = "rich_hf_18k_multi_head"
+# As in gin/experiments/rich_hf_18k.gin.
+FEATURE_LENGTHS = {"inputs": 64, "targets": 64, "heatmaps": 2, "scores": 4, "texts": 1}
+TURNS = 5
+# Share of a turn that isn't counted: tf.data is settling how many threads each step has.
+WARM_UP = 1 / 3
+
+
+def decoding(data_dir: pathlib.Path, batch_size: int) -> tf.data.Dataset:
+    """Endless: the data set's bytes, in memory, are decoded. An element stands for `batch_size` records."""
+    fields = (feedback.IMAGE_FIELD, *feedback.HEATMAP_FIELDS.values())
+    data = tfds.builder(builder.RichHf18k.name, data_dir=data_dir).as_dataset(
+        split="train", decoders={field: tfds.decode.SkipDecoding() for field in fields}
+    )
+    encoded = [tuple(record[field] for field in fields) for record in data.as_numpy_iterator()]
+
+    def decode(image, *heatmaps):
+        pixels = [augmentation.decode(image, 3), *(augmentation.decode(heatmap, 1) for heatmap in heatmaps)]
+        return tf.add_n([tf.size(array) for array in pixels])
+
+    dataset = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*encoded, strict=True)))).repeat()
+    return dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size).prefetch(2)
+
+
+def pipeline(data_dir: pathlib.Path, image_size: int, batch_size: int) -> tf.data.Dataset:
+    """Endless: the batches of a training."""
+    seqio.set_tfds_data_dir_override(str(data_dir))
+    lengths = {"image": image_size, **FEATURE_LENGTHS}
+    cfg = input_pipeline.DatasetConfig(TASK, lengths, "train", batch_size, augment=True)
+    return input_pipeline.get_dataset(cfg, seqio.ShardInfo(0, 1))
+
+
+def rate(dataset: tf.data.Dataset, batch_size: int, seconds: float) -> float:
+    """Records a second in a turn of this length. After it, nothing goes on in the background."""
+    iterator = iter(dataset)
+    end = time.perf_counter() + WARM_UP * seconds
+    while time.perf_counter() < end:
+        next(iterator)
+    count, start = 0, time.perf_counter()
+    while (now := time.perf_counter()) < start + (1 - WARM_UP) * seconds or not count:
+        next(iterator)
+        count += batch_size
+    return count / (now - start)
+
+
+def measure(data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: float) -> dict[str, float]:
+    """Both rates, in turn.
+
+    Args:
+      data_dir: with the data set (`noisy_scenes.write`).
+      image_size: side in pixels.
+      batch_size: records.
+      seconds: of a turn.
+
+    Returns:
+      decoding_per_second, pipeline_per_second: records, medians of the turns
+      ratio: the pipeline's rate over decoding's
+      ratio_min, ratio_max: of neighbouring turns
+      memory_growth_bytes: the process's peak over what it had before
+      cores, seconds
+    """
+    start, before = time.perf_counter(), _resident_bytes()
+    datasets = {
+        "decoding": decoding(data_dir, batch_size),
+        "pipeline": pipeline(data_dir, image_size, batch_size),
+    }
+    rates = {name: [] for name in datasets}
+    for _ in tqdm.trange(TURNS, desc="turns", disable=not sys.stderr.isatty()):
+        for name, dataset in datasets.items():
+            rates[name].append(rate(dataset, batch_size, seconds))
+    ratios = [whole / alone for alone, whole in zip(rates["decoding"], rates["pipeline"], strict=True)]
+    medians = {f"{name}_per_second": statistics.median(values) for name, values in rates.items()}
+    return {
+        **medians,
+        "ratio": medians["pipeline_per_second"] / medians["decoding_per_second"],
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "memory_growth_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "cores": len(os.sched_getaffinity(0)),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _resident_bytes() -> int:
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.benchmarks.input",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--examples", type=int, default=64, help="distinct records (default 64)")
+    parser.add_argument("--image_size", type=int, default=512, help="side in pixels, 64 to 512 (default 512)")
+    parser.add_argument("--batch_size", type=int, default=32, help="records a batch (default 32)")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help=f"of each of the {TURNS} turns (default 6)"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="where to write the figures as well"
+    )
+    parser.add_argument(
+        "--data_dir",
+        type=pathlib.Path,
+        help="where the data set is kept, and found again; default: a temporary folder",
+    )
+    options = parser.parse_args(arguments)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as temporary:
+        data_dir = options.data_dir or pathlib.Path(temporary)
+        noisy_scenes.write(data_dir, options.image_size, options.examples)
+        figures = measure(data_dir, options.image_size, options.batch_size, options.seconds)
+    print(
+        f"decoding alone {figures['decoding_per_second']:.0f} records/s, "
+        f"whole pipeline {figures['pipeline_per_second']:.0f} records/s: "
+        f"ratio {figures['ratio']:.2f} ({figures['ratio_min']:.2f} to {figures['ratio_max']:.2f})\n"
+        f"{figures['cores']} cores, {options.image_size} px, batches of {options.batch_size}, "
+        f"{figures['seconds']:.0f} s, memory +{figures['memory_growth_bytes'] / 2**20:.0f} MiB at most"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""A data set in RichHF-18K's format, of procedural scenes that cost as much to decode as photographs."""
+
+import io
+import pathlib
+
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from richhf_jax import feedback
+from richhf_jax.datasets import records, rendering_pool, scenes
+from richhf_jax.datasets.rich_hf_18k import builder
+
+JPEG_QUALITY = 95
+# Noise in grey levels: a JPEG then has as many bits a pixel as a photograph's, 4 (130 KB at 512 px).
+GRAIN = 8.0
+
+
+class _NoisyScenes(builder.RichHf18k, skip_registration=True):
+    """Rated scenes in place of what was joined."""
+
+    name = builder.RichHf18k.name  # The tasks' data.
+
+    def __init__(self, image_size: int, examples: int, **kwargs):
+        self._scene = scenes.SceneConfig(image_size=image_size, grain=GRAIN)
+        self._count = examples
+        super().__init__(**kwargs)
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"train": self._scenes()}
+
+    def _scenes(self):
+        make = rendering_pool.rated_example
+        for name, example in rendering_pool.examples(make, self._scene, "train", self._count):
+            yield name, example | {feedback.IMAGE_FIELD: _as_jpeg(example[feedback.IMAGE_FIELD])}
+
+
+def write(data_dir: pathlib.Path, image_size: int, examples: int) -> None:
+    """Writes the data set into a TFDS folder, unless one is there: one split, 'train'."""
+    data = _NoisyScenes(image_size, examples, data_dir=data_dir)
+    if not data.is_prepared():
+        data.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        records.write_index(data.data_dir)
+
+
+def _as_jpeg(png: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
