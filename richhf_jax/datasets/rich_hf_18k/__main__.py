@@ -37,12 +37,17 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
 
+import pyarrow as pa
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 from richhf_jax import errors
 from richhf_jax.datasets import records
 from richhf_jax.datasets.rich_hf_18k import join, labels, report, sources
 from richhf_jax.datasets.rich_hf_18k.builder import RichHf18k
+
+# TFDS would keep 1 GB in memory before it sorts on disk: with TensorFlow itself, that comes to 2 GB.
+_SORTED_IN_MEMORY = 256 << 20
 
 
 def make_source(options: argparse.Namespace) -> sources.Source:
@@ -110,6 +115,7 @@ def build(options: argparse.Namespace) -> None:
                 "What was found is kept: the same command with what was missing, or with a larger"
                 " --allow-missing, reads no finished shard again."
             )
+        shuffle.MAX_MEM_BUFFER_SIZE = _SORTED_IN_MEMORY
         config = tfds.download.DownloadConfig(manual_dir=work_dir, try_download_gcs=False)
         builder.download_and_prepare(download_config=config)
         records.write_index(str(builder.data_path))
@@ -155,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    # Unlike arrow's own, it gives memory back at once: 160 MB less where a row group's images take 96 MB.
+    pa.set_memory_pool(pa.system_memory_pool())
     try:
         build(options)
     except errors.UserError as error:

@@ -13,8 +13,6 @@ from richhf_jax import errors
 # Tries of one read, and seconds between the first two; each further wait is twice as long (15 s in all).
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
-# Bytes that are read, and read again after a failure, at once.
-PIECE = 16 << 20
 
 _Result = TypeVar("_Result")
 
@@ -58,16 +56,8 @@ class _PatientFile(io.RawIOBase):
         return self._file.tell()
 
     def read(self, size: int = -1) -> bytes:
-        pieces = []
-        while size:
-            start = self._file.tell()
-            wanted = PIECE if size < 0 else min(size, PIECE)
-            piece = _patiently(self._path, lambda start=start, wanted=wanted: self._read_at(start, wanted))
-            pieces.append(piece)
-            if not piece:
-                break
-            size = max(size - len(piece), -1) if size > 0 else size
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        start = self._file.tell()
+        return _patiently(self._path, lambda: self._read_at(start, size))
 
     def _read_at(self, start: int, size: int) -> bytes:
         self._file.seek(start)

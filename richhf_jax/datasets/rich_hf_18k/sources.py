@@ -21,9 +21,10 @@ from richhf_jax.datasets.rich_hf_18k import remote
 from richhf_jax.datasets.rich_hf_18k.labels import LFS_POINTER, SPLITS, Record, uid_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Rows of images in memory at once, and bytes that are read ahead within a column of a row group.
+# Rows of images that are decoded at once, and bytes that are read at once within a column of a row group (or
+# a whole page, where that is larger): a long column of small pages is never in memory.
 _BATCH_ROWS = 16
-_BUFFER = 4 << 20
+_BUFFER = 16 << 20
 # The shards of a folder of images: files by a hash of their uid.
 _FOLDER_SHARDS = 64
 # What pyarrow raises at broken files. What reading raises is a UserError (`remote`), and stays so.
