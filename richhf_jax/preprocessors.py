@@ -123,11 +123,19 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     count = texts.shape[0]
     if count == 0:
         return tf.zeros([0, length], tf.int32), tf.zeros([], tf.int32)
-    texts, words_cut = _cut_at_word(texts, length - 1, vocabulary)
-    tokens = vocabulary.encode_tf(texts)[:, : length - 1]
-    eos = tf.fill([count, 1], vocabulary.eos_id)
-    tokens = tf.concat([tokens, eos], 1).to_tensor(shape=[count, length])
-    return tokens, tf.reduce_max(words_cut)
+
+    def ended(tokens):
+        tokens = tf.concat([tokens[:, : length - 1], tf.fill([count, 1], vocabulary.eos_id)], 1)
+        return tokens.to_tensor(shape=[count, length])
+
+    def cut():
+        shorter, words_cut = _cut_at_word(texts, length - 1, vocabulary)
+        return ended(vocabulary.encode_tf(shorter)), tf.reduce_max(words_cut)
+
+    tokens = vocabulary.encode_tf(texts)
+    # Seldom; to cut takes longer than to encode.
+    too_long = tf.reduce_any(tokens.row_lengths() > length - 1)
+    return tf.cond(too_long, cut, lambda: (ended(tokens), tf.constant(0)))
 
 
 def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> tuple[tf.Tensor, tf.Tensor]:
