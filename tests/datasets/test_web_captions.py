@@ -221,6 +221,17 @@ def test_two_processes_write_what_one_writes(web, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_progress_counts_every_byte_once(processes, web, tmp_path):
+    found = shards.find([f"{web}/{form}/*" for form in FORMATS])
+    (tmp_path / "shards").mkdir()
+    jobs = build._jobs("train", found, tmp_path, convert.Options(), skip_bad=False)
+    counted = []
+    done = dict(build._results(jobs, processes, counted.append))
+    assert done == dict.fromkeys(jobs, "")
+    assert sum(counted) == sum(shard.size for shard in found)
+
+
 # Takes a while for each image, so that it can be killed in between.
 SLOW_COMMAND = """
 import sys, time
