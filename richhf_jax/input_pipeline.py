@@ -84,7 +84,9 @@ def get_dataset(
     converter = feature_converter_cls()
     streams = []
     for number, task in enumerate(tasks):
-        ks = schedule.filter(lambda chosen, _, number=number: chosen == number).map(lambda _, k: k)
+        ks = positions  # A single task has them all.
+        if len(tasks) > 1:
+            ks = schedule.filter(lambda chosen, _, number=number: chosen == number).map(lambda _, k: k)
         examples = _examples(task, cfg, _Records(task, cfg.split), ks)
         streams.append(converter(examples, cfg.task_feature_lengths))
     dataset = streams[0]
