@@ -50,7 +50,7 @@ def record_offsets(path: str) -> np.ndarray:
     return np.array(offsets, np.int64)
 
 
-def write_index(folder: str) -> None:
+def write_index(folder: epath.PathLike) -> None:
     """Scans the TFRecord files of a TFDS data set's folder and saves where their records are, beside them.
 
     The index is a .npz file of

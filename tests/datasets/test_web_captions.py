@@ -265,6 +265,17 @@ def test_killed_and_run_again(web, tmp_path, read_shards):
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+def test_killed_at_the_first_and_at_the_last_moment(web, tmp_path):
+    # Folders are made before build.json, and removed after the data set is in its place.
+    (folder_of(tmp_path, incomplete=True) / "shards").mkdir(parents=True)
+    run(tmp_path, f"{web}/tfrecord/*")
+    before = files_of(tmp_path)
+    (folder_of(tmp_path) / "shards").mkdir()
+    (folder_of(tmp_path) / "shards/left.json").write_text("{}")
+    run(tmp_path, f"{web}/tfrecord/*")
+    assert files_of(tmp_path) == before
+
+
 def test_a_finished_build_is_left_alone(web, tmp_path, read_shards, capsys):
     run(tmp_path, f"{web}/tfrecord/*")
     before, report = files_of(tmp_path), capsys.readouterr().out

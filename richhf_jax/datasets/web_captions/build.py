@@ -87,11 +87,12 @@ def build(
     try:
         if folder.exists():
             _check_plan(folder, plan)
+            shutil.rmtree(folder / "shards", ignore_errors=True)  # There if it was killed at the very end.
             return Report(folder, json.loads((folder / BUILD_NAME).read_text())["counts"])
-        if partial.exists():
+        (partial / "shards").mkdir(parents=True, exist_ok=True)
+        if (partial / BUILD_NAME).exists():
             _check_plan(partial, plan)
         else:
-            (partial / "shards").mkdir(parents=True)
             _write_text(partial / BUILD_NAME, json.dumps(plan))
         jobs = {
             split: _jobs(split, found, partial, options, skip_bad_shards) for split, found in inputs.items()
@@ -155,7 +156,7 @@ def _results(
     jobs: Sequence[convert.Job], processes: int, count: Callable[[int], None]
 ) -> Iterator[tuple[convert.Job, str]]:
     """Jobs as they are done, and why they failed if they did."""
-    if processes == 1 or len(jobs) <= 1:
+    if min(processes, len(jobs)) <= 1:
         yield from ((job, convert.convert(job, count)) for job in jobs)
         return
     # Spawned: forking a process in which libraries run threads may deadlock.
@@ -170,8 +171,9 @@ def _results(
             done, _ = concurrent.futures.wait(
                 waiting, _SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
             )
-            count(bytes_read.value - shown)
-            shown = bytes_read.value
+            by_now = bytes_read.value  # Read once: it grows.
+            count(by_now - shown)
+            shown = by_now
             for future in done:
                 yield waiting.pop(future), future.result()
         executor.shutdown()
