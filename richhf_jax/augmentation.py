@@ -128,6 +128,7 @@ def place(image: tf.Tensor, window: tf.Tensor, side: int, box: tf.Tensor | None 
     """
     size = tf.constant([side, side]) if box is None else box[2:] - box[:2]
     shown = window[2:] - window[:2]
+    channels = image.shape[2]
     fits = tf.reduce_all(tf.shape(image)[:2] == size)
     # One pixel of the picture is one unit of the window.
     enlarged = tf.reduce_all(tf.shape(image)[:2] == side)
@@ -143,7 +144,7 @@ def place(image: tf.Tensor, window: tf.Tensor, side: int, box: tf.Tensor | None 
     )
     if box is not None:
         image = _pad(image, box, side)
-    return tf.ensure_shape(image, [side, side, image.shape[2]])
+    return tf.ensure_shape(image, [side, side, channels])
 
 
 def _pad(image: tf.Tensor, box: tf.Tensor, side: int) -> tf.Tensor:
