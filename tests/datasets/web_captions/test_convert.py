@@ -1,0 +1,302 @@
+import gzip
+import io
+import tarfile
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tensorflow_datasets.proto import tf_example_pb2
+
+from richhf_jax import errors
+from richhf_jax.datasets import sample_sources, tfrecord
+from richhf_jax.datasets.web_captions import convert, shards
+
+FORMATS = ("tfrecord", "webdataset", "parquet")
+
+
+@pytest.fixture(scope="session")
+def web(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("web")
+    sample_sources.write_web(folder, sample_sources.make_web_pairs(24))
+    return folder
+
+
+def converted(path, **options):
+    """A shard's (file name, image, prompt) of what is kept, and (record, reason) of what is bad."""
+    out = path.with_suffix(".out")
+    shard = shards.Shard(str(path), path.stat().st_size)
+    job = convert.Job(shard, out, path.with_suffix(".json"), convert.Options(**options), skip_bad=False)
+    assert convert.convert(job, lambda number: None) == ""
+    kept = []
+    with out.open("rb") as file:
+        for record in tfrecord.read(file):
+            features = tf_example_pb2.Example.FromString(record).features.feature
+            image, *texts = (features[name].bytes_list.value[0] for name in ("image", "filename", "prompt"))
+            kept.append((texts[0].decode(), image, texts[1].decode()))
+    state = convert.read_state(job)
+    assert state.counts.get(convert.KEPT, 0) == len(kept)
+    assert {line["file"] for line in state.errors} <= {str(path)}
+    return kept, [(line["record"], line["reason"]) for line in state.errors]
+
+
+def prompts(path, **options):
+    return [prompt for _, _, prompt in converted(path, **options)[0]]
+
+
+def jpeg(side=16):
+    return sample_sources.encode(np.full((side, side, 3), 99, np.uint8), "jpg")
+
+
+def write_parquet(path, captions, **more):
+    rows = {"image": [jpeg()] * len(captions), "caption": captions, **more}
+    pq.write_table(pa.table(rows), path, row_group_size=2, compression="none")
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("language", "kept"), [("en", True), ("en-GB", True), ("EN", True), ("eng", False), ("de", False)]
+)
+def test_languages(language, kept):
+    sample = shards.Sample("0", {"caption": "three words here", "lang": language, "image": jpeg()})
+    verdict, _, _ = convert.judge(sample, convert.Options(languages=("fr", "en")))
+    assert verdict == (convert.KEPT if kept else convert.OTHER_LANGUAGE)
+
+
+def test_small_images_are_left_out(tmp_path):
+    pictures = [
+        sample_sources.encode(np.zeros((*shape, 3), np.uint8), "png") for shape in ((20, 9), (10, 30))
+    ]
+    write_parquet(tmp_path / "a.parquet", ["a small picture", "a large picture"], image=pictures)
+    assert prompts(tmp_path / "a.parquet", min_side=10) == ["a large picture"]
+
+
+def test_white_space_of_a_caption_is_one_space(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["  a red\n\tstar "])
+    assert prompts(tmp_path / "a.parquet") == ["a red star"]
+
+
+def test_webdataset_groups_files_by_key(tmp_path):
+    members = {
+        "a/0.JPG": jpeg(),
+        "a/0.seg.png": b"another picture of it",
+        "a/0.json": b'{"caption": "a caption in json"}',
+        "b/0.txt": b"a caption of its own",
+        "b/0.webp": sample_sources.encode(np.zeros((8, 8, 3), np.uint8), "webp"),
+    }
+    write_tar(tmp_path / "a.tar.gz", members, "w:gz")
+    found, _ = converted(tmp_path / "a.tar.gz")
+    assert [(name, prompt) for name, _, prompt in found] == [
+        ("a.tar.gz/a/0", "a caption in json"),
+        ("a.tar.gz/b/0", "a caption of its own"),
+    ]
+    assert [image for _, image, _ in found] == [members["a/0.JPG"], members["b/0.webp"]]
+
+
+def test_hugging_face_images_and_own_columns(tmp_path):
+    table = pa.table({"picture": [{"bytes": jpeg(), "path": "1.jpg"}], "title": ["a title of it"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    fields = {"image_fields": ("photo", "picture"), "caption_fields": ("title",)}
+    found, _ = converted(tmp_path / "a.parquet", **fields)
+    assert [(image, prompt) for _, image, prompt in found] == [(jpeg(), "a title of it")]
+
+
+# A broken shard: its name, how it is written, its kept captions, (record, reason) of the others.
+GOOD = ["the first caption", "the second caption", "the third caption"]
+
+
+def tar_of_three(path):
+    write_tar(
+        path, {f"{n}.{x}": d for n in range(3) for x, d in (("jpg", jpeg()), ("txt", GOOD[n].encode()))}
+    )
+
+
+def truncated_tar(path):
+    tar_of_three(path)
+    path.write_bytes(path.read_bytes()[: 2 * 4 * 512 + 700])
+
+
+def garbled_tar(path):
+    tar_of_three(path)
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        data[tar.getmember("1.jpg").offset + 10] ^= 1
+    path.write_bytes(data)
+
+
+def tar_cut_between_members(path):
+    tar_of_three(path)
+    path.write_bytes(path.read_bytes()[: 2 * 4 * 512 + 2 * 512])
+
+
+def truncated_tar_gz(path):
+    tar_of_three(path)
+    path.write_bytes(gzip.compress(path.read_bytes(), mtime=0)[:-40])
+
+
+def tfrecord_of(path, examples):
+    with path.open("wb") as file:
+        for example in examples:
+            tfrecord.write(file, example)
+
+
+def examples_of_three():
+    for caption in GOOD:
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(jpeg())
+        example.features.feature["caption"].bytes_list.value.append(caption.encode())
+        yield example.SerializeToString()
+
+
+def torn_tfrecord(path):
+    tfrecord_of(path, examples_of_three())
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def garbled_tfrecord(path):
+    first, _, third = examples_of_three()
+    tfrecord_of(path, [first, b"\xff\xff no example", third, third])
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data)
+
+
+def corrupt_parquet(path):
+    write_parquet(path, GOOD)
+    data = bytearray(path.read_bytes())
+    metadata = pq.ParquetFile(path).metadata
+    column = metadata.row_group(0).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 8] = b"\xff" * 8
+    path.write_bytes(data)
+
+
+def bad_samples(path):
+    pictures = [jpeg()[:-100], b"<!DOCTYPE html>", None, jpeg(), jpeg(), jpeg()]
+    captions = [*GOOD, None, "", "the last caption"]
+    write_parquet(path, captions, image=pa.array(pictures, pa.binary()))
+
+
+def bad_members(path):
+    members = {
+        "0.jpg": jpeg(),  # No caption.
+        "1.jpg": jpeg(),
+        "1.txt": b"\xff\xfe no text",
+        "2.jpg": jpeg(),
+        "2.json": b"[no json",
+        "3.txt": GOOD[0].encode(),
+        "3.jpg": jpeg(),
+    }
+    write_tar(path, members)
+
+
+NO_CAPTION = "no caption: none of the fields"
+CUT_OFF = "cut off or broken here, the rest is lost: "
+# Name -> how the shard is written, the captions that are kept, (record, reason's beginning) of the others.
+BROKEN = {
+    "truncated.tar": (truncated_tar, GOOD[:2], [("behind 1", CUT_OFF + "unexpected end")]),
+    "between.tar": (tar_cut_between_members, GOOD[:2], [("behind 1", CUT_OFF + "no mark of the end")]),
+    "garbled.tar": (garbled_tar, GOOD[:1], [("behind 0", CUT_OFF + "garbled header")]),
+    "truncated.tar.gz": (
+        truncated_tar_gz,
+        GOOD[:2],
+        [("2", NO_CAPTION), ("behind 2", CUT_OFF + "Compressed file ended")],
+    ),
+    "torn.tfrecord": (torn_tfrecord, GOOD[:2], [("2", "cut off: the file ends within this record")]),
+    "garbled.tfrecord": (
+        garbled_tfrecord,
+        GOOD[2:] * 2,
+        [("0", "garbled: its checksum is wrong"), ("1", "no tf.train.Example")],
+    ),
+    "corrupt.parquet": (corrupt_parquet, GOOD[2:], [("0 to 1", "row group 0 is broken: ")]),
+    "samples.parquet": (
+        bad_samples,
+        ["the last caption"],
+        [("0", "broken"), ("1", "an HTML page"), ("2", "no image: none of the fields"), ("3", NO_CAPTION)],
+    ),
+    "members.tar": (
+        bad_members,
+        GOOD[:1],
+        [("0", NO_CAPTION), ("1", "the caption isn't UTF-8"), ("2", "2.json isn't a JSON object")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_bad_is_listed_and_what_is_good_kept(name, tmp_path):
+    write, captions, expected = BROKEN[name]
+    write(tmp_path / name)
+    kept, found = converted(tmp_path / name)
+    assert [prompt for _, _, prompt in kept] == captions
+    assert [record for record, _ in found] == [record for record, _ in expected]
+    for (_, reason), (_, beginning) in zip(found, expected, strict=True):
+        assert reason.startswith(beginning)
+        assert "\n" not in reason
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_failing_storage_is_not_a_broken_shard(form, web, tmp_path, monkeypatch):
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > 4096:
+                raise ConnectionResetError("connection reset")
+            return super().read(min(size, 4096))
+
+    (path, *_) = sorted((web / form).iterdir())
+    shard = shards.Shard(str(path), path.stat().st_size)
+    job = convert.Job(shard, tmp_path / "out", tmp_path / "state.json", convert.Options(), skip_bad=False)
+    with monkeypatch.context() as patch:
+        file = Failing(path.read_bytes())
+        patch.setattr(fsspec, "open", lambda url, mode: fsspec.core.OpenFile(FakeStorage(file), url, mode))
+        assert convert.convert(job, lambda number: None) == "connection reset"
+    assert convert.read_state(job) is None
+    counted = []
+    assert convert.convert(job, counted.append) == ""
+    assert sum(counted) == shard.size
+    assert convert.read_state(job).counts[convert.KEPT] > 5
+
+
+class FakeStorage(fsspec.AbstractFileSystem):
+    """A storage whose only file is given."""
+
+    def __init__(self, file):
+        super().__init__()
+        self._file = file
+
+    def open(self, path, mode="rb", **kwargs):
+        return self._file
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{8..10}.tar", ["a-8.tar", "a-9.tar", "a-10.tar"]),
+        ("{00..01}/{1..2}", ["00/1", "00/2", "01/1", "01/2"]),
+        ("{a,b}.tar", ["{a,b}.tar"]),
+    ],
+)
+def test_ranges(pattern, names):
+    assert shards.expand_range(pattern) == names
+
+
+def test_shards_are_found_in_order_and_once(tmp_path):
+    for name in ("b.tar", "a.tar", "c.tfrecord-00000-of-00001"):
+        (tmp_path / name).write_bytes(b"123")
+    (tmp_path / "folder.tar").mkdir()
+    found = shards.find([f"{tmp_path}/c*", f"{tmp_path}/*.tar", str(tmp_path / "b.tar")])
+    names = ["c.tfrecord-00000-of-00001", "a.tar", "b.tar"]
+    assert found == [shards.Shard(str(tmp_path / name), 3) for name in names]
+
+
+def test_unknown_storage():
+    with pytest.raises(errors.UserError, match="nowhere://a.tar: Protocol not known: nowhere"):
+        shards.find(["nowhere://a.tar"])
