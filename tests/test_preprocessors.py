@@ -1,5 +1,6 @@
 import functools
 
+import gin
 import numpy as np
 import pytest
 import seqio
@@ -276,6 +277,44 @@ def test_images_of_another_size_and_their_heatmaps():
     (example,) = rich_feedback(augmented_prompt=False, example=big)
     np.testing.assert_array_equal(example["image"], np.full((8, 8, 3), 9))
     np.testing.assert_array_equal(example["heatmaps"], np.full((2, 8, 8), 50))
+
+
+def test_letterboxed_images_have_a_box():
+    gin.bind_parameter("richhf_jax.augmentation.show.fit", "letterbox")
+    wide = record(**{feedback.IMAGE_FIELD: consolidate.encode_png(np.full((16, 32, 3), 9, np.uint8))})
+    (example,) = rich_feedback(augmented_prompt=False, example=wide)
+    assert example["image_box"].tolist() == [2, 0, 6, 8]
+    for pixels in (example["image"], *example["heatmaps"]):
+        assert pixels[2:6].all()
+        assert not pixels[:2].any()
+        assert not pixels[6:].any()
+    (caption,) = captions(augmented_prompt=False, example=wide)
+    np.testing.assert_array_equal(caption["image_box"], example["image_box"])
+
+
+def test_heatmaps_that_no_slot_uses_are_not_decoded():
+    broken = record(**dict.fromkeys(feedback.HEATMAP_FIELDS.values(), b"no image"))
+    rich_feedback(augmented_prompt=True, lengths={"heatmaps": 0}, example=broken)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Unknown image file format"):
+        rich_feedback(augmented_prompt=True, example=broken)
+    examples = rich_feedback(augmented_prompt=True, seeds=range(4), lengths={"heatmaps": 1})
+    kinds = {decoded(example["inputs"])[0].split()[0]: seed for seed, example in enumerate(examples)}
+    for kind, seed in kinds.items():
+        (other,) = set(feedback.HEATMAPS) - {kind}
+        broken = record(**{feedback.HEATMAP_FIELDS[other]: b"no image"})
+        rich_feedback(augmented_prompt=True, seeds=[seed], lengths={"heatmaps": 1}, example=broken)
+    assert len(kinds) == 2
+
+
+def test_images_are_augmented_where_the_example_says_so():
+    (plain,) = rich_feedback(augmented_prompt=False)
+    for augment in (False, True):
+        examples = rich_feedback(
+            augmented_prompt=False, seeds=range(12), example=record(**{preprocessors.AUGMENT: augment})
+        )
+        changed = [(example["image"] != plain["image"]).any() for example in examples]
+        assert any(changed) == augment
+        assert not all(changed)
 
 
 def caption_record():

@@ -66,17 +66,20 @@ def pipeline(data_dir: pathlib.Path, image_size: int, batch_size: int) -> tf.dat
     return input_pipeline.get_dataset(cfg, seqio.ShardInfo(0, 1))
 
 
-def rate(dataset: tf.data.Dataset, batch_size: int, seconds: float) -> float:
-    """Records a second in a turn of this length. After it, nothing goes on in the background."""
+def rates(dataset: tf.data.Dataset, batch_size: int, seconds: float) -> tuple[float, float]:
+    """Records a second, and records a second of processor time, in a turn of this length.
+
+    After it, nothing goes on in the background.
+    """
     iterator = iter(dataset)
     end = time.perf_counter() + WARM_UP * seconds
     while time.perf_counter() < end:
         next(iterator)
-    count, start = 0, time.perf_counter()
-    while (now := time.perf_counter()) < start + (1 - WARM_UP) * seconds or not count:
+    count, start, cpu_start = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() < start + (1 - WARM_UP) * seconds or not count:
         next(iterator)
         count += batch_size
-    return count / (now - start)
+    return count / (time.perf_counter() - start), count / (time.process_time() - cpu_start)
 
 
 def measure(data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: float) -> dict[str, float]:
@@ -90,7 +93,8 @@ def measure(data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: f
 
     Returns:
       decoding_per_second, pipeline_per_second: records, medians of the turns
-      ratio: the pipeline's rate over decoding's
+      decoding_per_cpu_second, pipeline_per_cpu_second: records a second of processor time, likewise
+      ratio, cpu_ratio: the pipeline's rate over decoding's. Other programs change the first one more.
       ratio_min, ratio_max: of neighbouring turns
       memory_growth_bytes: the process's peak over what it had before
       cores, seconds
@@ -100,15 +104,20 @@ def measure(data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: f
         "decoding": decoding(data_dir, batch_size),
         "pipeline": pipeline(data_dir, image_size, batch_size),
     }
-    rates = {name: [] for name in datasets}
+    turns = {name: [] for name in datasets}
     for _ in tqdm.trange(TURNS, desc="turns", disable=not sys.stderr.isatty()):
         for name, dataset in datasets.items():
-            rates[name].append(rate(dataset, batch_size, seconds))
-    ratios = [whole / alone for alone, whole in zip(rates["decoding"], rates["pipeline"], strict=True)]
-    medians = {f"{name}_per_second": statistics.median(values) for name, values in rates.items()}
+            turns[name].append(rates(dataset, batch_size, seconds))
+    ratios = [whole[0] / alone[0] for alone, whole in zip(turns["decoding"], turns["pipeline"], strict=True)]
+    alone, alone_cpu = map(statistics.median, zip(*turns["decoding"], strict=True))
+    whole, whole_cpu = map(statistics.median, zip(*turns["pipeline"], strict=True))
     return {
-        **medians,
-        "ratio": medians["pipeline_per_second"] / medians["decoding_per_second"],
+        "decoding_per_second": alone,
+        "pipeline_per_second": whole,
+        "decoding_per_cpu_second": alone_cpu,
+        "pipeline_per_cpu_second": whole_cpu,
+        "ratio": whole / alone,
+        "cpu_ratio": whole_cpu / alone_cpu,
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "memory_growth_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
@@ -153,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"decoding alone {figures['decoding_per_second']:.0f} records/s, "
         f"whole pipeline {figures['pipeline_per_second']:.0f} records/s: "
-        f"ratio {figures['ratio']:.2f} ({figures['ratio_min']:.2f} to {figures['ratio_max']:.2f})\n"
+        f"ratio {figures['ratio']:.2f} ({figures['ratio_min']:.2f} to {figures['ratio_max']:.2f}), "
+        f"{figures['cpu_ratio']:.2f} by processor time\n"
         f"{figures['cores']} cores, {options.image_size} px, batches of {options.batch_size}, "
         f"{figures['seconds']:.0f} s, memory +{figures['memory_growth_bytes'] / 2**20:.0f} MiB at most"
     )
