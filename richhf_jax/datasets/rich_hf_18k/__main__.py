@@ -167,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         build(options)
     except errors.UserError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on behind the last finished shard.")
     except OSError as error:  # A full disk, a folder that can't be written.
         sys.exit(
             f"{error.filename or options.data_dir}: {error.strerror or error}. Give the command again after."

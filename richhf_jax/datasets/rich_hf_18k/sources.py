@@ -376,19 +376,28 @@ def _read_prompts(path: str) -> tuple[dict[str, str], str]:
         raise errors.UserError(f"{path}: not a file that ends with .csv or .jsonl, or there is none")
     with folder.open(names[0]) as file:
         data = file.read()
+    prompts = {}
     try:
-        text = data.decode("utf-8-sig")
-        if names[0].endswith(".csv"):
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-            numbered = ((reader.line_num, row) for row in reader)
-        else:
-            numbered = ((n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip())
-        prompts = {}
-        for number, row in numbered:
+        for number, row in _prompt_rows(data.decode("utf-8-sig"), names[0].endswith(".csv")):
             uid, prompt = (row.get("uid"), row.get("prompt")) if isinstance(row, dict) else (None, None)
             if not isinstance(uid, str) or not isinstance(prompt, str) or any(c.isspace() for c in uid):
                 raise errors.UserError(f"{path}:{number}: expected uid and prompt, got {str(row)[:200]}")
-            prompts.setdefault(uid, prompt)
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+            if prompts.setdefault(uid, prompt) != prompt:
+                raise errors.UserError(f"{path}:{number}: another prompt for {uid} than before")
+    except (UnicodeDecodeError, csv.Error) as error:
         raise errors.UserError(f"{path}: {error}") from error
     return prompts, hashlib.sha256(data).hexdigest()
+
+
+def _prompt_rows(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
+    """Number of the line, and what it says; a broken line of JSON stays as it is."""
+    if is_csv:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        yield from ((reader.line_num, row) for row in reader)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, line

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -82,15 +83,25 @@ def test_killed(bench, samples, shards_read):
 
 def test_reading_ends_when_everything_is_found(bench, samples, shards_read):
     bench.write(samples)
-    sample_sources.write_pick_a_pic(bench.root / "more", samples)
-    for path in (bench.root / "more").iterdir():
-        path.rename(bench.shards / f"validation-{path.name}")
     first = bench.shards / "train-00000-of-00003-0000000000000000.parquet"
     tables = [pq.read_table(path) for path in sorted(bench.shards.glob("train*"))]
-    pq.write_table(sample_sources.pa.concat_tables(tables), first)
+    pq.write_table(pa.concat_tables(tables), first)
     assert bench.run() is None
     # It has all train and dev images. Test images are in the test shards.
     assert [name for name in shards_read if not name.startswith("test-")] == [first.name]
+
+
+def test_shards_that_cannot_have_what_is_missing_are_not_read(bench, samples, shards_read):
+    bench.write(samples)
+    shutil.rmtree(bench.shards)
+    sample_sources.write_pick_a_pic(bench.shards, samples[:-1])
+    last = bench.shards / "train-99999-of-99999-0000000000000000.parquet"
+    shutil.copy(bench.shards / all_shards(bench)[-1], last)
+    other = bench.shards / "validation-00000-of-00001-0000000000000000.parquet"
+    shutil.copy(last, other)
+    assert "1 records have no image" in bench.run()  # It is a test image.
+    assert last.name not in shards_read
+    assert shards_read[-1] == other.name
 
 
 def test_shards_are_named_by_the_split_that_may_have_the_image(bench, samples, shards_read):
@@ -140,10 +151,11 @@ def test_a_torn_shard_is_named_and_alone_is_read_again(bench, samples, shards_re
     assert len(shards_read) == 5
     (line,) = bench.report["bad_shards"]
     assert line.startswith(f"{torn}: cut off or corrupt")
-    torn.write_bytes(whole)
     shards_read.clear()
+    assert bench.run() == message
+    torn.write_bytes(whole)
     assert bench.run() is None
-    assert shards_read == [torn.name]
+    assert shards_read == [torn.name] * 2
     assert bench.examples().keys() == filenames(samples)
 
 

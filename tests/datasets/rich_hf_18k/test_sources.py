@@ -1,6 +1,7 @@
 """What is read of a source, from where, and what is said of files that aren't what they should be."""
 
 import collections
+import pathlib
 
 import fsspec
 import numpy as np
@@ -38,19 +39,33 @@ def large(tmp_path, rng) -> str:
     return str(tmp_path)
 
 
+class _Counted(fsspec.AbstractFileSystem):
+    """Local files as a file system across the network has them; everything fetched is noted."""
+
+    protocol = "counted"
+    cachable = False
+    fetched: list[tuple[int, int]]
+
+    def ls(self, path, detail=True, **kwargs):
+        return fsspec.filesystem("file").ls(path, detail=detail, **kwargs)
+
+    def _open(self, path, mode="rb", **kwargs):
+        kwargs.pop("autocommit", None)
+        return _CountedFile(self, path, mode, size=pathlib.Path(path).stat().st_size, **kwargs)
+
+
+class _CountedFile(fsspec.spec.AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        self.fs.fetched.append((start, end))
+        return pathlib.Path(self.path).read_bytes()[start:end]
+
+
 @pytest.fixture
 def reads(monkeypatch) -> list[tuple[int, int]]:
-    """(first byte, byte behind the last) of everything that is read."""
-    found = []
-    read_at = remote._PatientFile._read_at
-
-    def recording(self, start, size):
-        data = read_at(self, start, size)
-        found.append((start, start + len(data)))
-        return data
-
-    monkeypatch.setattr(remote._PatientFile, "_read_at", recording)
-    return found
+    """(first byte, byte behind the last) of everything that is fetched from counted:// files."""
+    fsspec.register_implementation("counted", _Counted, clobber=True)
+    monkeypatch.setattr(_Counted, "fetched", [], raising=False)
+    return _Counted.fetched
 
 
 def read_chunks(folder: str, reads: list[tuple[int, int]]) -> set[tuple[int, str]]:
@@ -81,7 +96,7 @@ def read_chunks(folder: str, reads: list[tuple[int, int]]) -> set[tuple[int, str
     ],
 )
 def test_only_columns_and_row_groups_with_needed_images_are_read(large, reads, uids, chunks):
-    source = sources.PickAPic(large)
+    source = sources.PickAPic(f"counted://{large}")
     (shard,) = source.shards()
     rows = list(source.rows(shard, uids, set(uids), nothing))
     assert sorted(row.uid for row in rows) == sorted(set(uids) - {"another"})
@@ -93,14 +108,14 @@ def test_only_columns_and_row_groups_with_needed_images_are_read(large, reads, u
 
 
 def test_images_that_are_not_missing_are_not_read(large, reads):
-    source = sources.PickAPic(large)
+    source = sources.PickAPic(f"counted://{large}")
     (shard,) = source.shards()
     rows = list(source.rows(shard, ["g1r2s1", "g2r0s0"], {"g2r0s0"}, nothing))
     assert [(row.uid, row.prompt, row.image is None) for row in rows] == [
         ("g1r2s1", "prompt 1 2", True),
         ("g2r0s0", "prompt 2 0", False),
     ]
-    assert rows[1].where == f"{large}/{TRAIN}: row 8, jpg_0"
+    assert rows[1].where == f"counted://{large}/{TRAIN}: row 8, jpg_0"
     assert read_chunks(large, reads) == {(2, "jpg_0")}
 
 
@@ -237,7 +252,8 @@ def test_git_lfs_pointers(bench, samples):
         ("p.csv", "id,text\na,b\n", "p.csv:2: expected uid and prompt"),
         ("p.csv", "uid,prompt\na prompt,1-2\n", "p.csv:2: expected uid and prompt"),
         ("p.jsonl", '{"uid": "a", "prompt": "b"}\n["a", "b"]\n', "p.jsonl:2: expected uid and prompt"),
-        ("p.jsonl", '{"uid": "a"\n', "p.jsonl: "),
+        ("p.jsonl", '{"uid": "a"\n', "p.jsonl:1: expected uid and prompt, got {"),
+        ("p.csv", "uid,prompt\na,b\na,b\na,c\n", "p.csv:4: another prompt for a than before"),
         ("p.txt", "a b", "not a file that ends with .csv or .jsonl"),
     ],
 )
