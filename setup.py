@@ -35,7 +35,7 @@ CORE = [
 TRAIN = [
     "fsspec>=2024.10",
     "gin-config>=0.5,<0.6",
-    "google-crc32c>=1.5",
+    "google-crc32c>=1.6",
     # hf:// addresses for fsspec. Those of other stores: gcsfs for gs://, s3fs for s3://.
     "huggingface_hub>=0.30",
     # tensorflow-datasets imports it without requiring it.

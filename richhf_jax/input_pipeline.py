@@ -300,7 +300,13 @@ class _Records:
             raise errors.UserError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}")
         loader = task.source.tfds_dataset
         builder = _builder(task)
-        files = loader.files(split)
+        try:
+            files = loader.files(split)
+        except ValueError as error:  # TFDS's message is of many lines.
+            raise errors.UserError(
+                f"{task.name}: {builder.data_path} was built without a split {split!r}, it has"
+                f" {', '.join(builder.info.splits)}"
+            ) from error
         self._paths = [file.filename for file in files]
         self._files, self._offsets = records.locate([(file.filename, file.skip, file.take) for file in files])
         self._features = builder.info.features

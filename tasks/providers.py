@@ -1,7 +1,7 @@
 """The one way by which data sets become seqio tasks."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import gin
 import seqio
@@ -38,7 +38,10 @@ def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
 
 
 def add_rich_feedback_tasks(
-    name: str, tfds_name: str, splits: Sequence[str], more_metric_fns: Sequence[Callable] = ()
+    name: str,
+    tfds_name: str,
+    splits: Sequence[str] | Mapping[str, str],
+    more_metric_fns: Sequence[Callable] = (),
 ) -> None:
     """Registers a TFDS data set with RichHF-18K's features, images and prompts, for both variants.
 
@@ -48,7 +51,7 @@ def add_rich_feedback_tasks(
     Args:
       name: what the tasks' names begin with.
       tfds_name: data set and version.
-      splits: those it has.
+      splits: those it has, or a split -> TFDS's.
       more_metric_fns: (targets, predictions) -> metrics, beside those of the paper's protocol.
     """
     names_of_kinds = {name: preprocessors.ALL_KINDS}
@@ -71,14 +74,17 @@ def add_rich_feedback_tasks(
 
 
 def add_captions_tasks(
-    name: str, tfds_name: str, splits: Sequence[str], first_preprocessors: Sequence[Callable] = ()
+    name: str,
+    tfds_name: str,
+    splits: Sequence[str] | Mapping[str, str],
+    first_preprocessors: Sequence[Callable] = (),
 ) -> None:
     """Registers a TFDS data set of images with captions: `<name>` and `<name>_augmented_prompt`.
 
     Args:
       name: of the multi-head task, what the other's begins with.
       tfds_name: data set and version.
-      splits: those it has.
+      splits: those it has, or a split -> TFDS's.
       first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) of a record, where it
         has others; they may use the example's `preprocessors.SEED`.
     """
@@ -109,7 +115,7 @@ def add_pretraining_mixture(name: str, captions: str, rich_feedback: str) -> Non
 def _add(
     name: str,
     tfds_name: str,
-    splits: Sequence[str],
+    splits: Sequence[str] | Mapping[str, str],
     last_preprocessors: Sequence[Callable],
     *,
     encoded: Sequence[str],

@@ -70,3 +70,10 @@ def test_data_that_is_not_built(tmp_path, monkeypatch, name, command):
     monkeypatch.setattr(loader, "_data_dir_override", str(tmp_path))
     with pytest.raises(errors.UserError, match=rf"{name}: its data, {loader.name}.*\n *{command}"):
         take(config(name), 1)
+
+
+def test_a_split_that_was_not_built(data_dir):
+    with pytest.raises(
+        errors.UserError, match=r"web_captions: .* without a split 'validation', it has train"
+    ):
+        take(config("web_captions", split="validation"), 1)
