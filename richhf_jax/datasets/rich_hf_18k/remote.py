@@ -91,7 +91,7 @@ class Folder:
         return self._fs.unstrip_protocol(self._root)
 
     def files(self, suffixes: Sequence[str]) -> dict[str, int]:
-        """Name below the folder -> bytes (0 where unknown), by name, of the files with one of the suffixes."""
+        """Name below the folder -> bytes (0: unknown), by name, of the files with one of the suffixes."""
         found = _patiently(self.path, lambda: self._fs.find(self._root, detail=True))
         names = {
             posixpath.basename(path) if path == self._root else posixpath.relpath(path, self._root): entry
