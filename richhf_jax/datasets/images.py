@@ -4,6 +4,7 @@ JPEG, PNG, WebP, GIF and BMP are taken, in any colour mode. Free of TensorFlow.
 """
 
 import io
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -45,7 +46,9 @@ def checked(data: bytes) -> bytes:
     # Pillow raises what it likes at broken files (OSError, SyntaxError, ValueError, struct.error, ...), also
     # where text in a PNG would inflate to more than a megabyte.
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Our own limit is below.
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
         raise ImageError(_why_not_an_image(data)) from None
     except Exception as error:

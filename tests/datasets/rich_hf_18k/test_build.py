@@ -110,7 +110,6 @@ def test_half_the_images_missing(bench, samples, shards_read):
     assert bench.report["problem"] is None
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_broken_images_are_listed_with_file_and_row(bench, samples):
     broken = (
         samples[0].image[:-200],
