@@ -151,7 +151,7 @@ def _predict_split(
                 text = vocabulary.decode(outputs["tokens"][i, 0].tolist())
                 tokens = postprocessors.written_tokens(prompt, text)
             cut += example["inputs_words_cut"] > 0
-            images.append(example["image"])
+            images.append(postprocessors.in_box(example["image"], example))
             targets.append(postprocessors.target(example))
             predictions.append(
                 postprocessors.prediction(example, outputs["heatmaps"][i], outputs["scores"][i], tokens)

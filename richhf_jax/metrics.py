@@ -195,11 +195,12 @@ def trivial_baseline(
     """The best answer without looking: the mean score, the mean training heatmap, no word flagged.
 
     Args:
-      train_targets: the training split; may be a stream, only sums are kept. Heatmaps must share one size.
-      targets: the records to answer for.
+      train_targets: the training split; may be a stream, only sums are kept. Heatmaps of several sizes, as
+        letterboxed images have them, are stretched to that of the first for their mean.
+      targets: the records to answer for; the mean is stretched to the size of each one's heatmap.
 
     Raises:
-      ValueError: there is no training record, or its heatmaps differ in size; the record is named.
+      ValueError: there is no training record.
     """
     sums: dict[tuple[str, str], Any] = {}
     counts: dict[tuple[str, str], int] = {}
@@ -208,11 +209,7 @@ def trivial_baseline(
             for kind, value in getattr(record, field).items():
                 value = np.asarray(value, np.float64)
                 total = sums.get((field, kind), np.zeros_like(value))
-                if total.shape != value.shape:
-                    raise ValueError(
-                        f"record {record.id!r}: {kind} heatmap of {value.shape}, others of {total.shape}"
-                    )
-                sums[field, kind] = total + value
+                sums[field, kind] = total + _stretch(value, total.shape)
                 counts[field, kind] = counts.get((field, kind), 0) + 1
     if not sums:
         raise ValueError("the trivial baseline needs at least one training record")
@@ -223,10 +220,27 @@ def trivial_baseline(
     }
     return [
         RichFeedback(
-            t.id, t.prompt, scores, heatmaps, [feedback.Token(token.text, False) for token in t.tokens]
+            t.id,
+            t.prompt,
+            scores,
+            {
+                kind: _stretch(mean, t.heatmaps[kind].shape if kind in t.heatmaps else mean.shape)
+                for kind, mean in heatmaps.items()
+            },
+            [feedback.Token(token.text, False) for token in t.tokens],
         )
         for t in targets
     ]
+
+
+def _stretch(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The nearest pixels of an array for each of another shape's; an array of this shape as it is."""
+    if array.shape == shape:
+        return array
+    nearest = (
+        (2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(array.shape, shape, strict=True)
+    )
+    return array[np.ix_(*nearest)]
 
 
 def training_free_baseline(

@@ -72,6 +72,17 @@ def test_resumed_stream_is_the_uninterrupted_one(name, rng):
         assert_same(take(cfg, 2, start_step=int(step)), uninterrupted[step : step + 2])
 
 
+def test_augmented_letterboxes():
+    gin.bind_parameter("richhf_jax.augmentation.show.fit", "letterbox")
+    batches = take(config(augment=True), 8)
+    plain = take(config(), 8)
+    assert all(batch["image_box"].tolist() == [[0, 0, 64, 64]] * 4 for batch in batches)
+    assert all(batch["image"].shape == (4, 64, 64, 3) for batch in batches)
+    changed = [(a["image"] != b["image"]).any((1, 2, 3)) for a, b in zip(batches, plain, strict=True)]
+    # Half are cropped, 0.27 of the others recoloured: 0.64 of all. Of 32, fewer than 10 or all is unlikely.
+    assert 10 <= np.sum(changed) < 32
+
+
 def test_stopped_at_ten_random_steps_the_examples_are_those_of_one_run(rng):
     cfg = config("synthetic_pretrain", lengths={"heatmaps": 0, "scores": 0})
     layout = partitioning.DataLayout(batch_size=4, shard_id=0, num_shards=1)

@@ -405,12 +405,19 @@ def test_trivial_baseline_is_the_training_mean_from_a_stream():
     assert [t.text for t in predictions[0].tokens] == ["a", "yellow", "cat"]
 
 
-def test_trivial_baseline_refuses_what_it_cannot_average():
+def test_trivial_baseline_needs_a_record():
     with pytest.raises(ValueError, match="at least one"):
         metrics.trivial_baseline([], [record()])
-    train = [record("a", maps={"implausibility": np.zeros(s)}) for s in [(2, 2), (4, 4)]]
-    with pytest.raises(ValueError, match=r"'a'.*\(4, 4\).*\(2, 2\)"):
-        metrics.trivial_baseline(train, [record()])
+
+
+def test_trivial_baseline_of_heatmaps_of_several_sizes():
+    small, large = np.array([[0, 1.0]]), np.array([[0, 0, 1.0, 1.0], [0, 0, 0, 0]])
+    train = [record("a", maps={"implausibility": heatmap}) for heatmap in (small, large)]
+    targets = [record(maps={"implausibility": np.zeros(shape)}) for shape in [(1, 2), (3, 4)]]
+    same, larger = (p.heatmaps["implausibility"] for p in metrics.trivial_baseline(train, targets))
+    # The middle of the large one's two rows is in the lower one.
+    np.testing.assert_array_equal(same, [[0, 0.5]])
+    np.testing.assert_array_equal(larger, [[0, 0, 0.5, 0.5]] * 3)
 
 
 def test_training_free_baseline_marks_objects_and_busy_texture():

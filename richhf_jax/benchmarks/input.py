@@ -155,8 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
     with tempfile.TemporaryDirectory() as temporary:
-        data_dir = options.data_dir or pathlib.Path(temporary)
+        data_dir = (
+            options.data_dir or pathlib.Path(temporary)
+        ) / f"{options.examples}_of_{options.image_size}"
         noisy_scenes.write(data_dir, options.image_size, options.examples)
         figures = measure(data_dir, options.image_size, options.batch_size, options.seconds)
     print(
