@@ -37,7 +37,7 @@ def show(
     heatmaps: Sequence[tf.Tensor],
     side: int,
     seed: tf.Tensor,
-    augment: tf.Tensor,
+    augment: bool,
     *,
     fit: str = "resize",
 ) -> dict[str, tf.Tensor]:
@@ -48,7 +48,7 @@ def show(
       heatmaps: string [] each, encoded; their sizes may differ from the image's.
       side: of the square, in pixels.
       seed: int64 [2].
-      augment: bool [].
+      augment: whether the image may be cropped and recoloured, as the seed says.
       fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it.
 
     Returns:
@@ -63,10 +63,11 @@ def show(
     if fit not in ("resize", "letterbox"):
         raise errors.UserError(f"augmentation.show.fit must be 'resize' or 'letterbox', got {fit!r}")
     pixels = decode(image, 3)
-    window = draw_window(seed, augment, side)
+    window = draw_window(seed, side) if augment else None
     box = letterbox(tf.shape(pixels)[:2], side) if fit == "letterbox" else None
+    shown = place(pixels, window, side, box)
     features = {
-        "image": recolour(place(pixels, window, side, box), seed, augment, box),
+        "image": recolour(shown, seed, box) if augment else shown,
         "heatmaps": tf.zeros([0, side, side], tf.uint8),
     }
     if heatmaps:
@@ -78,7 +79,6 @@ def show(
 @gin.configurable
 def draw_window(
     seed: tf.Tensor,
-    augment: tf.Tensor,
     side: int,
     *,
     crop_probability: float = 0.5,
@@ -88,7 +88,6 @@ def draw_window(
 
     Args:
       seed: int64 [2].
-      augment: bool []; False: all of it is shown.
       side: of the square, in pixels.
       crop_probability: of showing a part.
       crop_shares: the least and the greatest share of the height, and of the width, in a part.
@@ -101,7 +100,7 @@ def draw_window(
     sizes = tf.cast(tf.round((least + draws[:2] * (greatest - least)) * side), tf.int32)
     starts = tf.cast(draws[2:4] * tf.cast(side - sizes + 1, tf.float32), tf.int32)
     window = tf.concat([starts, starts + sizes], 0)
-    return tf.where(augment & (draws[4] < crop_probability), window, [0, 0, side, side])
+    return tf.where(draws[4] < crop_probability, window, [0, 0, side, side])
 
 
 def letterbox(size: tf.Tensor, side: int) -> tf.Tensor:
@@ -114,12 +113,12 @@ def letterbox(size: tf.Tensor, side: int) -> tf.Tensor:
     return tf.concat([starts, starts + sizes], 0)
 
 
-def place(image: tf.Tensor, window: tf.Tensor, side: int, box: tf.Tensor | None = None) -> tf.Tensor:
+def place(image: tf.Tensor, window: tf.Tensor | None, side: int, box: tf.Tensor | None = None) -> tf.Tensor:
     """The window of a picture -> its box in the square. Black is beside it.
 
     Args:
       image: uint8 [height, width, channels].
-      window: int32 [4] in units of 1 / side.
+      window: int32 [4] in units of 1 / side; None: all of the picture.
       side: of the square, in pixels.
       box: int32 [4] in pixels; None: all of the square.
 
@@ -127,21 +126,23 @@ def place(image: tf.Tensor, window: tf.Tensor, side: int, box: tf.Tensor | None 
       uint8 [side, side, channels]; untouched where it has its size already.
     """
     size = tf.constant([side, side]) if box is None else box[2:] - box[:2]
-    shown = window[2:] - window[:2]
     channels = image.shape[2]
     fits = tf.reduce_all(tf.shape(image)[:2] == size)
-    # One pixel of the picture is one unit of the window.
-    enlarged = tf.reduce_all(tf.shape(image)[:2] == side)
-    untouched = fits & tf.reduce_all(shown == side)
-    image = tf.cond(
-        untouched,
-        lambda: image,
-        lambda: tf.cond(
-            fits & enlarged,
-            lambda: _enlarge(image, window, side),
-            lambda: _resample(image, window, side, size),
-        ),
-    )
+    if window is None:
+        everything = tf.constant([0, 0, side, side])
+        image = tf.cond(fits, lambda: image, lambda: _resample(image, everything, side, size))
+    else:
+        # One pixel of the picture is one unit of the window.
+        enlarged = tf.reduce_all(tf.shape(image)[:2] == side)
+        image = tf.cond(
+            fits & tf.reduce_all(window[2:] - window[:2] == side),
+            lambda: image,
+            lambda: tf.cond(
+                fits & enlarged,
+                lambda: _enlarge(image, window, side),
+                lambda: _resample(image, window, side, size),
+            ),
+        )
     if box is not None:
         image = _pad(image, box, side)
     return tf.ensure_shape(image, [side, side, channels])
@@ -188,7 +189,6 @@ def _resample(image: tf.Tensor, window: tf.Tensor, side: int, size: tf.Tensor) -
 def recolour(
     image: tf.Tensor,
     seed: tf.Tensor,
-    augment: tf.Tensor,
     box: tf.Tensor | None = None,
     *,
     jitter_probability: float = 0.1,
@@ -205,7 +205,6 @@ def recolour(
     Args:
       image: uint8 [side, side, 3].
       seed: int64 [2].
-      augment: bool []; False: nothing happens.
       box: int32 [4], where the picture lies; what is beside it stays black.
       jitter_probability: of changing brightness, contrast, hue and saturation.
       brightness: the most that is added, as a share of white.
@@ -220,9 +219,9 @@ def recolour(
       uint8 [side, side, 3].
     """
     draws = tf.random.stateless_uniform([8], tf.random.experimental.stateless_fold_in(seed, _COLOUR_DRAW))
-    jitter = augment & (draws[0] < jitter_probability)
-    grey = augment & (draws[1] < grey_probability)
-    jpeg = augment & (draws[2] < jpeg_probability)
+    jitter = draws[0] < jitter_probability
+    grey = draws[1] < grey_probability
+    jpeg = draws[2] < jpeg_probability
 
     def between(draw, least, greatest):
         return least + draw * (greatest - least)

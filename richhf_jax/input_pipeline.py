@@ -342,10 +342,10 @@ def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.
 
     def read(k):
         shuffled = _permute(k % count, count, _RECORDS, cfg.seed, k // count) if cfg.shuffle else k % count
-        return data.read(shuffled) | {
-            preprocessors.SEED: tf.stack([tf.constant(cfg.seed, tf.int64), k]),
-            preprocessors.AUGMENT: tf.constant(cfg.augment),
-        }
+        added = {preprocessors.SEED: tf.stack([tf.constant(cfg.seed, tf.int64), k])}
+        if cfg.augment:
+            added[preprocessors.AUGMENT] = tf.constant(True)
+        return data.read(shuffled) | added
 
     examples = ks.map(read, num_parallel_calls=tf.data.AUTOTUNE)
     source = seqio.FunctionDataSource(lambda split, shuffle_files: examples, splits=[cfg.split])

@@ -38,7 +38,7 @@ ALL_KINDS = (*feedback.HEATMAPS, *feedback.SCORES, feedback.KEYWORDS)
 
 # int64 [2], given to each example by whoever reads it.
 SEED = "seed"
-# bool [], likewise; without it nothing is augmented.
+# True, likewise, where the image is to be augmented; else absent, and no operation for it is in the graph.
 AUGMENT = "augment"
 _SHOWN_PROMPT = "shown_prompt"
 # Folded into the example's seed, so that no two random draws of an example are the same.
@@ -234,8 +234,9 @@ def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> 
     if kinds.shape[0]:
         maps = tf.stack([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS])
         heatmaps = tf.unstack(tf.gather(maps, kinds), kinds.shape[0])
-    augment = example.get(AUGMENT, tf.constant(False))
-    return augmentation.show(example[feedback.IMAGE_FIELD], heatmaps, side, example[SEED], augment)
+    return augmentation.show(
+        example[feedback.IMAGE_FIELD], heatmaps, side, example[SEED], augment=AUGMENT in example
+    )
 
 
 def rich_feedback(

@@ -14,7 +14,6 @@ from richhf_jax.datasets import consolidate
 SIDE = 64
 WHOLE = (0, 0, SIDE, SIDE)
 PART = (6, 3, 62, 55)
-YES, NO = tf.constant(True), tf.constant(False)
 
 
 def seed(number):
@@ -41,8 +40,9 @@ def picture(height, width, *place):
 def show(image, heatmaps, window, monkeypatch, fit="resize"):
     """`augmentation.show` with a window that isn't drawn."""
     monkeypatch.setattr(augmentation, "draw_window", lambda *args: tf.constant(window))
+    monkeypatch.setattr(augmentation, "recolour", lambda image, *args: image)
     encoded = [tf.constant(consolidate.encode_png(pixels)) for pixels in (image, *heatmaps)]
-    shown = augmentation.show(encoded[0], encoded[1:], SIDE, seed(0), NO, fit=fit)
+    shown = augmentation.show(encoded[0], encoded[1:], SIDE, seed(0), True, fit=fit)
     return {name: value.numpy() for name, value in shown.items()}
 
 
@@ -149,7 +149,7 @@ def test_letterbox(size, box):
 
 @functools.cache
 def windows(count=400):
-    draw = functools.partial(augmentation.draw_window, augment=YES, side=512)
+    draw = functools.partial(augmentation.draw_window, side=512)
     return np.array([draw(seed(number)) for number in range(count)])
 
 
@@ -165,12 +165,8 @@ def test_half_of_the_examples_are_cropped_to_shares_and_places_all_over():
     assert (windows()[:, 2:] <= 512).all()
     room = np.maximum(512 - sizes[cropped], 1)
     np.testing.assert_allclose((starts / room).mean(0), 0.5, atol=0.1)
-    again = augmentation.draw_window(seed(7), YES, 512)
+    again = augmentation.draw_window(seed(7), 512)
     np.testing.assert_array_equal(again, windows()[7])
-    assert all(
-        tuple(augmentation.draw_window(seed(number), NO, 512).numpy()) == (0, 0, 512, 512)
-        for number in range(10)
-    )
 
 
 def colours(count=8, **kwargs):
@@ -178,7 +174,7 @@ def colours(count=8, **kwargs):
     image = np.random.default_rng(0).integers(40, 216, (16, 16, 3), np.uint8)
     off = {"jitter_probability": 0.0, "grey_probability": 0.0, "jpeg_probability": 0.0}
     recolour = functools.partial(augmentation.recolour, tf.constant(image), **{**off, **kwargs})
-    return image, [recolour(seed(number), YES).numpy() for number in range(count)]
+    return image, [recolour(seed(number)).numpy() for number in range(count)]
 
 
 def test_each_change_of_colours_has_its_own_tenth_of_the_examples():
@@ -186,7 +182,7 @@ def test_each_change_of_colours_has_its_own_tenth_of_the_examples():
 
     @tf.function
     def recolour(number):
-        return augmentation.recolour(tf.constant(image), tf.stack([tf.zeros_like(number), number]), YES)
+        return augmentation.recolour(tf.constant(image), tf.stack([tf.zeros_like(number), number]))
 
     shown = np.stack([recolour(tf.constant(number, tf.int64)) for number in range(500)])
     changed = (shown != image).any((1, 2, 3))
@@ -196,10 +192,11 @@ def test_each_change_of_colours_has_its_own_tenth_of_the_examples():
 
 
 def test_nothing_changes_unless_asked():
-    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    encoded = tf.constant(consolidate.encode_png(image))
     for number in range(30):
-        pixels = augmentation.recolour(tf.constant(image), seed(number), NO, jitter_probability=1.0)
-        np.testing.assert_array_equal(pixels, image)
+        shown = augmentation.show(encoded, [encoded], SIDE, seed(number), False)
+        np.testing.assert_array_equal(shown["image"], image)
 
 
 def test_the_same_seed_changes_the_same():
@@ -267,7 +264,6 @@ def test_the_box_alone_has_colours(rng):
     recoloured = augmentation.recolour(
         tf.constant(padded),
         seed(0),
-        YES,
         tf.constant(box),
         jitter_probability=1.0,
         jpeg_probability=1.0,
