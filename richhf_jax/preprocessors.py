@@ -124,18 +124,16 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     if count == 0:
         return tf.zeros([0, length], tf.int32), tf.zeros([], tf.int32)
 
-    def ended(tokens):
-        tokens = tf.concat([tokens[:, : length - 1], tf.fill([count, 1], vocabulary.eos_id)], 1)
-        return tokens.to_tensor(shape=[count, length])
-
-    def cut():
-        shorter, words_cut = _cut_at_word(texts, length - 1, vocabulary)
-        return ended(vocabulary.encode_tf(shorter)), tf.reduce_max(words_cut)
-
-    tokens = vocabulary.encode_tf(texts)
     # Seldom; to cut takes longer than to encode.
-    too_long = tf.reduce_any(tokens.row_lengths() > length - 1)
-    return tf.cond(too_long, cut, lambda: (ended(tokens), tf.constant(0)))
+    too_long = tf.reduce_any(vocabulary.encode_tf(texts).row_lengths() > length - 1)
+    texts, words_cut = tf.cond(
+        too_long,
+        lambda: _cut_at_word(texts, length - 1, vocabulary),
+        lambda: (texts, tf.zeros([count], tf.int32)),
+    )
+    tokens = vocabulary.encode_tf(texts)[:, : length - 1]
+    tokens = tf.concat([tokens, tf.fill([count, 1], vocabulary.eos_id)], 1)
+    return tokens.to_tensor(shape=[count, length]), tf.reduce_max(words_cut)
 
 
 def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> tuple[tf.Tensor, tf.Tensor]:
@@ -147,9 +145,8 @@ def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> t
     pieces = words.with_flat_values(vocabulary.encode_tf(words.flat_values).row_lengths())
     ends = tf.cumsum(pieces.to_tensor(), axis=1)
     counts = words.row_lengths()
-    fitting = tf.reduce_sum(
-        tf.cast(ends <= room, counts.dtype), axis=1
-    )  # Padding fits wherever all words do.
+    # Padding fits wherever all words do.
+    fitting = tf.reduce_sum(tf.cast(ends <= room, counts.dtype), axis=1)
     kept = tf.minimum(tf.maximum(fitting, 1), counts)
     first_words = tf.RaggedTensor.from_tensor(words.to_tensor(), lengths=kept)
     shorter = tf.strings.reduce_join(first_words, axis=1, separator=" ")

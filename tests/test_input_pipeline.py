@@ -84,13 +84,13 @@ def test_augmented_letterboxes():
 
 
 def test_stopped_at_ten_random_steps_the_examples_are_those_of_one_run(rng):
-    cfg = config("synthetic_pretrain", lengths={"heatmaps": 0, "scores": 0})
+    cfg = config(lengths={"heatmaps": 0, "scores": 0})
     layout = partitioning.DataLayout(batch_size=4, shard_id=0, num_shards=1)
     uninterrupted = ids(take(cfg, 44))
     stops = [*sorted(rng.choice(np.arange(1, 44), 10, replace=False)), 44]
+    stream = input_pipeline.TrainStream(cfg, lambda batch_size: layout)
     seen, saved = [], "{}"
     for start, stop in zip([0, *stops], stops, strict=False):
-        stream = input_pipeline.TrainStream(cfg, lambda batch_size: layout)
         batches = stream.batches(json.loads(saved))
         seen += ids([next(batches) for _ in range(stop - start)])
         saved = json.dumps(stream.position(int(stop)))

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -319,9 +320,10 @@ class NoData:
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, broken):
     monkeypatch.setattr(BreakingLoop, "broken", broken, raising=False)
     monkeypatch.setattr(input_pipeline, "TrainStream", NoData)
+    monkeypatch.setattr(input_pipeline, "check_vocabulary", lambda cfg, vocab_size: None)
     with pytest.raises(errors.UserError, match=f"{broken} not finite between step 2 and 3: lower the"):
         train.train(
-            model=None,
+            model=types.SimpleNamespace(vocab_size=0),
             model_dir=str(tmp_path),
             train_dataset_cfg=None,
             train_eval_dataset_cfg=None,
