@@ -58,11 +58,13 @@ def decoding(data_dir: pathlib.Path, batch_size: int) -> tf.data.Dataset:
     return dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size).prefetch(2)
 
 
-def pipeline(data_dir: pathlib.Path, image_size: int, batch_size: int) -> tf.data.Dataset:
+def pipeline(
+    data_dir: pathlib.Path, image_size: int, batch_size: int, augment: bool = True
+) -> tf.data.Dataset:
     """Endless: the batches of a training."""
     seqio.set_tfds_data_dir_override(str(data_dir))
     lengths = {"image": image_size, **FEATURE_LENGTHS}
-    cfg = input_pipeline.DatasetConfig(TASK, lengths, "train", batch_size, augment=True)
+    cfg = input_pipeline.DatasetConfig(TASK, lengths, "train", batch_size, augment=augment)
     return input_pipeline.get_dataset(cfg, seqio.ShardInfo(0, 1))
 
 
@@ -82,7 +84,9 @@ def rates(dataset: tf.data.Dataset, batch_size: int, seconds: float) -> tuple[fl
     return count / (time.perf_counter() - start), count / (time.process_time() - cpu_start)
 
 
-def measure(data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: float) -> dict[str, float]:
+def measure(
+    data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: float, augment: bool = True
+) -> dict[str, float]:
     """Both rates, in turn.
 
     Args:
@@ -90,6 +94,7 @@ def measure(data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: f
       image_size: side in pixels.
       batch_size: records.
       seconds: of a turn.
+      augment: whether the pipeline augments.
 
     Returns:
       decoding_per_second, pipeline_per_second: records, medians of the turns
@@ -102,7 +107,7 @@ def measure(data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: f
     start, before = time.perf_counter(), _resident_bytes()
     datasets = {
         "decoding": decoding(data_dir, batch_size),
-        "pipeline": pipeline(data_dir, image_size, batch_size),
+        "pipeline": pipeline(data_dir, image_size, batch_size, augment),
     }
     turns = {name: [] for name in datasets}
     for _ in tqdm.trange(TURNS, desc="turns", disable=not sys.stderr.isatty()):
@@ -144,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=6.0, help=f"of each of the {TURNS} turns (default 6)"
     )
+    parser.add_argument("--no_augmentation", action="store_true", help="to see what augmentation costs")
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="where to write the figures as well"
     )
@@ -162,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.data_dir or pathlib.Path(temporary)
         ) / f"{options.examples}_of_{options.image_size}"
         noisy_scenes.write(data_dir, options.image_size, options.examples)
-        figures = measure(data_dir, options.image_size, options.batch_size, options.seconds)
+        figures = measure(
+            data_dir, options.image_size, options.batch_size, options.seconds, not options.no_augmentation
+        )
     print(
         f"decoding alone {figures['decoding_per_second']:.0f} records/s, "
         f"whole pipeline {figures['pipeline_per_second']:.0f} records/s: "
