@@ -182,7 +182,9 @@ class _TrainingLog:
         now, (then, since_step) = time.monotonic(), self._since
         rate = (step - since_step) / (now - then)
         remaining = round((self._total_steps - step) / rate)
-        losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in sorted(scalars.items()))
+        # Of the data's metrics, shares of texts that were cut, those that say something.
+        shown = {name: value for name, value in scalars.items() if value or not name.startswith("data/")}
+        losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in sorted(shown.items()))
         logging.info(
             "step %d/%d  %.2f steps/s  ETA %d:%02d  %s",
             step, self._total_steps, rate, *divmod(remaining, 60), losses,
