@@ -66,17 +66,22 @@ def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
     """
     if to not in (None, "image", "prompt"):
         raise errors.UserError(f"blind.to must be None, 'image' or 'prompt', got {to!r}")
+    if to is None:
+        return dataset
 
     def hide(example):
-        image, prompt = example[feedback.IMAGE_FIELD], example[feedback.PROMPT_FIELD]
-        if to == "image":  # Of the same size, so that a letterbox is the same.
-            image = tf.io.encode_png(tf.zeros_like(augmentation.decode(image, 3)))
-        return example | {
-            feedback.IMAGE_FIELD: image,
-            _SHOWN_PROMPT: tf.constant("") if to == "prompt" else prompt,
-        }
+        if to == "prompt":
+            return example | {_SHOWN_PROMPT: tf.constant("")}
+        # Of the same size, so that a letterbox is the same.
+        black = tf.zeros_like(augmentation.decode(example[feedback.IMAGE_FIELD], 3))
+        return example | {feedback.IMAGE_FIELD: tf.io.encode_png(black)}
 
     return dataset.map(hide, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _shown_prompt(example: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    """The record's own, unless `blind` put another in its place."""
+    return example.get(_SHOWN_PROMPT, example[feedback.PROMPT_FIELD])
 
 
 def tokenize_prompt(prompt: tf.Tensor) -> tf.Tensor:
@@ -277,7 +282,7 @@ def rich_feedback(
             feedback.HEATMAPS, kinds, slots.heatmaps, fold_in(_HEATMAP_DRAW)
         )
         score_kinds, score_weights = draw_kinds(feedback.SCORES, kinds, slots.scores, fold_in(_SCORE_DRAW))
-        prompts = example[_SHOWN_PROMPT][None]
+        prompts = _shown_prompt(example)[None]
         if augmented_prompt:
             tasks = [
                 tf.gather(list(feedback.HEATMAP_TASK_STRINGS.values()), heatmap_kinds),
@@ -354,7 +359,7 @@ def captions(
         shown = (
             tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0)) < shown_share
         )
-        words = mask_words(example[_SHOWN_PROMPT], tf.random.experimental.stateless_fold_in(seed, 1))
+        words = mask_words(_shown_prompt(example), tf.random.experimental.stateless_fold_in(seed, 1))
         task = tf.constant(feedback.CAPTION_TASK_STRING)
         prompt = tf.where(shown, task + " " + words, task)
         unused = slots.heatmaps + slots.scores if augmented_prompt else 0

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -11,15 +10,13 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from richhf_jax import errors, feedback
-from richhf_jax.datasets import records
+from richhf_jax.datasets import records, tfrecord
 from richhf_jax.datasets.rich_hf_18k import join, labels, report
 
 # Name of the split -> of the labels' file.
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 # Rows of a part in memory at once.
 _BATCH_ROWS = 16
-# A TFRecord's head: the length of its data and a checksum of that; `records` has the reference.
-_HEAD = struct.Struct("<QI")
 
 
 class RichHf18k(tfds.core.GeneratorBasedBuilder):
@@ -96,8 +93,11 @@ def examples(work_dir: pathlib.Path, split: str) -> Iterator[dict]:
 
 def _label(file: BinaryIO, offset: int) -> labels.Record:
     file.seek(offset)
-    length, _ = _HEAD.unpack(file.read(_HEAD.size))
-    return labels.parse(file.read(length), f"{file.name}: offset {offset}")
+    data = next(tfrecord.read(file))
+    where = f"{file.name}: offset {offset}"
+    if isinstance(data, tfrecord.RecordError):
+        raise errors.UserError(f"{where}: {data}; delete this folder's labels and give the command again")
+    return labels.parse(data, where)
 
 
 def _label_offsets(work_dir: pathlib.Path, split: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import tqdm
 
 from richhf_jax import errors, feedback
-from richhf_jax.datasets import consolidate, images
+from richhf_jax.datasets import consolidate, images, tfrecord
 
 SPLITS = ("train", "dev", "test")
 LFS_POINTER = b"version https://git-lfs"
@@ -66,28 +66,22 @@ def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
     Raises:
       errors.UserError: the file is missing or torn, or a record isn't of RichHF-18K; both are named.
     """
-    import tensorflow as tf
-
     _check_is_tfrecord(path)
-    iterator = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
-    number = 0
-    with tqdm.tqdm(
-        desc=f"checking {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=None
-    ) as bar:
-        while True:
+    with (
+        path.open("rb") as file,
+        tqdm.tqdm(
+            desc=f"checking {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=None
+        ) as bar,
+    ):
+        for number, data in enumerate(tfrecord.read(file)):
             where = f"{path}: record {number}"
-            try:
-                data = next(iterator)
-            except StopIteration:
-                return
-            except tf.errors.DataLossError:
+            if isinstance(data, tfrecord.RecordError):
                 raise errors.UserError(
                     f"{where} is cut off or corrupt; the {number} before it are good. Get the file again, and"
                     " give the same command: images that were found are kept."
-                ) from None
+                )
             yield where, parse(data, where)
             bar.update(len(data))
-            number += 1
 
 
 def _check_is_tfrecord(path: pathlib.Path) -> None:
