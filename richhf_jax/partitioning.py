@@ -1,33 +1,73 @@
-"""Where arrays live: logical axis names -> mesh axes, by rules (T5X's `PjitPartitioner`)."""
+"""Where arrays live: logical axis names -> mesh axes, by rules (T5X's `PjitPartitioner`).
 
+The mesh is replica x data x model, as T5X's is for several slices:
+
+    replica   slices, which only a slow network (DCN) joins, or groups of chips; each holds a whole state
+    data      splits the batch, and with `parameter_partitioning_dims=2` also parameters and optimizer state
+    model     splits single layers (tensor parallelism)
+
+The batch is split over replica x data.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from flax.linen import partitioning as flax_partitioning
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-LogicalAxisRules = Sequence[tuple[str, str | None]]
+from richhf_jax import errors
 
-DATA_AXIS, MODEL_AXIS = "data", "model"
+LogicalAxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+MESH_AXES = REPLICA_AXIS, DATA_AXIS, MODEL_AXIS = ("replica", "data", "model")
+_BATCH_AXES = (REPLICA_AXIS, DATA_AXIS)
 
 
-def standard_logical_axis_rules(additional_rules: LogicalAxisRules = ()) -> LogicalAxisRules:
-    """T5X's rules for data and tensor parallelism; axes of the ViT and the heads are added.
+class PartitioningError(errors.UserError):
+    """A mesh or a batch that these devices can't have."""
+
+
+def standard_logical_axis_rules(
+    parameter_partitioning_dims: int = 1, additional_rules: LogicalAxisRules = ()
+) -> LogicalAxisRules:
+    """T5X's rules, and those for the axes that the ViT and the heads add.
+
+    Of two rules for one axis, or for one mesh axis, the first that can be followed wins.
 
     Args:
+      parameter_partitioning_dims: 1: parameters and optimizer state are whole on every chip, but for tensor
+        parallelism. 2: they are split over the data axis, too ("fully sharded").
       additional_rules: (logical axis, mesh axis or None) put before the standard ones, so they win.
+
+    Raises:
+      ValueError: another number of dims.
     """
-    return (
-        *additional_rules,
-        ("batch", DATA_AXIS),
+    if parameter_partitioning_dims not in (1, 2):
+        raise ValueError(f"parameter_partitioning_dims must be 1 or 2, got {parameter_partitioning_dims}")
+    rules = [
+        ("batch", _BATCH_AXES),
         ("vocab", MODEL_AXIS),
         ("mlp", MODEL_AXIS),
         ("heads", MODEL_AXIS),
         ("joined_kv", MODEL_AXIS),
-    )
+    ]
+    if parameter_partitioning_dims == 2:
+        # A score head's first dense layer has 134 M parameters, its input 65,536 numbers an image: where
+        # the kernel is split over the data axis, the inputs go to the kernel's parts, not the kernel to all.
+        rules += [("embed", DATA_AXIS), ("dense_features", DATA_AXIS), ("dense_batch", REPLICA_AXIS)]
+    rules += [("dense_batch", _BATCH_AXES)]
+    replicated = (
+        "embed", "kv", "length", "layers", "relpos_buckets", "dense_features", "height", "width",
+        "image_channels",
+    )  # fmt: skip
+    return (*additional_rules, *rules, *((name, None) for name in replicated))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,62 +91,156 @@ def _simulate_cpu_devices(count: int) -> None:
         logging.info("jax runs already, with %d devices; %d were asked for", jax.device_count(), count)
 
 
+def _num_slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices, or GPU machines, among the devices."""
+    return len({getattr(device, "slice_index", 0) or 0 for device in devices})
+
+
+def make_mesh(
+    devices: Sequence[jax.Device],
+    num_partitions: int = 1,
+    ici_mesh_shape: Sequence[int] | None = None,
+    dcn_mesh_shape: Sequence[int] | None = None,
+) -> Mesh:
+    """Devices -> a mesh of replica x data x model, neighbours in the hardware being neighbours in the mesh.
+
+    Args:
+      devices: all of them.
+      num_partitions: devices on the model axis; each slice is a replica, and its other devices make the data
+        axis. Plays no part where the mesh's shape is given.
+      ici_mesh_shape: (replica, data, model) within a slice.
+      dcn_mesh_shape: (replica, data, model) over slices; default: each slice is a replica.
+
+    Raises:
+      PartitioningError: the devices can't be laid out so.
+    """
+    slices = _num_slices(devices)
+    if ici_mesh_shape is None:
+        data, remainder = divmod(len(devices), slices * num_partitions)
+        if remainder:
+            raise PartitioningError(
+                f"{len(devices)} devices in {slices} slice(s) can't be split into model groups of"
+                f" {num_partitions}: num_partitions must divide the {len(devices) // slices} of a slice"
+            )
+        ici_mesh_shape = (1, data, num_partitions)
+    dcn_mesh_shape = dcn_mesh_shape or (slices, 1, 1)
+    for name, shape in (("ici_mesh_shape", ici_mesh_shape), ("dcn_mesh_shape", dcn_mesh_shape)):
+        if len(shape) != len(MESH_AXES) or any(side < 1 for side in shape):
+            raise PartitioningError(f"{name} must be three numbers {MESH_AXES} above 0, got {tuple(shape)}")
+    if math.prod(ici_mesh_shape) * math.prod(dcn_mesh_shape) != len(devices):
+        raise PartitioningError(
+            f"ici_mesh_shape {tuple(ici_mesh_shape)} within a slice, times dcn_mesh_shape"
+            f" {tuple(dcn_mesh_shape)} over slices, takes"
+            f" {math.prod(ici_mesh_shape) * math.prod(dcn_mesh_shape)} devices; there are {len(devices)}"
+        )
+    if slices > 1:
+        if math.prod(dcn_mesh_shape) != slices:
+            raise PartitioningError(f"dcn_mesh_shape {tuple(dcn_mesh_shape)} doesn't fit {slices} slices")
+        grid = mesh_utils.create_hybrid_device_mesh(
+            ici_mesh_shape, dcn_mesh_shape, devices, allow_split_physical_axes=True
+        )
+    else:
+        shape = [dcn * ici for dcn, ici in zip(dcn_mesh_shape, ici_mesh_shape, strict=True)]
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES)
+
+
 class PjitPartitioner:
-    """Lays a program out over a mesh of data x model devices.
+    """Lays a program out over a mesh.
 
     Attributes:
-      mesh: all devices, axes "data" and "model".
+      mesh: all devices, axes "replica", "data" and "model".
     """
 
     def __init__(
         self,
         num_partitions: int = 1,
         logical_axis_rules: LogicalAxisRules | None = None,
+        ici_mesh_shape: Sequence[int] | None = None,
+        dcn_mesh_shape: Sequence[int] | None = None,
         num_cpu_devices: int | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Args:
-          num_partitions: devices on the model axis; the rest are data-parallel.
+          num_partitions, ici_mesh_shape, dcn_mesh_shape: see `make_mesh`.
           logical_axis_rules: default `standard_logical_axis_rules()`.
           num_cpu_devices: where there is no accelerator, simulate this many devices. Works before
             the first jax computation only.
+          devices: default all of this job's; or those of a topology that isn't there, to compile for it.
 
         Raises:
-          ValueError: the devices can't be split so.
+          PartitioningError: the devices can't be split so.
         """
-        if num_cpu_devices:
+        if num_cpu_devices and devices is None:
             _simulate_cpu_devices(num_cpu_devices)
-        devices = np.asarray(jax.devices())
-        if devices.size % num_partitions:
-            raise ValueError(f"{devices.size} devices can't be split into model groups of {num_partitions}")
-        self.mesh = Mesh(devices.reshape(-1, num_partitions), (DATA_AXIS, MODEL_AXIS))
+        devices = jax.devices() if devices is None else list(devices)
+        self.mesh = make_mesh(devices, num_partitions, ici_mesh_shape, dcn_mesh_shape)
         self.rules = standard_logical_axis_rules() if logical_axis_rules is None else logical_axis_rules
-        logging.info("mesh: %s of %s", dict(self.mesh.shape), devices.flat[0].device_kind)
+        logging.info("mesh: %s of %s", dict(self.mesh.shape), devices[0].device_kind)
+
+    @property
+    def num_data_shards(self) -> int:
+        """Parts that a batch is split into, one for each group of `num_partitions` devices."""
+        return self.mesh.shape[REPLICA_AXIS] * self.mesh.shape[DATA_AXIS]
 
     def get_data_layout(self, batch_size: int) -> DataLayout:
-        """How a batch is split over processes.
+        """How a batch is split over processes. Processes that share a model group read the same part.
 
         Raises:
-          ValueError: the batch doesn't split evenly over the data axis.
+          PartitioningError: the batch doesn't split evenly over the data-parallel devices.
         """
-        shards = self.mesh.shape[DATA_AXIS]
+        shards = self.num_data_shards
         if batch_size % shards:
-            raise ValueError(f"batch size {batch_size} doesn't split over {shards} data-parallel devices")
-        return DataLayout(batch_size, jax.process_index(), jax.process_count())
+            raise PartitioningError(
+                f"batch size {batch_size} doesn't split over {shards} data-parallel devices"
+                f" (mesh {dict(self.mesh.shape)}): take a multiple of {shards}"
+            )
+        rows: dict[int, set[int]] = {}  # process -> parts of the batch on its devices
+        for device, index in self.batch_sharding.devices_indices_map((shards,)).items():
+            rows.setdefault(device.process_index, set()).add(index[0].start or 0)
+        parts = sorted({tuple(sorted(of_process)) for of_process in rows.values()})
+        if sum(map(len, parts)) != shards or len(set(map(len, parts))) > 1:
+            raise PartitioningError(
+                f"mesh {dict(self.mesh.shape)}: the parts of a batch on {len(rows)} processes overlap without"
+                " being equal; choose num_partitions to divide a process's devices, or be a multiple of them"
+            )
+        mine = tuple(sorted(rows[jax.process_index()]))
+        return DataLayout(batch_size, parts.index(mine), len(parts))
 
     def sharding(self, logical_axes: Sequence[str | None]) -> NamedSharding:
-        """Logical axes of one array -> its sharding. A mesh axis is used once: the first axis wins."""
-        rules: dict[str, str | None] = {}
-        for name, mesh_axis in self.rules:
-            rules.setdefault(name, mesh_axis)
-        spec: list[str | None] = []
-        for name in logical_axes:
-            mesh_axis = rules.get(name)
-            spec.append(None if mesh_axis in spec else mesh_axis)
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+        """Logical axes of one array -> its sharding."""
+        spec = flax_partitioning.logical_to_mesh_axes(tuple(logical_axes), self.rules)
+        return NamedSharding(self.mesh, spec)
 
-    def state_sharding(self, axes_tree: Any) -> Any:
-        """A tree of `PartitionSpec`s of logical axis names -> a tree of shardings."""
-        return jax.tree.map(self.sharding, axes_tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    def state_sharding(self, axes_tree: Any, abstract_state: Any) -> Any:
+        """Where each array of a state lives.
+
+        Args:
+          axes_tree: a tree of `PartitionSpec`s of logical axis names.
+          abstract_state: a tree like it, of arrays or `ShapeDtypeStruct`s.
+
+        Returns:
+          A tree like it, of shardings.
+
+        Raises:
+          PartitioningError: an array doesn't split evenly.
+        """
+
+        def place(path, axes, leaf):
+            sharding = self.sharding(axes)
+            try:
+                sharding.shard_shape(leaf.shape)
+            except ValueError as error:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise PartitioningError(
+                    f"{name} of shape {leaf.shape} can't be split as {sharding.spec} over the mesh"
+                    f" {dict(self.mesh.shape)}: make that mesh axis smaller (num_partitions, ici_mesh_shape)"
+                ) from error
+            return sharding
+
+        return jax.tree_util.tree_map_with_path(
+            place, axes_tree, abstract_state, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        )
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -126,8 +260,32 @@ class PjitPartitioner:
 
     def partition(
         self, fn: Callable, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()
-    ) -> Callable:
-        """Compiles `fn` for the mesh."""
-        return jax.jit(
+    ) -> "PartitionedFn":
+        """Compiles `fn` for the mesh, at its first call."""
+        jitted = jax.jit(
             fn, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums
         )
+        return PartitionedFn(jitted, self._context)
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        """Inside, the network's constraints on activations hold."""
+        with jax.set_mesh(self.mesh), flax_partitioning.axis_rules(self.rules):
+            yield
+
+
+class PartitionedFn:
+    """A jitted function that is traced with its mesh and its rules."""
+
+    def __init__(self, jitted: Callable, context: Callable):
+        self._jitted = jitted
+        self._context = context
+
+    def __call__(self, *args):
+        with self._context():
+            return self._jitted(*args)
+
+    def lower(self, *args) -> jax.stages.Lowered:
+        """For `.compile()` ahead of time; arguments may be `ShapeDtypeStruct`s."""
+        with self._context():
+            return self._jitted.lower(*args)

@@ -52,6 +52,7 @@ class Trainer:
         self._num_microbatches = num_microbatches or 1
         root_rng = jax.random.key(random_seed, impl="unsafe_rbg" if use_hardware_rng else "threefry2x32")
         init_rng, self._dropout_rng = jax.random.split(root_rng)
+        self._batch_shapes = batch_shapes
         shapes = {name: array.shape for name, array in batch_shapes.items()}
         self._init = functools.partial(model.get_initial_variables, init_rng, shapes)
         variables = jax.eval_shape(self._init)
@@ -59,20 +60,22 @@ class Trainer:
         abstract_state = jax.eval_shape(create, variables["params"])
         params_axes = axes_by_param(variables["params_axes"])
         axes = train_state_lib.logical_axes(model.optimizer_def, params_axes, abstract_state)
-        self._state_sharding = partitioner.state_sharding(axes)
+        self._state_sharding = partitioner.state_sharding(axes, abstract_state)
         self.abstract_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract_state,
             self._state_sharding,
         )
         state, batch, everywhere = self._state_sharding, partitioner.batch_sharding, partitioner.replicated
-        self._train_step = partitioner.partition(
-            self._train, (state, batch), (state, everywhere), donate_argnums=(0,)
-        )
-        self._eval_step = partitioner.partition(
-            lambda params, batch: model.eval_fn(params, batch)[1], (state.params, batch), everywhere
-        )
-        self._predict_step = partitioner.partition(model.predict_batch, (state.params, batch), everywhere)
+        self._steps = {
+            "train": partitioner.partition(
+                self._train, (state, batch), (state, everywhere), donate_argnums=(0,)
+            ),
+            "eval": partitioner.partition(
+                lambda params, batch: model.eval_fn(params, batch)[1], (state.params, batch), everywhere
+            ),
+            "predict": partitioner.partition(model.predict_batch, (state.params, batch), everywhere),
+        }
 
     def init_state(self, given: Mapping[tuple[str, ...], jax.Array] | None = None) -> TrainState:
         """A state at step 0, made where it lives.
@@ -95,15 +98,27 @@ class Trainer:
 
     def train_step(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[TrainState, Metrics]:
         """One step. `state` is donated: don't use it again."""
-        return self._train_step(state, self._partitioner.shard_batch(batch))
+        return self._steps["train"](state, self._partitioner.shard_batch(batch))
 
     def evaluate(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """Metrics over all batches."""
-        return summarize([self._eval_step(params, self._partitioner.shard_batch(batch)) for batch in batches])
+        return summarize(
+            [self._steps["eval"](params, self._partitioner.shard_batch(batch)) for batch in batches]
+        )
 
     def predict(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Predictions for a batch; see the model's `predict_batch`."""
-        return self._predict_step(params, self._partitioner.shard_batch(batch))
+        return self._steps["predict"](params, self._partitioner.shard_batch(batch))
+
+    def lower(self, step: str) -> jax.stages.Lowered:
+        """A step, "train", "eval" or "predict", for ahead-of-time compilation: nothing is computed."""
+        sharding = self._partitioner.batch_sharding
+        batch = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+            for name, array in self._batch_shapes.items()
+        }
+        state = self.abstract_state if step == "train" else self.abstract_state.params
+        return self._steps[step].lower(state, batch)
 
     def _train(self, state: TrainState, batch: models.Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = self._gradients(state.params, batch, state.step)

@@ -8,8 +8,8 @@ from richhf_jax import partitioning
 
 def test_batches_are_split_and_other_axes_follow_the_rules():
     partitioner = partitioning.PjitPartitioner()
-    assert partitioner.mesh.shape == {"data": 2, "model": 1}
-    assert partitioner.sharding(("batch", "length")).spec == PartitionSpec("data", None)
+    assert partitioner.mesh.shape == {"replica": 1, "data": 2, "model": 1}
+    assert partitioner.sharding(("batch", "length")).spec == PartitionSpec(("replica", "data"), None)
     assert partitioner.sharding(("embed", "mlp")).spec == PartitionSpec(None, "model")
 
 
