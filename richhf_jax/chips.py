@@ -25,12 +25,11 @@ class ChipSpec:
     ici_bandwidth: float
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "Peak compute per chip (bf16)", HBM, and half of the
-# "bidirectional inter-chip interconnect bandwidth". jax sees each of TPU7x's two TensorCores as a device
-# with its half of the chip's memory.
-# GPUs: NVIDIA's data sheets of each product: "BFLOAT16 Tensor Core" without sparsity (sheets print it with:
-# twice as much from H100 on), "GPU memory", and half of the NVLink (or PCIe) bandwidth, which is given for both
-# directions.
+# TPUs: docs.cloud.google.com/tpu/docs/<name>: peak compute per chip (bf16), HBM, and half of the
+# bidirectional inter-chip interconnect bandwidth. jax sees each of TPU7x's two TensorCores as a device,
+# with half of the chip's memory.
+# GPUs: NVIDIA's data sheet of each: BFLOAT16 Tensor Core without sparsity (which doubles it), GPU memory,
+# and half of the NVLink or PCIe bandwidth, which is given for both directions together.
 _SPECS = {
     "TPU v4": ChipSpec("TPU v4", 275e12, 32 * _GIB, 1200e9, 300e9),
     "TPU v5 lite": ChipSpec("TPU v5e", 197e12, 16 * _GIB, 819e9, 200e9),

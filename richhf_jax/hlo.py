@@ -1,0 +1,214 @@
+"""XLA's text of a program: its computations and instructions, and what one instruction computes.
+
+A shape is text as XLA writes it: `f32[2,3]{1,0}`, or `(f32[2,3]{1,0}, s32[])` for a tuple.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# `  ROOT %add.1 = f32[2,3]{1,0} add(%x, %y), metadata=...`: ROOT, name, shape, opcode, the rest.
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+# `%fused (x: f32[2]) -> f32[2] {`, `ENTRY main.5 {`
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
+_OPERAND = re.compile(r"%?([\w.\-]+)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_BITS = re.compile(r"[a-z]+(\d+)")
+_MEMORY_SPACE = re.compile(r"S\((\d+)\)")
+
+_ELEMENTWISE = {
+    "abs", "add", "and", "bitcast-convert", "ceil", "clamp", "compare", "complex", "convert",
+    "count-leading-zeros", "divide", "floor", "imag", "is-finite", "maximum", "minimum", "multiply",
+    "negate", "not", "or", "popcnt", "real", "reduce-precision", "remainder", "round-nearest-afz",
+    "round-nearest-even", "select", "shift-left", "shift-right-arithmetic", "shift-right-logical", "sign",
+    "stochastic-convert", "subtract", "xor",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line.
+
+    Attributes:
+      name, shape, opcode: `%name = shape opcode(...)`
+      operands: names in the same computation.
+      rest: the text from the operands on.
+      is_root: whether it is the computation's result.
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    is_root: bool
+
+    def attribute(self, name: str) -> str:
+        """Of `name=value` or `name=%value` the value, of `name={values}` these; "" where there is none."""
+        found = re.search(rf"\b{name}=(?:%?([^\s,{{]+)|{{([^}}]*)}})", self.rest)
+        return (found[1] or found[2] or "") if found else ""
+
+    @property
+    def number(self) -> int:
+        """Of a parameter: which one."""
+        return int(self.rest[: self.rest.find(")")])
+
+
+Computation = dict[str, Instruction]
+
+
+class Array(NamedTuple):
+    """One array of a shape.
+
+    Attributes:
+      dims: sizes.
+      bytes: of all elements.
+      in_main_memory: of the device; else on a TPU's chip (`S(1)` in the layout), or in the host's memory.
+    """
+
+    dims: tuple[int, ...]
+    bytes: int
+    in_main_memory: bool
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """A module's computations by name, and the entry's name.
+
+    Raises:
+      ValueError: the text is no HLO module.
+    """
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is not None and (found := _INSTRUCTION.match(line)):
+            root, name, shape, opcode, rest = found.groups()
+            current[name] = Instruction(name, shape, opcode, _operands(opcode, rest), rest, bool(root))
+        elif line.endswith("{") and (found := _COMPUTATION.match(line)):
+            current = computations.setdefault(found[2], {})
+            entry = found[2] if found[1] else entry
+        elif line == "}":
+            current = None
+    if not entry:
+        raise ValueError("no HLO module: no line begins with ENTRY")
+    return computations, entry
+
+
+def root(computation: Computation) -> Instruction:
+    """The result."""
+    return next(instruction for instruction in computation.values() if instruction.is_root)
+
+
+def _operands(opcode: str, rest: str) -> tuple[str, ...]:
+    if opcode in ("constant", "parameter"):  # A value or a number, no name.
+        return ()
+    inside = rest[: rest.find(")")]
+    return tuple(found[1] for part in inside.split(", ") if (found := _OPERAND.search(part)))
+
+
+@functools.cache
+def arrays(shape: str) -> tuple[Array, ...]:
+    """The array, or all arrays of a tuple."""
+    found = []
+    for dtype, sides, layout in _ARRAY.findall(shape):
+        dims = tuple(int(side.lstrip("<=")) for side in sides.split(",") if side)
+        bits = _BITS.match(dtype)
+        width = int(bits[1]) if bits else {"pred": 8}.get(dtype, 0)
+        space = _MEMORY_SPACE.search(layout)
+        in_main_memory = space is None or space[1] == "0"
+        found.append(Array(dims, math.prod(dims) * width // 8, in_main_memory))
+    return tuple(found)
+
+
+def size(shape: str) -> int:
+    """Bytes."""
+    return sum(array.bytes for array in arrays(shape))
+
+
+def main_memory_size(shape: str) -> int:
+    """Bytes in the device's main memory."""
+    return sum(array.bytes for array in arrays(shape) if array.in_main_memory)
+
+
+def elements(shape: str) -> int:
+    """Of the first array, where there are several."""
+    return math.prod(arrays(shape)[0].dims)
+
+
+def flops(instruction: Instruction, operands: Sequence[str]) -> float:
+    """FLOPs of an instruction, but for what it calls; by the rules of XLA's `HloCostAnalysis`.
+
+    Args:
+      operands: their shapes.
+    """
+    opcode, shape = instruction.opcode, instruction.shape
+    if opcode in _ELEMENTWISE:
+        return elements(shape)
+    if opcode == "dot":
+        dims = arrays(operands[0])[0].dims
+        contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
+        return 2 * elements(shape) * math.prod(dims[int(i)] for i in contracted)
+    if opcode == "convolution":
+        return _convolution_flops(instruction, *operands[:2])
+    if opcode == "sort":
+        count = elements(operands[0])
+        return count * math.ceil(math.log2(max(count, 2)))
+    if opcode in ("all-reduce", "all-reduce-start"):
+        return sum(map(elements, operands))
+    return 0
+
+
+def window_size(instruction: Instruction) -> int:
+    """Elements of a window."""
+    return math.prod(side.size for side in _window(instruction))
+
+
+class _Side(NamedTuple):
+    """A window in one dimension."""
+
+    size: int
+    stride: int
+    pad: int  # before the first element; negative: so many of these are left out
+    lhs_dilate: int  # distance of the input's elements, with zeros between
+    rhs_dilate: int  # likewise of the kernel's
+
+
+def _window(instruction: Instruction) -> list[_Side]:
+    """`window={size=3x3 stride=2x2 pad=0_1x0_1}`, where what isn't written is 1, or 0 for padding."""
+    fields = dict(part.split("=") for part in instruction.attribute("window").split())
+    if "size" not in fields:
+        return []
+    count = fields["size"].count("x") + 1
+    columns = []
+    for name in _Side._fields:
+        default = "x".join(["0_0" if name == "pad" else "1"] * count)
+        columns.append([int(value.split("_")[0]) for value in fields.get(name, default).split("x")])
+    return [_Side(*values) for values in zip(*columns, strict=True)]
+
+
+def _convolution_flops(instruction: Instruction, input_shape: str, kernel_shape: str) -> float:
+    """2 for each pair of numbers of kernel and input that meet: none with padding or with dilation's gaps."""
+    labels = re.split("_|->", instruction.attribute("dim_labels"))  # of `b01f_01io->b01f`
+    shapes = (input_shape, kernel_shape, instruction.shape)
+    inputs, kernel, outputs = (
+        dict(zip(names, arrays(shape)[0].dims, strict=True))
+        for names, shape in zip(labels, shapes, strict=True)
+    )
+    meetings = math.prod(
+        _meetings(inputs[str(i)], outputs[str(i)], side) for i, side in enumerate(_window(instruction))
+    )
+    batch_groups = int(instruction.attribute("batch_group_count") or 1)
+    # The kernel's "i" counts the features of one group already.
+    return 2 * meetings * kernel["i"] * kernel["o"] * (inputs["b"] // batch_groups)
+
+
+@functools.cache
+def _meetings(input_size: int, output_size: int, side: _Side) -> int:
+    """Pairs of a place in the output and one in the kernel that meet an element of the input."""
+    places = np.arange(output_size)[:, None] * side.stride + np.arange(side.size) * side.rhs_dilate - side.pad
+    inside = (places >= 0) & (places <= (input_size - 1) * side.lhs_dilate)
+    return int(np.sum(inside & (places % side.lhs_dilate == 0)))
