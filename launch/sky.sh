@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Training as a managed job of SkyPilot (https://docs.skypilot.co), on TPUs or GPUs.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  cat <<'USAGE'
+Usage: bash launch/sky.sh --accelerators=TYPE[:COUNT] [OPTIONS] TRAINING ARGUMENTS...
+
+Gives the version to SkyPilot as a managed job. SkyPilot finds machines, installs it there, trains, and starts again on
+others when they are preempted; training continues from the newest checkpoint. Needs sky (pip install 'skypilot[gcp]'),
+with a cloud set up.
+
+  --accelerators TYPE[:COUNT]
+                     tpu-v5litepod-16, tpu-v6e-8, ... or H100:8, A100-80GB:8, L4:1, ...: of each machine
+  --num-nodes N      machines with GPUs (default: 1); a TPU slice is one, whatever its number of hosts
+  --infra PLACE      for example gcp/us-central1 (default: for TPUs gcp, for GPUs where it is cheapest)
+  --no-spot          on demand (default: preemptible machines)
+  --name NAME        of the job (default: richhf-jax)
+USAGE
+}
+
+option+=([accelerators]="" [num-nodes]=1 [infra]="" [no-spot]=no [name]=richhf-jax)
+parse_arguments "$@"
+need_options accelerators
+pin_version
+check_training
+
+accelerators=${option[accelerators]}
+changes=(-e "s/^  accelerators: .*/  accelerators: $accelerators/")
+if [[ $accelerators == tpu-* ]]; then
+  task=tpu.yaml
+  type=${accelerators#tpu-}
+  type=${type%:1}
+  add_partitioning "$(tpu_partitioning "$type")"
+  changes+=(-e "s/^    runtime_version: .*/    runtime_version: $(tpu_runtime "$type")/")
+  ((${option[num-nodes]} == 1)) || die "SkyPilot joins no TPU slices: take tpu_vm.sh or xpk.sh"
+else
+  task=gpu.yaml
+  count=1
+  if [[ $accelerators == *:* ]]; then count=${accelerators#*:}; fi
+  add_partitioning "$(gpu_partitioning "${option[num-nodes]}" "$count")"
+fi
+
+flags=(--name="${option[name]}" --num-nodes="${option[num-nodes]}")
+if [[ -n ${option[infra]} ]]; then flags+=(--infra="${option[infra]}"); fi
+if [[ ${option[no-spot]} == yes ]]; then flags+=(--no-use-spot); fi
+
+build=$root/build
+unpack_version "$build"
+run sed -i "${changes[@]}" "$build/$version/launch/sky/$task"
+run sky jobs launch --yes "${flags[@]}" --workdir="$build/$version" \
+  --env="TRAINING_ARGUMENTS=$(quoted "${training[@]}")" "$build/$version/launch/sky/$task"
