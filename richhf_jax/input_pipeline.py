@@ -22,7 +22,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from richhf_jax import datasets, errors, preprocessors
+from richhf_jax import datasets, errors, feedback, preprocessors
 from richhf_jax.datasets import records
 from richhf_jax.feature_converters import RahfFeatureConverter
 
@@ -76,24 +76,26 @@ def get_dataset(
       errors.UserError: a task's data isn't built, or it lacks the split; the batch doesn't split evenly over
         the hosts; a rate is too small.
     """
-    positions = _host_positions(cfg.batch_size, shard_info, start_step)
-    provider = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
-    tasks = seqio.get_subtasks(provider)
-    quotas = _quotas(provider, tasks)
-    schedule = positions.map(functools.partial(_schedule, quotas=quotas, seed=cfg.seed))
     converter = feature_converter_cls()
-    streams = []
-    for number, task in enumerate(tasks):
-        ks = positions  # A single task has them all.
-        if len(tasks) > 1:
-            ks = schedule.filter(lambda chosen, _, number=number: chosen == number).map(lambda _, k: k)
-        examples = _examples(task, cfg, _Records(task, cfg.split), ks)
-        streams.append(converter(examples, cfg.task_feature_lengths))
-    dataset = streams[0]
-    if len(tasks) > 1:
-        dataset = tf.data.Dataset.choose_from_datasets(streams, schedule.map(lambda chosen, _: chosen))
+    positions = _host_positions(cfg.batch_size, shard_info, start_step)
+    dataset = _stream(cfg, positions, lambda _, examples: converter(examples, cfg.task_feature_lengths))
     dataset = dataset.batch(cfg.batch_size // shard_info.num_shards, drop_remainder=True)
     return _deterministic(dataset.prefetch(2))
+
+
+def example_names(cfg: DatasetConfig, batch: int) -> list[str]:
+    """Which examples the batch of this number has (from 0), those of all hosts: '<task>: <file name>'.
+
+    Raises:
+      errors.UserError: as `get_dataset`.
+    """
+    positions = tf.data.Dataset.range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size)
+
+    def names(task, examples):
+        return examples.map(lambda example: task.name + ": " + example[feedback.FILENAME_FIELD])
+
+    dataset = _stream(cfg, positions, names)
+    return [name.decode() for name in _deterministic(dataset).as_numpy_iterator()]
 
 
 def batch_shapes(
@@ -204,6 +206,27 @@ def evaluation_batches(
         real = len(features["image"])
         rows = [{name: value[row] for name, value in examples.items()} for row in range(real)]
         yield rows, {name: _pad(value, size) for name, value in features.items()}
+
+
+def _stream(
+    cfg: DatasetConfig,
+    positions: tf.data.Dataset,
+    convert: Callable[[seqio.Task, tf.data.Dataset], tf.data.Dataset],
+) -> tf.data.Dataset:
+    """The examples at these global positions, of the task or the mixture's tasks, converted task by task."""
+    provider = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
+    tasks = seqio.get_subtasks(provider)
+    quotas = _quotas(provider, tasks)
+    schedule = positions.map(functools.partial(_schedule, quotas=quotas, seed=cfg.seed))
+    streams = []
+    for number, task in enumerate(tasks):
+        ks = positions  # A single task has them all.
+        if len(tasks) > 1:
+            ks = schedule.filter(lambda chosen, _, number=number: chosen == number).map(lambda _, k: k)
+        streams.append(convert(task, _examples(task, cfg, _Records(task, cfg.split), ks)))
+    if len(tasks) == 1:
+        return streams[0]
+    return tf.data.Dataset.choose_from_datasets(streams, schedule.map(lambda chosen, _: chosen))
 
 
 def _deterministic(dataset: tf.data.Dataset) -> tf.data.Dataset:

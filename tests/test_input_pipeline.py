@@ -247,3 +247,17 @@ def test_program_ends_while_data_is_read_ahead(synthetic_data_dir):
         "next(batches)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("name", [TASK, "synthetic_pretrain"])
+def test_names_of_a_batchs_examples(name):
+    cfg = config(name, batch_size=6)
+    names = input_pipeline.example_names(cfg, 4)
+    tasks, files = zip(*(line.split(": ") for line in names), strict=True)
+    # Each file's picture is the one at this place of the batch.
+    pictures = {}
+    for task in set(tasks):
+        for examples, features in input_pipeline.evaluation_batches(config(task, batch_size=1), ONE_HOST):
+            pictures[task, examples[0][feedback.FILENAME_FIELD].decode()] = ids([features])[0]
+    batch = take(cfg, 1, start_step=4)
+    assert [pictures[key] for key in zip(tasks, files, strict=True)] == ids(batch)
