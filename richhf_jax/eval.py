@@ -7,10 +7,8 @@ MODEL_DIR/inference_eval/<task>/<split>/<step>, and prints the paper's tables.
 """
 
 import dataclasses
-import glob
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 import tqdm
+from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
@@ -69,6 +68,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Predicts a whole split and measures it, next to baselines.
 
+    Several processes predict together; process 0 does all the rest.
+
     Args:
       model: as it was trained.
       checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest is meant.
@@ -83,31 +84,34 @@ def evaluate(
       title: the model's name in the report.
 
     Returns:
-      The model's metrics, as in metrics.json.
+      The model's metrics, as in metrics.json; nothing in another process than 0.
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model.
     """
     loop, params, step = _load(model, checkpoint_path, dataset_cfg, partitioner)
-    images, targets, predictions = _predict_split(loop, params, dataset_cfg, constrained_keywords)
+    images, targets, predictions = _predict_split(
+        loop, params, dataset_cfg, constrained_keywords, partitioner.batch_sharding
+    )
+    if jax.process_index() > 0:
+        return {}
     systems = [(title, predictions), *(fn(dataset_cfg, images, targets) for fn in baseline_fns)]
     task = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
     rows = [report.Row(name, _measure(task, targets, answers)) for name, answers in systems]
-    directory = os.path.join(
-        output_dir, "inference_eval", dataset_cfg.mixture_or_task_name, dataset_cfg.split, str(step)
-    )
-    os.makedirs(directory, exist_ok=True)
-    _write_json(os.path.join(directory, "metrics.json"), rows[0].metrics)
-    _write_json(os.path.join(directory, "baselines.json"), {row.name: row.metrics for row in rows[1:]})
-    with open(os.path.join(directory, "predictions.jsonl"), "w") as file:
-        file.writelines(json.dumps(prediction.to_dict()) + "\n" for prediction in predictions)
+    place = ("inference_eval", dataset_cfg.mixture_or_task_name, dataset_cfg.split, str(step))
+    directory = epath.Path(output_dir).joinpath(*place)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "metrics.json", rows[0].metrics)
+    _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
+    lines = [json.dumps(prediction.to_dict()) + "\n" for prediction in predictions]
+    (directory / "predictions.jsonl").write_text("".join(lines))
     gallery = [
         report.GalleryItem(*item)
         for item in itertools.islice(zip(images, targets, predictions, strict=True), gallery_size)
     ]
     curves = {stage: _read_curves(path) for stage, path in (curve_dirs or {}).items() if path}
     details = {"task": task.name, "split": dataset_cfg.split, "step": step, "images": len(targets)}
-    report.write_report(os.path.join(directory, "report.html"), title, rows, curves, gallery, details)
+    report.write_report(directory / "report.html", title, rows, curves, gallery, details)
     print(report.format_tables(rows))
     print(f"\nresults in {directory}")
     return rows[0].metrics
@@ -123,14 +127,22 @@ def _load(model, checkpoint_path, cfg, partitioner) -> tuple[trainer.Trainer, An
 
 
 def _predict_split(
-    loop: trainer.Trainer, params: Any, cfg: input_pipeline.DatasetConfig, constrained_keywords: bool
+    loop: trainer.Trainer,
+    params: Any,
+    cfg: input_pipeline.DatasetConfig,
+    constrained_keywords: bool,
+    batch_sharding: jax.sharding.Sharding,
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
-    """Images, targets and predictions of every example, in the data's order."""
+    """Images, targets and predictions of every example, in the data's order; none but in process 0."""
     vocabulary = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features["targets"].vocabulary
     images, targets, predictions = [], [], []
     cut = 0
+    # Every process reads all, so that process 0 has what the predictions are of.
     batches = input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))
-    for examples, batch in tqdm.tqdm(batches, desc="predicting", unit=" batches", mininterval=1):
+    silent = jax.process_index() > 0
+    for examples, batch in tqdm.tqdm(
+        batches, desc="predicting", unit=" batches", mininterval=1, disable=silent
+    ):
         prompts = [example[feedback.PROMPT_FIELD].decode() for example in examples]
         texts = []
         if constrained_keywords:
@@ -142,7 +154,9 @@ def _predict_split(
             ]
             # [rows, texts, 2, positions], of one text
             batch["keyword_text"] = np.stack([text.text for text in texts])[:, None]
-        outputs = jax.device_get(loop.predict(params, batch))
+        outputs = jax.device_get(loop.predict(params, _own_rows(batch, batch_sharding)))
+        if silent:
+            continue
         for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
             if texts:
                 decisions = (outputs[name][i, 0] for name in ("keyword_log_odds", "keyword_marked"))
@@ -162,6 +176,14 @@ def _predict_split(
     return images, targets, predictions
 
 
+def _own_rows(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, np.ndarray]:
+    """The rows of a whole batch that this process's devices take, in the batch's order."""
+    rows = len(batch["image"])
+    parts = {index[0].indices(rows) for index in sharding.addressable_devices_indices_map((rows,)).values()}
+    own = np.concatenate([np.arange(*part) for part in sorted(parts)])
+    return {name: value[own] for name, value in batch.items()}
+
+
 def _measure(task, targets, predictions) -> dict[str, float]:
     results: dict[str, float] = {}
     for metric_fn in task.metric_fns:
@@ -172,10 +194,10 @@ def _measure(task, targets, predictions) -> dict[str, float]:
 def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
     """Loss curves of a MODEL_DIR: "<train or validation> <loss>" -> (step, value) points."""
     curves = {}
-    places = {"train": "train", "validation": os.path.join("training_eval", "*")}
+    places = {"train": "train", "validation": "training_eval/*"}
     for name, place in places.items():
-        for directory in glob.glob(os.path.join(model_dir, place)):
-            events = event_accumulator.EventAccumulator(directory, size_guidance={"tensors": 0}).Reload()
+        for directory in epath.Path(model_dir).glob(place):
+            events = event_accumulator.EventAccumulator(str(directory), size_guidance={"tensors": 0}).Reload()
             for tag in events.Tags()["tensors"]:
                 if tag.startswith("loss"):
                     points = events.Tensors(tag)
@@ -185,9 +207,8 @@ def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def _write_json(path: str, content: Mapping[str, Any]) -> None:
-    with open(path, "w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
+def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,31 @@ _TFDS_DATA_DIR = flags.DEFINE_string(
     "tfds_data_dir", None, "Where TFDS data sets are; overrides the `tfds_data_dir` of every task."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved configuration and stop.")
+# Several processes (T5X's flags); see `multihost.session`.
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where jax doesn't find it out by itself."
+)
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.", lower_bound=1)
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which process this is, from 0.", lower_bound=0)
+_MULTIPROCESS_GPU = flags.DEFINE_bool(
+    "multiprocess_gpu",
+    None,
+    "Whether this is one process of several (also on a CPU or TPU). By default it is with"
+    " --coordinator_address, and where the environment says so: TPU pods, SLURM, Open MPI.",
+)
+_INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+    "initialization_timeout", 300, "Seconds that the processes wait for each other at the start."
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout_seconds", 100, "Seconds after which a process that is silent counts as lost."
+)
 # Those that say what the model is, and all.
 MODEL_FLAGS = (_GIN_FILE, _GIN_BINDINGS, _GIN_SEARCH_PATHS)
-_FLAGS = (*MODEL_FLAGS, _TFDS_DATA_DIR, _DRY_RUN)
+_PROCESS_FLAGS = (
+    *(_COORDINATOR_ADDRESS, _PROCESS_COUNT, _PROCESS_INDEX),
+    *(_MULTIPROCESS_GPU, _INITIALIZATION_TIMEOUT, _HEARTBEAT_TIMEOUT),
+)
+_FLAGS = (*MODEL_FLAGS, _TFDS_DATA_DIR, _DRY_RUN, *_PROCESS_FLAGS)
 
 _BARE_STRING = re.compile(r"[A-Za-z~./][\w~./:+-]*")
 _GIN_ERRORS = (ValueError, SyntaxError, NameError, AttributeError, OSError, ModuleNotFoundError)
@@ -246,16 +268,20 @@ def _configure_and_call(main: Callable[..., Any]) -> None:
     if _DRY_RUN.value:
         print(gin.config_str())
         return
+    # These take seconds, so not for --help and --dry_run.
     if _TFDS_DATA_DIR.value:
-        import seqio  # Takes seconds, so not for --help and --dry_run.
+        import seqio
 
         seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
-    try:
-        configured()
-    except RuntimeError as error:
-        if not str(error).startswith("Required bindings for"):
-            raise
-        raise errors.UserError(str(error)) from error
+    from richhf_jax import multihost
+
+    with multihost.session(*(flag.value for flag in _PROCESS_FLAGS)):
+        try:
+            configured()
+        except RuntimeError as error:
+            if not str(error).startswith("Required bindings for"):
+                raise
+            raise errors.UserError(str(error)) from error
 
 
 def _register(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import seqio
 
 import tasks  # noqa: F401 (registers them)
 from richhf_jax import eval as eval_script
-from richhf_jax import feedback, input_pipeline
+from richhf_jax import feedback, input_pipeline, partitioning
 
 CONFIG = input_pipeline.DatasetConfig(
     "synthetic_rich_hf_multi_head",
@@ -48,7 +49,7 @@ def evaluate(tmp_path, monkeypatch, synthetic_data_dir):
             checkpoint_path="",
             output_dir=str(tmp_path),
             dataset_cfg=CONFIG,
-            partitioner=None,
+            partitioner=partitioning.PjitPartitioner(devices=jax.devices()[:1]),
             **kwargs,
         )
         (path,) = tmp_path.rglob("7/predictions.jsonl")
