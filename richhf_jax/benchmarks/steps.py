@@ -1,0 +1,339 @@
+"""Measures the model's train step and predict step on this machine's devices.
+
+A step is taken with random images and tokens from the host's memory, of the preset's image size, until the
+devices are done. Training: AdamW with its state in float32; the augmented prompt has 4 prompts an image (1
+heatmap, 2 scores, 1 text). Prediction: all seven outputs, the text decoded greedily to its full length; the
+augmented prompt has 7 prompts an image. What is computed in bfloat16 is the preset's choice.
+
+With --torch the same model in PyTorch (torch.compile, autocast, fused AdamW) takes its steps in turn with
+ours, on one device. Look at the ratio: both ran in the same minutes.
+
+Model FLOPs are those of one forward pass with teacher forcing, three times as many for training;
+recomputation doesn't count. Utilisation is their share of what the data sheets of the devices promise for
+bfloat16. Peak memory of ours is what XLA reserves on a device for the program with its arguments, that of
+PyTorch what its tensors had at once.
+
+Other settings of the model by gin: --gin.REMAT_POLICY=minimal, --gin.SCAN_LAYERS=True, ...
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# By default jax takes most of a GPU's memory at its start; PyTorch needs some, too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import gin
+import jax
+import numpy as np
+import tqdm
+from flax import traverse_util
+
+from richhf_jax import chips, errors, feedback, gin_utils, models, partitioning, program, trainer
+from richhf_jax.network import rahf
+
+# Tokens of a prompt and of a text, as in gin/experiments/rich_hf_18k.gin.
+PROMPT_LENGTH = TARGET_LENGTH = 64
+ALL = rahf.Slots(len(feedback.HEATMAPS), len(feedback.SCORES), 1)
+# A training example of the augmented prompt; as in gin/experiments/rich_hf_18k_augmented_prompt.gin.
+TRAIN_SLOTS = {"multi_head": ALL, "augmented_prompt": rahf.Slots(1, 2, 1)}
+STEPS = ("train", "predict")
+# Steps that one takes before it is the other's turn; the first of a turn isn't counted.
+TURN = 5
+
+Batch = Mapping[str, np.ndarray]
+
+
+def make_model(preset: str, variant: str, bindings: Sequence[str] = ()) -> models.RahfModel:
+    """The model of a gin file, with losses that weigh 1 and texts that never end before their full length.
+
+    Raises:
+      errors.UserError: see `gin_utils.parse_gin_flags`.
+    """
+    gin.clear_config()
+    files = [preset, f"variants/{variant}.gin"]
+    never_ends = "richhf_jax.models.RahfModel.eos_id = -1"
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, [*bindings, never_ends])
+    return gin_utils.macro("MODEL")
+
+
+def random_batch(module: rahf.Rahf, slots: rahf.Slots, batch_size: int) -> Batch:
+    """A batch as of the feature converter: no padding, a label in every slot."""
+    rng = np.random.default_rng(0)
+    height, width = (side * module.vit_config.patch_size for side in module.vit_config.grid)
+
+    def tokens(*shape):
+        return rng.integers(2, module.t5_config.vocab_size, (batch_size, *shape), dtype=np.int32)
+
+    def pixels(*shape):
+        return rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8)
+
+    targets = tokens(slots.texts, TARGET_LENGTH)
+    return {
+        "image": pixels(height, width, 3),
+        "encoder_input_tokens": tokens(module.num_prompts(slots), PROMPT_LENGTH),
+        "heatmap_targets": pixels(slots.heatmaps, height, width),
+        "heatmap_weights": np.ones((batch_size, slots.heatmaps), np.float32),
+        "score_targets": rng.random((batch_size, slots.scores), np.float32),
+        "score_weights": np.ones((batch_size, slots.scores), np.float32),
+        "decoder_input_tokens": np.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0))),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": np.ones(targets.shape, np.float32),
+    }
+
+
+def _random_params(shapes: Any) -> dict[tuple[str, ...], jax.Array]:
+    """Parameters by name, of standard deviation 1 / sqrt(fan-in); biases and scales are 1."""
+    rng = np.random.default_rng(0)
+
+    def value(leaf):
+        if len(leaf.shape) == 1:
+            array = np.ones(leaf.shape, np.float32)
+        else:
+            array = rng.standard_normal(leaf.shape, np.float32) / math.prod(leaf.shape[:-1]) ** 0.5
+        return jax.device_put(array, leaf.sharding)
+
+    return {name: value(leaf) for name, leaf in traverse_util.flatten_dict(shapes).items()}
+
+
+class OurSteps:
+    """Our steps, as the trainer compiles them.
+
+    Attributes:
+      devices: that share a batch.
+      flops_per_image: the model's, of the step prepared last.
+    """
+
+    def __init__(self, model: models.RahfModel, devices: Sequence[jax.Device]):
+        self._model = model
+        self._partitioner = partitioning.PjitPartitioner(devices=devices)
+        self._state = None
+        self._step = self._compiled = None
+        self.devices = devices
+        self.flops_per_image = 0.0
+
+    def prepare(self, step: str, batch: Batch) -> None:
+        """Compiles what `run` runs, "train" or "predict", and counts the model's FLOPs.
+
+        Raises:
+          errors.UserError: the batch doesn't split over the devices.
+        """
+        batch_size = batch["image"].shape[0]
+        self._partitioner.get_data_layout(batch_size)
+        shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+        loop = trainer.Trainer(self._model, self._partitioner, shapes)
+        if self._state is None:
+            # Not the network's own initialisers: they take minutes to compile on a CPU.
+            self._state = loop.init_state(_random_params(loop.abstract_state.params))
+        self._step, self._compiled = step, loop.lower(step).compile()
+        forward = program.analyze(loop.lower("eval").as_text(dialect="hlo")).flops
+        self.flops_per_image = forward * (3 if step == "train" else 1) / batch_size
+
+    def run(self, batch: Batch) -> None:
+        """One step, from the batch in the host's memory until the devices are done."""
+        arrays = self._partitioner.shard_batch(batch)
+        if self._step == "train":
+            self._state, metrics = self._compiled(self._state, arrays)
+            jax.block_until_ready((self._state, metrics))
+        else:
+            jax.block_until_ready(self._compiled(self._state.params, arrays))
+
+    def peak_bytes(self) -> int:
+        """What the program takes on a device: arguments, results and temporaries."""
+        memory = self._compiled.memory_analysis()
+        # A donated argument and its result are the same bytes.
+        return (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+
+
+def measure(contenders: Mapping[str, Any], batch: Batch, count: int, label: str) -> dict[str, list[float]]:
+    """Seconds of `count` steps of each contender, in turns of `TURN`."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with tqdm.tqdm(total=count, desc=label, disable=not sys.stderr.isatty()) as progress:
+        while progress.n < count:
+            turn = min(TURN, count - progress.n)
+            for name, contender in contenders.items():
+                contender.run(batch)
+                for _ in range(turn):
+                    start = time.perf_counter()
+                    contender.run(batch)
+                    seconds[name].append(time.perf_counter() - start)
+            progress.update(turn)
+    return seconds
+
+
+def figures(
+    seconds: Mapping[str, list[float]], contenders: Mapping[str, Any], batch_size: int, flops: float
+) -> dict[str, Any]:
+    """What was measured of one step.
+
+    Args:
+      seconds: of each contender's steps.
+      contenders: by the same names, "jax" and perhaps "torch".
+      batch_size: images a step.
+      flops: the model's, an image.
+
+    Returns:
+      "batch_size", "model_flops_per_image"; for each contender "images_per_second" by the median step, the
+      "step_seconds", "peak_bytes" and "mfu", None where it isn't known; and with both the "ratio" of images a
+      second, jax / torch.
+    """
+    devices = contenders["jax"].devices
+    chip = chips.spec(devices[0].device_kind)
+    result: dict[str, Any] = {"batch_size": batch_size, "model_flops_per_image": flops}
+    for name, contender in contenders.items():
+        median = statistics.median(seconds[name])
+        rate = batch_size / median
+        result[name] = {
+            "images_per_second": rate,
+            "mfu": rate * flops / (chip.peak_flops * len(devices)) if chip else None,
+            "peak_bytes": contender.peak_bytes(),
+            "step_seconds": {"median": median, "min": min(seconds[name]), "max": max(seconds[name])},
+        }
+    if "torch" in result:
+        result["ratio"] = result["jax"]["images_per_second"] / result["torch"]["images_per_second"]
+    return result
+
+
+def measure_variant(
+    model: models.RahfModel, batch_size: int, count: int, with_torch: bool
+) -> list[dict[str, Any]]:
+    """The figures of both steps.
+
+    Raises:
+      errors.UserError: the batch doesn't fit the devices or their memory; there is no PyTorch, or it has no
+        such model.
+    """
+    module = model.module
+    ours = OurSteps(model, jax.local_devices()[:1] if with_torch else jax.local_devices())
+    contenders = {"jax": ours}
+    if with_torch:
+        contenders["torch"] = _torch_steps(module)
+    rows = []
+    for step in STEPS:
+        slots = TRAIN_SLOTS[module.variant] if step == "train" else ALL
+        batch = random_batch(module, slots, batch_size)
+        try:
+            for contender in contenders.values():
+                contender.prepare(step, batch)
+            seconds = measure(contenders, batch, count, f"{module.variant} {step}")
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
+                raise
+            raise errors.UserError(
+                f"{module.variant} {step}: a batch of {batch_size} images doesn't fit the device's memory:"
+                " take a smaller --batch_size"
+            ) from error
+        measured = figures(seconds, contenders, batch_size, ours.flops_per_image)
+        prompts = module.num_prompts(slots)
+        rows.append({"variant": module.variant, "step": step, "prompts_per_image": prompts, **measured})
+    return rows
+
+
+def _torch_steps(module: rahf.Rahf) -> Any:
+    try:
+        from richhf_jax.benchmarks import torch_steps
+    except ModuleNotFoundError as error:
+        raise errors.UserError(f"--torch: {error}; install it with: pip install torch") from error
+    return torch_steps.TorchSteps(module, PROMPT_LENGTH, TARGET_LENGTH)
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A line a contender."""
+    lines = [
+        f"{row['variant']} {row['step']}, batches of {row['batch_size']}, prompts an image:"
+        f" {row['prompts_per_image']}, model TFLOP an image: {row['model_flops_per_image'] / 1e12:.3g}"
+    ]
+    for name in ("jax", "torch"):
+        if name in row:
+            measured = row[name]
+            parts = [f"{measured['images_per_second']:.4g} images/s"]
+            if measured["mfu"] is not None:
+                parts.append(f"{measured['mfu']:.1%} of peak FLOP/s")
+            if measured["peak_bytes"] is not None:
+                parts.append(f"{measured['peak_bytes'] / 2**30:.3g} GiB")
+            lines.append(f"  {name:5} " + ", ".join(parts))
+    if "ratio" in row:
+        lines.append(f"  ratio {row['ratio']:.2f}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.benchmarks.steps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset",
+        default="models/rahf_base.gin",
+        metavar="FILE",
+        help="a file of gin/models/ (default models/rahf_base.gin)",
+    )
+    parser.add_argument("--variant", choices=[*TRAIN_SLOTS, "both"], default="both")
+    parser.add_argument("--batch_size", type=int, default=8, help="images a step (default 8)")
+    parser.add_argument("--steps", type=int, default=20, help="timed of each kind (default 20)")
+    parser.add_argument("--torch", action="store_true", help="PyTorch as well; with it on one device")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="where to write the figures as well"
+    )
+    parser.add_argument(
+        "--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="or --gin.NAME=VALUE"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = parser.parse_args(gin_utils.rewrite_gin_args(arguments))
+        if options.json and not options.json.parent.is_dir():
+            parser.error(f"--json: there is no folder {options.json.parent}")
+        if min(options.batch_size, options.steps) < 1:
+            parser.error("--batch_size and --steps must be at least 1")
+        rows = []
+        for variant in TRAIN_SLOTS if options.variant == "both" else [options.variant]:
+            model = make_model(options.preset, variant, options.gin_bindings)
+            rows += measure_variant(model, options.batch_size, options.steps, options.torch)
+            print(describe(rows[-2]), describe(rows[-1]), sep="\n", flush=True)
+            gc.collect()  # The next variant needs the memory.
+    except errors.UserError as error:
+        sys.exit(f"richhf_jax.benchmarks.steps: {error}")
+    if options.json:
+        options.json.write_text(
+            json.dumps({**_setting(options, model.module), "steps": rows}, indent=2) + "\n"
+        )
+
+
+def _setting(options: argparse.Namespace, module: rahf.Rahf) -> dict[str, Any]:
+    devices = jax.local_devices()[:1] if options.torch else jax.local_devices()
+    setting = {
+        "preset": options.preset,
+        "gin_bindings": options.gin_bindings,
+        "image_size": [side * module.vit_config.patch_size for side in module.vit_config.grid],
+        "prompt_length": PROMPT_LENGTH,
+        "target_length": TARGET_LENGTH,
+        "dtype": str(module.t5_config.dtype),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "jax": jax.__version__,
+    }
+    return setting | ({"torch": sys.modules["torch"].__version__} if options.torch else {})
+
+
+if __name__ == "__main__":
+    main()
