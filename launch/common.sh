@@ -1,5 +1,5 @@
-# Sourced by the launchers beside it: their options, the training's arguments, the pinned version, and printing or
-# running commands.
+# Sourced by the launchers beside it: their options, the training's arguments, the pinned version, and printing
+# or running commands.
 # shellcheck shell=bash
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
@@ -7,13 +7,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 common_usage() {
   cat <<'USAGE'
 
-  --commit REV       the version that runs: a commit, tag or branch (default: HEAD, where nothing is uncommitted)
+  --commit REV       the version that runs: a commit, tag or branch (default: HEAD, if all is committed)
   --dry-run          prints the commands, and neither runs anything nor needs the tools
   --help             prints this
 
 TRAINING ARGUMENTS are those of python -m richhf_jax.train, at least --gin_file=FILE and
---gin.MODEL_DIR=gs://BUCKET/FOLDER. Its flags other than --gin... and --tfds_data_dir stand after a --. Gin files are
-those of the commit. Without a gin file of partitioning/, that of the accelerator is added.
+--gin.MODEL_DIR=gs://BUCKET/FOLDER. Its flags other than --gin... and --tfds_data_dir stand after a --. Gin
+files are those of the commit. Without a gin file of partitioning/, that of the accelerator is added.
 USAGE
 }
 
@@ -94,7 +94,7 @@ training_value() {
 # pin_version: sets commit, and version, the name of what is installed from it.
 pin_version() {
   local changed
-  git -C "$root" rev-parse --git-dir >/dev/null 2>&1 || die "$root is no git repository: it has no commit to pin"
+  git -C "$root" rev-parse --git-dir >/dev/null 2>&1 || die "$root is no git repository, with no commit to pin"
   if [[ -z ${option[commit]} ]]; then
     changed=$(git -C "$root" status --porcelain)
     [[ -z $changed ]] || die "not committed, so it would not run there: ${changed%%$'\n'*} ...;" \
@@ -139,7 +139,7 @@ add_partitioning() {
     [[ $argument != --gin_file=*partitioning/* ]] || return 0
   done
   git -C "$root" cat-file -e "$commit:gin/partitioning/$1.gin" 2>/dev/null ||
-    die "there is no gin/partitioning/$1.gin: choose with --gin_file=partitioning/NAME.gin, NAME being one of:" \
+    die "there is no gin/partitioning/$1.gin: give --gin_file=partitioning/NAME.gin, NAME being one of:" \
       "$(git -C "$root" ls-tree --name-only "$commit:gin/partitioning" | sed 's/\.gin$//' | paste -sd ' ')"
   training+=("--gin_file=partitioning/$1.gin")
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine that is to train: the project and its packages in .venv beside launch/. Done once, it does nothing.
+# On a machine that is to train: the project and its packages, in .venv beside launch/. Again, it does nothing.
 #
 #     bash launch/install.sh train,tpu     # or train,cuda
 set -euo pipefail

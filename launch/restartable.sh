@@ -3,27 +3,21 @@
 #
 #     bash launch/restartable.sh python -m richhf_jax.train --gin_file=...
 #
-# Training that is told to stop saves a checkpoint and exits with 0. A scheduler would take this for the end of the
-# training, and not start it again on other machines; 143 it takes for what it is.
+# Training that is told to stop saves a checkpoint and exits with 0. A scheduler would take this for the end of
+# the training, and not start it again on other machines; 143 it takes for what it is.
 set -euo pipefail
 
-# restartable COMMAND...: its exit code, or 143 where this shell got SIGTERM.
-restartable() {
-  local child status=0 told=
-  "$@" &
-  child=$!
-  trap 'told=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
+told=
+status=0
+"$@" &
+child=$!
+trap 'told=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+trap : INT # A terminal's Ctrl-C reaches the command, too.
+wait "$child" || status=$?
+# A signal ends `wait` before the command has ended.
+while kill -0 "$child" 2>/dev/null; do
+  status=0
   wait "$child" || status=$?
-  # A signal ends `wait` before the command has ended.
-  while kill -0 "$child" 2>/dev/null; do
-    status=0
-    wait "$child" || status=$?
-  done
-  trap - TERM INT
-  [[ -z $told ]] || status=143
-  return "$status"
-}
-
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
-  restartable "$@"
-fi
+done
+[[ -z $told ]] || status=143
+exit "$status"

@@ -7,9 +7,9 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/sky.sh --accelerators=TYPE[:COUNT] [OPTIONS] TRAINING ARGUMENTS...
 
-Gives the version to SkyPilot as a managed job. SkyPilot finds machines, installs it there, trains, and starts again on
-others when they are preempted; training continues from the newest checkpoint. Needs sky (pip install 'skypilot[gcp]'),
-with a cloud set up.
+Gives the version to SkyPilot as a managed job. SkyPilot finds machines, installs it there, trains, and starts
+again on others when they are preempted; training continues from the newest checkpoint. Needs sky, with a cloud
+set up (pip install 'skypilot[gcp]').
 
   --accelerators TYPE[:COUNT]
                      tpu-v5litepod-16, tpu-v6e-8, ... or H100:8, A100-80GB:8, L4:1, ...: of each machine

@@ -7,9 +7,9 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/slurm.sh --nodes=N --gpus-per-node=N --shared=FOLDER [OPTIONS] TRAINING ARGUMENTS...
 
-Installs the version under a folder that all nodes share, writes a batch script there and submits it: one process a GPU.
-Two minutes before the time limit, and when preempted, training saves a checkpoint and the job queues again, as it does
-after a node failed; it continues from the newest checkpoint. Run it where sbatch is.
+Installs the version under a folder that all nodes share, writes a batch script there and submits it: one process
+a GPU. Two minutes before the time limit, and when preempted, training saves a checkpoint and the job queues
+again, as it does after a node failed; it continues from the newest checkpoint. Run it where sbatch is.
 
   --nodes N          machines (default: 1)
   --gpus-per-node N  GPUs of each (default: 8)
@@ -23,16 +23,18 @@ after a node failed; it continues from the newest checkpoint. Run it where sbatc
 USAGE
 }
 
-option+=([nodes]=1 [gpus-per-node]=8 [shared]="" [time]="" [partition]="" [account]="" [qos]="" [constraint]=""
-  [cpus-per-gpu]=8 [name]=richhf_jax [python]="")
+option+=([nodes]=1 [gpus-per-node]=8 [shared]="" [time]="" [partition]="" [account]="" [qos]=""
+  [constraint]="" [cpus-per-gpu]=8 [name]=richhf_jax [python]="")
 parse_arguments "$@"
 need_options shared
-[[ ${option[shared]} =~ ^/[^[:space:]]+$ ]] || die "--shared=${option[shared]}: give a whole path, from / on, without spaces"
+[[ ${option[shared]} =~ ^/[^[:space:]]+$ ]] ||
+  die "--shared=${option[shared]}: give a whole path, from / on, without spaces"
 pin_version
 check_training "${option[shared]}"
 add_partitioning "$(gpu_partitioning "${option[nodes]}" "${option[gpus-per-node]}")"
 
-# The batch script. A process sees all GPUs of its node, and jax picks the one of its number.
+# The batch script. SLURM tells all processes to stop, and they end one after the other: the first one must not
+# end the others, which may still be saving. Each sees all GPUs of its node; jax picks the one of its number.
 batch_script() {
   local name
   echo "#!/usr/bin/env bash"
@@ -48,13 +50,12 @@ batch_script() {
 #SBATCH --ntasks-per-node=${option[gpus-per-node]}
 #SBATCH --cpus-per-task=${option[cpus-per-gpu]}
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=TERM@120
 set -euo pipefail
 cd $(quoted "$folder/$version")
-source launch/restartable.sh
 status=0
-restartable $(quoted srun --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task="${option[cpus-per-gpu]}" \
-    .venv/bin/python -m richhf_jax.train "${training[@]}") || status=\$?
+$(quoted srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task="${option[cpus-per-gpu]}" \
+    bash launch/restartable.sh .venv/bin/python -m richhf_jax.train "${training[@]}") || status=\$?
 # Told to stop: the checkpoint is saved.
 if ((status == 143)); then
   scontrol requeue "\$SLURM_JOB_ID"

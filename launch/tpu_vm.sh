@@ -8,9 +8,10 @@ usage() {
 Usage: bash launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE [OPTIONS] TRAINING ARGUMENTS...
        bash launch/tpu_vm.sh --name=NAME --zone=ZONE --delete
 
-Asks for TPU VMs, waits for them, installs the version on all workers, trains on all, and deletes the VMs. When they are
-preempted it does so again, and the training continues from the newest checkpoint. Needs gcloud, logged in, and must
-itself keep running: start it in tmux on a machine that stays on. Ctrl-C leaves the VMs; --delete removes them.
+Asks for TPU VMs, waits for them, installs the version on all workers, trains on all, and deletes the VMs. When
+they are preempted it does so again, and training continues from the newest checkpoint. Needs gcloud, logged in,
+and must itself keep running: start it in tmux on a machine that stays on. Ctrl-C leaves the VMs; --delete
+removes them.
 
   --name NAME        of the queued resource
   --zone ZONE        for example us-central2-b
@@ -26,8 +27,8 @@ itself keep running: start it in tmux on a machine that stays on. Ctrl-C leaves 
 USAGE
 }
 
-option+=([name]="" [zone]="" [type]="" [spot]=no [reserved]=no [node-count]=1 [runtime-version]="" [project]=""
-  [max-restarts]=100 [keep]=no [delete]=no)
+option+=([name]="" [zone]="" [type]="" [spot]=no [reserved]=no [node-count]=1 [runtime-version]=""
+  [project]="" [max-restarts]=100 [keep]=no [delete]=no)
 parse_arguments "$@"
 need_options name zone
 
@@ -120,5 +121,5 @@ if [[ ${option[keep]} == no ]]; then
 fi
 ((status == 0)) || die "training ended with exit code $status after $restarts restarts, see above"
 if [[ ${option[dry-run]} == yes ]]; then
-  echo "# when preempted: the last command, then again from the create on, ${option[max-restarts]} times at most"
+  echo "# when preempted: delete, then again from the create on, ${option[max-restarts]} times at most"
 fi

@@ -7,14 +7,14 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/xpk.sh --cluster=NAME --tpu-type=TYPE --image=REPOSITORY [OPTIONS] TRAINING ARGUMENTS...
 
-Builds and pushes a Docker image of the version, and gives it to the cluster as a workload. Workers that are preempted
-or lost start again, all together, and continue from the newest checkpoint. Needs
-docker, xpk and gcloud, logged in.
+Builds and pushes a Docker image of the version, and gives it to the cluster as a workload. When workers are
+preempted or lost, all start again and continue from the newest checkpoint. Needs docker, xpk and gcloud, logged
+in.
 
   --cluster NAME     a cluster made by "xpk cluster create"
   --tpu-type TYPE    v4-32, v5litepod-16, v5p-8, v6e-64, ...
-  --image REPOSITORY where the image goes, such as europe-docker.pkg.dev/PROJECT/REPOSITORY/richhf_jax; its tag is
-                     the commit
+  --image REPOSITORY where the image goes, such as europe-docker.pkg.dev/PROJECT/REPOSITORY/richhf_jax; the
+                     commit is its tag
   --num-slices N     slices, joined by the data centre's network (default: 1)
   --max-restarts N   restarts before it is given up; a mistake uses them up, too (default: 20)
   --name NAME        of the workload (default: richhf-jax)
@@ -23,7 +23,8 @@ docker, xpk and gcloud, logged in.
 USAGE
 }
 
-option+=([cluster]="" [tpu-type]="" [image]="" [num-slices]=1 [max-restarts]=20 [name]=richhf-jax [project]="" [zone]="" [root]=no)
+option+=([cluster]="" [tpu-type]="" [image]="" [num-slices]=1 [max-restarts]=20
+  [name]=richhf-jax [project]="" [zone]="" [root]=no)
 parse_arguments "$@"
 need_options cluster tpu-type image
 pin_version
@@ -39,9 +40,9 @@ run docker build --file "$build/$version/launch/docker/Dockerfile.tpu" --build-a
   --build-arg USER="$user" --tag "$image" "$build/$version"
 run docker push "$image"
 
-# XPK runs the command in a subshell that it sends SIGTERM to: exec, so that this is the process that gets it. The
-# grace period is for saving a checkpoint; of spot machines, GKE leaves at most 25 s. XPK starts again after exit codes
-# 42 and from 127 on; 1 is also that of a worker that misses another one in the middle of a step.
+# XPK runs the command in a subshell that it sends SIGTERM to: exec, so that this is the process that gets it.
+# The grace period is for saving a checkpoint; of spot machines, GKE leaves at most 25 s. XPK by itself starts
+# again after exit codes 42 and 127 to 255; 1 is also that of a worker that misses another one amid a step.
 command=(bash launch/restartable.sh python -m richhf_jax.train "${training[@]}")
 places=()
 for place in project zone; do
