@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import seqio
 import tensorflow as tf
+
+from richhf_jax import preprocessors
 
 FeatureSpec = seqio.FeatureConverter.FeatureSpec
 
@@ -101,3 +104,47 @@ class RahfFeatureConverter(seqio.FeatureConverter):
             "encoder_words_cut": 1,
             "decoder_words_cut": 1,
         }
+
+
+def batch_shapes(
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    *,
+    augmented_prompt: bool,
+    letterbox: bool = False,
+) -> dict[str, np.ndarray]:
+    """What `input_pipeline.batch_shapes` finds in a task's data, without any data.
+
+    Args:
+      task_feature_lengths: sizes and slot counts; see `preprocessors`.
+      batch_size: examples in a batch.
+      augmented_prompt: whether an example has one prompt a slot, or one in all.
+      letterbox: whether pictures are fitted so (`augmentation.show`).
+
+    Returns:
+      Name -> shape and dtype of a whole batch, as zeros that take no memory.
+
+    Raises:
+      errors.UserError: a length is missing, or a slot count makes no sense for the variant.
+    """
+    slots = preprocessors.slots_of(task_feature_lengths, augmented_prompt)
+    side, spec = task_feature_lengths["image"], tf.TensorSpec
+    example = {
+        "image": spec([side, side, 3], tf.uint8),
+        "inputs": spec([slots.prompts, task_feature_lengths["inputs"]], tf.int32),
+        "inputs_words_cut": spec([], tf.int32),
+        "heatmaps": spec([slots.heatmaps, side, side], tf.uint8),
+        "heatmap_weights": spec([slots.heatmaps], tf.float32),
+        "scores": spec([slots.scores], tf.float32),
+        "score_weights": spec([slots.scores], tf.float32),
+        "targets": spec([slots.texts, task_feature_lengths["targets"]], tf.int32),
+        "targets_words_cut": spec([], tf.int32),
+    }
+    if letterbox:
+        example |= {"image_box": spec([4], tf.int32)}
+    convert = tf.function(RahfFeatureConverter().convert_example)
+    features = convert.get_concrete_function(example).structured_outputs
+    return {
+        name: np.broadcast_to(np.zeros([], feature.dtype.as_numpy_dtype), [batch_size, *feature.shape])
+        for name, feature in features.items()
+    }

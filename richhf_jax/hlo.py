@@ -66,11 +66,13 @@ class Array(NamedTuple):
     """One array of a shape.
 
     Attributes:
+      name: without its layout: `f32[2,3]`.
       dims: sizes.
       bytes: of all elements.
       in_main_memory: of the device; else on a TPU's chip (`S(1)` in the layout), or in the host's memory.
     """
 
+    name: str
     dims: tuple[int, ...]
     bytes: int
     in_main_memory: bool
@@ -120,7 +122,8 @@ def arrays(shape: str) -> tuple[Array, ...]:
         width = int(bits[1]) if bits else {"pred": 8}.get(dtype, 0)
         space = _MEMORY_SPACE.search(layout)
         in_main_memory = space is None or space[1] == "0"
-        found.append(Array(dims, math.prod(dims) * width // 8, in_main_memory))
+        name = f"{dtype}[{sides}]"
+        found.append(Array(name, dims, math.prod(dims) * width // 8, in_main_memory))
     return tuple(found)
 
 

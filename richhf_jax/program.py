@@ -81,6 +81,51 @@ def analyze(hlo_text: str) -> Costs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Buffer:
+    """Arrays of one shape that one line of the model makes.
+
+    Attributes:
+      bytes: of one of them.
+      shape: "f32[8,16]".
+      made_by: the line, as jax names it, or an argument's name.
+      count: how many there are, one after the other or at once.
+    """
+
+    bytes: int
+    shape: str
+    made_by: str
+    count: int
+
+
+def largest_buffers(hlo_text: str, limit: int = 10) -> list[Buffer]:
+    """The largest arrays in a device's main memory, by their size; not all of them live at once.
+
+    Args:
+      hlo_text: optimised.
+
+    Raises:
+      ValueError: the text is no HLO module.
+    """
+    computations, _ = hlo.parse(hlo_text)
+    called = (_called_name(i) for c in computations.values() for i in c.values() if i.opcode == "fusion")
+    counts: collections.Counter[tuple[int, str, str]] = collections.Counter()
+    for name in computations.keys() - set(called):
+        for instruction in computations[name].values():
+            line = re.search(r'op_name="([^"]*)"', instruction.rest)
+            opcode = instruction.opcode
+            if opcode == "parameter" and line:
+                opcode = "argument"  # of the whole program
+            if opcode in (*_FREE, "while", "call", "conditional") or opcode.endswith(("-done", "-update")):
+                continue
+            made_by = line[1] if line else instruction.name
+            for array in hlo.arrays(instruction.shape):
+                if array.in_main_memory:
+                    counts[array.bytes, array.name, made_by] += 1
+    largest = sorted(counts, reverse=True)[:limit]
+    return [Buffer(*key, counts[key]) for key in largest]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Frame:
     """A computation as it is called: where its parameters come from.
 

@@ -1,0 +1,198 @@
+"""What a compiled step takes of each chip, and what bounds its speed: as a dict for JSON, and as a table.
+
+plan = make(...)
+print(table(plan))
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from richhf_jax import chips, program
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step before it is compiled.
+
+    Attributes:
+      name: "train" or "predict".
+      batch_images: images in a batch, of all chips.
+      prompts_per_image: prompts that are encoded for each.
+      mesh: size of each mesh axis.
+      device_kind: jax's.
+      parameters: their number.
+      state_bytes_per_chip: {"parameters", "optimizer"}.
+      model_flops: of the model's mathematics for a batch: no recomputation.
+    """
+
+    name: str
+    batch_images: int
+    prompts_per_image: int
+    mesh: Mapping[str, int]
+    device_kind: str
+    parameters: int
+    state_bytes_per_chip: Mapping[str, int]
+    model_flops: float
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Of a tree of arrays or `ShapeDtypeStruct`s with shardings, what each device holds."""
+    leaves = jax.tree.leaves(tree)
+    sizes = (jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves)
+    return sum(size.size * size.dtype.itemsize for size in sizes)
+
+
+def make(
+    step: Step, compiled: jax.stages.Compiled, compile_seconds: float, refusal: str | None = None
+) -> dict[str, Any]:
+    """Everything about a compiled step, ready for JSON.
+
+    Args:
+      compile_seconds: that compilation took.
+      refusal: the compiler's words where it refused the program for its memory, and had to be forced.
+
+    Returns:
+      Bytes are of one chip and one step, so are "flops_per_chip" and the collectives; "fits" and the roofline
+      are None where the chip isn't known. README, section Memory plan, explains each.
+    """
+    chip = chips.spec(step.device_kind)
+    num_chips = 1
+    for size in step.mesh.values():
+        num_chips *= size
+    text = compiled.as_text()
+    costs = program.analyze(text)
+    memory = _memory(compiled)
+    fits = None if chip is None else refusal is None and memory["total"] <= chip.hbm_bytes
+    made = {
+        "step": step.name,
+        "chips": num_chips,
+        "chip": chip.name if chip else step.device_kind,
+        "mesh": dict(step.mesh),
+        "batch_images": step.batch_images,
+        "prompts_per_image": step.prompts_per_image,
+        "parameters": step.parameters,
+        "hbm_bytes_per_chip": chip.hbm_bytes if chip else None,
+        "bytes_per_chip": {**step.state_bytes_per_chip, **memory},
+        "fits": fits,
+        "flops_per_chip": costs.flops,
+        "flops_per_image": costs.flops * num_chips / step.batch_images,
+        "model_flops_per_image": step.model_flops / step.batch_images,
+        "bytes_accessed_per_chip": costs.bytes_accessed,
+        "collectives": {kind: dataclasses.asdict(one) for kind, one in sorted(costs.collectives.items())},
+        "uncounted_loops": list(costs.uncounted_loops),
+        "roofline": _roofline(costs, chip, step.batch_images) if chip else None,
+        "compile_seconds": compile_seconds,
+    }
+    if fits is False:
+        made["refusal"] = refusal
+        made["largest_buffers"] = [dataclasses.asdict(one) for one in program.largest_buffers(text)]
+    return made
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes a chip; "outputs" without those that take a donated argument's place."""
+    stats = compiled.memory_analysis()
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def _roofline(costs: program.Costs, chip: chips.ChipSpec, batch_images: int) -> dict[str, float]:
+    """Seconds that a step takes at least, if each part of a chip worked at its peak, beside the others."""
+    sent = sum(collective.sent_bytes for collective in costs.collectives.values())
+    seconds = {
+        "compute": costs.flops / chip.peak_flops,
+        "memory": costs.bytes_accessed / chip.hbm_bandwidth,
+        "interconnect": sent / chip.ici_bandwidth,
+    }
+    step = max(seconds.values())
+    return {**seconds, "step": step, "images_per_second": batch_images / step}
+
+
+def table(plan: Mapping[str, Any]) -> str:
+    """A plan for reading."""
+    axes = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items())
+    lines = [
+        f"{plan['step']} step of {plan['batch_images']} images ({plan['prompts_per_image']} prompts each) on"
+        f" {plan['chips']} x {plan['chip']} ({axes}), compiled in {plan['compile_seconds']:.0f} s",
+        f"{plan['parameters']:,} parameters",
+        *_memory_lines(plan),
+        "Compute",
+        _line("FLOPs a chip", _scaled(plan["flops_per_chip"])),
+        _line("FLOPs an image, recomputation included", _scaled(plan["flops_per_image"])),
+        _line("FLOPs an image, of the model alone", _scaled(plan["model_flops_per_image"])),
+        _line("bytes accessed a chip", _scaled(plan["bytes_accessed_per_chip"])),
+    ]
+    if plan["uncounted_loops"]:
+        names = ", ".join(plan["uncounted_loops"])
+        lines.append(f"  loops counted once, for want of their number of trips: {names}")
+    lines.append("Collectives a chip, a step" if plan["collectives"] else "No collectives")
+    for kind, one in plan["collectives"].items():
+        lines.append(_line(f"{kind} x {one['count']:,}", _gib(one["bytes"])))
+    return "\n".join([*lines, *_roofline_lines(plan)])
+
+
+def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
+    memory, available = plan["bytes_per_chip"], plan["hbm_bytes_per_chip"]
+    rest = memory["arguments"] - memory["parameters"] - memory["optimizer"]
+    lines = [
+        "Memory a chip",
+        _line("parameters", _gib(memory["parameters"])),
+        _line("optimizer state", _gib(memory["optimizer"])),
+        _line("batch and other arguments", _gib(rest)),
+        _line("temporaries", _gib(memory["temporaries"])),
+        _line("outputs beside donated arguments", _gib(memory["outputs"])),
+        _line("program", _gib(memory["program"])),
+        _line("total", _gib(memory["total"])),
+    ]
+    if available is None:
+        return [*lines, f"  the memory of {plan['chip']} isn't known here: no verdict"]
+    lines.append(_line("available", _gib(available)))
+    if plan["fits"]:
+        return [*lines, "  It fits."]
+    lines.append("  IT DOES NOT FIT. " + (plan["refusal"] or ""))
+    lines.append("Largest buffers (not all at once)")
+    for one in plan["largest_buffers"]:
+        lines.append(f"  {_gib(one['bytes'])}  {one['count']:3} x {one['shape']}  {one['made_by']}")
+    lines.append(
+        "More chips, a smaller BATCH_SIZE, NUM_MICROBATCHES, REMAT_POLICY = 'full', or parameters split over"
+        " chips (gin/partitioning/) take less."
+    )
+    return lines
+
+
+def _roofline_lines(plan: Mapping[str, Any]) -> list[str]:
+    roofline = plan["roofline"]
+    if roofline is None:
+        return [f"No roofline: the speed of {plan['chip']} isn't known here"]
+    parts = ("compute", "memory", "interconnect")
+    return [
+        "Roofline: a step takes at least",
+        *(_line(part, f"{1e3 * roofline[part]:10.3f} ms") for part in parts),
+        _line("the longest of these", f"{1e3 * roofline['step']:10.3f} ms"),
+        _line("images a second, at most", f"{roofline['images_per_second']:10.1f}"),
+    ]
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:40}{value}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:10.3f} GiB"
+
+
+def _scaled(number: float) -> str:
+    for unit, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if number >= unit:
+            return f"{number / unit:10.3f}{letter}"
+    return f"{number:10.0f}"

@@ -1,0 +1,229 @@
+r"""Compiles the train and predict steps for TPUs that aren't there, and says what they will take.
+
+    python -m richhf_jax.precompile --topology=v5e:4x4 \
+        --gin_file=experiments/rich_hf_18k.gin --gin_file=partitioning/v5e_16.gin --step=both --json=plan.json
+
+Takes the gin files of a training and reads no data. Prints, and with --json writes, for each step: memory a
+chip (parameters, optimizer, temporaries) against the chip's own; FLOPs and bytes a chip, and collectives by
+kind, all counted through loops; the step time and images a second that the chip's peaks bound; and how long
+the compilation took. Without --topology it compiles for the devices of this machine.
+
+Exit code 1, and the largest buffers, where a step doesn't fit.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from absl import flags, logging
+from etils import epath
+
+from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning, plan, program, trainer
+from tasks import vocabulary
+
+_STEPS = ("train", "predict")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "The TPU slice to compile for: v5e:4x4, v5p:2x2x2, v6e:2x4...; default this machine."
+)
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.", lower_bound=1)
+_STEP = flags.DEFINE_enum("step", "train", [*_STEPS, "both"], "What to compile.")
+_JSON = flags.DEFINE_string(
+    "json", None, 'A file for the figures: of one step, or {"train": ..., "predict": ...} with --step=both.'
+)
+
+# Where the plan must not touch, nor wait for, a TPU of this machine.
+_OFF_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # Don't ask Google Cloud which machine this is.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # Nor warn that it is none; the topology's name decides.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Another process may use libtpu.
+}
+# What the gin files must say: runs/train.gin and runs/eval.gin do.
+_MACROS = {
+    "train": ("TASK_FEATURE_LENGTHS", "BATCH_SIZE", "RANDOM_SEED", "USE_HARDWARE_RNG"),
+    "predict": ("EVAL_FEATURE_LENGTHS", "EVAL_BATCH_SIZE", "CONSTRAINED_KEYWORDS"),
+}
+_HOST_CHIPS = (2, 2, 1)
+_EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:2x4 (Google's names, with the sides of the slice)"
+# TPU v4's two cores work as one device. Those of later chips do so unasked.
+_CHIP_CONFIG = {"v4": "megacore"}
+
+
+def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
+    """The devices of TPU slices that aren't there.
+
+    Args:
+      name: "v5e:4x4" for instance.
+      num_slices: so many of these.
+
+    Raises:
+      errors.UserError: there is no such topology; libtpu isn't installed.
+    """
+    parsed = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    if not parsed:
+        raise errors.UserError(f"--topology={name}: no topology has such a name; write {_EXAMPLES}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise errors.UserError("compiling for TPUs takes libtpu: pip install -e '.[tpu]'")
+    from jax.experimental import topologies
+
+    sides = [int(side) for side in parsed[2].split("x")]
+    sides += [1] * (len(_HOST_CHIPS) - len(sides))
+    options = {"chips_per_host_bounds": tuple(map(min, sides, _HOST_CHIPS))}
+    if parsed[1] in _CHIP_CONFIG:
+        options["chip_config_name"] = _CHIP_CONFIG[parsed[1]]
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise errors.UserError(f"--topology={name}: {reason} (examples: {_EXAMPLES})") from error
+
+
+def batch_shapes(step: str) -> dict[str, np.ndarray]:
+    """The batch of a step, as gin's macros say, as zeros that take no memory.
+
+    Raises:
+      errors.UserError: a macro is missing, or the lengths make no sense.
+    """
+    lengths, batch_size = (gin_utils.macro(name) for name in _MACROS[step][:2])
+    batch = feature_converters.batch_shapes(
+        lengths,
+        batch_size,
+        augmented_prompt=gin_utils.macro("VARIANT") == "augmented_prompt",
+        letterbox=gin.query_parameter("augmentation.show.fit") == "letterbox",
+    )
+    if step == "predict" and gin_utils.macro("CONSTRAINED_KEYWORDS"):
+        words = vocabulary.get_vocabulary()
+        text = keywords.keyword_text("", words.encode, words.eos_id, lengths["targets"]).text
+        batch["keyword_text"] = np.broadcast_to(np.int32(0), [batch_size, lengths["texts"], *text.shape])
+    return batch
+
+
+def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]:
+    """Compiles one step of what gin describes.
+
+    Args:
+      name: "train" or "predict".
+      devices: default this machine's.
+
+    Returns:
+      See `plan.make`.
+
+    Raises:
+      errors.UserError: the configuration doesn't work out for these devices.
+    """
+    partitioner = gin.get_configurable(partitioning.PjitPartitioner)(devices=devices)
+    batch = batch_shapes(name)
+    batch_images, prompts = batch["encoder_input_tokens"].shape[:2]
+    partitioner.get_data_layout(batch_images)
+    loop = _trainer(name, partitioner, batch)
+    logging.info("tracing the %s step", name)
+    state, lowered = loop.abstract_state, loop.lower(name)
+    optimizer = plan.bytes_per_chip(state.opt_state) if name == "train" else 0
+    step = plan.Step(
+        name,
+        batch_images,
+        prompts,
+        mesh=dict(partitioner.mesh.shape),
+        device_kind=partitioner.mesh.devices.flat[0].device_kind,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        state_bytes_per_chip={"parameters": plan.bytes_per_chip(state.params), "optimizer": optimizer},
+        model_flops=_model_flops(name, loop, lowered),
+    )
+    logging.info("compiling the %s step for %d x %s", name, partitioner.mesh.size, step.device_kind)
+    return plan.make(step, *_compile(lowered))
+
+
+def _trainer(
+    step: str, partitioner: partitioning.PjitPartitioner, batch: Mapping[str, np.ndarray]
+) -> trainer.Trainer:
+    """As training and evaluation make it."""
+    if step == "predict":
+        return trainer.Trainer(gin_utils.macro("MODEL"), partitioner, batch)
+    return gin.get_configurable(trainer.Trainer)(
+        gin_utils.macro("MODEL"),
+        partitioner,
+        batch,
+        random_seed=gin_utils.macro("RANDOM_SEED"),
+        use_hardware_rng=gin_utils.macro("USE_HARDWARE_RNG"),
+    )
+
+
+def _model_flops(step: str, loop: trainer.Trainer, lowered: jax.stages.Lowered) -> float:
+    """Of a whole batch. Training is a forward pass and, of twice as much, its gradient."""
+    if step == "predict":
+        return program.analyze(lowered.as_text(dialect="hlo")).flops
+    return 3 * program.analyze(loop.lower("eval").as_text(dialect="hlo")).flops
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float, str | None]:
+    """The program, the seconds it took, and the compiler's words if it refused for want of memory."""
+    start = time.monotonic()
+    try:
+        return lowered.compile(), time.monotonic() - start, None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds, refusal = time.monotonic() - start, str(error).splitlines()[0]
+    logging.info("it doesn't fit; compiling it again to see what takes the memory")
+    return lowered.compile(compiler_options={"xla_tpu_no_crash_on_oom": "true"}), seconds, refusal
+
+
+def _configure(steps: Sequence[str]) -> None:
+    """Parses the gin files, which must describe a run."""
+    # It has no value there, and plays no part here.
+    flags.FLAGS.gin_bindings = ["MODEL_DIR = None", *flags.FLAGS.gin_bindings]
+    gin_utils.configure()
+    config = gin.config_str()
+    needed = ("MODEL", *(name for step in steps for name in _MACROS[step]))
+    if missing := [name for name in needed if not re.search(rf"^{name} = ", config, re.MULTILINE)]:
+        raise errors.UserError(
+            f"no gin file sets {', '.join(missing)}: give an experiment's, for instance"
+            " --gin_file=experiments/rich_hf_18k.gin"
+        )
+
+
+def main() -> None:
+    """Plans the steps that the flags ask for.
+
+    Raises:
+      errors.UserError: see `plan_step`; the JSON file can't be written.
+      SystemExit: with code 1, where a step doesn't fit.
+    """
+    steps = _STEPS if _STEP.value == "both" else (_STEP.value,)
+    if _TOPOLOGY.value:
+        os.environ.update(_OFF_TPU)
+        jax.config.update("jax_platforms", "cpu")
+    _configure(steps)
+    devices = topology_devices(_TOPOLOGY.value, _NUM_SLICES.value) if _TOPOLOGY.value else None
+    plans = {}
+    for step in steps:
+        plans[step] = plan_step(step, devices)
+        print(plan.table(plans[step]), flush=True)
+    if _JSON.value:
+        _write(epath.Path(_JSON.value), plans if len(plans) > 1 else plans[_STEP.value])
+    if any(one["fits"] is False for one in plans.values()):
+        sys.exit(1)
+
+
+def _write(path: epath.Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_text(json.dumps(content, indent=2))
+        unfinished.replace(path)
+    except OSError as error:
+        raise errors.UserError(f"--json={path}: can't write there: {error}") from error
+
+
+if __name__ == "__main__":
+    gin_utils.run_program(main)
