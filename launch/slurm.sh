@@ -67,7 +67,7 @@ BATCH
 folder=${option[shared]%/}/richhf_jax
 script=$folder/${option[name]}.sbatch
 unpack_version "$folder"
-run env ${option[python]:+PYTHON="${option[python]}"} bash "$folder/$version/launch/install.sh" train,cuda
+run env ${option[python]:+PYTHON="${option[python]}"} bash "$folder/$version/launch/install.sh" train,gcs,cuda
 echo "cat >$(quoted "$script") <<'END_OF_BATCH_SCRIPT'"
 batch_script
 echo END_OF_BATCH_SCRIPT

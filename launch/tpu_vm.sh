@@ -77,7 +77,7 @@ wait_until_active() {
 install() {
   run "${queued[@]}" scp "$build/$version.tar.gz" "$name:" "${workers[@]}" &&
     run "${queued[@]}" ssh "$name" "${workers[@]}" \
-      --command="tar -xzf $version.tar.gz && bash $version/launch/install.sh train,tpu"
+      --command="tar -xzf $version.tar.gz && bash $version/launch/install.sh train,gcs,tpu"
 }
 
 train() {

@@ -350,12 +350,12 @@ def test_install_takes_another_python_where_there_is_none(fakes, repository, tmp
     (fakes.folder / "bin/python3").write_text(script)
     (fakes.folder / "bin/python3").chmod(0o755)
     env = fakes.env | {"VENV": str(tmp_path / "venv"), "PYTHON": "python3"}
-    result = fakes.run(["bash", str(repository / "launch/install.sh"), "train,tpu"], env=env)
+    result = fakes.run(["bash", str(repository / "launch/install.sh"), "train,gcs,tpu"], env=env)
     assert result.returncode == 0, result.stderr
     log = (fakes.folder / "log").read_text().splitlines()
     assert log[0] == "-m pip install --quiet --user uv"
     assert log[1].startswith("-m uv venv ")
-    assert fakes.calls()[-1][-1] == f"{repository}[train,tpu]"
+    assert fakes.calls()[-1][-1] == f"{repository}[train,gcs,tpu]"
 
 
 @pytest.mark.parametrize("name", list(ARGUMENTS))
@@ -454,7 +454,7 @@ def test_dockerfiles(name):
         assert parsed.baseimage == "python:3.11-slim"
         steps = [(step["instruction"], step["value"]) for step in parsed.structure]
     installs = [value for instruction, value in steps if instruction == "RUN" and "pip" in value]
-    assert f"'.[train,{name}]'" in installs[0]
+    assert f"'.[train,gcs,{name}]'" in installs[0]
     users = [value for instruction, value in steps if instruction in ("USER", "ARG")]
     assert users[-1] in ("1000", "$USER")
     assert re.search(r"richhf_jax\.train", dict(steps)["ENTRYPOINT"])
