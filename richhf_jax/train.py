@@ -6,6 +6,8 @@ Ctrl-C or SIGTERM saves a checkpoint and exits with 0.
 """
 
 import contextlib
+import dataclasses
+import errno
 import os
 import signal
 import time
@@ -14,8 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
-from clu import metric_writers
+import tensorflow as tf
+from absl import flags, logging
+from clu import asynclib
+from etils import epath
+from jax.experimental import multihost_utils
 
 from richhf_jax import (
     checkpoints,
@@ -25,9 +30,20 @@ from richhf_jax import (
     models,
     partitioning,
     trainer,
+    training_log,
+)
+
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps",
+    None,
+    "FIRST:LAST: writes a trace of these steps, counted from this run's first, to MODEL_DIR/profile.",
 )
 
 _NUM_SUMMARY_IMAGES = 8
+# How many of a broken step's examples a message lists.
+_NUM_NAMED_EXAMPLES = 16
+# No room, or no right to write: nobody's mistake in the program.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def train(
@@ -63,55 +79,133 @@ def train(
       use_hardware_rng: see `trainer.Trainer`.
 
     Raises:
-      errors.UserError: the loss stopped being finite, or the configuration doesn't work out.
+      errors.UserError: the loss stopped being finite, MODEL_DIR can't be written, or the configuration
+        doesn't work out.
     """
-    save = checkpoint_cfg.save
-    checkpointer = checkpoints.Checkpointer(model_dir, keep=save.keep if save else None)
+    schedule = _Schedule(total_steps, log_period, eval_period, checkpoint_cfg.save)
+    schedule.check(evaluates=train_eval_dataset_cfg is not None)
     input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
-    stream = input_pipeline.TrainStream(train_dataset_cfg, partitioner.get_data_layout)
-    loop = trainer_cls(
-        model,
-        partitioner,
-        stream.batch_shapes,
-        random_seed=random_seed,
-        use_hardware_rng=use_hardware_rng,
-    )
-    state, position = _initial_state(loop, checkpointer, checkpoint_cfg.restore)
-    step = int(state.step)
-    if jax.process_index() == 0:
-        gin_utils.write_operative_config(os.path.join(model_dir, "config.gin"))
-        _write_model_info(os.path.join(model_dir, "model-info.txt"), state.params)
-    evaluation = _Evaluation(loop, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
-    log = _TrainingLog(model_dir, total_steps, step)
-    batches = stream.batches(position)
-    # Also when something fails: a checkpoint may still be on its way to the disk.
-    with (
-        contextlib.closing(checkpointer),
-        contextlib.closing(log),
-        contextlib.closing(evaluation),
-        _stop_signal() as stop_signal,
-    ):
-        last = step >= total_steps
-        while not last:
-            state, metrics = loop.train_step(state, next(batches))
-            step += 1
-            log.add(metrics)
-            last = step == total_steps
-            if name := stop_signal():
-                logging.info("%s: saving a checkpoint, then exiting", name)
-                last = True
-            save_now = save is not None and (last or step % save.period == 0)
-            # Before every save too: a state that is not finite must not become a checkpoint.
-            if last or save_now or step % log_period == 0:
-                log.write(step)
-            if step == total_steps or step % eval_period == 0:
-                evaluation.run(state.params, step)
-            if save_now:
-                checkpointer.save(state, stream.position(step), step)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_explained_disk_errors(model_dir))
+        # Closed last, also when something fails: a checkpoint may still be on its way to the disk.
+        checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint_cfg.save))
+        stream = input_pipeline.TrainStream(train_dataset_cfg, partitioner.get_data_layout)
+        loop = trainer_cls(
+            model,
+            partitioner,
+            stream.batch_shapes,
+            random_seed=random_seed,
+            use_hardware_rng=use_hardware_rng,
+        )
+        state, position = _initial_state(loop, checkpointer, checkpoint_cfg.restore)
+        if jax.process_index() == 0:
+            gin_utils.write_operative_config(os.path.join(model_dir, "config.gin"))
+            _write_model_info(os.path.join(model_dir, "model-info.txt"), state.params)
+        evaluation = _Evaluation(loop, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
+        stack.enter_context(contextlib.closing(evaluation))
+
+        def describe_step(step: int) -> str:
+            return _describe_step(train_dataset_cfg, step, model_dir, checkpointer)
+
+        devices = partitioner.mesh.devices.flatten()
+        log = training_log.TrainingLog(
+            model_dir,
+            total_steps,
+            int(state.step),
+            train_dataset_cfg.batch_size,
+            len(devices),
+            training_log.step_seconds_at_peak(loop, devices),
+            describe_step,
+        )
+        stack.enter_context(contextlib.closing(log))
+        run = _Run(loop, checkpointer, evaluation, log, schedule, model_dir)
+        step = run(state, stream, position)
     if step < total_steps:
         logging.info("stopped at step %d; the same command continues", step)
     else:
         logging.info("done: %d steps, %s", step, model_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """What happens at which step."""
+
+    total_steps: int
+    log_period: int
+    eval_period: int
+    save: checkpoints.SaveCheckpointConfig | None
+
+    def check(self, evaluates: bool) -> None:
+        """Raises:
+        errors.UserError: the best checkpoints are to be kept, but they aren't measured.
+        """
+        if self.save is None or self.save.keep_best is None:
+            return
+        if not evaluates:
+            raise errors.UserError(
+                "SaveCheckpointConfig.keep_best needs validation data: train_eval_dataset_cfg is None"
+            )
+        if self.save.period % self.eval_period:
+            raise errors.UserError(
+                "SaveCheckpointConfig.keep_best needs an evaluation at each checkpoint: the period of"
+                f" checkpoints, {self.save.period} steps, must be a multiple of that of evaluations,"
+                f" {self.eval_period} steps (CHECKPOINT_PERIOD, EVAL_PERIOD)"
+            )
+
+    def saves(self, step: int, last: bool) -> bool:
+        return self.save is not None and (last or step % self.save.period == 0)
+
+    def evaluates(self, step: int) -> bool:
+        return step == self.total_steps or step % self.eval_period == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The training loop, with all that takes part in it."""
+
+    loop: trainer.Trainer
+    checkpointer: checkpoints.Checkpointer
+    evaluation: "_Evaluation"
+    log: training_log.TrainingLog
+    schedule: _Schedule
+    model_dir: str
+
+    def __call__(
+        self, state: trainer.TrainState, stream: input_pipeline.TrainStream, position: Mapping[str, int]
+    ) -> int:
+        """Trains, from a position of the data on, until the end or a signal. The last step's number."""
+        step, total_steps = int(state.step), self.schedule.total_steps
+        # Unparsed where no command line was: in tests.
+        profile_steps = _PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None
+        profiler = training_log.Profiler(self.model_dir, profile_steps, step, total_steps)
+        batches = stream.batches(position)
+        last = step >= total_steps
+        with contextlib.closing(profiler), _stop_signal() as stop_signal:
+            while not last:
+                profiler.before(step + 1)
+                asked = time.monotonic()
+                batch = next(batches)
+                ready = time.monotonic()
+                state, metrics = self.loop.train_step(state, batch)
+                step += 1
+                self.log.add(metrics, asked, ready)
+                profiler.after(step, metrics)
+                last = step == total_steps
+                if name := stop_signal(step):
+                    logging.info("%s: saving a checkpoint, then exiting", name)
+                    last = True
+                save_now = self.schedule.saves(step, last)
+                # Before every save too: a state that is not finite must not become a checkpoint.
+                if last or save_now or step % self.schedule.log_period == 0:
+                    self.log.write(step)
+                    self.checkpointer.check()
+                scalars = None
+                if self.schedule.evaluates(step):
+                    scalars = self.evaluation.run(state.params, step)
+                if save_now:
+                    self.checkpointer.save(state, stream.position(step), step, scalars)
+            self.checkpointer.wait()  # In here: another signal shall not end it.
+        return step
 
 
 def _initial_state(
@@ -119,81 +213,80 @@ def _initial_state(
     checkpointer: checkpoints.Checkpointer,
     restore: checkpoints.RestoreCheckpointConfig | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The newest checkpoint of this run; else fresh, with parameters from elsewhere where asked."""
-    latest = checkpointer.latest_step()
-    if latest is not None:
-        logging.info("continuing from step %d", latest)
-        return checkpointer.restore(loop.abstract_state, latest)
+    """The newest whole checkpoint of this run; else fresh, with parameters from elsewhere where asked."""
+    if restored := checkpointer.restore_newest(loop.abstract_state):
+        logging.info("continuing from step %d", int(restored[0].step))
+        return restored
     given = {}
     if restore and restore.path:
         given = checkpoints.restore_matching(restore.path, loop.abstract_state.params)
     return loop.init_state(given), {}
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[], str | None]]:
-    """Inside, SIGTERM and Ctrl-C ask for a stop after the current step; a second one stops at once.
+def _describe_step(
+    cfg: input_pipeline.DatasetConfig, step: int, model_dir: str, checkpointer: checkpoints.Checkpointer
+) -> str:
+    """What to say of a step that went wrong. All its examples go to a file, for there may be thousands."""
+    names = input_pipeline.example_names(cfg, step - 1)
+    path = epath.Path(model_dir) / f"examples_of_step_{step}.txt"
+    if jax.process_index() == 0:
+        path.write_text("\n".join([*names, ""]))
+    more = " ..." if len(names) > _NUM_NAMED_EXAMPLES else ""
+    return (
+        f"Its {len(names)} examples, all in {path}: {', '.join(names[:_NUM_NAMED_EXAMPLES])}{more}\n"
+        f"Last good checkpoint: {checkpointer.last_complete()}. Lower the learning rate or mend the examples;"
+        " the same command starts again from there"
+    )
 
-    Yields a function that names the signal received, if any. (The handler must not log: it may interrupt
-    a log call.)
+
+@contextlib.contextmanager
+def _explained_disk_errors(model_dir: str) -> Iterator[None]:
+    """Turns what Python, TensorFlow and clu raise when they can't write to MODEL_DIR into a UserError."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError, asynclib.AsyncError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        path = getattr(error, "filename", None) or model_dir
+        raise errors.UserError(
+            f"{path} can't be written: {reason}. Complete checkpoints stay; make room or give the right to"
+            " write, then continue by the same command"
+        ) from error
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[int], str | None]]:
+    """Inside, SIGTERM and Ctrl-C ask for a stop after a step; a second Ctrl-C stops at once.
+
+    Yields a function that is called after every step, and names what asks for a stop, if anything. (A handler
+    must not log: it may interrupt a log call.) Of several processes, all stop at the same step: jax's
+    coordination service has a handler for SIGTERM in each, which stays in place here, and makes them agree.
     """
     received = []
+    several = jax.process_count() > 1
 
     def ask(signum, frame):
         del frame
         if received:
             raise KeyboardInterrupt
         received.append(signal.Signals(signum).name)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    def stop(step: int) -> str | None:
+        if several:
+            notified = multihost_utils.reached_preemption_sync_point(step)
+            return "a process was asked to stop" if notified else None
+        return received[0] if received else None
+
+    signals = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    previous = {signum: signal.signal(signum, ask) for signum in signals}
     try:
-        yield lambda: received[0] if received else None
+        yield stop
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-class _TrainingLog:
-    """Progress lines, and TensorBoard scalars under MODEL_DIR/train."""
-
-    def __init__(self, model_dir: str, total_steps: int, first_step: int):
-        self._writer = metric_writers.create_default_writer(
-            os.path.join(model_dir, "train"), just_logging=jax.process_index() > 0
-        )
-        self._total_steps = total_steps
-        self._metrics: list[trainer.Metrics] = []
-        self._since = time.monotonic(), first_step
-
-    def add(self, metrics: trainer.Metrics) -> None:
-        self._metrics.append(metrics)  # Still on the device.
-
-    def write(self, step: int) -> None:
-        """Fetches what was added since the last time.
-
-        Raises:
-          errors.UserError: something is not finite: the loss, or the gradient, and so the state.
-        """
-        scalars = trainer.summarize(self._metrics)
-        if broken := [name for name, value in scalars.items() if not np.isfinite(value)]:
-            raise errors.UserError(
-                f"{' and '.join(broken)} not finite between step {self._since[1]} and {step}: lower the "
-                "learning rate, and start again from the last checkpoint by the same command"
-            )
-        now, (then, since_step) = time.monotonic(), self._since
-        rate = (step - since_step) / (now - then)
-        remaining = round((self._total_steps - step) / rate)
-        # Of the data's metrics, shares of texts that were cut, those that say something.
-        shown = {name: value for name, value in scalars.items() if value or not name.startswith("data/")}
-        losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in sorted(shown.items()))
-        logging.info(
-            "step %d/%d  %.2f steps/s  ETA %d:%02d  %s",
-            step, self._total_steps, rate, *divmod(remaining, 60), losses,
-        )  # fmt: skip
-        self._writer.write_scalars(step, scalars | {"steps_per_second": rate})
-        self._metrics, self._since = [], (now, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class _Evaluation:
@@ -211,27 +304,32 @@ class _Evaluation:
         self._stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout) if cfg else None
         self._num_batches = num_batches
         if self._stream:
-            directory = os.path.join(model_dir, "training_eval", cfg.mixture_or_task_name)
-            self._writer = metric_writers.create_default_writer(
-                directory, just_logging=jax.process_index() > 0
-            )
+            layout = partitioner.get_data_layout(cfg.batch_size)
+            self._first_row = layout.shard_id * layout.batch_size // layout.num_shards
+            self._writer = training_log.create_writer(model_dir, "training_eval", cfg.mixture_or_task_name)
 
-    def run(self, params: Any, step: int) -> None:
+    def run(self, params: Any, step: int) -> dict[str, float] | None:
         """Always the same batches, so that curves compare."""
         if not self._stream:
-            return
+            return None
         batches = self._stream.batches({})
         first = next(batches)
         rest = (next(batches) for _ in range(self._num_batches - 1))
         scalars = self._loop.evaluate(params, [first, *rest])
-        logging.info("eval at %d  %s", step, "  ".join(f"{k} {v:.4f}" for k, v in sorted(scalars.items())))
+        if jax.process_index() == 0:
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in sorted(scalars.items()))
+            logging.info("eval at %d  %s", step, losses)
         self._writer.write_scalars(step, scalars)
         if first["heatmap_weights"].size:
             self._writer.write_images(step, {"image_truth_prediction": self._pictures(params, first)})
+        return scalars
 
     def _pictures(self, params: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """[n, height, 3 * width, 3] uint8: image, true and predicted first heatmap, side by side."""
-        predicted = np.asarray(self._loop.predict(params, batch)["heatmaps"][:_NUM_SUMMARY_IMAGES, 0])
+        # The predictions are those of all processes' images, and every process has them all.
+        rows = slice(self._first_row, self._first_row + len(batch["image"][:_NUM_SUMMARY_IMAGES]))
+        heatmaps = self._loop.predict(params, batch)["heatmaps"].addressable_data(0)
+        predicted = np.asarray(heatmaps[rows, 0])
         true = batch["heatmap_targets"][:_NUM_SUMMARY_IMAGES, 0] / 255.0
         image = batch["image"][:_NUM_SUMMARY_IMAGES]
         maps = [np.repeat((255 * heat).astype(np.uint8)[..., None], 3, axis=-1) for heat in (true, predicted)]
@@ -250,8 +348,7 @@ def _write_model_info(path: str, params: Any) -> None:
         for p, leaf in leaves
     ]
     total = sum(leaf.size for _, leaf in leaves)
-    with open(path, "w") as file:
-        file.write("\n".join([*lines, f"total number of parameters: {total}", ""]))
+    epath.Path(path).write_text("\n".join([*lines, f"total number of parameters: {total}", ""]))
     logging.info("%d parameters", total)
 
 

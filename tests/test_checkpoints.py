@@ -1,6 +1,11 @@
 """Checkpoints of a training state of two parameters."""
 
+import dataclasses
 import pathlib
+import resource
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,12 @@ import pytest
 from absl import logging
 from jax.sharding import PartitionSpec
 
-from richhf_jax import checkpoints, optimizers, partitioning, train_state
+from richhf_jax import checkpoints, errors, optimizers, partitioning, train_state
+
+# When one array can't be read or written, Orbax closes the event loop that others still answer to.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+)
 
 AXES = {"dense": {"kernel": PartitionSpec("embed", "mlp"), "bias": PartitionSpec("mlp")}}
 POSITION = {"epoch": 2, "files": ["a", "b"], "seed": 7}
@@ -34,7 +44,7 @@ def abstract(optimizer, state):
 
     def make(num_partitions=1):
         axes = train_state.logical_axes(optimizer, AXES, state)
-        shardings = partitioning.PjitPartitioner(num_partitions=num_partitions).state_sharding(axes)
+        shardings = partitioning.PjitPartitioner(num_partitions=num_partitions).state_sharding(axes, state)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             state,
@@ -44,11 +54,21 @@ def abstract(optimizer, state):
     return make
 
 
-def save(directory, state, steps, keep=None):
-    checkpointer = checkpoints.Checkpointer(str(directory), keep)
-    for step in steps:
-        checkpointer.save(state, POSITION | {"step": step}, step)
-    checkpointer.close()
+def save(directory, state, steps, **cfg):
+    cfg = checkpoints.SaveCheckpointConfig(period=1, **cfg) if cfg else None
+    with checkpoints.Checkpointer(str(directory), cfg) as checkpointer:
+        for step in steps:
+            checkpointer.save(state, POSITION | {"step": step}, step)
+
+
+def restore(directory, abstract_state):
+    """State and position of the newest, or None."""
+    with checkpoints.Checkpointer(str(directory)) as checkpointer:
+        return checkpointer.restore_newest(abstract_state)
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
 
 
 def assert_equal(tree, expected):
@@ -67,11 +87,8 @@ def abstract_params(**shapes):
 @pytest.mark.parametrize("num_partitions", [1, 2])
 def test_what_is_restored_is_what_was_saved_on_whichever_mesh(tmp_path, state, abstract, num_partitions):
     save(tmp_path, state, [3])
-    checkpointer = checkpoints.Checkpointer(str(tmp_path))
-    assert checkpointer.latest_step() == 3
     wanted = abstract(num_partitions)
-    restored, position = checkpointer.restore(wanted, 3)
-    checkpointer.close()
+    restored, position = restore(tmp_path, wanted)
     assert_equal(restored, state)
     assert position == POSITION | {"step": 3}
     assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(
@@ -83,22 +100,55 @@ def test_what_is_restored_is_what_was_saved_on_whichever_mesh(tmp_path, state, a
 
 def test_the_newest_are_kept(tmp_path, state):
     save(tmp_path, state, [1, 2, 10, 11], keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_10", "checkpoint_11"]
+    assert names(tmp_path) == ["checkpoint_10", "checkpoint_11"]
     assert checkpoints.find_checkpoint(str(tmp_path)) == (str(tmp_path / "checkpoint_11"), 11)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", {2, 4}), ("max", {1, 5})])
+def test_the_best_are_kept_besides(tmp_path, state, mode, best):
+    losses = {1: 7.0, 2: 1.0, 3: 5.0, 4: 2.0, 5: 8.0, 6: None, 7: float("nan")}
+    cfg = checkpoints.SaveCheckpointConfig(1, keep=1, keep_best=2, metric_mode=mode)
+    # In two runs: the metrics are saved with the checkpoints.
+    for steps in ([1, 2, 3], [4, 5, 6, 7]):
+        with checkpoints.Checkpointer(str(tmp_path), cfg) as checkpointer:
+            for step in steps:
+                metrics = None if losses[step] is None else {"loss": losses[step]}
+                checkpointer.save(state, POSITION, step, metrics)
+    assert set(names(tmp_path)) == {f"checkpoint_{step}" for step in best | {7}}
+
+
+def test_a_metric_that_is_not_measured_is_named(tmp_path, state):
+    cfg = checkpoints.SaveCheckpointConfig(1, keep_best=2, metric_name_to_monitor="los")
+    with (
+        checkpoints.Checkpointer(str(tmp_path), cfg) as checkpointer,
+        pytest.raises(checkpoints.CheckpointError, match="have no 'los', only loss, loss/score"),
+    ):
+        checkpointer.save(state, POSITION, 1, {"loss": 1.0, "loss/score": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"period": 0}, "period must be at least 1, got 0"),
+        ({"period": 1, "keep": 0}, "keep must be at least 1, got 0"),
+        ({"period": 1, "keep_best": -1}, "keep_best must be at least 1, got -1"),
+        ({"period": 1, "metric_mode": "least"}, "metric_mode must be 'min' or 'max', got 'least'"),
+    ],
+)
+def test_a_configuration_without_sense(kwargs, message):
+    with pytest.raises(errors.UserError, match=f"SaveCheckpointConfig.{message}"):
+        checkpoints.SaveCheckpointConfig(**kwargs)
 
 
 def test_a_step_saved_twice_stays_as_it_was(tmp_path, state, abstract):
     save(tmp_path, state, [5])
-    checkpointer = checkpoints.Checkpointer(str(tmp_path))
-    checkpointer.save(state, {}, 5)
-    assert checkpointer.restore(abstract(), 5)[1] == POSITION | {"step": 5}
-    checkpointer.close()
+    with checkpoints.Checkpointer(str(tmp_path)) as checkpointer:
+        checkpointer.save(state, {}, 5)
+    assert restore(tmp_path, abstract())[1] == POSITION | {"step": 5}
 
 
-def test_an_empty_directory_has_no_checkpoint(tmp_path):
-    checkpointer = checkpoints.Checkpointer(str(tmp_path))
-    assert checkpointer.latest_step() is None
-    checkpointer.close()
+def test_an_empty_directory_has_no_checkpoint(tmp_path, abstract):
+    assert restore(tmp_path, abstract()) is None
     with pytest.raises(checkpoints.CheckpointError, match=f"no checkpoint_<step> in {tmp_path}: train first"):
         checkpoints.find_checkpoint(str(tmp_path))
 
@@ -109,12 +159,181 @@ def test_what_a_crash_left_half_written_is_ignored(tmp_path, state, abstract):
     (tmp_path / "checkpoint_4.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "checkpoint_4.orbax-checkpoint-tmp/state").mkdir()
     assert checkpoints.find_checkpoint(str(tmp_path))[1] == 3
-    checkpointer = checkpoints.Checkpointer(str(tmp_path))
-    assert checkpointer.latest_step() == 3
-    assert_equal(checkpointer.restore(abstract(), 3)[0], state)
-    checkpointer.save(state, POSITION, 4)
-    checkpointer.close()
+    assert_equal(restore(tmp_path, abstract())[0], state)
+    save(tmp_path, state, [4])
     assert checkpoints.find_checkpoint(str(tmp_path))[1] == 4
+    assert restore(tmp_path, abstract())[1]["step"] == 4
+
+
+SAVE_FOREVER = """
+import itertools, sys
+import jax, jax.numpy as jnp
+from richhf_jax import checkpoints, train_state
+params = {"kernel": jnp.arange(2e6)}
+with checkpoints.Checkpointer(sys.argv[1], checkpoints.SaveCheckpointConfig(1)) as checkpointer:
+    for step in itertools.count(1):
+        params = {"kernel": params["kernel"] + 1}
+        state = train_state.TrainState(jnp.full((), step), params, ())
+        checkpointer.save(state, {"step": step}, step)
+"""
+
+
+def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path):
+    def being_written():
+        return [path for path in tmp_path.glob("*-tmp") if (path / "state.orbax-checkpoint-tmp").exists()]
+
+    with subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, tmp_path]) as program:
+        while not ((tmp_path / "checkpoint_2").exists() and being_written()):
+            assert program.poll() is None
+        program.kill()
+    torn = being_written()
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = train_state.TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=one),
+        {"kernel": jax.ShapeDtypeStruct((2_000_000,), jnp.float32, sharding=one)},
+        (),
+    )
+    found, position = restore(tmp_path, like)
+    step = position["step"]
+    assert int(found.step) == step
+    np.testing.assert_array_equal(found.params["kernel"], np.arange(2e6, dtype=np.float32) + step)
+    assert [path.name for path in torn] == [f"checkpoint_{step + 1}.orbax-checkpoint-tmp"]
+
+
+def data_files(directory):
+    """The files with the arrays' values."""
+    return sorted((directory / "state/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "missing shard": lambda path: shutil.rmtree(path / "state/ocdbt.process_0"),
+    "truncated shard": lambda path: truncate(data_files(path)[-1]),
+    "truncated index": lambda path: truncate(path / "state/manifest.ocdbt"),
+    "no metadata": lambda path: (path / "state/_METADATA").unlink(),
+    "truncated metadata": lambda path: truncate(path / "state/_METADATA"),
+    "no position": lambda path: shutil.rmtree(path / "data_position"),
+    "empty": lambda path: (shutil.rmtree(path), path.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def large(state):
+    """A state whose arrays are too large for a checkpoint's index, where small ones' values stand."""
+    values = np.random.default_rng(0).random((2, 64, 64), np.float32)  # Not compressible.
+    params = {"dense": {"bias": jnp.asarray(values[0]), "kernel": jnp.asarray(values[1])}}
+    return train_state.TrainState(jnp.zeros((), jnp.int32), params, ())
+
+
+def like(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory, large):
+    folder = tmp_path_factory.mktemp("two")
+    save(folder, large, [3, 4])
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(tmp_path, two_checkpoints, large, caplog, damage):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    DAMAGES[damage](tmp_path / "checkpoint_4")
+    found, position = restore(tmp_path, like(large))
+    assert position["step"] == 3
+    assert_equal(found, large)
+    (warning,) = [r.getMessage() for r in caplog.records if r.module == "checkpoints"]
+    assert warning.startswith(f"skipping {tmp_path}/checkpoint_4: ")
+    # The run that goes on saves this step again.
+    save(tmp_path, large, [4])
+    assert names(tmp_path) == ["checkpoint_3", "checkpoint_4", "damaged_checkpoint_4"]
+    assert restore(tmp_path, like(large))[1]["step"] == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path, two_checkpoints, large):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    for step in (3, 4):
+        DAMAGES["missing shard"](tmp_path / f"checkpoint_{step}")
+    message = (
+        f"no checkpoint in {tmp_path} is whole: checkpoint_4, checkpoint_3,.*begin anew in another MODEL"
+    )
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        restore(tmp_path, like(large))
+    assert names(tmp_path) == ["checkpoint_3", "checkpoint_4"]
+
+
+def test_damaged_metrics_cost_a_checkpoint_its_rank_alone(tmp_path, large):
+    cfg = checkpoints.SaveCheckpointConfig(1, keep=1, keep_best=1)
+    with checkpoints.Checkpointer(str(tmp_path), cfg) as checkpointer:
+        checkpointer.save(large, POSITION, 1, {"loss": 1.0})
+    truncate(tmp_path / "checkpoint_1/metrics/metrics")
+    with checkpoints.Checkpointer(str(tmp_path), cfg) as checkpointer:
+        assert checkpointer.restore_newest(like(large)) is not None
+        checkpointer.save(large, POSITION, 2, {"loss": 2.0})
+    assert names(tmp_path) == ["checkpoint_2"]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (
+            {"bias": (64, 64), "kernel": (64, 65)},
+            r"params/dense/kernel \(64, 65\): \(64, 64\) in the checkpoint",
+        ),
+        ({"bias": (64, 64)}, r"params/dense/kernel \(not in the model\): \(64, 64\) in the checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_not_damaged(tmp_path, two_checkpoints, large, params, message):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    other = dataclasses.replace(like(large), params=abstract_params(**params))
+    with pytest.raises(checkpoints.CheckpointError, match=f"checkpoint_4 doesn't fit this model: {message}"):
+        restore(tmp_path, other)
+    assert names(tmp_path) == ["checkpoint_3", "checkpoint_4"]
+
+
+@pytest.fixture
+def small_disk():
+    """Files can't become larger than this: the next best thing to a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_and_wait(checkpointer, state):
+    checkpointer.save(state, POSITION, 2)
+    checkpointer.wait()
+
+
+def save_and_go_on(checkpointer, state):
+    checkpointer.save(state, POSITION, 2)
+    while True:
+        checkpointer.check()
+
+
+def save_and_end(checkpointer, state):
+    with checkpointer:
+        checkpointer.save(state, POSITION, 2)
+
+
+@pytest.mark.parametrize("saves", [save_and_wait, save_and_go_on, save_and_end])
+def test_a_full_disk_ends_the_run_and_leaves_what_was_there(tmp_path, large, small_disk, saves):
+    save(tmp_path, large, [1])
+    checkpointer = checkpoints.Checkpointer(str(tmp_path))
+    small_disk(10_000)
+    message = f"{tmp_path}: a checkpoint can't be written: .*File too large.*\nLast complete.*/checkpoint_1"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        saves(checkpointer, large)
+    assert restore(tmp_path, like(large))[1]["step"] == 1
+
+
+def test_a_model_dir_that_can_not_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(checkpoints.CheckpointError, match=f"{tmp_path}/file/run can't be used.*Not a direc"):
+        checkpoints.Checkpointer(str(tmp_path / "file/run"))
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path):
@@ -150,12 +369,10 @@ def test_parameters_alone(tmp_path, state):
 
 def test_a_training_does_not_continue_from_parameters_alone(tmp_path, state, abstract):
     checkpoints.save_params(str(tmp_path), state.params)
-    checkpointer = checkpoints.Checkpointer(str(tmp_path))
     with pytest.raises(
         checkpoints.CheckpointError, match="checkpoint_0 holds parameters alone.*INITIAL_CHECK"
     ):
-        checkpointer.restore(abstract(), checkpointer.latest_step())
-    checkpointer.close()
+        restore(tmp_path, abstract())
 
 
 @pytest.mark.parametrize(

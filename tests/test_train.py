@@ -4,11 +4,13 @@ Only sizes and steps are smaller (see SMALL). The fixtures tell one story, which
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +22,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
+from absl import flags, logging
+from absl.testing import flagsaver
 
 from richhf_jax import (
     checkpoints,
     errors,
     feedback,
+    gin_utils,
     input_pipeline,
     losses,
     partitioning,
@@ -280,29 +285,8 @@ def test_evaluating_what_is_not_there(launch, finetuned):
         assert "Traceback" not in program.output
 
 
-class BreakingLoop:
-    """In place of the trainer: at step 3 one of the metrics is not finite."""
-
-    broken: str
-
-    def __init__(self, *args, **kwargs):
-        self.abstract_state = None
-
-    def init_state(self, given):
-        params = {"kernel": jnp.zeros(2)}
-        return train_state.TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
-
-    def train_step(self, state, batch):
-        state = dataclasses.replace(state, step=state.step + 1)
-        values = {"loss": 1.0, "gradient_norm": 1.0}
-        if state.step == 3:
-            values[self.broken] = np.nan
-        ones = np.ones((), np.float32)
-        return state, {name: losses.WeightedMean(value * ones, ones) for name, value in values.items()}
-
-
-class NoData:
-    """In place of the training data."""
+class Stream:
+    """In place of the training data: no arrays."""
 
     batch_shapes = None
 
@@ -316,20 +300,143 @@ class NoData:
         return {"step": step}
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient_norm"])
-def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, broken):
-    monkeypatch.setattr(BreakingLoop, "broken", broken, raising=False)
-    monkeypatch.setattr(input_pipeline, "TrainStream", NoData)
+class Loop:
+    """In place of the trainer. The state counts; at step 3 what `broken` names is not finite."""
+
+    broken: tuple[str, ...] = ()
+
+    def __init__(self, *args, **kwargs):
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self.abstract_state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), self.init_state({})
+        )
+
+    def init_state(self, given):
+        params = {"kernel": jnp.zeros((64, 64))}
+        return train_state.TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
+
+    def train_step(self, state, batch):
+        params = {"kernel": state.params["kernel"] + 1}
+        state = dataclasses.replace(state, step=state.step + 1, params=params)
+        values = {"loss": 1.0, "gradient_norm": 1.0}
+        if state.step == 3:
+            values |= dict.fromkeys(self.broken, np.nan)
+        ones = np.ones((), np.float32)
+        return state, {name: losses.WeightedMean(value * ones, ones) for name, value in values.items()}
+
+    def evaluate(self, params, batches):
+        # Best after four steps.
+        return {"loss": abs(float(params["kernel"][0, 0]) - 4)}
+
+
+@pytest.fixture
+def small_train(tmp_path, monkeypatch):
+    """Trains a `Loop` in this process."""
+    monkeypatch.setattr(Loop, "broken", ())
+    monkeypatch.setattr(input_pipeline, "TrainStream", Stream)
     monkeypatch.setattr(input_pipeline, "check_vocabulary", lambda cfg, vocab_size: None)
-    with pytest.raises(errors.UserError, match=f"{broken} not finite between step 2 and 3: lower the"):
+    monkeypatch.setattr(
+        input_pipeline, "example_names", lambda cfg, batch: [f"task: {batch}_{n}.png" for n in range(20)]
+    )
+    cfg = types.SimpleNamespace(batch_size=20, mixture_or_task_name="task")
+
+    def run(total_steps=5, save=None, eval_cfg=None, **kwargs):
         train.train(
             model=types.SimpleNamespace(vocab_size=0),
             model_dir=str(tmp_path),
-            train_dataset_cfg=None,
-            train_eval_dataset_cfg=None,
+            train_dataset_cfg=cfg,
+            train_eval_dataset_cfg=eval_cfg,
             partitioner=partitioning.PjitPartitioner(),
-            checkpoint_cfg=checkpoints.CheckpointConfig(checkpoints.SaveCheckpointConfig(period=1, keep=9)),
-            total_steps=5,
-            trainer_cls=BreakingLoop,
+            checkpoint_cfg=checkpoints.CheckpointConfig(save),
+            total_steps=total_steps,
+            trainer_cls=Loop,
+            **kwargs,
         )
-    assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == ["checkpoint_1", "checkpoint_2"]
+
+    run.cfg = cfg
+    return run
+
+
+def checkpoint_names(folder):
+    return sorted(path.name for path in folder.glob("checkpoint_*"))
+
+
+@pytest.mark.parametrize("log_period", [1, 50])
+@pytest.mark.parametrize("broken", [("loss",), ("gradient_norm", "loss")])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, small_train, broken, log_period):
+    monkeypatch.setattr(Loop, "broken", broken)
+    period = 2 if log_period > 1 else 1
+    message = (
+        rf"^{' and '.join(broken)} not finite at step 3. Its 20 examples, all in"
+        rf" {tmp_path}/examples_of_step_3.txt: task: 2_0.png, .* task: 2_15.png ...\n"
+        rf"Last good checkpoint: {tmp_path}/checkpoint_2. Lower the learning rate"
+    )
+    with pytest.raises(errors.UserError, match=message):
+        small_train(save=checkpoints.SaveCheckpointConfig(period, keep=9), log_period=log_period)
+    assert checkpoint_names(tmp_path)[-1] == "checkpoint_2"
+    examples = (tmp_path / "examples_of_step_3.txt").read_text().splitlines()
+    assert examples == [f"task: 2_{n}.png" for n in range(20)]
+
+
+def test_the_best_checkpoints_are_those_of_the_validation_data(tmp_path, small_train, monkeypatch):
+    monkeypatch.setattr(train._Evaluation, "_pictures", lambda *args: np.zeros((1, 4, 4, 3), np.uint8))
+    monkeypatch.setattr(
+        Stream, "batches", lambda *args: itertools.repeat({"heatmap_weights": np.zeros((1, 0))})
+    )
+    save = checkpoints.SaveCheckpointConfig(period=1, keep=1, keep_best=1)
+    kwargs = {"total_steps": 8, "save": save, "eval_cfg": small_train.cfg}
+    with pytest.raises(errors.UserError, match="checkpoints, 1 steps, must be a multiple .*, 2 steps"):
+        small_train(**kwargs, eval_period=2)
+    small_train(**kwargs, eval_period=1)
+    assert checkpoint_names(tmp_path) == ["checkpoint_4", "checkpoint_8"]
+    with pytest.raises(errors.UserError, match="keep_best needs validation data"):
+        small_train(**kwargs | {"eval_cfg": None})
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, small_train, caplog):
+    save = checkpoints.SaveCheckpointConfig(period=2)
+    small_train(total_steps=4, save=save)
+    shutil.rmtree(tmp_path / "checkpoint_4/state/d")
+    logging.set_verbosity(logging.INFO)
+    with caplog.at_level("INFO", logger="absl"):
+        small_train(total_steps=6, save=save)
+    lines = [record.getMessage() for record in caplog.records]
+    (skipped,) = [line for line in lines if line.startswith(f"skipping {tmp_path}/checkpoint_4: ")]
+    assert "continuing from step 2" in lines[lines.index(skipped) :]
+    assert checkpoint_names(tmp_path) == ["checkpoint_4", "checkpoint_6"]
+    assert (tmp_path / "damaged_checkpoint_4").is_dir()
+
+
+@pytest.mark.parametrize("file", ["config.gin", "train"])
+def test_what_can_not_be_written_is_named(tmp_path, small_train, monkeypatch, file):
+    # As root nothing is read-only.
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / file))
+
+    monkeypatch.setattr(gin_utils, "write_operative_config", refuse)
+    with pytest.raises(errors.UserError, match=f"{tmp_path}/{file} can't be written: Permission denied"):
+        small_train()
+
+
+@pytest.fixture
+def profile_steps():
+    """Sets the flag."""
+    with flagsaver.flagsaver():
+        flags.FLAGS.mark_as_parsed()
+        yield lambda value: setattr(flags.FLAGS, "profile_steps", value)
+    flags.FLAGS.unparse_flags()
+
+
+def test_a_profile(tmp_path, small_train, profile_steps):
+    profile_steps("2:3")
+    small_train(total_steps=4)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", ["2:5", "0:1", "3:2", "2", "a:b", "2:3:4", "-1:2"])
+def test_a_profile_of_steps_that_there_are_not(small_train, profile_steps, steps):
+    profile_steps(steps)
+    with pytest.raises(
+        errors.UserError, match=f"--profile_steps={steps}: give FIRST:LAST.*this run's 4 steps"
+    ):
+        small_train(total_steps=4)
