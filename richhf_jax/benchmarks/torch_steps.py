@@ -25,7 +25,8 @@ class TorchSteps:
     def __init__(self, module: rahf.Rahf, prompt_length: int, target_length: int):
         torch.manual_seed(0)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.set_float32_matmul_precision("high")
+        if self._device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TensorFloat32, as jax has it by default.
         self._module = module
         self._dtype = getattr(torch, np.dtype(module.t5_config.dtype).name)
         network = torch_rahf.Rahf(module, prompt_length, target_length)
