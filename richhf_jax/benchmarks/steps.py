@@ -161,16 +161,13 @@ class OurSteps:
 def measure(contenders: Mapping[str, Any], batch: Batch, count: int, label: str) -> dict[str, list[float]]:
     """Seconds of `count` steps of each contender, in turns of `TURN`."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    with tqdm.tqdm(total=count, desc=label, disable=not sys.stderr.isatty()) as progress:
-        while progress.n < count:
-            turn = min(TURN, count - progress.n)
-            for name, contender in contenders.items():
+    for done in tqdm.trange(0, count, TURN, desc=label, disable=not sys.stderr.isatty()):
+        for name, contender in contenders.items():
+            contender.run(batch)
+            for _ in range(min(TURN, count - done)):
+                start = time.perf_counter()
                 contender.run(batch)
-                for _ in range(turn):
-                    start = time.perf_counter()
-                    contender.run(batch)
-                    seconds[name].append(time.perf_counter() - start)
-            progress.update(turn)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -23,9 +23,18 @@ def preset(tmp_path_factory):
     return str(path)
 
 
-def test_both_steps_of_both(preset, tmp_path, capsys, monkeypatch):
-    # It takes a minute, and a C++ compiler; what is compiled is the same.
+@pytest.fixture
+def quick_torch(monkeypatch):
+    """PyTorch uncompiled: compilation takes a minute and a C++ compiler, and computes the same."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Threads that wait for each other take far longer where cores are busy.
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("quick_torch")
+def test_both_steps_of_both(preset, tmp_path, capsys):
     path = tmp_path / "figures.json"
     arguments = [f"--preset={preset}", "--variant=augmented_prompt", "--batch_size=2", "--steps=2", "--torch"]
     steps.main([*arguments, f"--json={path}"])
@@ -58,8 +67,8 @@ def num_parameters(preset):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-def test_training_with_torch_lowers_its_loss(preset, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+@pytest.mark.usefixtures("quick_torch")
+def test_training_with_torch_lowers_its_loss(preset):
     module = steps.make_model(preset, "multi_head").module
     batch = steps.random_batch(module, steps.ALL, 2)
     contender = torch_steps.TorchSteps(module, steps.PROMPT_LENGTH, steps.TARGET_LENGTH)
