@@ -70,11 +70,11 @@ def session(
         yield
     except BaseException as error:
         if isinstance(error, errors.UserError):
-            words.say("")  # The error says it all.
+            words.cancel()  # The error says it all.
         atexit.register(_exit_now)
         raise
     jax.distributed.shutdown()
-    words.say("")
+    words.cancel()
 
 
 def _check(address: str | None, count: int | None, index: int | None) -> bool:
@@ -95,10 +95,11 @@ def _check(address: str | None, count: int | None, index: int | None) -> bool:
 def _has_others() -> bool:
     """Whether the environment knows of other processes, which jax then finds by itself.
 
-    jax alone would also take an interactive SLURM shell, or one task with several GPUs, for one of several.
+    jax's own detection would also take a shell in a SLURM allocation for one of several tasks, and leave a
+    single task only one of its GPUs.
     """
     env = os.environ
-    if "tpu" in (jax.config.jax_platforms or ""):  # jax sets it where it sees one.
+    if "tpu" in _platforms():
         hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
         if hosts:  # on GKE
             return "," in hosts or int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1
@@ -107,8 +108,16 @@ def _has_others() -> bool:
     return any(int(env.get(size, 1)) > 1 for size in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
 
 
+def _platforms() -> str:
+    """Of jax: as the user says, or "tpu,cpu" where jax sees a TPU, or ""."""
+    return jax.config.jax_platforms or ""
+
+
 def _connect(address: str | None, count: int | None, index: int | None, timeout: int, heartbeat: int) -> None:
     try:
+        if index == 0:  # jax may crash where the port is taken.
+            with socket.create_server(("", int(address.rpartition(":")[2]))):
+                pass
         jax.distributed.initialize(
             address,
             count,
@@ -143,9 +152,13 @@ class _LastWords:
         )
 
     def say(self, line: str) -> None:
-        """What will be printed, in place of what was; "" prints nothing."""
+        """What will be printed, in place of what was."""
         self._printer.stdin.write(f"{line}\n".encode())
         self._printer.stdin.flush()
+
+    def cancel(self) -> None:
+        """Nothing will be printed."""
+        self._printer.communicate(b"\n")
 
 
 def _exit_now() -> None:
