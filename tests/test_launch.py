@@ -1,14 +1,19 @@
-"""The launch scripts, with a stand-in for Python that notes what it is asked to run."""
+"""The scripts of launch/ with a stand-in for Python, and what linters say of all files there."""
 
 import os
 import pathlib
+import re
 import subprocess
+import sys
 
+import dockerfile_parse
 import pytest
+import yaml
 
 import richhf_jax
 
 LAUNCH = pathlib.Path(richhf_jax.__file__).resolve().parents[1] / "launch"
+TOOLS = pathlib.Path(sys.executable).parent
 
 # Passes the check of its version; writes a report where evaluation would.
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -138,3 +143,51 @@ def test_mistakes(venv, args, message):
     assert code == 1
     assert message in output
     assert commands == []
+
+
+def lint(tool: str, *args: str, stdin: str = "") -> str:
+    """What a linter of the test packages has to say."""
+    command = [str(TOOLS / tool), *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False).stdout
+
+
+# Fields that SkyPilot 0.14's task schema has, those that are used here.
+TASK = {"name": str, "workdir": str, "resources": dict, "envs": dict, "setup": str, "run": str}
+RESOURCES = {
+    "infra": str,
+    "accelerators": str,
+    "accelerator_args": dict,
+    "use_spot": bool,
+    "disk_size": int,
+    "job_recovery": dict,
+}
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_sky_tasks(name):
+    task = yaml.safe_load((LAUNCH / f"sky/{name}.yaml").read_text())
+    for fields, schema in ((task, TASK), (task["resources"], RESOURCES)):
+        assert {field: type(value) for field, value in fields.items()}.items() <= schema.items()
+    assert task["envs"] == {"TRAINING_ARGUMENTS": None}
+    for script in (task["setup"], task["run"]):
+        assert lint("shellcheck", "--shell=bash", "-", stdin=script) == ""
+
+
+def test_shellcheck():
+    scripts = sorted(str(path) for path in LAUNCH.glob("*.sh"))
+    assert lint("shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts) == ""
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda"])
+def test_dockerfiles(name):
+    path = LAUNCH / f"docker/Dockerfile.{name}"
+    assert lint("hadolint", "--no-color", str(path)) == ""
+    with path.open("rb") as file:
+        parsed = dockerfile_parse.DockerfileParser(fileobj=file)
+        assert parsed.baseimage == "python:3.11-slim"
+        steps = [(step["instruction"], step["value"]) for step in parsed.structure]
+    installs = [value for instruction, value in steps if instruction == "RUN" and "pip" in value]
+    assert f"'.[train,gcs,{name}]'" in installs[0]
+    users = [value for instruction, value in steps if instruction in ("USER", "ARG")]
+    assert users[-1] in ("1000", "$USER")
+    assert re.search(r"richhf_jax\.train", dict(steps)["ENTRYPOINT"])
