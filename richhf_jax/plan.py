@@ -137,7 +137,7 @@ def table(plan: Mapping[str, Any]) -> str:
         lines.append(f"  loops counted once, for want of their number of trips: {names}")
     lines.append("Collectives a chip, a step" if plan["collectives"] else "No collectives")
     for kind, one in plan["collectives"].items():
-        lines.append(_line(f"{kind} x {one['count']:,}", _gib(one["bytes"])))
+        lines.append(_line(f"{kind} x {one['count']:,}", _size(one["bytes"])))
     return "\n".join([*lines, *_roofline_lines(plan)])
 
 
@@ -146,23 +146,23 @@ def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
     rest = memory["arguments"] - memory["parameters"] - memory["optimizer"]
     lines = [
         "Memory a chip",
-        _line("parameters", _gib(memory["parameters"])),
-        _line("optimizer state", _gib(memory["optimizer"])),
-        _line("batch and other arguments", _gib(rest)),
-        _line("temporaries", _gib(memory["temporaries"])),
-        _line("outputs beside donated arguments", _gib(memory["outputs"])),
-        _line("program", _gib(memory["program"])),
-        _line("total", _gib(memory["total"])),
+        _line("parameters", _size(memory["parameters"])),
+        _line("optimizer state", _size(memory["optimizer"])),
+        _line("batch and other arguments", _size(rest)),
+        _line("temporaries", _size(memory["temporaries"])),
+        _line("outputs beside donated arguments", _size(memory["outputs"])),
+        _line("program", _size(memory["program"])),
+        _line("total", _size(memory["total"])),
     ]
     if available is None:
         return [*lines, f"  the memory of {plan['chip']} isn't known here: no verdict"]
-    lines.append(_line("available", _gib(available)))
+    lines.append(_line("available", _size(available)))
     if plan["fits"]:
         return [*lines, "  It fits."]
     lines.append("  IT DOES NOT FIT. " + (plan["refusal"] or ""))
     lines.append("Largest buffers (not all at once)")
     for one in plan["largest_buffers"]:
-        lines.append(f"  {_gib(one['bytes'])}  {one['count']:3} x {one['shape']}  {one['made_by']}")
+        lines.append(f"  {_size(one['bytes'])}  {one['count']:3} x {one['shape']}  {one['made_by']}")
     lines.append(
         "More chips, a smaller BATCH_SIZE, NUM_MICROBATCHES, REMAT_POLICY = 'full', or parameters split over"
         " chips (gin/partitioning/) take less."
@@ -177,8 +177,8 @@ def _roofline_lines(plan: Mapping[str, Any]) -> list[str]:
     parts = ("compute", "memory", "interconnect")
     return [
         "Roofline: a step takes at least",
-        *(_line(part, f"{1e3 * roofline[part]:10.3f} ms") for part in parts),
-        _line("the longest of these", f"{1e3 * roofline['step']:10.3f} ms"),
+        *(_line(part, f"{1e3 * roofline[part]:10.4g} ms") for part in parts),
+        _line("the longest of these", f"{1e3 * roofline['step']:10.4g} ms"),
         _line("images a second, at most", f"{roofline['images_per_second']:10.1f}"),
     ]
 
@@ -187,12 +187,12 @@ def _line(name: str, value: str) -> str:
     return f"  {name:40}{value}"
 
 
-def _gib(size: float) -> str:
-    return f"{size / _GIB:10.3f} GiB"
+def _size(size: float) -> str:
+    return f"{size / 2**20:10.1f} MiB" if size < _GIB else f"{size / _GIB:10.2f} GiB"
 
 
 def _scaled(number: float) -> str:
     for unit, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
         if number >= unit:
             return f"{number / unit:10.3f}{letter}"
-    return f"{number:10.0f}"
+    return f"{number:10,.0f}"

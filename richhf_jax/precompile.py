@@ -51,6 +51,7 @@ _MACROS = {
     "train": ("TASK_FEATURE_LENGTHS", "BATCH_SIZE", "RANDOM_SEED", "USE_HARDWARE_RNG"),
     "predict": ("EVAL_FEATURE_LENGTHS", "EVAL_BATCH_SIZE", "CONSTRAINED_KEYWORDS"),
 }
+_NO_RUN = "give an experiment's gin file, for instance --gin_file=experiments/rich_hf_18k.gin"
 _HOST_CHIPS = (2, 2, 1)
 _EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:2x4 (Google's names, with the sides of the slice)"
 # TPU v4's two cores work as one device. Those of later chips do so unasked.
@@ -125,7 +126,7 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
     batch = batch_shapes(name)
     batch_images, prompts = batch["encoder_input_tokens"].shape[:2]
     partitioner.get_data_layout(batch_images)
-    loop = _trainer(name, partitioner, batch)
+    loop = make_trainer(name, partitioner, batch)
     logging.info("tracing the %s step", name)
     state, lowered = loop.abstract_state, loop.lower(name)
     optimizer = plan.bytes_per_chip(state.opt_state) if name == "train" else 0
@@ -140,10 +141,10 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
         model_flops=_model_flops(name, loop, lowered),
     )
     logging.info("compiling the %s step for %d x %s", name, partitioner.mesh.size, step.device_kind)
-    return plan.make(step, *_compile(lowered))
+    return plan.make(step, *compile_step(lowered))
 
 
-def _trainer(
+def make_trainer(
     step: str, partitioner: partitioning.PjitPartitioner, batch: Mapping[str, np.ndarray]
 ) -> trainer.Trainer:
     """As training and evaluation make it."""
@@ -165,7 +166,7 @@ def _model_flops(step: str, loop: trainer.Trainer, lowered: jax.stages.Lowered) 
     return 3 * program.analyze(loop.lower("eval").as_text(dialect="hlo")).flops
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float, str | None]:
+def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float, str | None]:
     """The program, the seconds it took, and the compiler's words if it refused for want of memory."""
     start = time.monotonic()
     try:
@@ -182,14 +183,16 @@ def _configure(steps: Sequence[str]) -> None:
     """Parses the gin files, which must describe a run."""
     # It has no value there, and plays no part here.
     flags.FLAGS.gin_bindings = ["MODEL_DIR = None", *flags.FLAGS.gin_bindings]
-    gin_utils.configure()
+    try:
+        gin_utils.configure()
+    except errors.UserError as error:
+        if "--gin.MODEL_DIR" not in str(error):
+            raise
+        raise errors.UserError(_NO_RUN) from error
     config = gin.config_str()
     needed = ("MODEL", *(name for step in steps for name in _MACROS[step]))
     if missing := [name for name in needed if not re.search(rf"^{name} = ", config, re.MULTILINE)]:
-        raise errors.UserError(
-            f"no gin file sets {', '.join(missing)}: give an experiment's, for instance"
-            " --gin_file=experiments/rich_hf_18k.gin"
-        )
+        raise errors.UserError(f"no gin file sets {', '.join(missing)}: {_NO_RUN}")
 
 
 def main() -> None:
