@@ -77,8 +77,8 @@ command_of() {
 if [[ $dry_run ]]; then
   for ((index = 0; index < processes; index++)); do
     command_of "$index"
-    printf '%q ' "${command[@]}"
-    echo
+    line=$(printf ' %q' "${command[@]}")
+    echo "${line# }"
   done
   exit
 fi

@@ -9,6 +9,7 @@ MODEL_DIR/inference_eval/<task>/<split>/<step>, and prints the paper's tables.
 import dataclasses
 import itertools
 import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,9 @@ def evaluate(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model.
     """
+    if jax.process_count() > 1:
+        # jax takes it then, for training to save at.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     loop, params, step = _load(model, checkpoint_path, dataset_cfg, partitioner)
     images, targets, predictions = _predict_split(
         loop, params, dataset_cfg, constrained_keywords, partitioner.batch_sharding

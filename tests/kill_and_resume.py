@@ -129,7 +129,7 @@ class Run:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 address = f"127.0.0.1:{free.getsockname()[1]}"
-            shared = (f"--coordinator_address={address}", "--heartbeat_timeout_seconds=20")
+            shared = (f"--coordinator_address={address}", "--heartbeat_timeout_seconds=10")
             commands = [
                 [*self._command, *shared, f"--process_count={processes}", f"--process_index={index}"]
                 for index in range(processes)
@@ -240,9 +240,10 @@ def main() -> None:
     options.out = os.path.abspath(options.out or tempfile.mkdtemp())
     os.makedirs(options.out, exist_ok=True)
     rng = random.Random(options.seed)
+    print(f"logs and checkpoints: {options.out}", flush=True)
     whole, parts = Run(options, "whole"), Run(options, "parts")
     whole.finish()
-    print(f"uninterrupted: {len(whole.losses())} steps, in {options.out}", flush=True)
+    print(f"uninterrupted: {len(whole.losses())} steps", flush=True)
     if options.elastic:
         *others, last = map(int, options.processes.split(","))
         for processes in others:

@@ -77,3 +77,24 @@ def test_constrained_keywords_have_probabilities(evaluate):
     assert [batch["keyword_text"].shape for batch in batches] == [(5, 1, 2, 64)] * 2
     # Rows that only fill the batch end at once.
     np.testing.assert_array_equal(batches[1]["keyword_text"][3:, 0, 0, :2], [[1, 0]] * 2)
+
+
+def test_only_process_0_writes(evaluate, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ValueError, match="not enough values"):  # There is no file to read.
+        evaluate(baseline_fns=())
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_process_predicts_the_rows_of_its_devices():
+    class OfTwoDevices:
+        """The third and the first quarter of a batch, in the mesh's order."""
+
+        def addressable_devices_indices_map(self, shape):
+            assert shape == (8,)
+            return {"a": (slice(4, 6),), "b": (slice(0, 2),)}
+
+    rows = eval_script._own_rows({"image": np.arange(8), "scores": np.arange(8)[:, None]}, OfTwoDevices())
+    np.testing.assert_array_equal(rows["image"], [0, 1, 4, 5])
+    np.testing.assert_array_equal(rows["scores"], [[0], [1], [4], [5]])

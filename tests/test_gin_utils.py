@@ -144,6 +144,8 @@ def test_help_lists_the_flags(folder):
     assert "Greets." in output
     for flag in ("--gin_file", "--gin_bindings", "--gin_search_paths", "--tfds_data_dir", "dry_run"):
         assert flag in output
+    for flag in ("--coordinator_address", "--process_count", "--process_index", "multiprocess_gpu"):
+        assert flag in output
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,7 @@ def test_help_lists_the_flags(folder):
         (["--gin_file=config.gin", "--gin.MODEL_DIR=%FOO"], "%FOO is used but has no value"),
         (["--gin_file=config.gin", "--gin.MODEL_DIR=[1,"], "a quote or bracket is not closed"),
         (["--gin_file=config.gin", "--gin.MODEL_DIR=a", "--gin.STEPS=-1"], "steps is negative\n"),
+        (["--gin_file=config.gin", "--gin.MODEL_DIR=a", "--process_index=1"], "give --coordinator_address"),
     ],
 )
 def test_mistakes_on_the_command_line(folder, args, message):
