@@ -24,6 +24,8 @@ from richhf_jax import train_state as train_state_lib
 
 _STATE, _POSITION, _METRICS = "state", "data_position", "metrics"
 _NAME = re.compile(r"checkpoint_(\d+)")
+# The last file and the code that a line of TensorStore's names.
+_TENSORSTORE_OS_ERROR = re.compile(r".*\"(?P<file>[^\"]+)\".*os_error_code='(?P<code>\d+)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,11 +288,13 @@ def _preservation_policy(cfg: SaveCheckpointConfig | None) -> preservation_polic
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's words for what is wrong, in one line."""
+    """What is wrong, in one line; in the operating system's words where they are known."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    first = str(error).partition("\n")[0]
+    if found := _TENSORSTORE_OS_ERROR.search(first):
+        return f"{os.strerror(int(found['code']))}: {found['file']}"
+    return f"{type(error).__name__}: {first}"
 
 
 def _any_process(reason: str | None) -> bool:

@@ -230,10 +230,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def _is_for_the_user(record: logging.LogRecord) -> bool:
     """Our own messages and others' warnings; orbax, TFDS and clu drown them at INFO.
 
-    Gin logs every folder in which it doesn't find a file as an error; it raises one for the file.
+    Gin logs every folder in which it doesn't find a file as an error; it raises one for the file. What others
+    log with a traceback (orbax, clu: a full disk) they raise, too, and it becomes one message.
     """
     ours = pathlib.Path(record.pathname).is_relative_to(_ROOT / "richhf_jax")
-    return ours or (record.levelno >= logging.WARNING and record.module != "resource_reader")
+    told_otherwise = record.module == "resource_reader" or record.exc_info
+    return ours or (record.levelno >= logging.WARNING and not told_otherwise)
 
 
 def _call_without_arguments(main: Callable[[], Any], argv: Sequence[str]) -> None:

@@ -157,10 +157,12 @@ class TrainStream:
         return {"step": step}
 
     def batches(self, position: Mapping[str, int]) -> Iterator[dict[str, np.ndarray]]:
-        """This host's batches from a position on; {} is the beginning."""
-        return get_dataset(
-            self._cfg, self._shard_info, start_step=position.get("step", 0)
-        ).as_numpy_iterator()
+        """This host's batches from a position on; {} is the beginning.
+
+        Raises:
+          errors.UserError: as `get_dataset`; or, of the iterator, a file can't be read.
+        """
+        return _numpy(get_dataset(self._cfg, self._shard_info, start_step=position.get("step", 0)))
 
 
 def evaluation_batches(
@@ -182,8 +184,8 @@ def evaluation_batches(
       Task examples (with the record's strings; as many as are real, maybe none), and the model features.
 
     Raises:
-      errors.UserError: the task's data isn't built, or it lacks the split; the name is a mixture's; the batch
-        doesn't split evenly over the hosts.
+      errors.UserError: the task's data isn't built, lacks the split or can't be read; the name is a
+        mixture's; the batch doesn't split evenly over the hosts.
     """
     task = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
     if not isinstance(task, seqio.Task):
@@ -200,7 +202,7 @@ def evaluation_batches(
         {name: np.zeros([0, *spec.shape[1:]], spec.dtype.as_numpy_dtype) for name, spec in specs.items()}
         for specs in batches.element_spec
     )
-    iterator = batches.as_numpy_iterator()
+    iterator = _numpy(batches)
     for _ in range(-(-len(data) // cfg.batch_size)):
         examples, features = next(iterator, nothing)
         real = len(features["image"])
@@ -233,6 +235,17 @@ def _deterministic(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
     options.deterministic = True
     return dataset.with_options(options)
+
+
+def _numpy(dataset: tf.data.Dataset) -> Iterator[Any]:
+    try:
+        yield from dataset.as_numpy_iterator()
+    except tf.errors.OpError as error:
+        # Behind the first line is TensorFlow's own stack.
+        raise errors.UserError(
+            f"the data can't be read: {str(error).splitlines()[0]}\n"
+            "Bring the file back or build the data anew"
+        ) from error
 
 
 def _pad(array: np.ndarray, size: int) -> np.ndarray:
@@ -331,7 +344,12 @@ class _Records:
                 f" {', '.join(builder.info.splits)}"
             ) from error
         self._paths = [file.filename for file in files]
-        self._files, self._offsets = records.locate([(file.filename, file.skip, file.take) for file in files])
+        try:
+            self._files, self._offsets = records.locate([(f.filename, f.skip, f.take) for f in files])
+        except (OSError, ValueError) as error:
+            raise errors.UserError(
+                f"{task.name}: its data can't be read: {error}\nBring the file back or build the data anew"
+            ) from error
         self._features = builder.info.features
         # What no slot uses is never decoded; the preprocessors decode the rest.
         self._decoders = {

@@ -1,4 +1,6 @@
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -253,11 +255,28 @@ def test_program_ends_while_data_is_read_ahead(synthetic_data_dir):
 def test_names_of_a_batchs_examples(name):
     cfg = config(name, batch_size=6)
     names = input_pipeline.example_names(cfg, 4)
-    tasks, files = zip(*(line.split(": ") for line in names), strict=True)
+    places = [tuple(line.split(": ")) for line in names]
     # Each file's picture is the one at this place of the batch.
     pictures = {}
-    for task in set(tasks):
+    for task in {task for task, _ in places}:
         for examples, features in input_pipeline.evaluation_batches(config(task, batch_size=1), ONE_HOST):
             pictures[task, examples[0][feedback.FILENAME_FIELD].decode()] = ids([features])[0]
     batch = take(cfg, 1, start_step=4)
-    assert [pictures[key] for key in zip(tasks, files, strict=True)] == ids(batch)
+    assert [pictures[place] for place in places] == ids(batch)
+
+
+def test_a_shard_that_is_missing_or_damaged_is_named(synthetic_data_dir, tmp_path):
+    shutil.copytree(synthetic_data_dir / "synthetic_rich_hf", tmp_path / "synthetic_rich_hf")
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    layout = partitioning.DataLayout(batch_size=4, shard_id=0, num_shards=1)
+    (shard,) = tmp_path.rglob("*-train.tfrecord*")
+    stream = input_pipeline.TrainStream(config(), lambda batch_size: layout)
+    epoch = itertools.islice(stream.batches({}), TRAIN_EXAMPLES // 4)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(errors.UserError, match=f"can't be read: .*{shard}.*\nBring the file back"):
+        list(epoch)
+    shard.unlink()
+    with pytest.raises(errors.UserError, match=f"{TASK}: its data can't be read: .*{shard}"):
+        stream.batches({})
