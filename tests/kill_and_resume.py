@@ -110,14 +110,13 @@ class Run:
             *(sys.executable, "-m", "richhf_jax.train", f"--tfds_data_dir={options.data_dir}"),
             *("--gin_file=experiments/quickstart.gin", f"--gin_file={gin}"),
             *(f"--gin.MODEL_DIR='{self.model_dir}'", f"--gin.TRAIN_STEPS={options.steps}"),
-            *(f"--gin.CHECKPOINT_PERIOD={options.period}", "--gin.BATCH_SIZE=16", "--gin.LOG_PERIOD=10"),
+            *(f"--gin.CHECKPOINT_PERIOD={options.period}", "--gin.BATCH_SIZE=8", "--gin.LOG_PERIOD=10"),
             "--gin.train.train_eval_dataset_cfg=None",
         ]
         self._environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "PYTHONPATH": f"{HERE.parent}:{HERE}",
             LOSSES: str(self._losses_file),
         }
@@ -230,8 +229,8 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="the synthetic data")
     parser.add_argument("--out", help="where the runs go (default: a temporary folder)")
     parser.add_argument("--model", choices=["tiny", "mlp"], default="tiny")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--period", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--period", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--elastic", action="store_true", help="several processes, see above")
