@@ -139,9 +139,9 @@ class Run:
                 for command in commands
             ]
 
-    def finish(self, processes: int = 1) -> None:
-        """Trains to the end."""
-        codes = [process.wait() for process in self.start(processes)]
+    def finish(self, processes: list[subprocess.Popen]) -> None:
+        """Waits for the end, which must be a good one."""
+        codes = [process.wait() for process in processes]
         if any(codes):
             sys.exit(f"exit codes {codes}\n{self._log.read_text()[-3000:]}")
 
@@ -241,18 +241,20 @@ def main() -> None:
     rng = random.Random(options.seed)
     print(f"logs and checkpoints: {options.out}", flush=True)
     whole, parts = Run(options, "whole"), Run(options, "parts")
-    whole.finish()
-    print(f"uninterrupted: {len(whole.losses())} steps", flush=True)
+    uninterrupted = whole.start()
     if options.elastic:
         *others, last = map(int, options.processes.split(","))
         for processes in others:
             print(kill_one_of(parts, processes, options.period, rng), flush=True)
-        parts.finish(last)
+        parts.finish(parts.start(last))
+        whole.finish(uninterrupted)
     else:
+        whole.finish(uninterrupted)  # Before the others begin, which find its program compiled.
+        print(f"uninterrupted: {len(whole.losses())} steps", flush=True)
         for number in range(options.kills):
             message = kill_at_a_random_moment(parts, options.period, rng)
             print(f"{number + 1}: {message}", flush=True)
-        parts.finish()
+        parts.finish(parts.start())
     difference = largest_difference(whole, parts)
     again = len(parts.losses()) - len(whole.losses())
     print(
