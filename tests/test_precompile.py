@@ -148,7 +148,7 @@ def test_plan_of_a_prediction():
 
 
 def train_flops(*bindings):
-    deeper = ("t5.T5Config.num_encoder_layers = 3", "vit.ViTConfig.num_layers = 3", "REMAT_POLICY = 'full'")
+    deeper = ("t5.T5Config.num_encoder_layers = 2", "vit.ViTConfig.num_layers = 2", "REMAT_POLICY = 'full'")
     configure("multi_head", LENGTHS, *deeper, *bindings)
     partitioner = gin.get_configurable(partitioning.PjitPartitioner)()
     loop = precompile.make_trainer("train", partitioner, precompile.batch_shapes("train"))
