@@ -8,12 +8,12 @@ import base64
 import dataclasses
 import io
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from richhf_jax import feedback
@@ -148,7 +148,7 @@ def format_tables(rows: Sequence[Row]) -> str:
 
 
 def write_report(
-    path: str | pathlib.Path,
+    path: epath.PathLike,
     title: str,
     rows: Sequence[Row],
     curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
@@ -186,7 +186,7 @@ def write_report(
         details=details,
         colours=[f"rgb({r} {g} {b})" for r, g, b in _COLOURS],
     )
-    pathlib.Path(path).write_text(page, encoding="utf-8")
+    epath.Path(path).write_text(page)
 
 
 def _percent(share: float) -> str:

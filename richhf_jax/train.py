@@ -268,7 +268,7 @@ def _stop_signal() -> Iterator[Callable[[int], str | None]]:
 
     def ask(signum, frame):
         del frame
-        if received:
+        if received and signum == signal.SIGINT:  # SIGTERM may come twice, to a wrapper and to all.
             raise KeyboardInterrupt
         received.append(signal.Signals(signum).name)
         if several:

@@ -143,7 +143,9 @@ class Trainer:
         if count == 1:
             return of(batch, 0)
         # [batch, ...] -> [microbatches, batch / microbatches, ...]; every device keeps its own examples.
-        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+        )
 
         def accumulate(carry, part_and_index):
             return jax.tree.map(jnp.add, carry, of(*part_and_index)), None

@@ -19,6 +19,11 @@ PROJECT_IMPORTS = {
     "errors": set(),
     "feedback": set(),
     "network": set(),
+    "chips": set(),
+    "hlo": set(),
+    "program": {"hlo"},
+    "plan": {"chips", "program"},
+    "multihost": set(),
     "losses": set(),
     "decoding": set(),
     "keywords": set(),
@@ -28,6 +33,7 @@ PROJECT_IMPORTS = {
     "models": {"losses", "decoding"},
     "checkpoints": {"train_state"},
     "trainer": {"losses", "models", "partitioning", "train_state"},
+    "training_log": {"chips", "program", "trainer"},
     "datasets": set(),
     "metrics": {"datasets"},
     "report": {"metrics"},
@@ -39,10 +45,10 @@ PROJECT_IMPORTS = {
     # `input_pipeline` for its DatasetConfig, which baselines are given.
     "tasks": {"datasets", "input_pipeline", "metrics", "preprocessors", "postprocessors"},
     "convert": {"checkpoints"},
-    "benchmarks": {"datasets"},
-    "gin_utils": set(),
+    "benchmarks": {"datasets", "network"},
+    "gin_utils": {"multihost"},
 }
-ENTRY_POINTS = {"train", "eval", "convert.__main__", "benchmarks.input"}
+ENTRY_POINTS = {"train", "eval", "precompile", "convert.__main__", "benchmarks.input", "benchmarks.steps"}
 
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -56,6 +62,7 @@ MAY_IMPORT_TENSORFLOW = ENTRY_POINTS | {
     "tasks",
     "benchmarks",
     "gin_utils",
+    "training_log",  # clu's writers import it
 }
 NEVER_IMPORT_JAX = {
     "errors",

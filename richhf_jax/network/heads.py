@@ -175,8 +175,8 @@ def _scan_equal(module: nn.Module, indices: Sequence[int], layer: Layer, style: 
     """The module's layers of these indices, all like `layer`, in one loop."""
     params = module.variables["params"]
     names = [name for name in (layer[0], "norm") if f"{name}_{indices[0]}" in params]
-    stacked = stack_trees([{f"{name}_0": params[f"{name}_{i}"] for name in names} for i in indices])
-    one = Layers([layer], style, parent=None)
+    one, its_index = Layers([layer], style, parent=None), 0
+    stacked = stack_trees([{f"{name}_{its_index}": params[f"{name}_{i}"] for name in names} for i in indices])
     return jax.lax.scan(lambda x, of_layer: (one.apply({"params": of_layer}, x), None), x, stacked)[0]
 
 
