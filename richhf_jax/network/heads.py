@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+from jax.ad_checkpoint import checkpoint_name
 
 from richhf_jax.network import layers
 
@@ -23,6 +24,7 @@ Array = jax.Array
 Layer = tuple
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_SAVED = "head_convolution"
 
 
 def _convolve(x: Array, kernel: Array, padding: str | tuple) -> Array:
@@ -144,8 +146,11 @@ class Conv(nn.Module):
         kernel = param_with_axes("kernel", init, shape, jnp.float32, axes=self.kernel_axes)
         bias = param_with_axes("bias", self.bias_init, shape[-1:], jnp.float32, axes=self.kernel_axes[-1:])
         x, kernel, bias = (jnp.asarray(array, self.dtype) for array in (x, kernel, bias))
+        # Where the rules split its rows over the data axis, it is gathered. XLA would rather convolve part by
+        # part, with few channels at a time.
+        kernel = with_sharding_constraint(kernel, (*self.kernel_axes[:2], None, self.kernel_axes[-1]))
         x = deconv(x, kernel, self.transposed) if self.transposed else _convolve(x, kernel, "SAME")
-        return x + bias[None, None, None]
+        return checkpoint_name(x + bias[None, None, None], _SAVED)
 
 
 def _norm(style: Style, name: str) -> nn.Module:
@@ -225,6 +230,15 @@ class Layers(nn.Module):
         return _apply_layers(self, self.layers, self.style, x)
 
 
+def recomputing_norms(head_cls: type[nn.Module]) -> type[nn.Module]:
+    """The head, of whose activations the convolutions' outputs alone are kept for the backward pass.
+
+    In a loop all that isn't recomputed is stored, and the norms' float32 values are several times as large.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(_SAVED)
+    return nn.remat(head_cls, policy=policy, prevent_cse=False)
+
+
 class HeatmapHead(nn.Module):
     """Convolutions and stride-2 deconvolutions up to a heatmap.
 
@@ -299,7 +313,9 @@ class ScoreHead(nn.Module):
     def __call__(self, features: Array) -> Array:
         """Feature map [batch, height, width, embed] -> score [batch], float32 in [0, 1]."""
         x = _apply_layers(self, [("conv", *layer) for layer in self.conv_layers], self.style, features)
-        # Where the rules split the kernel's rows over the data axis, the features go to the rows' places.
+        # Where the rules split the kernel's rows over the data axis, the features go to the rows' places, but
+        # after the convolutions, which XLA would otherwise split over the image's rows as well.
+        x = with_sharding_constraint(x, ("batch", "height", "width", "mlp"))
         x = with_sharding_constraint(x.reshape(x.shape[0], -1), ("dense_batch", "dense_features"))
         dtype = self.style.dtype
         for i, width in enumerate(self.dense_layers):

@@ -122,8 +122,12 @@ class Rahf(nn.Module):
 
         style = heads.Style(head.norm, head.norm_epsilon, head.deconv_padding, config.dtype, head.scan_layers)
 
+        heatmap_cls, score_cls = heads.HeatmapHead, heads.ScoreHead
+        if head.scan_layers:
+            heatmap_cls, score_cls = map(heads.recomputing_norms, (heatmap_cls, score_cls))
+
         def heatmap_head():
-            return heads.HeatmapHead(
+            return heatmap_cls(
                 layers=head.heatmap_layers,
                 style=style,
                 output_layer=head.heatmap_output_layer,
@@ -131,7 +135,7 @@ class Rahf(nn.Module):
             )
 
         def score_head():
-            return heads.ScoreHead(head.score_conv_layers, head.score_dense_layers, style)
+            return score_cls(head.score_conv_layers, head.score_dense_layers, style)
 
         if self.variant == "multi_head":
             self.heatmap_head = {kind: heatmap_head() for kind in feedback.HEATMAPS}
