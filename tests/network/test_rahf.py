@@ -429,3 +429,33 @@ def test_bfloat16_is_near_float32(make_model, multi_head):
         assert rounded[name].dtype == np.float32
         scale = np.abs(exact[name]).max()
         assert 0 < np.abs(rounded[name] - exact[name]).max() < bound * scale, name
+
+
+LOOPS = (("conv", 6, 3), ("conv", 6, 3), ("conv", 6, 3), ("deconv", 4, 3), ("conv", 4, 3), ("conv", 4, 3))
+
+
+def test_heads_in_loops_equal_those_one_after_the_other(make_model, make_batch, random_values):
+    """Outputs, loss and gradients; and XLA sees one convolution for each run of equal layers and heads."""
+    layers = f"HeadsConfig.heatmap_layers = {LOOPS}"
+    losses, grads, convolutions = [], [], []
+    for scanned in (False, True):
+        model = make_model("multi_head", layers, f"HeadsConfig.scan_layers = {scanned}")
+        batch = make_batch(model, 2, 4, 1)
+        if not scanned:
+            params = random_values(initial_variables(model, 16)["params"])
+
+        def loss_fn(params, model=model, batch=batch):
+            return model.loss_fn(params, batch, None)[0]
+
+        loss, grad = jax.jit(jax.value_and_grad(loss_fn))(params)
+        losses.append(loss)
+        grads.append(traverse_util.flatten_dict(jax.device_get(grad)))
+        convolutions.append(str(jax.make_jaxpr(loss_fn)(params)).count("conv_general_dilated["))
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    largest = max(np.abs(grad).max() for grad in grads[0].values())
+    for name, expected in grads[0].items():
+        # Sums in another order; some gradients, as of the keys' biases, are nothing but rounding.
+        np.testing.assert_allclose(
+            grads[1][name], expected, rtol=1e-4, atol=1e-6 * largest, err_msg="/".join(name)
+        )
+    assert convolutions[1] < convolutions[0] / 2
