@@ -146,9 +146,7 @@ class Conv(nn.Module):
         kernel = param_with_axes("kernel", init, shape, jnp.float32, axes=self.kernel_axes)
         bias = param_with_axes("bias", self.bias_init, shape[-1:], jnp.float32, axes=self.kernel_axes[-1:])
         x, kernel, bias = (jnp.asarray(array, self.dtype) for array in (x, kernel, bias))
-        # Where the rules split its rows over the data axis, it is gathered. XLA would rather convolve part by
-        # part, with few channels at a time.
-        kernel = with_sharding_constraint(kernel, (*self.kernel_axes[:2], None, self.kernel_axes[-1]))
+        kernel = layers.gathered(kernel, self.kernel_axes)
         x = deconv(x, kernel, self.transposed) if self.transposed else _convolve(x, kernel, "SAME")
         return checkpoint_name(x + bias[None, None, None], _SAVED)
 
@@ -313,14 +311,15 @@ class ScoreHead(nn.Module):
     def __call__(self, features: Array) -> Array:
         """Feature map [batch, height, width, embed] -> score [batch], float32 in [0, 1]."""
         x = _apply_layers(self, [("conv", *layer) for layer in self.conv_layers], self.style, features)
-        # Where the rules split the kernel's rows over the data axis, the features go to the rows' places, but
-        # after the convolutions, which XLA would otherwise split over the image's rows as well.
+        # Where the rules split the first dense kernel's rows over the data axis, the features go to the rows'
+        # places; but after the convolutions, which XLA would otherwise split over the image's rows as well.
         x = with_sharding_constraint(x, ("batch", "height", "width", "mlp"))
         x = with_sharding_constraint(x.reshape(x.shape[0], -1), ("dense_batch", "dense_features"))
         dtype = self.style.dtype
         for i, width in enumerate(self.dense_layers):
+            axes = ("embed" if i else "dense_features", "mlp")
             dense = layers.DenseGeneral(
-                width, dtype=dtype, kernel_axes=("embed", "mlp"), use_bias=True, name=f"dense_{i}"
+                width, dtype=dtype, kernel_axes=axes, use_bias=True, name=f"dense_{i}"
             )
             x = with_sharding_constraint(nn.relu(dense(x)), ("batch", "mlp"))
         logits = layers.DenseGeneral(

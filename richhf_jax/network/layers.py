@@ -43,6 +43,20 @@ def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
+    """A kernel whose "embed" axis, if the rules split it ("fully sharded"), is whole on every chip.
+
+    Left to itself, XLA multiplies part by part while the parts go round ("windowed einsum"): for base
+    on v5e:4x4 that took 1.5 times the FLOPs and 2.5 times the bytes of the transformers, and of convolutions
+    more.
+
+    Args:
+      kernel: in the type it is used in, which is what goes over the network.
+      axes: its logical axes.
+    """
+    return with_sharding_constraint(kernel, tuple(None if axis == "embed" else axis for axis in axes))
+
+
 class DenseGeneral(nn.Module):
     """A linear map from the axes `axis` of its input to new trailing axes `features`.
 
@@ -74,7 +88,7 @@ class DenseGeneral(nn.Module):
         matrix = (math.prod(contracted), math.prod(features))
 
         kernel = param_with_axes("kernel", self.kernel_init, matrix, jnp.float32, axes=self.kernel_axes)
-        kernel = jnp.asarray(kernel, self.dtype).reshape(contracted + features)
+        kernel = gathered(jnp.asarray(kernel, self.dtype), self.kernel_axes).reshape(contracted + features)
         outputs = jax.lax.dot_general(inputs, kernel, ((axis, tuple(range(len(axis)))), ((), ())))
         if self.use_bias:
             zeros = nn.initializers.zeros
@@ -124,6 +138,7 @@ class Embed(nn.Module):
             raise ValueError(f"token ids must be integers, got {inputs.dtype}")
         table = jnp.asarray(self.embedding, self.dtype)
         if self.one_hot:
+            table = gathered(table, ("vocab", "embed"))
             return jnp.dot(jax.nn.one_hot(inputs, self.num_embeddings, dtype=self.dtype), table)
         return with_sharding_constraint(table[inputs], ("batch", "length", "embed"))
 

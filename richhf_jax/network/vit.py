@@ -117,6 +117,7 @@ class PatchEmbedding(nn.Module):
         )
         bias = param_with_axes("bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=("embed",))
         kernel, bias = jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
+        kernel = layers.gathered(kernel, ("height", "width", "image_channels", "embed"))
 
         patches = jnp.asarray(images, self.dtype).reshape(batch, height // p, p, width // p, p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
