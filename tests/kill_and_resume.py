@@ -13,6 +13,7 @@ DIR is where `python -m richhf_jax.datasets --data_dir=DIR` put the synthetic da
 """
 
 import argparse
+import contextlib
 import math
 import os
 import pathlib
@@ -155,9 +156,12 @@ class Run:
         names = [path.name for path in self.model_dir.glob("checkpoint_*")]
         return sorted(int(name.split("_")[1]) for name in names if name.split("_")[1].isdigit())
 
-    def is_saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return any(self.model_dir.glob("*.orbax-checkpoint-tmp*"))
+    def unfinished(self) -> set[tuple[str, int]]:
+        """Checkpoints that are being written, or were when a process was killed: names and inodes."""
+        paths = self.model_dir.glob("*.orbax-checkpoint-tmp*")
+        with contextlib.suppress(FileNotFoundError):  # One was finished just now.
+            return {(path.name, path.stat().st_ino) for path in paths}
+        return set()
 
     def params(self) -> dict:
         """The final parameters, as numpy."""
@@ -178,10 +182,11 @@ def wait_until(condition, process: subprocess.Popen) -> None:
 
 def kill_at_a_random_moment(run: Run, period: int, rng: random.Random) -> str:
     """Starts the training, kills it, and says when that was."""
+    leftovers = run.unfinished()
     (process,) = run.start()
     before, kind = len(run.losses()), rng.choice(["saving", "saving", "stepping", "any time"])
     if kind == "saving":
-        wait_until(run.is_saving, process)
+        wait_until(lambda: run.unfinished() - leftovers, process)
         time.sleep(rng.uniform(0, 0.1))
     elif kind == "stepping":
         steps = rng.randint(1, 3 * period // 2)
@@ -189,11 +194,11 @@ def kill_at_a_random_moment(run: Run, period: int, rng: random.Random) -> str:
         time.sleep(rng.uniform(0, 0.05))
     else:
         time.sleep(rng.uniform(0, 20))
-    torn = run.is_saving()
+    torn = run.unfinished() - leftovers
     process.kill()
     process.wait()
     done, left = len(run.losses()) - before, " leaving an unfinished checkpoint" if torn else ""
-    return f"killed ({kind}) after {done} steps,{left} complete: {run.checkpoints()}"
+    return f"killed ({kind}) after {done} steps,{left} newest: {max(run.checkpoints(), default=None)}"
 
 
 def kill_one_of(run: Run, processes: int, period: int, rng: random.Random) -> str:

@@ -39,6 +39,8 @@ def start(tmp_path: pathlib.Path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Where the tests run in the background, a shell has Ctrl-C ignored, and bash can't trap that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return popen

@@ -205,7 +205,8 @@ def test_finetuning_starts_from_the_pretrained_parameters(finetuned):
 def test_what_training_leaves_in_its_model_dir(launch, finetuned):
     folder = launch.folder / "parts"
     names = {path.name for path in folder.iterdir() if path.name != "inference_eval"}
-    assert names == {"config.gin", "model-info.txt", f"checkpoint_{STEPS}", "train", "training_eval"}
+    kept = {"checkpoint_30", f"checkpoint_{STEPS}"}  # KEEP_CHECKPOINTS
+    assert names == {"config.gin", "model-info.txt", "train", "training_eval", *kept}
     assert f"TRAIN_STEPS = {STEPS}" in (folder / "config.gin").read_text()
     assert re.search(r"total number of parameters: \d+\n$", (folder / "model-info.txt").read_text())
     assert list((folder / "training_eval" / TASK).glob("events.*"))
