@@ -392,10 +392,10 @@ def test_mistakes(fakes, repository, args, message):
 
 
 def test_slurm_takes_a_shared_folder(fakes, repository):
-    shared = ["--gin.MODEL_DIR=/work/me/run", "--gin_file=experiments/rich_hf_18k.gin", "--dry-run"]
-    assert launch(fakes, repository, "slurm", "--nodes=2", "--shared=/work/me", *shared).returncode == 0
-    result = launch(fakes, repository, "slurm", "--nodes=2", "--shared=/work/mine", *shared)
-    assert "or a folder under --shared=/work/mine" in result.stderr
+    shared = ["--gin.MODEL_DIR=/shared/me/run", "--gin_file=experiments/rich_hf_18k.gin", "--dry-run"]
+    assert launch(fakes, repository, "slurm", "--nodes=2", "--shared=/shared/me", *shared).returncode == 0
+    result = launch(fakes, repository, "slurm", "--nodes=2", "--shared=/shared/mine", *shared)
+    assert "or a folder under --shared=/shared/mine" in result.stderr
 
 
 def test_what_is_not_committed_does_not_run(fakes, repository):
