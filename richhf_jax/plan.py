@@ -5,6 +5,7 @@ print(table(plan))
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,9 +62,7 @@ def make(
       are None where the chip isn't known. README, section Memory plan, explains each.
     """
     chip = chips.spec(step.device_kind)
-    num_chips = 1
-    for size in step.mesh.values():
-        num_chips *= size
+    num_chips = math.prod(step.mesh.values())
     text = compiled.as_text()
     costs = program.analyze(text)
     memory = _memory(compiled)

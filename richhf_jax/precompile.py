@@ -138,7 +138,9 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
         device_kind=partitioner.mesh.devices.flat[0].device_kind,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         state_bytes_per_chip={"parameters": plan.bytes_per_chip(state.params), "optimizer": optimizer},
-        model_flops=_model_flops(name, loop, lowered),
+        model_flops=program.model_flops(
+            loop.lower("eval") if name == "train" else lowered, training=name == "train"
+        ),
     )
     logging.info("compiling the %s step for %d x %s", name, partitioner.mesh.size, step.device_kind)
     return plan.make(step, *compile_step(lowered))
@@ -157,13 +159,6 @@ def make_trainer(
         random_seed=gin_utils.macro("RANDOM_SEED"),
         use_hardware_rng=gin_utils.macro("USE_HARDWARE_RNG"),
     )
-
-
-def _model_flops(step: str, loop: trainer.Trainer, lowered: jax.stages.Lowered) -> float:
-    """Of a whole batch. Training is a forward pass and, of twice as much, its gradient."""
-    if step == "predict":
-        return program.analyze(lowered.as_text(dialect="hlo")).flops
-    return 3 * program.analyze(loop.lower("eval").as_text(dialect="hlo")).flops
 
 
 def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float, str | None]:

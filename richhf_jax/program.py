@@ -14,6 +14,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+import jax
+
 from richhf_jax import hlo
 
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -78,6 +80,16 @@ def analyze(hlo_text: str) -> Costs:
       ValueError: the text is no HLO module.
     """
     return _Program(hlo_text).costs()
+
+
+def model_flops(forward: jax.stages.Lowered, training: bool = False) -> float:
+    """Of the model's mathematics for a whole batch: what is recomputed to save memory doesn't count.
+
+    Args:
+      forward: a forward pass, not compiled: the step "eval" or "predict".
+      training: with the backward pass, which takes twice as many (PaLM, arXiv:2204.02311, appendix B).
+    """
+    return analyze(forward.as_text(dialect="hlo")).flops * (3 if training else 1)
 
 
 @dataclasses.dataclass(frozen=True)

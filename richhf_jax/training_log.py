@@ -28,8 +28,7 @@ def create_writer(model_dir: str, *folders: str) -> metric_writers.MetricWriter:
 def step_seconds_at_peak(loop: trainer.Trainer, devices: Sequence[jax.Device]) -> float | None:
     """How long a training step takes at the chips' peak, if all they computed were the model.
 
-    This is what model FLOP utilisation compares with (PaLM, arXiv:2204.02311, appendix B): the backward pass
-    takes twice the forward pass's FLOPs, and what is recomputed to save memory doesn't count.
+    This is what model FLOP utilisation compares with; see `program.model_flops`.
 
     Returns:
       Seconds; None where the chip isn't known (every CPU).
@@ -37,8 +36,8 @@ def step_seconds_at_peak(loop: trainer.Trainer, devices: Sequence[jax.Device]) -
     chip = chips.spec(devices[0].device_kind)
     if chip is None:
         return None
-    forward_flops = program.analyze(loop.lower("eval").as_text(dialect="hlo")).flops
-    return 3 * forward_flops / (chip.peak_flops * len(devices))
+    flops = program.model_flops(loop.lower("eval"), training=True)
+    return flops / (chip.peak_flops * len(devices))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,8 +134,8 @@ class OurSteps:
             # Not the network's own initialisers: they take minutes to compile on a CPU.
             self._state = loop.init_state(_random_params(loop.abstract_state.params))
         self._step, self._compiled = step, loop.lower(step).compile()
-        forward = program.analyze(loop.lower("eval").as_text(dialect="hlo")).flops
-        self.flops_per_image = forward * (3 if step == "train" else 1) / batch_size
+        flops = program.model_flops(loop.lower("eval"), training=step == "train")
+        self.flops_per_image = flops / batch_size
 
     def run(self, batch: Batch) -> None:
         """One step, from the batch in the host's memory until the devices are done."""
