@@ -216,7 +216,7 @@ class RahfModel(BaseModel):
                 predictions["keyword_marked"] = marked.reshape(batch_size, texts, -1)
             else:
                 decoded = self._decode_fn(
-                    *self._decoder(params, encoded.last(texts), target_length, self._num_decodes),
+                    *self._decoder(params, encoded.last(texts), target_length),
                     eos_id=self._eos_id,
                     decode_rng=rng,
                     num_decodes=self._num_decodes,
@@ -228,19 +228,28 @@ class RahfModel(BaseModel):
         return predictions, aux
 
     def _decoder(
-        self, params: Any, encoded: Any, length: int, num_decodes: int = 1
+        self, params: Any, encoded: Any, length: int
     ) -> tuple[jax.Array, Any, decoding.TokensToLogits]:
         """What `decoding`'s functions take first, for prompts encoded one an example: inputs, cache, step."""
         targets = jnp.zeros((encoded.tokens.shape[0], length), jnp.int32)
         step = functools.partial(
-            self.module.apply, method="decode", mutable=["cache"], decode=True, max_decode_length=length
+            self.module.apply, encoded=encoded, method="decode", decode=True, max_decode_length=length
         )
-        _, variables = step({"params": params}, encoded, targets, targets)
-        encoded = jax.tree.map(lambda x: jnp.repeat(x, num_decodes, axis=0), encoded)
+        _, variables = step(
+            {"params": params},
+            decoder_input_tokens=targets,
+            decoder_target_tokens=targets,
+            mutable=["cache", "fixed_kv"],
+        )
+        # Of the encoded prompts, keys and values are the same in every step, and for each of several decodes.
+        fixed = {"params": params, "fixed_kv": variables["fixed_kv"]}
 
         def tokens_to_logits(state: decoding.DecodingState):
             logits, variables = step(
-                {"params": params, "cache": state.cache}, encoded, state.cur_token, state.cur_token
+                fixed | {"cache": state.cache},
+                decoder_input_tokens=state.cur_token,
+                decoder_target_tokens=state.cur_token,
+                mutable=["cache"],
             )
             return jnp.squeeze(logits, axis=1), variables["cache"]
 

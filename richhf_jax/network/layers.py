@@ -379,6 +379,7 @@ class MultiHeadDotProductAttention(nn.Module):
         bias: Array | None = None,
         *,
         decode: bool = False,
+        keep_kv: bool = False,
         deterministic: bool = False,
     ) -> Array:
         """Attention of `inputs_q` to `inputs_kv`.
@@ -386,12 +387,18 @@ class MultiHeadDotProductAttention(nn.Module):
         With `decode`, the first call (an `init`) takes inputs of the longest length and sets up an empty
         cache; each later call takes one position, stores its key and value, and attends to all so far.
 
+        With `keep_kv` (ours), keys and values that no step changes are computed once: a call in which the
+        collection "fixed_kv" is mutable puts them there, and a call that is given it takes them. Its batch may
+        then be a multiple of theirs: several queries in a row share one example's. Without that collection
+        they are computed in each call, as in T5X.
+
         Args:
           inputs_q: [batch, q_length, embed].
           inputs_kv: [batch, kv_length, embed].
           mask: > 0 where a query may see a key, broadcastable to [batch, heads, q_length, kv_length].
           bias: added to the logits, of the same shape; with `decode`, that of the longest length.
           decode: keep and use the cache.
+          keep_kv: keep keys and values, or use those that were kept.
           deterministic: no dropout.
 
         Returns:
@@ -415,8 +422,16 @@ class MultiHeadDotProductAttention(nn.Module):
             )(inputs)
             return with_sharding_constraint(projected, ("batch", "length", "heads", "kv"))
 
+        def keys_and_values():
+            return project("key", inputs_kv), project("value", inputs_kv)
+
         query = project("query", inputs_q, scaled_init)
-        key, value = project("key", inputs_kv), project("value", inputs_kv)
+        if keep_kv and (self.is_mutable_collection("fixed_kv") or self.has_variable("fixed_kv", "kv")):
+            key, value = self.variable("fixed_kv", "kv", keys_and_values).value
+            # [batch * queries, 1, heads, kv] -> [batch, queries, heads, kv]
+            query = query.reshape(key.shape[0], -1, *query.shape[2:])
+        else:
+            key, value = keys_and_values()
         if decode:
             key, value, mask, bias = self._extend_cache(query, key, value, mask, bias)
         if mask is not None:
@@ -434,6 +449,7 @@ class MultiHeadDotProductAttention(nn.Module):
             dtype=self.dtype,
             float32_logits=self.float32_logits,
         )
+        attended = attended.reshape(*inputs_q.shape[:2], *attended.shape[2:])
         # [batch, length, heads, kv] -> [batch, length, embed]
         return DenseGeneral(
             inputs_q.shape[-1],

@@ -220,17 +220,19 @@ class Rahf(nn.Module):
 
         Args:
           encoded: of [batch] examples with one prompt each.
-          decoder_input_tokens, decoder_target_tokens: int32 [batch, target_length].
+          decoder_input_tokens, decoder_target_tokens: int32 [batch, target_length]; in a step [batch, 1], or,
+            where the collection "fixed_kv" is given, [batch * decodes, 1].
 
         Returns:
-          float32 [batch, target_length, vocab].
+          float32 [batch, target_length, vocab], of as many rows as the tokens.
         """
         dtype = self.t5_config.dtype
         start = 0 if self.decoder_sees_image else encoded.image_tokens
         tokens, valid = encoded.tokens[:, 0, start:], encoded.valid[:, 0, start:]
         if decode:
             decoder_mask = None
-            queries = jnp.ones_like(decoder_target_tokens)
+            # All queries see the same: there may be several of an example, see `t5.Decoder`.
+            queries = jnp.ones((valid.shape[0], 1), jnp.int32)
         else:
             decoder_mask = layers.make_decoder_mask(decoder_target_tokens, dtype=dtype)
             queries = decoder_target_tokens > 0

@@ -53,7 +53,7 @@ def apply_layers(
         return x
     scanned = partitioning.scan_with_axes(
         lambda layer, x, _: (call(layer, x), None),
-        variable_axes={"params": 0, "cache": 0},
+        variable_axes={"params": 0, "cache": 0, "fixed_kv": 0},
         split_rngs={"params": True, "dropout": True},
         length=num_layers,
         axis_name="layers",

@@ -196,7 +196,7 @@ class DecoderLayer(nn.Module):
 
         y = _norm(cfg, "pre_cross_attention_layer_norm")(x)
         y = _attention(cfg, "encoder_decoder_attention")(
-            y, encoded, encoder_decoder_mask, deterministic=deterministic
+            y, encoded, encoder_decoder_mask, keep_kv=decode, deterministic=deterministic
         )
         y = x + _dropout(cfg)(y, deterministic=deterministic)
 
@@ -282,7 +282,8 @@ class Decoder(nn.Module):
           decoder_mask: > 0 where a position may see another, [batch, 1, length, length].
           encoder_decoder_mask: the same towards `encoded`, [batch, 1, length, encoded_length].
           deterministic: no dropout.
-          decode: keep and use the cache, see `MultiHeadDotProductAttention`.
+          decode: keep and use the cache and the keys and values of `encoded`, see
+            `MultiHeadDotProductAttention`.
           max_decode_length: the cache's length, needed with `decode`.
 
         Returns:
