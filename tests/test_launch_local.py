@@ -33,14 +33,13 @@ def start(tmp_path: pathlib.Path):
     python.chmod(0o755)
 
     def popen(*args: str, case: str = "") -> subprocess.Popen:
+        # Where the tests run in the background, a shell has Ctrl-C ignored, and bash can't trap that.
         return subprocess.Popen(
-            ["bash", str(SCRIPT), *args],
+            ["env", "--default-signal=INT", "bash", str(SCRIPT), *args],
             env=os.environ | {"VENV": str(tmp_path / "venv"), "CASE": case},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # Where the tests run in the background, a shell has Ctrl-C ignored, and bash can't trap that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return popen
