@@ -250,7 +250,7 @@ class Conv(nn.Conv2d):
 
 
 class Deconv(nn.ConvTranspose2d):
-    """`heads.deconv` with 'SAME' padding; the kernel is stored mirrored."""
+    """`convolutions.deconv` with 'SAME' padding; the kernel is stored mirrored."""
 
     def __init__(self, channels: int, filters: int, side: int):
         super().__init__(channels, filters, side, stride=2)

@@ -57,7 +57,7 @@ class _Weights:
         return {"kernel": kernel, "bias": self[f"{name}.bias"]}
 
     def deconv(self, name: str) -> dict[str, Tensor]:
-        """[in, out, height, width] -> [height, width, in, out], mirrored: see `heads.deconv`."""
+        """[in, out, height, width] -> [height, width, in, out], mirrored: see `convolutions.deconv`."""
         kernel = self._parameter(f"{name}.weight", 4)
         inputs, out, height, width = kernel.shape
         kernel = kernel.mapped(

@@ -5,6 +5,7 @@ Feature maps are [batch, height, width, channels]. In the logical axes of the ke
 partitioning rules of the transformers apply to the heads as well.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -16,77 +17,15 @@ from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 from jax.ad_checkpoint import checkpoint_name
 
-from richhf_jax.network import layers
+from richhf_jax.network import convolutions, layers
 
 Array = jax.Array
 
 # ('conv' | 'deconv', filters, kernel side), or with what follows it; or ('residual', layers, what follows).
 Layer = tuple
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
 _SAVED = "head_convolution"
-
-
-def _convolve(x: Array, kernel: Array, padding: str | tuple) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=_LAYOUT)
-
-
-def deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
-    """A stride-2 transposed convolution with a 3x3 kernel; doubles height and width.
-
-    In one dimension, with taps k0 k1 k2, and 0 beyond the borders:
-
-        'SAME':   out[2i] = x[i - 1] k0 + x[i] k2     out[2i + 1] = x[i] k1
-        'torch':  out[2i] = x[i] k1                   out[2i + 1] = x[i] k0 + x[i + 1] k2
-
-    and rows and columns alike in two. 'SAME' equals `jax.lax.conv_transpose(x, kernel, (2, 2), 'SAME')`;
-    'torch' equals PyTorch's ConvTranspose2d with padding 1 and output padding 1, whose kernel is stored
-    mirrored: k0 here is its last tap.
-
-    On accelerators as one convolution, the gradient of a strided one, which compiles faster than four. XLA's
-    CPU backend multiplies with the zeros between its inputs: there by `subpixel_deconv`, with equal numbers.
-
-    Args:
-      x: [batch, height, width, channels].
-      kernel: [3, 3, channels, filters].
-      padding: 'SAME' or 'torch'.
-
-    Returns:
-      [batch, 2 height, 2 width, filters].
-    """
-    rows_and_columns = {"SAME": "SAME", "torch": ((1, 2), (1, 2))}[padding]
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: subpixel_deconv(x, kernel, padding),
-        default=lambda x, kernel: jax.lax.conv_transpose(
-            x, kernel, (2, 2), rows_and_columns, dimension_numbers=_LAYOUT
-        ),
-    )
-
-
-def subpixel_deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
-    """`deconv` without products with zeros.
-
-    Each of the four parities of output rows and columns is a convolution of the input with its own 4, 2, 2 or
-    1 taps, and the four are interleaved: 4 to 6 times faster on 2 CPU cores, forward and backward together.
-    """
-    batch, height, width, _ = x.shape
-    outer, middle = slice(0, None, 2), slice(1, 2)
-    # The taps of the even and of the odd outputs, and how much zero padding the input needs before and after.
-    even, odd = {
-        "SAME": ((outer, (1, 0)), (middle, (0, 0))),
-        "torch": ((middle, (0, 0)), (outer, (0, 1))),
-    }[padding]
-
-    def parity(rows, columns):
-        return _convolve(x, kernel[rows[0], columns[0]], (rows[1], columns[1]))
-
-    # [batch, height, width, 2, filters]: the last-but-one axis is the output column's parity
-    upper = jnp.stack([parity(even, even), parity(even, odd)], axis=3)
-    lower = jnp.stack([parity(odd, even), parity(odd, odd)], axis=3)
-    # [batch, height, 2, width, 2, filters] -> [batch, 2 height, 2 width, filters]
-    return jnp.stack([upper, lower], axis=2).reshape(batch, 2 * height, 2 * width, -1)
+_KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_SAVED)
 
 
 @struct.dataclass
@@ -97,7 +36,7 @@ class Style:
       norm: 'layer': zero mean and unit variance, then scale and bias. 'rms': divided by the root mean square,
         then scale. Both over the channels.
       norm_epsilon: of the norms.
-      deconv_padding: 'SAME' or 'torch', see `deconv`.
+      deconv_padding: 'SAME' or 'torch', see `convolutions.deconv`.
       dtype: of the computation but for a head's output.
       scan_layers: equal layers in a row run in one loop, so that XLA compiles one. Their parameters stand as
         without.
@@ -118,7 +57,7 @@ class Conv(nn.Module):
     Attributes:
       filters: channels that go out.
       kernel_size: side of the kernel; 3 where transposed.
-      transposed: None, or the padding of `deconv`, which doubles height and width.
+      transposed: None, or the padding of `convolutions.deconv`, which doubles height and width.
       dtype: of the computation.
       bias_init: initialiser of the bias.
       kernel_axes: the kernel's logical axes; the bias takes the last.
@@ -147,7 +86,10 @@ class Conv(nn.Module):
         bias = param_with_axes("bias", self.bias_init, shape[-1:], jnp.float32, axes=self.kernel_axes[-1:])
         x, kernel, bias = (jnp.asarray(array, self.dtype) for array in (x, kernel, bias))
         kernel = layers.gathered(kernel, self.kernel_axes)
-        x = deconv(x, kernel, self.transposed) if self.transposed else _convolve(x, kernel, "SAME")
+        if self.transposed:
+            x = convolutions.deconv(x, kernel, self.transposed)
+        else:
+            x = convolutions.conv(x, kernel)
         return checkpoint_name(x + bias[None, None, None], _SAVED)
 
 
@@ -180,7 +122,12 @@ def _scan_equal(module: nn.Module, indices: Sequence[int], layer: Layer, style: 
     names = [name for name in (layer[0], "norm") if f"{name}_{indices[0]}" in params]
     one, its_index = Layers([layer], style, parent=None), 0
     stacked = stack_trees([{f"{name}_{its_index}": params[f"{name}_{i}"] for name in names} for i in indices])
-    return jax.lax.scan(lambda x, of_layer: (one.apply({"params": of_layer}, x), None), x, stacked)[0]
+
+    @functools.partial(jax.checkpoint, policy=_KEEP_CONVOLUTIONS, prevent_cse=False)
+    def apply(x, of_layer):
+        return one.apply({"params": of_layer}, x), None
+
+    return jax.lax.scan(apply, x, stacked)[0]
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:
@@ -233,8 +180,7 @@ def recomputing_norms(head_cls: type[nn.Module]) -> type[nn.Module]:
 
     In a loop all that isn't recomputed is stored, and the norms' float32 values are several times as large.
     """
-    policy = jax.checkpoint_policies.save_only_these_names(_SAVED)
-    return nn.remat(head_cls, policy=policy, prevent_cse=False)
+    return nn.remat(head_cls, policy=_KEEP_CONVOLUTIONS, prevent_cse=False)
 
 
 class HeatmapHead(nn.Module):
