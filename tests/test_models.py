@@ -1,11 +1,13 @@
 """RAHF's losses and predictions, on random parameters of the smallest size."""
 
 import functools
+import math
 
 import jax
 import numpy as np
 import pytest
 
+from richhf_jax import program
 from richhf_jax.network import rahf
 
 # Few heads, which are slow to compile.
@@ -239,6 +241,22 @@ def test_decoding_with_the_cache_agrees_with_teacher_forcing(case):
     np.testing.assert_array_equal(np.where(tokens > 0, logits.argmax(axis=-1), 0), tokens)
     likelihood = case.score(case.params, forced)
     np.testing.assert_allclose(aux["scores"][..., 0], likelihood, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scanned", [(), (SCANNED,)])
+def test_a_word_more_costs_no_keys_of_the_prompt(make, scanned):
+    case = make("multi_head", *scanned)
+    config = case.model.module.t5_config
+
+    def flops(words):
+        texts = {name: case.batch[name][..., :words] for name in case.batch if name.startswith("decoder")}
+        lowered = jax.jit(case.model.predict_batch).lower(case.params, case.batch | texts)
+        return program.analyze(lowered.as_text(dialect="hlo")).flops
+
+    rows = len(case.batch["image"]) * case.batch["decoder_input_tokens"].shape[1]
+    tokens = math.prod(case.model.module.vit_config.grid) + case.batch["encoder_input_tokens"].shape[-1]
+    keys = 2 * rows * tokens * config.emb_dim * config.num_heads * config.head_dim
+    assert flops(5) - flops(4) < keys  # With all layers' keys and values, it was several times as much.
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ def deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
     'torch' equals PyTorch's ConvTranspose2d with padding 1 and output padding 1, whose kernel is stored
     mirrored: k0 here is its last tap.
 
-    On accelerators as one convolution, the gradient of a strided one, which compiles faster than four; on TPUs
-    large maps by `conv_in_strips`. XLA's CPU backend multiplies with the zeros between its inputs: there by
-    `subpixel_deconv`.
+    On accelerators as one convolution, the gradient of a strided one, which compiles faster than four; on
+    TPUs large maps by `conv_in_strips`. XLA's CPU backend multiplies with the zeros between its inputs: there
+    by `subpixel_deconv`.
 
     Args:
       x: [batch, height, width, channels].
@@ -106,13 +106,13 @@ def subpixel_deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
 def conv_in_strips(
     x: Array, kernel: Array, pads: tuple[int, int], dilation: int = 1, strips: int = _STRIPS
 ) -> Array:
-    """A convolution whose batch is strips of the maps' rows, each with the rows of its neighbours that it needs.
+    """A convolution whose batch is strips of the maps' rows, each with its neighbours' rows that it needs.
 
     For an example two strips of the rows a b c d, and a kernel of side 3: 0 a b c and b c d 0.
 
     A TPU wants at least eight examples. Of fewer, XLA cuts the columns into strips itself, and copies the map
-    from one layout to another before and after each convolution: by its own estimate for one image on a
-    v5e, a 3x3 convolution of 192 channels at 512 px with its norm and gradients then takes 2.1 times the cycles.
+    from one layout to another before and after each convolution: by its own estimate for one image on a v5e,
+    a 3x3 convolution of 192 channels at 512 px with its norm and gradients then takes 2.1 times the cycles.
 
     Args:
       x: [batch, height, width, channels].
@@ -130,15 +130,13 @@ def conv_in_strips(
     first, last = -pads[0], dilation * rows - 1 + side - 1 - pads[0]  # what a strip reads, in dilated rows
     above, below = -first // dilation, last // dilation - (rows - 1)
     x = x.reshape(batch, strips, rows, width, channels)
-    # [batch, strips, above + rows + below, width, channels]
+    # -> above + rows + below rows in each strip
     upper = jnp.pad(x[:, :-1, rows - above :], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
     lower = jnp.pad(x[:, 1:, :below], [(0, 0), (0, 1), (0, 0), (0, 0), (0, 0)])
     x = jnp.concatenate([upper, x, lower], axis=2)
     before = pads[0] - dilation * above
     after = last - dilation * (rows - 1 + below)
-    out = _convolve(
-        x.reshape(batch * strips, -1, width, channels), kernel, ((before, after), pads), dilation
-    )
+    out = _convolve(x.reshape(batch * strips, -1, width, channels), kernel, ((before, after), pads), dilation)
     return out.reshape(batch, dilation * height, dilation * width, -1)
 
 

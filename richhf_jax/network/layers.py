@@ -388,9 +388,9 @@ class MultiHeadDotProductAttention(nn.Module):
         cache; each later call takes one position, stores its key and value, and attends to all so far.
 
         With `keep_kv` (ours), keys and values that no step changes are computed once: a call in which the
-        collection "fixed_kv" is mutable puts them there, and a call that is given it takes them. Its batch may
-        then be a multiple of theirs: several queries in a row share one example's. Without that collection
-        they are computed in each call, as in T5X.
+        collection "fixed_kv" is mutable puts them there, and a call that is given it takes them. Its batch
+        may then be a multiple of theirs: several queries in a row share one example's. Without that
+        collection they are computed in each call, as in T5X.
 
         Args:
           inputs_q: [batch, q_length, embed].
