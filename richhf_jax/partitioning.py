@@ -12,7 +12,7 @@ The batch is split over replica x data.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,6 +160,7 @@ class PjitPartitioner:
         dcn_mesh_shape: Sequence[int] | None = None,
         num_cpu_devices: int | None = None,
         devices: Sequence[jax.Device] | None = None,
+        compiler_options: Mapping[str, str] | None = None,
     ):
         """Args:
           num_partitions, ici_mesh_shape, dcn_mesh_shape: see `make_mesh`.
@@ -167,6 +168,7 @@ class PjitPartitioner:
           num_cpu_devices: where there is no accelerator, simulate this many devices. Works before
             the first jax computation only.
           devices: default all of this job's; or those of a topology that isn't there, to compile for it.
+          compiler_options: XLA's flags for all steps; those called xla_tpu_... for TPUs alone.
 
         Raises:
           PartitioningError: the devices can't be split so.
@@ -176,6 +178,11 @@ class PjitPartitioner:
         devices = jax.devices() if devices is None else list(devices)
         self.mesh = make_mesh(devices, num_partitions, ici_mesh_shape, dcn_mesh_shape)
         self.rules = standard_logical_axis_rules() if logical_axis_rules is None else logical_axis_rules
+        self._compiler_options = {
+            name: value
+            for name, value in (compiler_options or {}).items()
+            if devices[0].platform == "tpu" or not name.startswith("xla_tpu_")
+        }
         logging.info("mesh: %s of %s", dict(self.mesh.shape), devices[0].device_kind)
 
     @property
@@ -263,7 +270,11 @@ class PjitPartitioner:
     ) -> "PartitionedFn":
         """Compiles `fn` for the mesh, at its first call."""
         jitted = jax.jit(
-            fn, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate_argnums
+            fn,
+            in_shardings=in_shardings,
+            out_shardings=out_shardings,
+            donate_argnums=donate_argnums,
+            compiler_options=self._compiler_options,
         )
         return PartitionedFn(jitted, self._context)
 

@@ -1,14 +1,17 @@
 import dataclasses
+import pathlib
 
+import gin
 import jax
 import numpy as np
 import pytest
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import PartitionSpec
 
-from richhf_jax import partitioning
+from richhf_jax import gin_utils, partitioning
 
 BATCH = ("replica", "data")
+GIN_FILES = sorted((pathlib.Path(__file__).parents[1] / "gin/partitioning").glob("*.gin"))
 
 
 def partitioner(**kwargs):
@@ -83,6 +86,26 @@ def test_the_constraints_of_a_network_hold():
     array = step(np.ones((4, 6), np.float32))
     assert [shard.data.shape for shard in array.addressable_shards] == [(4, 3), (4, 3)]
     assert step.lower(jax.ShapeDtypeStruct((4, 6), np.float32)).out_info.shape == (4, 6)
+
+
+def test_compiler_options_reach_xla_but_for_those_of_another_platform():
+    def compiled(**options):
+        step = partitioner(compiler_options=options).partition(lambda x: x + 1, None, None)
+        return step(np.ones(2))
+
+    np.testing.assert_array_equal(compiled(xla_tpu_scoped_vmem_limit_kib="12288"), [2, 2])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        compiled(no_such_option="1")
+
+
+@pytest.mark.parametrize("path", GIN_FILES, ids=lambda path: path.stem)
+def test_every_gin_file_goes_with_an_experiment(path):
+    gin.clear_config()
+    files = ["experiments/rich_hf_18k.gin", f"partitioning/{path.name}"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, ["MODEL_DIR = None"])
+    if path.stem.startswith(("v4", "v5", "v6")):
+        assert gin.query_parameter("rahf.HeadsConfig.row_strips") == 8
+        assert gin.query_parameter("standard_logical_axis_rules.parameter_partitioning_dims") == 2
 
 
 @dataclasses.dataclass(frozen=True)

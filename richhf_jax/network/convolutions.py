@@ -1,6 +1,11 @@
 """Convolutions of the heads, in the form that each kind of device computes fastest; the numbers are the same.
 
 Feature maps are [batch, height, width, channels], kernels [side, side, channels, filters].
+
+Maps may be cut into strips of rows: [batch * strips, height / strips, width, channels], an example's strips
+one after the other. A TPU wants at least eight examples: of fewer, XLA cuts the columns itself, and copies
+the map from one layout to another around each convolution. Maps in strips stay as they are: by XLA's
+estimate, the base size's heatmap head with its gradients, one image on a v5e, takes 60 % of the cycles.
 """
 
 import jax
@@ -9,36 +14,36 @@ import jax.numpy as jnp
 Array = jax.Array
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# TPUs: strips that a map is cut into, and the fewest rows of one: below, the seams cost more than they spare.
-_STRIPS, _MIN_ROWS = 8, 16
 
 
-def conv(x: Array, kernel: Array) -> Array:
+def cut(x: Array, strips: int) -> Array:
+    """[batch, height, width, channels] -> strips of its rows; `strips` must divide the height."""
+    batch, height, *rest = x.shape
+    return x.reshape(batch * strips, height // strips, *rest)
+
+
+def join(x: Array, strips: int) -> Array:
+    """The reverse of `cut`; also of strips that a deconvolution has enlarged."""
+    rows, height, *rest = x.shape
+    return x.reshape(rows // strips, height * strips, *rest)
+
+
+def conv(x: Array, kernel: Array, strips: int = 1) -> Array:
     """A convolution of stride 1 with zeros beyond the borders: the map keeps its size.
 
-    On TPUs large maps by `conv_in_strips`.
-
     Args:
-      x: [batch, height, width, channels].
+      x: [batch * strips, height, width, channels].
       kernel: [side, side, channels, filters]; of an even side, the extra row and column lie after the pixel.
+      strips: into which `x` is cut.
 
     Returns:
-      [batch, height, width, filters].
+      [batch * strips, height, width, filters].
     """
     side = kernel.shape[0]
-    pads = ((side - 1) // 2, side // 2)
-
-    def whole(x, kernel):
-        return _convolve(x, kernel, (pads, pads))
-
-    if not _has_strips(x):
-        return whole(x, kernel)
-    return jax.lax.platform_dependent(
-        x, kernel, tpu=lambda x, kernel: conv_in_strips(x, kernel, pads), default=whole
-    )
+    return _convolve_strips(x, kernel, ((side - 1) // 2, side // 2), 1, strips)
 
 
-def deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
+def deconv(x: Array, kernel: Array, padding: str = "SAME", strips: int = 1) -> Array:
     """A stride-2 transposed convolution with a 3x3 kernel; doubles height and width.
 
     In one dimension, with taps k0 k1 k2, and 0 beyond the borders:
@@ -50,32 +55,27 @@ def deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
     'torch' equals PyTorch's ConvTranspose2d with padding 1 and output padding 1, whose kernel is stored
     mirrored: k0 here is its last tap.
 
-    On accelerators as one convolution, the gradient of a strided one, which compiles faster than four; on
-    TPUs large maps by `conv_in_strips`. XLA's CPU backend multiplies with the zeros between its inputs: there
-    by `subpixel_deconv`.
+    On accelerators as one convolution, the gradient of a strided one, which compiles faster than four. XLA's
+    CPU backend multiplies with the zeros between its inputs: there by `subpixel_deconv`, of whole maps.
 
     Args:
-      x: [batch, height, width, channels].
+      x: [batch * strips, height, width, channels].
       kernel: [3, 3, channels, filters].
       padding: 'SAME' or 'torch'.
+      strips: into which `x` is cut.
 
     Returns:
-      [batch, 2 height, 2 width, filters].
+      [batch * strips, 2 height, 2 width, filters].
     """
     pads = {"SAME": (2, 1), "torch": (1, 2)}[padding]
 
-    def whole(x, kernel):
-        return _convolve(x, kernel, (pads, pads), dilation=2)
+    def one_convolution(x, kernel):
+        return _convolve_strips(x, kernel, pads, 2, strips)
 
-    def strips(x, kernel):
-        return conv_in_strips(x, kernel, pads, dilation=2)
-
+    if strips > 1:
+        return one_convolution(x, kernel)
     return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: subpixel_deconv(x, kernel, padding),
-        tpu=strips if _has_strips(x) else whole,
-        default=whole,
+        x, kernel, cpu=lambda x, kernel: subpixel_deconv(x, kernel, padding), default=one_convolution
     )
 
 
@@ -103,45 +103,33 @@ def subpixel_deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
     return jnp.stack([upper, lower], axis=2).reshape(batch, 2 * height, 2 * width, -1)
 
 
-def conv_in_strips(
-    x: Array, kernel: Array, pads: tuple[int, int], dilation: int = 1, strips: int = _STRIPS
-) -> Array:
-    """A convolution whose batch is strips of the maps' rows, each with its neighbours' rows that it needs.
+def _convolve_strips(x: Array, kernel: Array, pads: tuple[int, int], dilation: int, strips: int) -> Array:
+    """A convolution of strips, each with the rows of its neighbours that it needs.
 
-    For an example two strips of the rows a b c d, and a kernel of side 3: 0 a b c and b c d 0.
-
-    A TPU wants at least eight examples. Of fewer, XLA cuts the columns into strips itself, and copies the map
-    from one layout to another before and after each convolution: by its own estimate for one image on a v5e,
-    a 3x3 convolution of 192 channels at 512 px with its norm and gradients then takes 2.1 times the cycles.
+    For two strips of the rows a b c d, and a kernel of side 3: 0 a b c and b c d 0.
 
     Args:
-      x: [batch, height, width, channels].
+      x: [batch * strips, height, width, channels].
       kernel: [side, side, channels, filters].
-      pads: zeros before and after the dilated rows, and columns; their sum is `side` - 1 for `dilation` 1,
-        `side` for 2.
+      pads: zeros before and after the dilated rows of a map, and its columns.
       dilation: distance of the rows, and columns, with zeros in between.
-      strips: of each map; they divide the height.
 
     Returns:
-      [batch, dilation x height, dilation x width, filters].
+      [batch * strips, dilation * height, dilation * width, filters].
     """
-    batch, height, width, channels = x.shape
-    side, rows = kernel.shape[0], height // strips
-    first, last = -pads[0], dilation * rows - 1 + side - 1 - pads[0]  # what a strip reads, in dilated rows
-    above, below = -first // dilation, last // dilation - (rows - 1)
-    x = x.reshape(batch, strips, rows, width, channels)
-    # -> above + rows + below rows in each strip
-    upper = jnp.pad(x[:, :-1, rows - above :], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
-    lower = jnp.pad(x[:, 1:, :below], [(0, 0), (0, 1), (0, 0), (0, 0), (0, 0)])
-    x = jnp.concatenate([upper, x, lower], axis=2)
-    before = pads[0] - dilation * above
-    after = last - dilation * (rows - 1 + below)
-    out = _convolve(x.reshape(batch * strips, -1, width, channels), kernel, ((before, after), pads), dilation)
-    return out.reshape(batch, dilation * height, dilation * width, -1)
-
-
-def _has_strips(x: Array) -> bool:
-    return x.shape[1] % _STRIPS == 0 and x.shape[1] >= _STRIPS * _MIN_ROWS
+    if strips == 1:
+        return _convolve(x, kernel, (pads, pads), dilation)
+    height, side = x.shape[1], kernel.shape[0]
+    first, last = -pads[0], dilation * height - 1 + side - 1 - pads[0]  # what a strip reads, in dilated rows
+    above, below = -first // dilation, last // dilation - (height - 1)
+    of_map = x.reshape(-1, strips, *x.shape[1:])
+    none = (0, 0)
+    upper = jnp.pad(of_map[:, :-1, height - above :], [none, (1, 0), none, none, none])
+    lower = jnp.pad(of_map[:, 1:, :below], [none, (0, 1), none, none, none])
+    upper, lower = (rows.reshape(x.shape[0], -1, *x.shape[2:]) for rows in (upper, lower))
+    x = jnp.concatenate([upper, x, lower], axis=1)
+    before, after = pads[0] - dilation * above, last - dilation * (height - 1 + below)
+    return _convolve(x, kernel, ((before, after), pads), dilation)
 
 
 def _convolve(x: Array, kernel: Array, pads: tuple, dilation: int = 1) -> Array:

@@ -24,6 +24,8 @@ Array = jax.Array
 # ('conv' | 'deconv', filters, kernel side), or with what follows it; or ('residual', layers, what follows).
 Layer = tuple
 
+# The fewest rows of a strip: of less, its neighbours' rows cost more than strips spare.
+_MIN_ROWS = 16
 _SAVED = "head_convolution"
 _KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_SAVED)
 
@@ -40,6 +42,7 @@ class Style:
       dtype: of the computation but for a head's output.
       scan_layers: equal layers in a row run in one loop, so that XLA compiles one. Their parameters stand as
         without.
+      row_strips: maps of at least 16 rows for each are cut into so many strips, see `convolutions`; 1: none.
     """
 
     norm: str = "layer"
@@ -47,6 +50,12 @@ class Style:
     deconv_padding: str = "SAME"
     dtype: Any = jnp.float32
     scan_layers: bool = False
+    row_strips: int = 1
+
+    def strips(self, height: int) -> int:
+        """Into how many strips a map of this height is cut."""
+        enough = height % self.row_strips == 0 and height >= _MIN_ROWS * self.row_strips
+        return self.row_strips if enough else 1
 
 
 class Conv(nn.Module):
@@ -61,12 +70,14 @@ class Conv(nn.Module):
       dtype: of the computation.
       bias_init: initialiser of the bias.
       kernel_axes: the kernel's logical axes; the bias takes the last.
+      strips: into which its map is cut.
     """
 
     filters: int
     kernel_size: int
     transposed: str | None = None
     dtype: Any = jnp.float32
+    strips: int = 1
     bias_init: Any = nn.initializers.zeros
     kernel_axes: tuple[str | None, ...] = ("height", "width", "embed", "mlp")
 
@@ -87,10 +98,10 @@ class Conv(nn.Module):
         x, kernel, bias = (jnp.asarray(array, self.dtype) for array in (x, kernel, bias))
         kernel = layers.gathered(kernel, self.kernel_axes)
         if self.transposed:
-            x = convolutions.deconv(x, kernel, self.transposed)
+            x = convolutions.deconv(x, kernel, self.transposed, self.strips)
         else:
-            x = convolutions.conv(x, kernel)
-        return checkpoint_name(x + bias[None, None, None], _SAVED)
+            x = convolutions.conv(x, kernel, self.strips)
+        return _finished(checkpoint_name(x, _SAVED)) + bias[None, None, None]
 
 
 def _norm(style: Style, name: str) -> nn.Module:
@@ -100,27 +111,41 @@ def _norm(style: Style, name: str) -> nn.Module:
     return norms[style.norm](epsilon=style.norm_epsilon, dtype=style.dtype, name=name)
 
 
-def _apply_layers(module: nn.Module, head_layers: Sequence[Layer], style: Style, x: Array) -> Array:
-    """Runs layers on a feature map, within the module's compact method; layer i is named by i."""
+def _apply_layers(
+    module: nn.Module, head_layers: Sequence[Layer], style: Style, x: Array, strips: int = 1
+) -> tuple[Array, int]:
+    """Runs layers on a feature map, within the module's compact method; layer i is named by i.
+
+    Args:
+      strips: into which `x` is cut.
+
+    Returns:
+      What the layers make of it, and into how many strips that is cut.
+    """
     i = 0
     for layer, equal in itertools.groupby(head_layers):
+        if strips == 1 and style.strips(x.shape[1]) > 1:
+            strips = style.strips(x.shape[1])
+            x = convolutions.cut(x, strips)
         count = len(list(equal))
         # Of a run of equal layers, the first may have another number of channels coming in.
         first = 0 if layer[0] == "conv" and x.shape[-1] == layer[1] else 1
         scan = style.scan_layers and count - first > 1 and not module.is_initializing()
         for j in range(i, i + (first if scan else count)):
-            x = _apply_layer(j, layer, style, x)
+            x = _apply_layer(j, layer, style, x, strips)
         if scan:
-            x = _scan_equal(module, range(i + first, i + count), layer, style, x)
+            x = _scan_equal(module, range(i + first, i + count), layer, style, x, strips)
         i += count
-    return x
+    return x, strips
 
 
-def _scan_equal(module: nn.Module, indices: Sequence[int], layer: Layer, style: Style, x: Array) -> Array:
+def _scan_equal(
+    module: nn.Module, indices: Sequence[int], layer: Layer, style: Style, x: Array, strips: int
+) -> Array:
     """The module's layers of these indices, all like `layer`, in one loop."""
     params = module.variables["params"]
     names = [name for name in (layer[0], "norm") if f"{name}_{indices[0]}" in params]
-    one, its_index = Layers([layer], style, parent=None), 0
+    one, its_index = Layers([layer], style, strips, parent=None), 0
     stacked = stack_trees([{f"{name}_{its_index}": params[f"{name}_{i}"] for name in names} for i in indices])
 
     @functools.partial(jax.checkpoint, policy=_KEEP_CONVOLUTIONS, prevent_cse=False)
@@ -135,22 +160,22 @@ def stack_trees(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _apply_layer(i: int, layer: Layer, style: Style, x: Array) -> Array:
+def _apply_layer(i: int, layer: Layer, style: Style, x: Array, strips: int) -> Array:
     kind, *arguments = layer
     if kind == "residual":
         nested, *after = arguments
-        x = x + Layers(nested, style, name=f"residual_{i}")(x)
+        x = x + Layers(nested, style, strips, name=f"residual_{i}")(x)
     elif kind in ("conv", "deconv"):
         filters, kernel_size, *after = arguments
         transposed = style.deconv_padding if kind == "deconv" else None
-        x = Conv(filters, kernel_size, transposed, style.dtype, name=f"{kind}_{i}")(x)
+        x = Conv(filters, kernel_size, transposed, style.dtype, strips, name=f"{kind}_{i}")(x)
         after = after or [("norm", "relu")]
     else:
         raise ValueError(f"a head's layer {i}: expected 'conv', 'deconv' or 'residual', got {kind!r}")
     for step in after[0] if after else ():
         if step not in ("norm", "relu"):
             raise ValueError(f"a head's layer {i} is followed by 'norm' or 'relu', not by {step!r}")
-        x = nn.relu(x) if step == "relu" else _norm(style, f"norm_{i}")(_finished(x))
+        x = nn.relu(x) if step == "relu" else _norm(style, f"norm_{i}")(x)
     return x
 
 
@@ -158,21 +183,27 @@ def _finished(x: Array) -> Array:
     """Keeps XLA from fusing what follows into what computes `x`.
 
     A norm's sums in a convolution's kernel compile two to three times slower for a TPU (v5e, ahead of time),
-    need more memory, and move a tenth more bytes.
+    need more memory, and move a tenth more bytes; a bias there compiles a tenth slower.
     """
     return jax.lax.optimization_barrier(x)
 
 
 class Layers(nn.Module):
-    """Layers by themselves: those of a 'residual' layer, or the one that a loop runs."""
+    """Layers by themselves: those of a 'residual' layer, or the one that a loop runs.
+
+    Attributes:
+      layers, style: as for `HeatmapHead`.
+      strips: into which the map is cut.
+    """
 
     layers: Sequence[Layer]
     style: Style
+    strips: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, channels] -> the same shape."""
-        return _apply_layers(self, self.layers, self.style, x)
+        return _apply_layers(self, self.layers, self.style, x, self.strips)[0]
 
 
 def recomputing_norms(head_cls: type[nn.Module]) -> type[nn.Module]:
@@ -220,7 +251,7 @@ class HeatmapHead(nn.Module):
         Raises:
           ValueError: a layer of another kind, or a deconv whose kernel is not 3x3.
         """
-        x = _apply_layers(self, self.layers, self.style, features)
+        x, strips = _apply_layers(self, self.layers, self.style, features)
         kind, kernel_size = self.output_layer
         if kind not in ("conv", "deconv"):
             raise ValueError(f"a heatmap head's output layer: expected 'conv' or 'deconv', got {kind!r}")
@@ -229,11 +260,12 @@ class HeatmapHead(nn.Module):
             kernel_size,
             self.style.deconv_padding if kind == "deconv" else None,
             jnp.float32,  # bfloat16 would give a low heat only two or three digits
+            strips,
             bias_init=nn.initializers.constant(self.output_bias_init),
             kernel_axes=("height", "width", "embed", None),
             name="output",
         )(x)
-        return nn.sigmoid(logits[..., 0])
+        return nn.sigmoid(convolutions.join(logits, strips)[..., 0])
 
 
 class ScoreHead(nn.Module):
@@ -256,7 +288,8 @@ class ScoreHead(nn.Module):
     @nn.compact
     def __call__(self, features: Array) -> Array:
         """Feature map [batch, height, width, embed] -> score [batch], float32 in [0, 1]."""
-        x = _apply_layers(self, [("conv", *layer) for layer in self.conv_layers], self.style, features)
+        conv_layers = [("conv", *layer) for layer in self.conv_layers]
+        x = convolutions.join(*_apply_layers(self, conv_layers, self.style, features))
         # Where the rules split the first dense kernel's rows over the data axis, the features go to the rows'
         # places; but after the convolutions, which XLA would otherwise split over the image's rows as well.
         x = with_sharding_constraint(x, ("batch", "height", "width", "mlp"))

@@ -36,7 +36,7 @@ class HeadsConfig:
       heatmap_layers, heatmap_output_layer: `layers` and `output_layer` of `heads.HeatmapHead`.
       heatmap_output_bias: initial bias before the sigmoid; below 0 because most pixels are cold.
       score_conv_layers, score_dense_layers: `conv_layers` and `dense_layers` of `heads.ScoreHead`.
-      norm, norm_epsilon, deconv_padding: as in `heads.Style`.
+      norm, norm_epsilon, deconv_padding, row_strips: as in `heads.Style`.
       scan_layers: equal heads, and equal layers in a row, run in one loop: compiles several times faster.
         Their parameters stand as without.
     """
@@ -50,6 +50,7 @@ class HeadsConfig:
     norm_epsilon: float = 1e-6
     deconv_padding: str = "SAME"
     scan_layers: bool = False
+    row_strips: int = 1
 
 
 @flax.struct.dataclass
@@ -120,7 +121,14 @@ class Rahf(nn.Module):
         self.encoder = t5.Encoder(config=config)
         self.decoder = t5.Decoder(config=config, shared_embedding=self.token_embedder)
 
-        style = heads.Style(head.norm, head.norm_epsilon, head.deconv_padding, config.dtype, head.scan_layers)
+        style = heads.Style(
+            head.norm,
+            head.norm_epsilon,
+            head.deconv_padding,
+            config.dtype,
+            head.scan_layers,
+            head.row_strips,
+        )
 
         heatmap_cls, score_cls = heads.HeatmapHead, heads.ScoreHead
         if head.scan_layers:

@@ -90,34 +90,24 @@ def _assert_same_with_gradients(rng, fn, other, x, kernel):
 
 @pytest.mark.parametrize("strips", [1, 2, 4])
 @pytest.mark.parametrize("side", [1, 2, 3, 5])
-def test_conv_in_strips_equals_the_whole(rng, side, strips):
+def test_conv_of_strips_equals_that_of_the_whole(rng, side, strips):
     def whole(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
 
     def in_strips(x, kernel):
-        return convolutions.conv_in_strips(x, kernel, ((side - 1) // 2, side // 2), strips=strips)
+        return convolutions.join(convolutions.conv(convolutions.cut(x, strips), kernel, strips), strips)
 
     x, kernel = _normal(rng, 2, 8, 5, 3), _normal(rng, side, side, 3, 4)
     _assert_same_with_gradients(rng, in_strips, whole, x, kernel)
 
 
-@pytest.mark.parametrize(("padding", "pads"), [("SAME", (2, 1)), ("torch", (1, 2))])
-def test_deconv_in_strips_equals_the_whole(rng, padding, pads):
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_deconv_of_strips_equals_that_of_the_whole(rng, padding):
+    def in_strips(x, kernel):
+        strips = convolutions.cut(x, 4)
+        assert strips.shape == (8, 2, 5, 3)
+        return convolutions.join(convolutions.deconv(strips, kernel, padding, 4), 4)
+
     x, kernel = _normal(rng, 2, 8, 5, 3), _normal(rng, 3, 3, 3, 4)
     whole = functools.partial(convolutions.subpixel_deconv, padding=padding)
-    in_strips = functools.partial(convolutions.conv_in_strips, pads=pads, dilation=2, strips=4)
     _assert_same_with_gradients(rng, in_strips, whole, x, kernel)
-
-
-@pytest.mark.parametrize("rows", [120, 128])
-@pytest.mark.parametrize(("fn", "halo"), [(convolutions.conv, 2), (convolutions.deconv, 1)])
-def test_large_maps_are_cut_into_strips_on_a_tpu_alone(fn, halo, rows):
-    arguments = (
-        jax.ShapeDtypeStruct((1, rows, 4, 2), jnp.float32),
-        jax.ShapeDtypeStruct((3, 3, 2, 2), jnp.float32),
-    )
-    traced = jax.jit(fn).trace(*arguments)
-    for platform in ("cpu", "tpu", "cuda"):
-        program = traced.lower(lowering_platforms=(platform,)).as_text()
-        strips = f"tensor<8x{halo + 16}x4x2xf32>"
-        assert (strips in program) == (platform == "tpu" and rows == 128)

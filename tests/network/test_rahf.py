@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from richhf_jax import feedback
-from richhf_jax.network import rahf, vit
+from richhf_jax.network import heads, rahf, vit
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SLOTS = {"multi_head": rahf.Slots(2, 4, 1), "augmented_prompt": rahf.Slots(2, 3, 2)}
@@ -434,12 +434,17 @@ def test_bfloat16_is_near_float32(make_model, multi_head):
 LOOPS = (("conv", 6, 3), ("conv", 6, 3), ("conv", 6, 3), ("deconv", 4, 3), ("conv", 4, 3), ("conv", 4, 3))
 
 
-def test_heads_in_loops_equal_those_one_after_the_other(make_model, make_batch, random_values):
-    """Outputs, loss and gradients; and XLA sees one convolution for each run of equal layers and heads."""
+@pytest.mark.parametrize("strips", [1, 2])
+def test_heads_in_loops_equal_those_one_after_the_other(
+    make_model, make_batch, random_values, monkeypatch, strips
+):
+    """Loss and gradients, also in strips; XLA sees one convolution for a run of equal layers and heads."""
+    monkeypatch.setattr(heads, "_MIN_ROWS", 8)
     layers = f"HeadsConfig.heatmap_layers = {LOOPS}"
     losses, grads, convolutions = [], [], []
     for scanned in (False, True):
-        model = make_model("multi_head", layers, f"HeadsConfig.scan_layers = {scanned}")
+        row_strips = f"HeadsConfig.row_strips = {strips if scanned else 1}"
+        model = make_model("multi_head", layers, f"HeadsConfig.scan_layers = {scanned}", row_strips)
         batch = make_batch(model, 2, 4, 1)
         if not scanned:
             params = random_values(initial_variables(model, 16)["params"])
