@@ -95,7 +95,7 @@ def evaluate(
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     loop, params, step = _load(model, checkpoint_path, dataset_cfg, partitioner)
     images, targets, predictions = _predict_split(
-        loop, params, dataset_cfg, constrained_keywords, partitioner.batch_sharding
+        loop, params, dataset_cfg, constrained_keywords, partitioner
     )
     if jax.process_index() > 0:
         return {}
@@ -135,7 +135,7 @@ def _predict_split(
     params: Any,
     cfg: input_pipeline.DatasetConfig,
     constrained_keywords: bool,
-    batch_sharding: jax.sharding.Sharding,
+    partitioner: partitioning.PjitPartitioner,
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
     """Images, targets and predictions of every example, in the data's order; none but in process 0."""
     vocabulary = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features["targets"].vocabulary
@@ -158,7 +158,8 @@ def _predict_split(
             ]
             # [rows, texts, 2, positions], of one text
             batch["keyword_text"] = np.stack([text.text for text in texts])[:, None]
-        outputs = jax.device_get(loop.predict(params, _own_rows(batch, batch_sharding)))
+        own = partitioner.own_rows(cfg.batch_size)
+        outputs = jax.device_get(loop.predict(params, {name: value[own] for name, value in batch.items()}))
         if silent:
             continue
         for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
@@ -178,14 +179,6 @@ def _predict_split(
         length = cfg.task_feature_lengths["inputs"]
         print(f"{cut} of {len(images)} prompts have more than {length} tokens and were cut at a word")
     return images, targets, predictions
-
-
-def _own_rows(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, np.ndarray]:
-    """The rows of a whole batch that this process's devices take, in the batch's order."""
-    rows = len(batch["image"])
-    parts = {index[0].indices(rows) for index in sharding.addressable_devices_indices_map((rows,)).values()}
-    own = np.concatenate([np.arange(*part) for part in sorted(parts)])
-    return {name: value[own] for name, value in batch.items()}
 
 
 def _measure(task, targets, predictions) -> dict[str, float]:

@@ -13,6 +13,7 @@ and `seqio.get_dataset` works on the same tasks, without these promises.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,9 +22,10 @@ import numpy as np
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 
 from richhf_jax import datasets, errors, feedback, preprocessors
-from richhf_jax.datasets import records
+from richhf_jax.datasets import records, tfrecord
 from richhf_jax.feature_converters import RahfFeatureConverter
 
 # Positions in a block of a mixture's schedule; rates are rounded to this.
@@ -162,7 +164,7 @@ class TrainStream:
         Raises:
           errors.UserError: as `get_dataset`; or, of the iterator, a file can't be read.
         """
-        return _numpy(get_dataset(self._cfg, self._shard_info, start_step=position.get("step", 0)))
+        return _numpy(self._cfg, get_dataset(self._cfg, self._shard_info, start_step=position.get("step", 0)))
 
 
 def evaluation_batches(
@@ -202,7 +204,7 @@ def evaluation_batches(
         {name: np.zeros([0, *spec.shape[1:]], spec.dtype.as_numpy_dtype) for name, spec in specs.items()}
         for specs in batches.element_spec
     )
-    iterator = _numpy(batches)
+    iterator = _numpy(cfg, batches)
     for _ in range(-(-len(data) // cfg.batch_size)):
         examples, features = next(iterator, nothing)
         real = len(features["image"])
@@ -237,14 +239,19 @@ def _deterministic(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def _numpy(dataset: tf.data.Dataset) -> Iterator[Any]:
+def _numpy(cfg: DatasetConfig, dataset: tf.data.Dataset) -> Iterator[Any]:
+    """The elements of what was made of the configured data; what can't be read is a UserError."""
     try:
         yield from dataset.as_numpy_iterator()
     except tf.errors.OpError as error:
-        # Behind the first line is TensorFlow's own stack.
+        reason = str(error).splitlines()[0]  # Behind it is TensorFlow's own stack.
+        if corrupted := re.search(r"corrupted record at (\d+)", reason):
+            tasks = seqio.get_subtasks(seqio.get_mixture_or_task(cfg.mixture_or_task_name))
+            position = int(corrupted[1])
+            files = [path for task in tasks for path in _Records(task, cfg.split).garbled_at(position)]
+            reason = f"{' and '.join(files) or 'a file'}: the record at byte {position} is garbled"
         raise errors.UserError(
-            f"the data can't be read: {str(error).splitlines()[0]}\n"
-            "Bring the file back or build the data anew"
+            f"the data can't be read: {reason}\nBring the file back or build the data anew"
         ) from error
 
 
@@ -360,6 +367,18 @@ class _Records:
 
     def __len__(self) -> int:
         return len(self._offsets)
+
+    def garbled_at(self, position: int) -> list[str]:
+        """Of the files, those whose record around this byte is garbled."""
+        garbled = []
+        for number, path in enumerate(self._paths):
+            starts = self._offsets[(self._files == number) & (self._offsets <= position)]
+            if starts.size:
+                with epath.Path(path).open("rb") as file:
+                    file.seek(starts[-1])
+                    if isinstance(next(tfrecord.read(file)), tfrecord.RecordError):
+                        garbled.append(path)
+        return garbled
 
     def read(self, index: tf.Tensor) -> dict[str, tf.Tensor]:
         """The record's features, images still encoded. Fails where the data doesn't match its checksum."""

@@ -214,6 +214,16 @@ class PjitPartitioner:
         mine = tuple(sorted(rows[jax.process_index()]))
         return DataLayout(batch_size, parts.index(mine), len(parts))
 
+    def own_rows(self, batch_size: int) -> np.ndarray:
+        """Which rows of a whole batch this process's devices take, in the batch's order: int [rows].
+
+        Of a process whose devices lie apart in the mesh, they are not one after the other.
+        """
+        taken = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
+        return np.concatenate(
+            [np.arange(*part) for part in sorted({i[0].indices(batch_size) for i in taken})]
+        )
+
     def sharding(self, logical_axes: Sequence[str | None]) -> NamedSharding:
         """Logical axes of one array -> its sharding."""
         spec = flax_partitioning.logical_to_mesh_axes(tuple(logical_axes), self.rules)

@@ -304,8 +304,7 @@ class _Evaluation:
         self._stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout) if cfg else None
         self._num_batches = num_batches
         if self._stream:
-            layout = partitioner.get_data_layout(cfg.batch_size)
-            self._first_row = layout.shard_id * layout.batch_size // layout.num_shards
+            self._own_rows = partitioner.own_rows(cfg.batch_size)
             self._writer = training_log.create_writer(model_dir, "training_eval", cfg.mixture_or_task_name)
 
     def run(self, params: Any, step: int) -> dict[str, float] | None:
@@ -327,7 +326,7 @@ class _Evaluation:
     def _pictures(self, params: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """[n, height, 3 * width, 3] uint8: image, true and predicted first heatmap, side by side."""
         # The predictions are those of all processes' images, and every process has them all.
-        rows = slice(self._first_row, self._first_row + len(batch["image"][:_NUM_SUMMARY_IMAGES]))
+        rows = self._own_rows[:_NUM_SUMMARY_IMAGES]
         heatmaps = self._loop.predict(params, batch)["heatmaps"].addressable_data(0)
         predicted = np.asarray(heatmaps[rows, 0])
         true = batch["heatmap_targets"][:_NUM_SUMMARY_IMAGES, 0] / 255.0

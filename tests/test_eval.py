@@ -85,16 +85,3 @@ def test_only_process_0_writes(evaluate, monkeypatch, tmp_path, capsys):
         evaluate(baseline_fns=())
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-
-
-def test_a_process_predicts_the_rows_of_its_devices():
-    class OfTwoDevices:
-        """The third and the first quarter of a batch, in the mesh's order."""
-
-        def addressable_devices_indices_map(self, shape):
-            assert shape == (8,)
-            return {"a": (slice(4, 6),), "b": (slice(0, 2),)}
-
-    rows = eval_script._own_rows({"image": np.arange(8), "scores": np.arange(8)[:, None]}, OfTwoDevices())
-    np.testing.assert_array_equal(rows["image"], [0, 1, 4, 5])
-    np.testing.assert_array_equal(rows["scores"], [[0], [1], [4], [5]])

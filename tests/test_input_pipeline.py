@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -268,7 +269,7 @@ def test_a_shard_that_is_lost_while_it_is_read_is_named(tmp_path):
     lost = tf.data.TFRecordDataset(str(tmp_path / "lost"))
     message = f"the data can't be read: .*{tmp_path}/lost.*\nBring the file back"
     with pytest.raises(errors.UserError, match=message):
-        next(input_pipeline._numpy(lost))
+        next(input_pipeline._numpy(config(), lost))
 
 
 def test_a_shard_that_is_not_there_is_named(monkeypatch):
@@ -278,3 +279,19 @@ def test_a_shard_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(input_pipeline.records, "locate", fail)
     with pytest.raises(errors.UserError, match=f"{TASK}: its data can't be read: .*train.tfrecord"):
         take(config(), 1)
+
+
+def test_a_damaged_record_is_told_with_its_shard(tmp_path, synthetic_data_dir, monkeypatch):
+    data_dir = tmp_path / "data"
+    shutil.copytree(synthetic_data_dir, data_dir)
+    (shard,) = data_dir.rglob("synthetic_rich_hf-test.tfrecord*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    loader = seqio.get_mixture_or_task(TASK).source.tfds_dataset
+    monkeypatch.setattr(loader, "_data_dir_override", str(data_dir))
+    batches = input_pipeline.evaluation_batches(config(split="test"), ONE_HOST)
+    assert len(next(batches)[0]) == 4
+    message = f"can't be read: {shard}: the record at byte \\d+ is garbled\nBring the file back"
+    with pytest.raises(errors.UserError, match=message):
+        next(batches)

@@ -108,6 +108,21 @@ def test_every_gin_file_goes_with_an_experiment(path):
         assert gin.query_parameter("standard_logical_axis_rules.parameter_partitioning_dims") == 2
 
 
+def test_a_process_takes_the_rows_of_its_devices(monkeypatch):
+    np.testing.assert_array_equal(partitioner().own_rows(6), range(6))
+    np.testing.assert_array_equal(partitioner(num_partitions=2).own_rows(6), range(6))
+
+    class OfTwoDevices:
+        """The third and the first quarter of a batch, in the mesh's order."""
+
+        def addressable_devices_indices_map(self, shape):
+            assert shape == (8,)
+            return {"a": (slice(4, 6),), "b": (slice(0, 2),)}
+
+    monkeypatch.setattr(partitioning.PjitPartitioner, "batch_sharding", OfTwoDevices())
+    np.testing.assert_array_equal(partitioner().own_rows(8), [0, 1, 4, 5])
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What `make_mesh` asks of a device."""
