@@ -162,13 +162,22 @@ def make_trainer(
 
 
 def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float, str | None]:
-    """The program, the seconds it took, and the compiler's words if it refused for want of memory."""
+    """The program, the seconds it took, and the compiler's words if it refused for want of memory.
+
+    Raises:
+      errors.UserError: it isn't the chip's main memory, but the limit on its on-chip memory.
+    """
     start = time.monotonic()
     try:
         return lowered.compile(), time.monotonic() - start, None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if "ScopedVmem" in str(error):
+            reason = " ".join(str(error).splitlines()[:2])
+            raise errors.UserError(
+                f"xla_tpu_scoped_vmem_limit_kib is too small for this step: {reason}"
+            ) from error
         seconds, refusal = time.monotonic() - start, str(error).splitlines()[0]
     logging.info("it doesn't fit; compiling it again to see what takes the memory")
     return lowered.compile(compiler_options={"xla_tpu_no_crash_on_oom": "true"}), seconds, refusal

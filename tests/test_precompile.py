@@ -195,6 +195,15 @@ def test_another_error_of_the_compiler_is_not_hidden():
         precompile.compile_step(Lowered("INTERNAL: a bug"))
 
 
+def test_too_low_a_limit_of_on_chip_memory_is_no_want_of_memory():
+    message = (
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem\nmore"
+    )
+    expected = "xla_tpu_scoped_vmem_limit_kib is too small .* memory space vmem$"
+    with pytest.raises(errors.UserError, match=expected):
+        precompile.compile_step(Lowered(message))
+
+
 def test_roofline_on_a_known_chip():
     compiled = jax.jit(jnp.matmul).lower(MATRIX, MATRIX).compile()
     made = plan.make(step_on("TPU v5 lite"), compiled, compile_seconds=1.0)
