@@ -5,7 +5,8 @@ Feature maps are [batch, height, width, channels], kernels [side, side, channels
 Maps may be cut into strips of rows: [batch * strips, height / strips, width, channels], an example's strips
 one after the other. A TPU wants at least eight examples: of fewer, XLA cuts the columns itself, and copies
 the map from one layout to another around each convolution. Maps in strips stay as they are: by XLA's
-estimate, the base size's heatmap head with its gradients, one image on a v5e, takes 60 % of the cycles.
+estimate, the base size's heatmap head with its gradients, one image on a v5e, takes two thirds of the
+cycles.
 """
 
 import jax
