@@ -144,6 +144,7 @@ def _predict_split(
     # Every process reads all, so that process 0 has what the predictions are of.
     batches = input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))
     silent = jax.process_index() > 0
+    own = partitioner.own_rows(cfg.batch_size)
     for examples, batch in tqdm.tqdm(
         batches, desc="predicting", unit=" batches", mininterval=1, disable=silent
     ):
@@ -158,7 +159,6 @@ def _predict_split(
             ]
             # [rows, texts, 2, positions], of one text
             batch["keyword_text"] = np.stack([text.text for text in texts])[:, None]
-        own = partitioner.own_rows(cfg.batch_size)
         outputs = jax.device_get(loop.predict(params, {name: value[own] for name, value in batch.items()}))
         if silent:
             continue
