@@ -239,7 +239,7 @@ class Rahf(nn.Module):
         tokens, valid = encoded.tokens[:, 0, start:], encoded.valid[:, 0, start:]
         if decode:
             decoder_mask = None
-            # All queries see the same: there may be several of an example, see `t5.Decoder`.
+            # All queries see the same: there may be several of an example, see `layers`' attention.
             queries = jnp.ones((valid.shape[0], 1), jnp.int32)
         else:
             decoder_mask = layers.make_decoder_mask(decoder_target_tokens, dtype=dtype)
