@@ -305,6 +305,50 @@ def constrained_decode(
     return tokens, log_probs, log_odds, log_odds > limit
 
 
+def optional_suffixes(
+    pieces: jax.Array, words: jax.Array, suffix: jax.Array, eos_id: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Words in pieces -> the text in which each word may have a suffix, for `constrained_decode`.
+
+    Of the words "a yellow" with two pieces for "yellow", and a suffix "_0" of one piece
+        pieces  a  yel  low  0       text        a  _0  yel  low  _0  EOS  0  0
+        words   1    2    2  0                   0   2    0    0   5    0  0  0
+                                     decided_at  1            4
+
+    Args:
+      pieces: int32 [batch, length], 0 = padding. Of a word that is cut off at the end, the suffix comes after
+        `length` pieces, where no decoder of this length gets to.
+      words: int32 [batch, length], the number (from 1) of the word that a piece is of; 0 = padding.
+      suffix: int32 [batch, suffix pieces], the same in every row.
+      eos_id: ends the text.
+
+    Returns:
+      int32 [batch, 2, length * (1 + suffix pieces)], see `constrained_decode`; and int32 [batch, length], for
+      each word the position of its suffix, -1 behind the last word.
+    """
+    batch, length = pieces.shape
+    size = suffix.shape[1]
+    positions = length * (1 + size)
+    rows = jnp.arange(batch)[:, None]
+    nowhere = positions  # Dropped by `put`.
+
+    def put(array, where, values):
+        return array.at[rows, where].set(values, mode="drop")
+
+    before = jnp.arange(length)[None] + size * (words - 1)  # A piece's position, suffixes before it counted.
+    is_last = (words > 0) & (words != jnp.pad(words[:, 1:], ((0, 0), (0, 1))))
+    start = jnp.where(is_last, before + 1, nowhere)
+    text = put(jnp.zeros((batch, positions), jnp.int32), jnp.where(words > 0, before, nowhere), pieces)
+    for i in range(size):
+        text = put(text, jnp.where(is_last, start + i, nowhere), suffix[:, i : i + 1])
+    end = jnp.sum(words > 0, axis=1) + size * jnp.max(words, axis=1)
+    text = put(text, end[:, None], eos_id)
+    skip_to = put(jnp.zeros_like(text), start, start + size)
+    no_word = jnp.full((batch, length), -1, jnp.int32)
+    decided_at = put(no_word, jnp.where(is_last, words - 1, nowhere), start)
+    return jnp.stack([text, skip_to], axis=1), decided_at
+
+
 def _at(table: jax.Array, columns: jax.Array) -> jax.Array:
     """One element of each row: [batch, n], int [batch] -> [batch]."""
     return jnp.take_along_axis(table, columns[:, None], axis=-1)[:, 0]

@@ -139,6 +139,7 @@ def _predict_split(
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
     """Images, targets and predictions of every example, in the data's order; none but in process 0."""
     vocabulary = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features["targets"].vocabulary
+    suffix = keywords.suffix_pieces(vocabulary.encode) if constrained_keywords else ()
     images, targets, predictions = [], [], []
     cut = 0
     # Every process reads all, so that process 0 has what the predictions are of.
@@ -152,20 +153,15 @@ def _predict_split(
         texts = []
         if constrained_keywords:
             rows, _, length = batch["decoder_input_tokens"].shape
-            # Rows without an example have an empty prompt.
-            texts = [
-                keywords.keyword_text(prompt, vocabulary.encode, vocabulary.eos_id, length)
-                for prompt in prompts + [""] * (rows - len(prompts))
-            ]
-            # [rows, texts, 2, positions], of one text
-            batch["keyword_text"] = np.stack([text.text for text in texts])[:, None]
+            texts = [keywords.keyword_pieces(prompt, vocabulary.encode, length) for prompt in prompts]
+            batch |= keywords.features(texts, rows, length, suffix)
         outputs = jax.device_get(loop.predict(params, {name: value[own] for name, value in batch.items()}))
         if silent:
             continue
         for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
             if texts:
-                decisions = (outputs[name][i, 0] for name in ("keyword_log_odds", "keyword_marked"))
-                tokens = keywords.tokens(prompt, texts[i], *decisions)
+                decisions = (outputs[name][i, 0] for name in ("keyword_probability", "keyword_misaligned"))
+                tokens = keywords.tokens(prompt, texts[i].numbers, *decisions)
             else:
                 text = vocabulary.decode(outputs["tokens"][i, 0].tolist())
                 tokens = postprocessors.written_tokens(prompt, text)

@@ -16,26 +16,28 @@ Encode = Callable[[str], Sequence[int]]
 _A_WORD = "a"
 
 
-class KeywordText(NamedTuple):
-    """A prompt with every word marked, and the suffixes optional.
+class KeywordPieces(NamedTuple):
+    """A prompt's words in the vocabulary's pieces.
 
     Attributes:
-      text: int32 [2, positions], see `decoding.constrained_decode`.
-      decided_at: int32 [tokens], for each token of the prompt the position at which its suffix is decided;
-        -1 where it isn't.
+      pieces: int32 [length], 0 = padding.
+      words: int32 [length], the number (from 1) of the word that a piece is of; 0 = padding.
+      numbers: int32 [tokens], for each token of the prompt the number of its word; 0 where the vocabulary
+        writes it as nothing, or there is no room for it.
     """
 
-    text: np.ndarray
-    decided_at: np.ndarray
+    pieces: np.ndarray
+    words: np.ndarray
+    numbers: np.ndarray
 
 
-def keyword_text(prompt: str, encode: Encode, eos_id: int, length: int) -> KeywordText:
+def keyword_pieces(prompt: str, encode: Encode, length: int) -> KeywordPieces:
     """Prepares a prompt for the decoder.
 
-    Of 'a yellow, cat', where the vocabulary has two pieces for "yellow", and a length of 4
-        text        a  _0  yel  low  _0  cat  _0  EOS
-                    0   2    0    0   5    0   7    0
-        decided_at      1            4         6
+    Of 'a yellow, cat', where the vocabulary has two pieces for "yellow", and a length of 6
+        pieces   a  yel  low  cat  0  0
+        words    1    2    2    3  0  0
+        numbers  1    2         3
 
     A word is written in the same pieces as in any text, since SentencePiece splits at spaces first; its
     suffix in those that it has behind the word "a". Few vocabularies join a suffix to some words' last
@@ -45,58 +47,75 @@ def keyword_text(prompt: str, encode: Encode, eos_id: int, length: int) -> Keywo
     Args:
       prompt: as people see it.
       encode: the vocabulary's: text -> ids, without EOS.
-      eos_id: of the vocabulary.
-      length: what the decoder writes at most, EOS included.
+      length: what the decoder writes at most, EOS included. Pieces beyond are left out.
+    """
+    pieces, words, numbers = [], [], []
+    for token in feedback.tokenize_prompt(prompt):
+        # A long prompt's last words needn't be encoded: there is no room for them.
+        plain = list(encode(token)) if len(pieces) < length else []
+        number = words[-1] + 1 if words else 1
+        pieces += plain
+        words += [number] * len(plain)
+        numbers.append(number if plain else 0)
+    result = np.zeros((2, length), np.int32)
+    count = min(len(pieces), length)
+    result[:, :count] = pieces[:count], words[:count]
+    return KeywordPieces(*result, np.array(numbers, np.int32))
+
+
+def features(
+    prompts: Sequence[KeywordPieces], rows: int, length: int, suffix: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Prompts -> the features of a batch that make `models.RahfModel` decode by constraint.
+
+    Args:
+      prompts: prepared for this length.
+      rows: of the batch; those without a prompt are padding, and end at once.
+      length: what the decoder writes at most.
+      suffix: see `suffix_pieces`.
 
     Returns:
-      The text, with `length` * (1 + pieces of the suffix) positions: no more can be reached.
-
-    Raises:
-      errors.UserError: the vocabulary has no way to write the suffix.
+      {"keyword_pieces", "keyword_words": int32 [rows, 1, length], "keyword_suffix": int32 [rows, pieces]}
     """
-    suffix = _suffix_pieces(encode)
-    pieces, skip_to, decided_at = [], [], []
-    for word in feedback.tokenize_prompt(prompt):
-        plain = list(encode(word))
-        decided_at.append(len(pieces) + len(plain) if plain else -1)
-        if plain:
-            pieces += [*plain, *suffix]
-            skip_to += [0] * len(plain) + [len(pieces)] + [0] * (len(suffix) - 1)
-    pieces.append(eos_id)
-    positions = length * (1 + len(suffix))
-    text = np.zeros((2, positions), np.int32)
-    text[0, : len(pieces)] = pieces[:positions]
-    text[1, : len(skip_to)] = skip_to[:positions]
-    where = np.array(decided_at, np.int32)
-    return KeywordText(text, np.where(where < positions, where, -1))
+    stacked = np.zeros((2, rows, 1, length), np.int32)
+    for row, prompt in enumerate(prompts):
+        stacked[:, row, 0] = prompt.pieces, prompt.words
+    return {
+        "keyword_pieces": stacked[0],
+        "keyword_words": stacked[1],
+        "keyword_suffix": np.tile(np.array(suffix, np.int32), (rows, 1)),
+    }
 
 
 def tokens(
-    prompt: str, text: KeywordText, log_odds: np.ndarray, written: np.ndarray
+    prompt: str, numbers: np.ndarray, probability: np.ndarray, misaligned: np.ndarray
 ) -> tuple[feedback.Token, ...]:
     """What the decoder decided -> the prompt's tokens, each with its label.
 
-    A token's `probability` is the sigmoid of its log-odds: the model's probability that the suffix follows,
-    given that either the suffix follows or the text goes on without it, and given what it decided for the
-    words before. A token that wasn't decided, because the decoder's length ended before, is aligned and has
-    no probability.
+    A token's `probability` is the model's that the suffix follows, given that either the suffix follows or
+    the text goes on without it, and given what it decided for the words before. A token that wasn't decided,
+    because the decoder's length ended before, is aligned and has no probability.
 
     Args:
-      prompt, text: as given to `keyword_text`, and what it made.
-      log_odds, written: float32 and bool [positions], see `decoding.constrained_decode`.
+      prompt, numbers: as given to `keyword_pieces`, and what it made.
+      probability, misaligned: float32 and bool [length], by number of the word; NaN where it wasn't decided.
     """
     found = []
-    for token, position in zip(feedback.tokenize_prompt(prompt), text.decided_at, strict=True):
-        if position < 0 or np.isnan(log_odds[position]):
+    for token, number in zip(feedback.tokenize_prompt(prompt), numbers, strict=True):
+        if number == 0 or np.isnan(probability[number - 1]):
             found.append(feedback.Token(token, False))
         else:
-            # 1 / (1 + e^-x), by a function that overflows for no x.
-            probability = 0.5 + 0.5 * np.tanh(0.5 * float(log_odds[position]))
-            found.append(feedback.Token(token, bool(written[position]), float(probability)))
+            share = float(probability[number - 1])
+            found.append(feedback.Token(token, bool(misaligned[number - 1]), share))
     return tuple(found)
 
 
-def _suffix_pieces(encode: Encode) -> list[int]:
+def suffix_pieces(encode: Encode) -> list[int]:
+    """The suffix of a misaligned word in the vocabulary's pieces.
+
+    Raises:
+      errors.UserError: the vocabulary has no way to write it.
+    """
     plain, marked = list(encode(_A_WORD)), list(encode(_A_WORD + feedback.MISALIGNED_SUFFIX))
     suffix = marked[len(plain) :]
     if marked[: len(plain)] != plain or not suffix:

@@ -70,8 +70,8 @@ class RahfModel(BaseModel):
     The loss is the paper's weighted sum (section 4.1.3): pixel-wise mean squared error of the heatmaps,
     mean squared error of the scores, teacher-forced cross entropy of the keywords; each is a mean over
     the slots (or tokens) that have labels. Texts are decoded by `decode_fn`, one of `decoding`'s functions,
-    which makes `num_decodes` of each; the best is the prediction. But where a batch has a "keyword_text"
-    (`keywords` makes it of the prompt), the decoder can only copy it and decide which words to mark: it
+    which makes `num_decodes` of each; the best is the prediction. But where a batch has "keyword_pieces"
+    (`keywords` makes them of the prompt), the decoder can only copy them and decide which words to mark: it
     marks those whose probability of being misaligned is above `misalignment_threshold`.
     """
 
@@ -102,6 +102,11 @@ class RahfModel(BaseModel):
         self._label_smoothing = label_smoothing
         self._z_loss = z_loss
         self._eos_id = eos_id
+
+    @property
+    def misalignment_threshold(self) -> float:
+        """Words whose probability of being misaligned is above are marked."""
+        return self._misalignment_threshold
 
     @property
     def vocab_size(self) -> int:
@@ -189,9 +194,9 @@ class RahfModel(BaseModel):
           {"heatmaps": float32 [batch, heatmaps, height, width], "scores": float32 [batch, scores],
           "tokens": int32 [batch, texts, target_length]} and {"decodes": int32 [batch, texts, num_decodes,
           target_length], "scores": float32 [batch, texts, num_decodes]}, the best text last as in T5X.
-          With "keyword_text", int32 [batch, texts, 2, positions], in the batch, there is one decode and the
-          predictions hold {"keyword_log_odds": float32 [batch, texts, positions], "keyword_marked": bool of
-          the same shape}, see `decoding.constrained_decode`.
+          With the features of `keywords.features` in the batch there is one decode, and the predictions hold
+          {"keyword_probability": float32, "keyword_misaligned": bool, both [batch, texts, target_length]} by
+          number of the word: NaN and False where there is none, or the decoder's length ended before it.
         """
         tokens = batch["encoder_input_tokens"]
         batch_size, texts, target_length = batch["decoder_input_tokens"].shape
@@ -205,15 +210,13 @@ class RahfModel(BaseModel):
         if slots.scores:
             predictions["scores"] = apply(encoded, slots, method="scores")
         if texts:
-            if "keyword_text" in batch:
-                text = batch["keyword_text"].reshape(batch_size * texts, *batch["keyword_text"].shape[2:])
-                *decoded, log_odds, marked = decoding.constrained_decode(
-                    *self._decoder(params, encoded.last(texts), target_length),
-                    text,
-                    threshold=self._misalignment_threshold,
+            if "keyword_pieces" in batch:
+                *decoded, probability, misaligned = self._mark_words(
+                    self._decoder(params, encoded.last(texts), target_length), batch
                 )
-                predictions["keyword_log_odds"] = log_odds.reshape(batch_size, texts, -1)
-                predictions["keyword_marked"] = marked.reshape(batch_size, texts, -1)
+                shape = (batch_size, texts, target_length)
+                predictions["keyword_probability"] = probability.reshape(shape)
+                predictions["keyword_misaligned"] = misaligned.reshape(shape)
             else:
                 decoded = self._decode_fn(
                     *self._decoder(params, encoded.last(texts), target_length),
@@ -226,6 +229,24 @@ class RahfModel(BaseModel):
             aux["scores"] = decoded[1].reshape(batch_size, texts, -1)
             predictions["tokens"] = aux["decodes"][:, :, -1]
         return predictions, aux
+
+    def _mark_words(self, decoder: tuple, batch: Batch) -> tuple[jax.Array, ...]:
+        """Tokens and their log-probability; by number of the word, the probability and what was decided."""
+        pieces, words = (batch[name] for name in ("keyword_pieces", "keyword_words"))
+        texts, length = pieces.shape[1:]
+        text, decided_at = decoding.optional_suffixes(
+            pieces.reshape(-1, length),
+            words.reshape(-1, length),
+            jnp.repeat(batch["keyword_suffix"], texts, axis=0),
+            self._eos_id,
+        )
+        tokens, log_probs, log_odds, written = decoding.constrained_decode(
+            *decoder, text, threshold=self._misalignment_threshold
+        )
+        log_odds, written = (jnp.take_along_axis(x, decided_at, axis=1) for x in (log_odds, written))
+        is_word = decided_at >= 0
+        probability = jnp.where(is_word, jax.nn.sigmoid(log_odds), jnp.nan)
+        return tokens, log_probs, probability, written & is_word
 
     def _decoder(
         self, params: Any, encoded: Any, length: int

@@ -103,9 +103,8 @@ def batch_shapes(step: str) -> dict[str, np.ndarray]:
         letterbox=gin.query_parameter("augmentation.show.fit") == "letterbox",
     )
     if step == "predict" and gin_utils.macro("CONSTRAINED_KEYWORDS"):
-        words = vocabulary.get_vocabulary()
-        text = keywords.keyword_text("", words.encode, words.eos_id, lengths["targets"]).text
-        batch["keyword_text"] = np.broadcast_to(np.int32(0), [batch_size, lengths["texts"], *text.shape])
+        suffix = keywords.suffix_pieces(vocabulary.get_vocabulary().encode)
+        batch |= keywords.features([], batch_size, lengths["targets"], suffix)
     return batch
 
 

@@ -30,11 +30,12 @@ class Answers:
     def predict(self, params, batch):
         self.seen.append(batch)
         outputs = {"heatmaps": batch["heatmap_targets"] / 255, "scores": batch["score_targets"]}
-        if "keyword_text" not in batch:
+        if "keyword_pieces" not in batch:
             return outputs | {"tokens": batch["decoder_target_tokens"]}
-        decided = batch["keyword_text"][:, :, 1] > 0
-        log_odds = np.where(decided, np.log(3), np.nan)
-        return outputs | {"keyword_log_odds": log_odds, "keyword_marked": decided}
+        numbers = np.arange(1, 1 + batch["keyword_words"].shape[-1])
+        decided = numbers <= batch["keyword_words"].max(-1, keepdims=True)
+        probability = np.where(decided, 0.75, np.nan)
+        return outputs | {"keyword_probability": probability, "keyword_misaligned": decided}
 
 
 @pytest.fixture
@@ -73,10 +74,11 @@ def test_constrained_keywords_have_probabilities(evaluate):
         assert [token["text"] for token in record["tokens"]] == feedback.tokenize_prompt(record["prompt"])
         for token in record["tokens"]:
             assert token["misaligned"]
-            assert token["probability"] == pytest.approx(0.75)
-    assert [batch["keyword_text"].shape for batch in batches] == [(5, 1, 2, 64)] * 2
+            assert token["probability"] == 0.75
+    assert [batch["keyword_pieces"].shape for batch in batches] == [(5, 1, 32)] * 2
     # Rows that only fill the batch end at once.
-    np.testing.assert_array_equal(batches[1]["keyword_text"][3:, 0, 0, :2], [[1, 0]] * 2)
+    assert batches[1]["keyword_pieces"][:3].any()
+    assert not batches[1]["keyword_pieces"][3:].any()
 
 
 def test_only_process_0_writes(evaluate, monkeypatch, tmp_path, capsys):

@@ -22,50 +22,59 @@ def encode(text):
 
 
 def test_the_prompt_of_the_docstring():
-    found = keywords.keyword_text("a yellow, cat", encode, eos_id=1, length=4)
-    assert found.text.dtype == np.int32
-    np.testing.assert_array_equal(found.text, [[5, 3, 6, 7, 3, 8, 3, 1], [0, 2, 0, 0, 5, 0, 7, 0]])
-    np.testing.assert_array_equal(found.decided_at, [1, 4, 6])
+    found = keywords.keyword_pieces("a yellow, cat", encode, length=6)
+    assert {array.dtype for array in found} == {np.dtype(np.int32)}
+    np.testing.assert_array_equal(found.pieces, [5, 6, 7, 8, 0, 0])
+    np.testing.assert_array_equal(found.words, [1, 2, 2, 3, 0, 0])
+    np.testing.assert_array_equal(found.numbers, [1, 2, 3])
 
 
 def test_a_token_that_has_no_pieces_is_not_decided():
-    found = keywords.keyword_text("a \u200b cat", encode, eos_id=1, length=4)
-    np.testing.assert_array_equal(found.text, [[5, 3, 8, 3, 1, 0, 0, 0], [0, 2, 0, 4, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(found.decided_at, [1, -1, 3])
+    found = keywords.keyword_pieces("a \u200b cat", encode, length=4)
+    np.testing.assert_array_equal(found.words, [1, 2, 0, 0])
+    np.testing.assert_array_equal(found.numbers, [1, 0, 2])
 
 
 def test_a_prompt_longer_than_the_decoder_is_cut():
-    found = keywords.keyword_text("a yellow cat a cat", encode, eos_id=1, length=2)
-    np.testing.assert_array_equal(found.text, [[5, 3, 6, 7], [0, 2, 0, 0]])
-    np.testing.assert_array_equal(found.decided_at, [1, -1, -1, -1, -1])
+    found = keywords.keyword_pieces("a yellow cat a cat", encode, length=2)
+    np.testing.assert_array_equal(found.pieces, [5, 6])
+    np.testing.assert_array_equal(found.words, [1, 2])
+    np.testing.assert_array_equal(found.numbers, [1, 2, 0, 0, 0])
 
 
 @pytest.mark.parametrize("prompt", ["", ' ,.?!":; '])
-def test_a_prompt_without_words_is_its_end(prompt):
-    found = keywords.keyword_text(prompt, encode, eos_id=1, length=2)
-    np.testing.assert_array_equal(found.text, [[1, 0, 0, 0], [0, 0, 0, 0]])
-    assert keywords.tokens(prompt, found, np.full(4, np.nan), np.zeros(4, bool)) == ()
+def test_a_prompt_without_words(prompt):
+    found = keywords.keyword_pieces(prompt, encode, length=2)
+    assert not found.pieces.any()
+    assert not found.words.any()
+    assert keywords.tokens(prompt, found.numbers, np.full(2, np.nan), np.zeros(2, bool)) == ()
+
+
+def test_features_of_a_batch_with_a_row_to_spare():
+    prompts = [keywords.keyword_pieces(prompt, encode, 3) for prompt in ("a cat", "yellow")]
+    found = keywords.features(prompts, rows=3, length=3, suffix=[3, 4])
+    np.testing.assert_array_equal(found["keyword_pieces"], [[[5, 8, 0]], [[6, 7, 0]], [[0, 0, 0]]])
+    np.testing.assert_array_equal(found["keyword_words"], [[[1, 2, 0]], [[1, 1, 0]], [[0, 0, 0]]])
+    np.testing.assert_array_equal(found["keyword_suffix"], [[3, 4]] * 3)
 
 
 def test_tokens_have_labels_and_probabilities():
     prompt = "a yellow \u200b yellow a"
-    text = keywords.keyword_text(prompt, encode, eos_id=1, length=4)
-    log_odds = np.full(8, np.nan, np.float32)
+    numbers = keywords.keyword_pieces(prompt, encode, length=6).numbers
     # The last word was never reached; a "yellow" is marked because a lower threshold was asked for.
-    log_odds[[1, 4, 7]] = 800.0, np.log(0.25 / 0.75), -np.inf
-    written = np.isin(np.arange(8), [1, 4])
-    found = keywords.tokens(prompt, text, log_odds, written)
+    probability = np.array([1, 0.25, 0, np.nan, np.nan, np.nan], np.float32)
+    misaligned = np.isin(np.arange(6), [0, 1])
+    found = keywords.tokens(prompt, numbers, probability, misaligned)
     assert [(token.text, token.misaligned) for token in found] == [
         *(("a", True), ("yellow", True), ("\u200b", False), ("yellow", False), ("a", False))
     ]
-    probabilities = [token.probability for token in found]
-    assert probabilities == [1.0, pytest.approx(0.25), None, 0.0, None]
+    assert [token.probability for token in found] == [1.0, 0.25, None, 0.0, None]
 
 
 @pytest.mark.parametrize("marked", [[9, 3], [5]])
 def test_a_vocabulary_that_cannot_write_the_suffix(marked):
     with pytest.raises(errors.UserError, match=r"writes 'a' as \[5\], but 'a_0' as .* another vocabulary"):
-        keywords.keyword_text("a", {"a": [5], "a_0": marked}.get, eos_id=1, length=4)
+        keywords.suffix_pieces({"a": [5], "a_0": marked}.get)
 
 
 WORDS = [
@@ -103,18 +112,29 @@ def random_prompts(rng, count, words):
     ]
 
 
-def decode(rng, texts, vocab, length):
-    """Constrained decoding by a model of random logits, which depend on all that was written."""
+def decode(rng, texts, vocab, suffix, length):
+    """Constrained decoding by a model of random logits, which depend on all that was written.
+
+    Returns tokens and, by number of the word, the probability and the decision.
+    """
     table = jnp.asarray(rng.normal(size=(499, vocab)), jnp.float32)
 
     def tokens_to_logits(state):
         past = (state.cache * 31 + state.cur_token[:, 0] + 1) % 499
         return table[past], past
 
-    inputs, seeds = jnp.zeros((len(texts), length), jnp.int32), jnp.arange(len(texts))
-    batch = np.stack([text.text for text in texts])
-    results = jax.jit(lambda: decoding.constrained_decode(inputs, seeds, tokens_to_logits, batch))()
-    return (np.asarray(x) for x in results)
+    batch = keywords.features(texts, len(texts), length, suffix)
+    pieces, words = (batch[f"keyword_{name}"][:, 0] for name in ("pieces", "words"))
+
+    @jax.jit
+    def run():
+        text, decided_at = decoding.optional_suffixes(pieces, words, batch["keyword_suffix"])
+        inputs, seeds = jnp.zeros(pieces.shape, jnp.int32), jnp.arange(len(texts))
+        tokens, _, log_odds, written = decoding.constrained_decode(inputs, seeds, tokens_to_logits, text)
+        log_odds, written = (jnp.take_along_axis(x, decided_at, axis=1) for x in (log_odds, written))
+        return tokens, jax.nn.sigmoid(log_odds), written
+
+    return map(np.asarray, run())
 
 
 def spelt(text):
@@ -127,12 +147,12 @@ def spelt(text):
 def test_every_answer_maps_back_to_one_label_a_token(rng, count, words, length):
     vocab = vocabulary.get_vocabulary()
     prompts = random_prompts(rng, count, words)
-    texts = [keywords.keyword_text(prompt, vocab.encode, vocab.eos_id, length) for prompt in prompts]
-    written_tokens, _, log_odds, marked = decode(rng, texts, vocab.vocab_size, length)
+    texts = [keywords.keyword_pieces(prompt, vocab.encode, length) for prompt in prompts]
+    suffix = keywords.suffix_pieces(vocab.encode)
+    outputs = decode(rng, texts, vocab.vocab_size, suffix, length)
     shares = []
-    for prompt, text, *row in zip(prompts, texts, written_tokens, log_odds, marked, strict=True):
-        ids, odds, marks = row
-        found = keywords.tokens(prompt, text, odds, marks)
+    for prompt, text, ids, *decisions in zip(prompts, texts, *outputs, strict=True):
+        found = keywords.tokens(prompt, text.numbers, *decisions)
         words_of_prompt = feedback.tokenize_prompt(prompt)
         assert [token.text for token in found] == words_of_prompt
         labels = [feedback.MISALIGNED if token.misaligned else feedback.ALIGNED for token in found]
@@ -160,9 +180,9 @@ def test_a_vocabulary_that_knows_few_characters_decides_every_word(rng):
     # Its suffix is one unknown piece, which natural texts join to an unknown character before it.
     assert vocab.encode("猫") == vocab.encode("猫_0")
     prompts = random_prompts(rng, 50, 12)
-    texts = [keywords.keyword_text(prompt, vocab.encode, vocab.eos_id, 100) for prompt in prompts]
-    _, _, log_odds, marked = decode(rng, texts, vocab.vocab_size, 100)
-    for prompt, text, *row in zip(prompts, texts, log_odds, marked, strict=True):
-        found = keywords.tokens(prompt, text, *row)
+    texts = [keywords.keyword_pieces(prompt, vocab.encode, 100) for prompt in prompts]
+    _, *decisions = decode(rng, texts, vocab.vocab_size, keywords.suffix_pieces(vocab.encode), 100)
+    for prompt, text, *row in zip(prompts, texts, *decisions, strict=True):
+        found = keywords.tokens(prompt, text.numbers, *row)
         for token in found:
             assert (token.probability is None) == (not vocab.encode(token.text))

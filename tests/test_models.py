@@ -285,42 +285,51 @@ def test_every_one_of_several_texts_has_its_own_cache(make, decode_fn, scanned):
     assert (np.diff(aux["scores"], axis=-1) >= 0).all()
 
 
-def keyword_text(rng, case):
-    """For each text two words of a piece or two and a suffix of one, and EOS: at most 7 pieces."""
-    batch_size, texts, _ = case.batch["decoder_target_tokens"].shape
-    result = np.zeros((batch_size, texts, 2, 10), np.int32)
-    for index in np.ndindex(batch_size, texts):
-        sizes, at = rng.integers(1, 3, 2), 0
-        for size in sizes:
-            result[index][0, at : at + size] = rng.integers(4, 32, size)
-            result[index][:, at + size] = 3, at + size + 1
-            at += size + 1
-        result[index][0, at] = 1
-    return result
+def keyword_features(rng, case):
+    """For each text two words of a piece or two, and a suffix of one: with EOS at most 7 pieces."""
+    shape = case.batch["decoder_target_tokens"].shape
+    pieces, words = np.zeros((2, *shape), np.int32)
+    for index in np.ndindex(*shape[:2]):
+        sizes = rng.integers(1, 3, 2)
+        pieces[index][: sizes.sum()] = rng.integers(4, 32, sizes.sum())
+        words[index][: sizes.sum()] = np.repeat([1, 2], sizes)
+    suffix = np.full((shape[0], 1), 3, np.int32)
+    return {"keyword_pieces": pieces, "keyword_words": words, "keyword_suffix": suffix}
 
 
 @pytest.mark.parametrize(("variant", "threshold"), [("multi_head", 0.5), ("augmented_prompt", 0.8)])
 def test_constrained_keywords_agree_with_teacher_forcing(make, rng, variant, threshold):
     case = make(variant, f"MISALIGNMENT_THRESHOLD = {threshold}")
-    text = keyword_text(rng, case)
-    predictions, aux = case.predict(case.params, case.batch | {"keyword_text": text})
+    features = keyword_features(rng, case)
+    predictions, aux = case.predict(case.params, case.batch | features)
     tokens = np.asarray(predictions["tokens"])
     forced = as_targets(case.batch, tokens)
     logits = np.asarray(case.compiled_forward(case.params, forced)["logits"])
     decisions = []
-    for index in np.ndindex(*text.shape[:2]):
-        pieces, skip_to = text[index]
-        log_odds, marked = (predictions[f"keyword_{name}"][index] for name in ("log_odds", "marked"))
-        position = 0
-        for step, token in enumerate(tokens[index]):
-            if behind := skip_to[position]:
-                expected = logits[index][step, pieces[position]] - logits[index][step, pieces[behind]]
-                np.testing.assert_allclose(log_odds[position], expected, rtol=1e-4, atol=1e-5)
-                decisions.append((expected, marked[position]))
-                position = position if marked[position] else behind
-            assert token == pieces[position]
-            position += token != 0
-        assert np.isfinite(log_odds).sum() == (skip_to[:position] > 0).sum()
+    for index in np.ndindex(*tokens.shape[:2]):
+        probability, misaligned = (
+            predictions[f"keyword_{name}"][index] for name in ("probability", "misaligned")
+        )
+        step = 0
+        for number in (1, 2):
+            size = (features["keyword_words"][index] == number).sum()
+            at = np.argmax(features["keyword_words"][index] == number)
+            step += size
+            if step >= tokens.shape[-1]:  # The decoder's length ended before.
+                assert np.isnan(probability[number - 1])
+                continue
+            np.testing.assert_array_equal(
+                tokens[index][step - size : step], features["keyword_pieces"][index][at : at + size]
+            )
+            following = np.append(features["keyword_pieces"][index], 0)[at + size] or 1  # Or the end.
+            odds = logits[index][step, 3] - logits[index][step, following]
+            np.testing.assert_allclose(probability[number - 1], 1 / (1 + np.exp(-odds)), rtol=1e-4, atol=1e-5)
+            decisions.append((odds, misaligned[number - 1]))
+            if misaligned[number - 1]:
+                assert tokens[index][step] == 3
+                step += 1
+        assert np.isnan(probability[2:]).all()
+        assert not misaligned[2:].any()
     log_odds, marked = map(np.array, zip(*decisions, strict=True))
     probabilities = 1 / (1 + np.exp(-log_odds))
     np.testing.assert_array_equal(marked, probabilities > threshold)

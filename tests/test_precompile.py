@@ -74,10 +74,11 @@ def test_batch_of_a_prediction(constrained):
     configure("augmented_prompt", FEWER_SLOTS, f"CONSTRAINED_KEYWORDS = {constrained}")
     batch = precompile.batch_shapes("predict")
     assert batch["encoder_input_tokens"].shape == (2, 7, 9)  # All seven outputs.
-    assert ("keyword_text" in batch) == constrained
+    assert ("keyword_pieces" in batch) == constrained
     if constrained:
-        # The small vocabulary writes "_0" in one piece: 5 tokens reach 10 positions.
-        assert batch["keyword_text"].shape == (2, 1, 2, 10)
+        # The small vocabulary writes "_0" in one piece.
+        shapes = [batch[f"keyword_{name}"].shape for name in ("pieces", "words", "suffix")]
+        assert shapes == [(2, 1, 5), (2, 1, 5), (2, 1)]
 
 
 class Affine(models.BaseModel):
