@@ -21,6 +21,7 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "WEBP": b""}
 _PNG_DEPTH_AND_TYPE = slice(24, 26)
 _PLAIN_PNG = (b"\x08\x00", b"\x08\x02")  # 8-bit greyscale, 8-bit RGB
 _UPRIGHT = 1
+_REFUSED = "{}, not a picture of 8 bits a colour; save it as an RGB PNG"
 
 
 class ImageError(ValueError):
@@ -41,6 +42,53 @@ def checked(data: bytes) -> bytes:
     Raises:
       ImageError: no image, one that is cut off or broken, or one of more than MAX_SIDE pixels a side.
     """
+    image = _open(data)
+    try:
+        return data if _is_plain(image, data) else _as_png(image)
+    except Exception as error:
+        raise ImageError(f"broken {image.format}: {error}") from None
+
+
+def decode(data: bytes, convert: bool = True) -> np.ndarray:
+    """An image's bytes -> uint8 [height, width, 3], the picture that TensorFlow shows of `checked(data)`.
+
+    Args:
+      data: a file.
+      convert: whether pictures are taken that have more to show than 8 bits of red, green and blue: those of
+        16 bits, of inks (CMYK), and animations.
+
+    Raises:
+      ImageError: as `checked`; or the picture would have to be converted, and must not.
+    """
+    image = _open(data)
+    if not convert and image.format == "PNG" and data[_PNG_DEPTH_AND_TYPE][0] == 16:
+        raise ImageError(_REFUSED.format("an image of 16 bits a colour"))
+    try:
+        return np.asarray(image.convert("RGB")) if _is_plain(image, data) else of_pillow(image, convert)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"broken {image.format}: {error}") from None
+
+
+def of_pillow(image: Image.Image, convert: bool = True) -> np.ndarray:
+    """A picture in memory -> uint8 [height, width, 3], as `decode` gives its file's."""
+    if not convert and (what := _more_than_rgb(image)):
+        raise ImageError(_REFUSED.format(what))
+    return np.asarray(_upright(image).convert("RGB"))
+
+
+def _more_than_rgb(image: Image.Image) -> str:
+    """What a picture has that is lost as 8 bits of red, green and blue; '' where nothing is."""
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        return f"an animation of {frames} frames"
+    if image.mode.startswith(("I", "F")):
+        return "an image of 16 bits or more a colour"
+    return f"an image in {image.mode}" if image.mode in ("CMYK", "LAB", "YCbCr", "HSV") else ""
+
+
+def _open(data: bytes) -> Image.Image:
+    """An image, all its pixels decoded; see `checked`."""
     if not data:
         raise ImageError("no bytes")
     # Pillow raises what it likes at broken files (OSError, SyntaxError, ValueError, struct.error, ...), also
@@ -60,9 +108,7 @@ def checked(data: bytes) -> bytes:
         if image.format == "PNG":  # Loading alone does not look at all checksums; libpng's readers do.
             Image.open(io.BytesIO(data)).verify()
         image.load()
-        if _is_plain(image, data):
-            return data
-        return _as_png(image)
+        return image
     except Exception as error:
         raise ImageError(f"broken {image.format}: {error}") from None
 
@@ -90,7 +136,15 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
 
 
 def _as_png(image: Image.Image) -> bytes:
-    ImageOps.exif_transpose(image, in_place=True)
+    image = _upright(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it, greyscale or RGB of 8 bits."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion cuts values off at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.has_transparency_data:
@@ -101,6 +155,4 @@ def _as_png(image: Image.Image) -> bytes:
     elif image.mode != "L":
         image = image.convert("RGB")
     image.info.clear()  # Among others a profile that belongs to the colours as they were.
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return image

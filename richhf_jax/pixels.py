@@ -1,0 +1,79 @@
+"""A picture -> the model's square of pixels, without TensorFlow.
+
+Equal, to the pixel, to what `augmentation.show` makes of a picture in training when it doesn't augment.
+"""
+
+import numpy as np
+
+FITS = ("resize", "letterbox")
+
+
+def square(image: np.ndarray, side: int, fit: str) -> tuple[np.ndarray, np.ndarray]:
+    """Brings a picture to the model's square.
+
+    Args:
+      image: uint8 [height, width, 3].
+      side: of the square, in pixels.
+      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it.
+
+    Returns:
+      uint8 [side, side, 3]; and int32 [4], where in it the picture lies: its first row and column, and those
+      behind its last.
+    """
+    size = np.array(image.shape[:2])
+    box = np.array([0, 0, side, side], np.int32) if fit == "resize" else letterbox(size, side)
+    top, left, bottom, right = box
+    shown = resample(image, (bottom - top, right - left))
+    return np.pad(shown, ((top, side - bottom), (left, side - right), (0, 0))), box
+
+
+def letterbox(size: np.ndarray, side: int) -> np.ndarray:
+    """A picture's height and width -> int32 [4], its box in the middle of the square, with its aspect.
+
+    >>> letterbox(np.array([100, 200]), 64).tolist()
+    [16, 0, 48, 64]
+    """
+    sizes = np.maximum(np.round(size * side / size.max()).astype(np.int32), 1)
+    starts = (side - sizes) // 2
+    return np.concatenate([starts, starts + sizes])
+
+
+def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [height, width, channels] -> [*size, channels]: linear; averages where it shrinks.
+
+    The arithmetic of TensorFlow's `ScaleAndTranslate` with a triangle kernel, in its order and in float32:
+    sums that lie between two levels are rounded as there.
+    """
+    if image.shape[:2] == tuple(size):
+        return image
+    pixels = _weighted_rows(image, size[0])
+    pixels = _weighted_rows(pixels.swapaxes(0, 1), size[1]).swapaxes(0, 1)
+    return (pixels + np.float32(0.5)).astype(np.uint8)
+
+
+def _weighted_rows(image: np.ndarray, count: int) -> np.ndarray:
+    """[rows, columns, channels] -> float32 [count, columns, channels]."""
+    starts, weights = _spans(image.shape[0], count)
+    total = np.zeros((count, *image.shape[1:]), np.float32)
+    for i, of_each in enumerate(weights):
+        rows = np.minimum(starts + i, image.shape[0] - 1)  # A weight beyond the last is 0.
+        total += of_each[:, None, None] * image[rows].astype(np.float32, copy=False)
+    return total
+
+
+def _spans(rows: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows each of `count` new ones is a mean of: int [count], the first; float32 [span, count]."""
+    one = np.float32(1)
+    scale = np.float32(count) / np.float32(rows)
+    width = max(one / scale, one)  # Of the kernel: wider where the picture shrinks.
+    centres = (np.arange(count, dtype=np.float32) + np.float32(0.5)) * (one / scale)
+    half = np.float32(0.5)
+    first = np.clip(np.ceil(centres - width - half), 0, rows - 1).astype(np.int64)
+    last = np.clip(np.floor(centres + width - half), 0, rows - 1).astype(np.int64)
+    sources = first[None] + np.arange((last - first).max() + 1)[:, None]
+    distance = np.abs((sources.astype(np.float32) + half - centres) * (one / width))
+    weights = np.where(sources <= last, np.maximum(one - distance, 0), 0).astype(np.float32)
+    total = np.zeros(count, np.float32)
+    for row in weights:
+        total += row
+    return first, weights * (one / total)
