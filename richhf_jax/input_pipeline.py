@@ -137,6 +137,12 @@ def check_vocabulary(cfg: DatasetConfig, vocab_size: int) -> None:
         )
 
 
+def vocabulary_model(cfg: DatasetConfig) -> bytes | None:
+    """The SentencePiece model of the data's prompts; None for a vocabulary of another kind."""
+    features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
+    return getattr(features["inputs"].vocabulary, "sp_model", None)
+
+
 class TrainStream:
     """The batches of `get_dataset` as numpy, for the training loop.
 

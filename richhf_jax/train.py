@@ -27,6 +27,7 @@ from richhf_jax import (
     errors,
     gin_utils,
     input_pipeline,
+    model_description,
     models,
     partitioning,
     trainer,
@@ -100,6 +101,8 @@ def train(
         state, position = _initial_state(loop, checkpointer, checkpoint_cfg.restore)
         if jax.process_index() == 0:
             gin_utils.write_operative_config(os.path.join(model_dir, "config.gin"))
+            if isinstance(model, models.RahfModel):
+                _describe_model(model, train_dataset_cfg, stream, checkpoint_cfg).write(model_dir)
             _write_model_info(os.path.join(model_dir, "model-info.txt"), state.params)
         evaluation = _Evaluation(loop, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
         stack.enter_context(contextlib.closing(evaluation))
@@ -221,6 +224,24 @@ def _initial_state(
     if restore and restore.path:
         given = checkpoints.restore_matching(restore.path, loop.abstract_state.params)
     return loop.init_state(given), {}
+
+
+def _describe_model(
+    model: models.RahfModel,
+    cfg: input_pipeline.DatasetConfig,
+    stream: input_pipeline.TrainStream,
+    checkpoint_cfg: checkpoints.CheckpointConfig,
+) -> model_description.ModelDescription:
+    """What predictions need to know beside the parameters."""
+    initial = checkpoint_cfg.restore.path if checkpoint_cfg.restore else None
+    return model_description.ModelDescription(
+        model.module,
+        cfg.task_feature_lengths,
+        "letterbox" if "image_box" in stream.batch_shapes else "resize",
+        model.misalignment_threshold,
+        {"task": cfg.mixture_or_task_name, "batch_size": cfg.batch_size, "initial_checkpoint": initial},
+        input_pipeline.vocabulary_model(cfg),
+    )
 
 
 def _describe_step(

@@ -57,6 +57,11 @@ class ConfiguredVocabulary(seqio.Vocabulary):
     def _base_vocab_size(self) -> int:
         return get_vocabulary().vocab_size
 
+    @property
+    def sp_model(self) -> bytes:
+        """The SentencePiece model itself."""
+        return get_vocabulary().sp_model
+
     def _encode(self, s):
         return get_vocabulary().encode(s)
 

@@ -1,0 +1,126 @@
+"""What a checkpoint directory says of its model: model.json and vocabulary.model, beside the checkpoints.
+
+Training and conversion write both; prediction needs nothing else, neither gin nor TensorFlow. JSON:
+
+    variant, decoder_sees_image        of `network.rahf.Rahf`
+    t5_config, vit_config, heads_config  the fields of its configurations
+    feature_lengths                    {"image", "inputs", "targets"}: side in pixels; tokens
+    fit                                how pictures are brought to the square, see `pixels.square`
+    misalignment_threshold             words whose probability is above are marked
+    training                           what is known of it, for people: {"task", ...}
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from richhf_jax import errors, pixels
+from richhf_jax.network import rahf, t5, vit
+
+FILE = "model.json"
+VOCABULARY_FILE = "vocabulary.model"
+LENGTHS = ("image", "inputs", "targets")
+
+_CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config": rahf.HeadsConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """See the module. `vocabulary` is a SentencePiece model; None where it could not be had."""
+
+    network: rahf.Rahf
+    feature_lengths: Mapping[str, int]
+    fit: str
+    misalignment_threshold: float
+    training: Mapping[str, Any]
+    vocabulary: bytes | None
+
+    def write(self, directory: epath.PathLike) -> None:
+        """Writes the files into a directory that there is."""
+        directory = epath.Path(directory)
+        content = {
+            "variant": self.network.variant,
+            "decoder_sees_image": self.network.decoder_sees_image,
+            **{name: _fields(getattr(self.network, name)) for name in _CONFIGS},
+            "feature_lengths": {name: self.feature_lengths[name] for name in LENGTHS},
+            "fit": self.fit,
+            "misalignment_threshold": self.misalignment_threshold,
+            "training": dict(self.training),
+        }
+        (directory / FILE).write_text(json.dumps(content, indent=2) + "\n")
+        if self.vocabulary is not None:
+            (directory / VOCABULARY_FILE).write_bytes(self.vocabulary)
+
+
+def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescription:
+    """Reads what `ModelDescription.write` wrote.
+
+    Args:
+      directory: a MODEL_DIR, or an export.
+      dtype: of activations, in place of the training's: 'float32' or 'bfloat16'.
+
+    Raises:
+      errors.UserError: a file or an entry is missing or makes no sense; the message says which.
+    """
+    directory = epath.Path(directory)
+    path, vocabulary = directory / FILE, directory / VOCABULARY_FILE
+    if not path.exists():
+        raise errors.UserError(
+            f"{directory} has no {FILE}, which says what its model is. Training writes it at its start: give"
+            " the training's command again (a finished one ends at once), or name another directory"
+        )
+    if not vocabulary.exists():
+        raise errors.UserError(
+            f"{directory} has no {VOCABULARY_FILE}: copy the SentencePiece model that the training used to it"
+        )
+    try:
+        content = json.loads(path.read_text())
+        return _parse(content, vocabulary.read_bytes(), {"dtype": dtype} if dtype else {})
+    except KeyError as error:
+        raise errors.UserError(f"{path} lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise errors.UserError(f"{path} makes no sense: {error}") from error
+
+
+def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str, Any]) -> ModelDescription:
+    configs = {}
+    for name, config in _CONFIGS.items():
+        given = _tuples(content[name])
+        known = {field.name for field in dataclasses.fields(config)}
+        if unknown := given.keys() - known:
+            raise ValueError(f"{name} has an unknown {min(unknown)!r}; it is of another version")
+        configs[name] = config(**given | {key: value for key, value in overrides.items() if key in known})
+    if content["variant"] not in rahf.VARIANTS:
+        raise ValueError(f"variant must be one of {rahf.VARIANTS}, got {content['variant']!r}")
+    if content["fit"] not in pixels.FITS:
+        raise ValueError(f"fit must be one of {pixels.FITS}, got {content['fit']!r}")
+    return ModelDescription(
+        rahf.Rahf(
+            variant=content["variant"], decoder_sees_image=bool(content["decoder_sees_image"]), **configs
+        ),
+        {name: int(content["feature_lengths"][name]) for name in LENGTHS},
+        content["fit"],
+        float(content["misalignment_threshold"]),
+        content["training"],
+        vocabulary,
+    )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if "dtype" in fields:  # A name or numpy's or jax's own type.
+        fields["dtype"] = np.dtype(fields["dtype"]).name
+    return fields
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a configuration is made of: it must be hashable."""
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    if isinstance(value, dict):
+        return {name: _tuples(part) for name, part in value.items()}
+    return value
