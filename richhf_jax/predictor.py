@@ -212,14 +212,13 @@ class RahfPredictor:
             raise errors.UserError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
         if batch_size < 1:
             raise errors.UserError(f"batch_size must be at least 1, got {batch_size}")
-        path = os.fspath(path)
-        directory = model_dir(path)
-        description = model_description.read(directory, dtype)
-        weights = epath.Path(directory) / WEIGHTS_FILE
-        if weights.exists() and checkpoints.newest_checkpoint(directory) is None:
-            params = _read_safetensors(weights, abstract_params(description))
+        place = checkpoint_path(os.fspath(path))
+        description = model_description.read(os.path.dirname(place), dtype)
+        wanted = abstract_params(description)
+        if os.path.basename(place) == WEIGHTS_FILE:
+            params = _read_safetensors(epath.Path(place), wanted)
         else:
-            params = checkpoints.restore_params(path, abstract_params(description))
+            params = checkpoints.restore_params(place, wanted)
         return cls(description, params, batch_size, convert)
 
     def __call__(
@@ -424,16 +423,19 @@ class RahfPredictor:
             raise PredictionError(str(error)) from error
 
 
-def model_dir(path: str) -> str:
-    """A MODEL_DIR or a `checkpoint_<step>` in it -> the MODEL_DIR.
+def checkpoint_path(path: str) -> str:
+    """Where the parameters are: a `checkpoint_<step>`, or an export's model.safetensors.
+
+    Args:
+      path: a MODEL_DIR, whose newest checkpoint is meant; a `checkpoint_<step>` in it; or an export.
 
     Raises:
-      errors.UserError: there is nothing.
+      errors.UserError: there is none.
     """
-    place = epath.Path(path)
-    if not place.exists():
-        raise errors.UserError(f"{path}: no such directory")
-    return os.fspath(place.parent if re.fullmatch(r"checkpoint_\d+", place.name) else place)
+    weights = epath.Path(path) / WEIGHTS_FILE
+    if weights.exists() and checkpoints.newest_checkpoint(path) is None:
+        return os.fspath(weights)
+    return checkpoints.find_checkpoint(path)[0]
 
 
 def abstract_params(description: model_description.ModelDescription) -> Any:
@@ -492,10 +494,7 @@ def _own_size(heatmap: np.ndarray, one: Prepared) -> np.ndarray:
     top, left, bottom, right = one.box
     height, width = one.image.shape[:2]
     heatmap = np.ascontiguousarray(heatmap[top:bottom, left:right], np.float32)
-    if heatmap.shape == (height, width):
-        return heatmap
-    resized = Image.fromarray(heatmap).resize((width, height), Image.Resampling.BILINEAR)
-    return np.clip(np.asarray(resized), 0, 1)
+    return np.clip(overlay.resize(heatmap, (width, height)), 0, 1)
 
 
 def _shown(images: jax.Array, side: int, fit: str) -> tuple[jax.Array, jax.Array | None]:
