@@ -82,7 +82,7 @@ def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescriptio
         return _parse(content, vocabulary.read_bytes(), {"dtype": dtype} if dtype else {})
     except KeyError as error:
         raise errors.UserError(f"{path} lacks {error}") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise errors.UserError(f"{path} makes no sense: {error}") from error
 
 

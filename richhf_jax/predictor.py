@@ -359,18 +359,19 @@ class RahfPredictor:
             raise errors.UserError(f"there is no score {kind!r}, only {', '.join(feedback.SCORES)}")
         network, fit = self.description.network, self.description.fit
         side = self.description.feature_lengths["image"]
-        slots = network.smallest_slots._replace(heatmaps=0, texts=0)
-        # Of several heads the others are never computed: nothing uses them.
-        column = feedback.SCORES.index(kind) if slots.scores > 1 else 0
+
+        @jax.jit
+        def of_batch(params, images, tokens):
+            shown, box = _shown(images.astype(jnp.float32) * 255, side, fit)
+            apply = functools.partial(network.apply, {"params": params})
+            encoded = apply(shown, tokens[:, None], box, method="encode")
+            return apply(encoded, kind, method="score")
 
         def score(params, images, prompts):
             tokens = self.encode_for(kind, prompts) if isinstance(prompts, str | Sequence) else prompts
             if images.ndim == 3:
-                return score(params, images[None], jnp.reshape(tokens, (1, -1)))[0]
-            shown, box = _shown(images.astype(jnp.float32) * 255, side, fit)
-            apply = functools.partial(network.apply, {"params": params})
-            encoded = apply(shown, jnp.asarray(tokens)[:, None], box, method="encode")
-            return apply(encoded, slots, method="scores")[:, column]
+                return of_batch(params, images[None], tokens[None])[0]
+            return of_batch(params, images, tokens)
 
         return jax.tree_util.Partial(score, self.params)
 

@@ -158,3 +158,46 @@ def sample_data_dir(sample_sources_dir: pathlib.Path) -> pathlib.Path:
     shards = samples / "web/webdataset/*.tar"
     web_captions.main([f"--shards={shards}", f"--data_dir={data_dir}", "--processes=1"])
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
+    """Makes a MODEL_DIR as training leaves it, of a small network with random parameters and a vocabulary."""
+    import jax
+    import jax.numpy as jnp
+
+    from richhf_jax import checkpoints, model_description, predictor
+    from richhf_jax.network import rahf, t5, vit
+    from tasks import vocabulary
+
+    def make(variant="multi_head", fit="resize", dtype="float32") -> pathlib.Path:
+        directory = tmp_path_factory.mktemp(variant)
+        t5_config = t5.T5Config(
+            vocab_size=448, dtype=dtype, emb_dim=32, num_heads=2, num_encoder_layers=1,
+            num_decoder_layers=1, head_dim=16, mlp_dim=56, mlp_activations=("gelu", "linear"),
+            dropout_rate=0.0,
+        )  # fmt: skip
+        vit_config = vit.ViTConfig(
+            patch_size=4, grid=(8, 8), dtype=dtype, emb_dim=32, num_layers=1, num_heads=2, mlp_dim=40
+        )
+        heads_config = rahf.HeadsConfig((("deconv", 8, 3), ("deconv", 8, 3)), ((8, 2),), (8,))
+        description = model_description.ModelDescription(
+            rahf.Rahf(t5_config, vit_config, heads_config, variant),
+            {"image": 32, "inputs": 24, "targets": 24},
+            fit,
+            0.5,
+            {"task": "synthetic_rich_hf_multi_head", "batch_size": 16, "initial_checkpoint": None},
+            vocabulary.get_vocabulary().sp_model,
+        )
+        params = random_values(predictor.abstract_params(description))
+        checkpoints.save_params(str(directory), jax.tree.map(jnp.asarray, params))
+        description.write(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_dir(make_model_dir) -> pathlib.Path:
+    """A MODEL_DIR of the multi-head variant."""
+    return make_model_dir()

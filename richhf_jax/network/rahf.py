@@ -274,6 +274,11 @@ class Rahf(nn.Module):
         scores = self.score_head(encoded.feature_maps(slots.heatmaps, slots.scores))
         return scores.reshape(-1, slots.scores)
 
+    def score(self, encoded: Encoded, kind: str) -> jax.Array:
+        """One kind's score of prompts that ask for it: float32 [batch]. No other head is computed."""
+        head = self.score_head[kind] if self.variant == "multi_head" else self.score_head
+        return head(encoded.feature_maps(0, 1))
+
     def _each(self, equal_heads: list[nn.Module], features: jax.Array) -> jax.Array:
         """What each head makes of the features: [batch, heads, ...]."""
         if len(equal_heads) == 1 or self.is_initializing() or not self.heads_config.scan_layers:
