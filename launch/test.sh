@@ -31,6 +31,18 @@ while (($#)); do
   shift
 done
 
+# The report's page is tested in a browser.
+install_chromium() {
+  [[ -x /usr/bin/chromium && -x /usr/bin/chromedriver ]] && return
+  if ((EUID)) || ! command -v apt-get >/dev/null; then
+    die "the tests need Debian's chromium and chromium-driver: sudo apt-get install chromium chromium-driver"
+  fi
+  echo "installing chromium"
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
+}
+
+install_chromium
 setup_venv test
 cd "$root"
 "$venv/bin/ruff" check .

@@ -134,7 +134,7 @@ def _empty(path: str) -> errors.UserError:
     if os.path.isdir(path):
         return errors.UserError(f"{path}: no image in this folder ({' '.join(IMAGE_EXTENSIONS)})")
     if path.lower().endswith(".tar"):
-        return errors.UserError(f"{path}: no pairs <key>.jpg, <key>.txt; a key ends at a name's first dot")
+        return errors.UserError(f"{path}: no pairs <key>.jpg, <key>.txt")
     return errors.UserError(f"{path}: no rows")
 
 
@@ -490,10 +490,10 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, int]]]:
                 raise tarfile.ReadError("garbled header")
             end = tar.offset
             folder, slash, name = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = name.partition(".")
-            extension = f".{extension.lower()}"
-            # Hidden files have no stem: '.jpg', and macOS's '._a.jpg', whose extension is '._a.jpg'.
-            wanted = stem and extension in (*IMAGE_EXTENSIONS, ".txt")
+            stem, extension = os.path.splitext(name)
+            extension = extension.lower()
+            # Hidden files are left out, among them macOS's '._a.jpg'.
+            wanted = not name.startswith(".") and extension in (*IMAGE_EXTENSIONS, ".txt")
             if wanted and member.isfile() and not member.issparse():
                 yield f"{folder}{slash}{stem}", extension, (member.offset_data, member.size)
         # To tarfile, a header that is absent or garbled ends the file as well as a block of zeros.

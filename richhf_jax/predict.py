@@ -15,7 +15,9 @@ import collections
 import dataclasses
 import itertools
 import os
+import pathlib
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
@@ -69,9 +71,16 @@ def score(
     batches = iter(lambda: list(itertools.islice(records, predictor.batch_size)), [])
     ready: collections.deque = collections.deque()
     written: collections.deque = collections.deque()
+    failed = threading.Event()
 
     def write(batch, results, outputs):
-        files.commit(batch[-1].position + 1, _save(predictor, files, pool, batch, results, outputs))
+        if failed.is_set():  # What comes behind a batch that can't be written must not be written either.
+            return
+        try:
+            files.commit(batch[-1].position + 1, _save(predictor, files, pool, batch, results, outputs))
+        except BaseException:
+            failed.set()
+            raise
         progress.update(len(batch))
 
     # One writer keeps the order; the pictures' files are the pool's work.
@@ -129,6 +138,7 @@ def _save(
 def run(options: argparse.Namespace) -> int:
     """The command, its options parsed. Returns the exit code."""
     path = checkpoint_path(options.checkpoint)
+    _check_is_elsewhere(options.out, options.inputs)
     total = inputs.count(options.inputs, options.prompt)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
     arguments = {
@@ -141,18 +151,30 @@ def run(options: argparse.Namespace) -> int:
         "dtype": options.dtype,
         "convert": options.convert,
     }
-    files = PredictionFiles(options.out, arguments, first, options.heatmaps, options.overlay, options.report)
+    with PredictionFiles(
+        options.out, arguments, first, options.heatmaps, options.overlay, options.report
+    ) as files:
+        if files.progress.position < last:
+            predictor = RahfPredictor.from_checkpoint(
+                path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
+            )
+            _score_rest(predictor, options, files, first, last)
+        files.finish("Rich feedback")
+        return _summary(options, files.progress)
+
+
+def _score_rest(
+    predictor: RahfPredictor, options: argparse.Namespace, files: PredictionFiles, first: int, last: int
+) -> None:
     begin = files.progress.position
-    if begin < last:
-        predictor = RahfPredictor.from_checkpoint(
-            path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
-        )
-        records = numbered(options.inputs, options.prompt, begin, last)
-        shown = {"desc": "scoring", "unit": " images", "mininterval": 1, "smoothing": 0.05}
-        with tqdm.tqdm(total=last - first, initial=begin - first, **shown) as bar:
-            score(predictor, records, files, bar, options.threads)
-    files.finish("Rich feedback")
-    done = files.progress
+    records = numbered(options.inputs, options.prompt, begin, last)
+    shown = {"desc": "scoring", "unit": " images", "mininterval": 1, "smoothing": 0.05}
+    with tqdm.tqdm(total=last - first, initial=begin - first, **shown) as bar:
+        score(predictor, records, files, bar, options.threads)
+
+
+def _summary(options: argparse.Namespace, done: prediction_files.Progress) -> int:
+    """Tells what there is. Returns the exit code."""
     print(f"{done.predictions:,} images scored: {os.path.join(options.out, prediction_files.PREDICTIONS)}")
     if options.report:
         print(f"page: {os.path.join(options.out, 'report.html')}")
@@ -161,6 +183,13 @@ def run(options: argparse.Namespace) -> int:
     place = os.path.join(options.out, prediction_files.ERRORS)
     print(f"{done.errors:,} could not be scored, see {place}", file=sys.stderr)
     return SOME_FAILED
+
+
+def _check_is_elsewhere(out: str, places: Sequence[str]) -> None:
+    """Raises errors.UserError where the output would be read as input."""
+    for place in places:
+        if os.path.isdir(place) and pathlib.Path(out).resolve().is_relative_to(pathlib.Path(place).resolve()):
+            raise errors.UserError(f"--out={out} lies in {place}, which is an input: name another place")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -37,6 +37,7 @@ MAX_CARDS = 5000
 # Of a file name; most file systems take 255 bytes.
 _MAX_NAME = 200
 _PARTS, _PICTURES = "heatmaps.parts", "report"
+_PNG = b"\x89PNG"
 
 
 @dataclasses.dataclass
@@ -76,7 +77,7 @@ class Failure:
 
 
 class PredictionFiles:
-    """The files of one run. Not thread-safe but for `save_pictures`."""
+    """The files of one run, a context that closes them. Not thread-safe but for `save_pictures`."""
 
     def __init__(
         self,
@@ -118,6 +119,13 @@ class PredictionFiles:
             self._write_state()
         except OSError as error:
             raise errors.UserError(f"{error.filename or out} can't be written: {error.strerror}") from error
+
+    def __enter__(self) -> "PredictionFiles":
+        return self
+
+    def __exit__(self, *args) -> None:
+        for file in self._files.values():
+            file.close()
 
     def _read_state(self) -> Progress | None:
         path = self._out / STATE
@@ -163,7 +171,7 @@ class PredictionFiles:
                 self._save(f"overlays/{name}.{kind}.png", _encode(prediction.overlay(kind)))
         if self._with_report:
             image, maps = report.card_pictures(prediction.image, prediction.heatmaps)
-            self._save(f"{_PICTURES}/{position}.jpg", image)
+            self._save(f"{_PICTURES}/{position}.{'png' if image.startswith(_PNG) else 'jpg'}", image)
             for kind, picture in maps.items():
                 self._save(f"{_PICTURES}/{position}.{kind}.png", picture)
         return places
@@ -206,8 +214,6 @@ class PredictionFiles:
 
     def finish(self, title: str) -> None:
         """Writes what is of all images: heatmaps.npz, report.html."""
-        for file in self._files.values():
-            file.close()
         if not self.progress.done:
             if self._heatmaps == "npz":
                 self._join_parts()
@@ -246,19 +252,17 @@ class PredictionFiles:
             yield from map(json.loads, itertools.islice(file, count))
 
     def _card(self, line: Mapping[str, Any], embed: bool) -> report.Card:
-        def uri(name: str) -> str:
-            path = self._out / _PICTURES / name
-            return report.data_uri(path.read_bytes()) if embed else f"{_PICTURES}/{name}"
+        def uri(*names: str) -> str | None:
+            """Of the one that is there, if any is."""
+            name = next((name for name in names if (self._out / _PICTURES / name).exists()), None)
+            if name is None or not embed:
+                return name and f"{_PICTURES}/{name}"
+            return report.data_uri((self._out / _PICTURES / name).read_bytes())
 
         number = line["position"]
-        heatmaps = {
-            kind: (peak, uri(f"{number}.{kind}.png") if self._has_picture(number, kind) else None)
-            for kind, peak in line["heatmap_peaks"].items()
-        }
-        return report.Card(line, tuple(line["image_size"]), uri(f"{number}.jpg"), heatmaps)
-
-    def _has_picture(self, number: int, kind: str) -> bool:
-        return (self._out / _PICTURES / f"{number}.{kind}.png").exists()
+        heatmaps = {kind: (peak, uri(f"{number}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
+        image = uri(f"{number}.png", f"{number}.jpg")
+        return report.Card(line, tuple(line["image_size"]), image, heatmaps)
 
 
 def file_name(name: str) -> str:

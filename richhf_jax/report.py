@@ -1,14 +1,16 @@
-"""The evaluation as tables in the paper's layout and as one self-contained HTML page.
+"""The evaluation as tables in the paper's layout and as an HTML page, and predictions alone as a gallery.
 
-The page holds its images, style and script itself and forbids the browser every network request. Its layout
-is `templates/report.html`, beside style and script; this module computes what stands in it.
+A page holds its style and script itself and forbids the browser every network request; its images it holds
+too, or they lie in its folder. The layouts are `templates/report.html` and `templates/predictions.html`,
+which share frame, cards, style and script; this module computes what stands in them.
 """
 
 import base64
 import dataclasses
 import io
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -16,21 +18,18 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from richhf_jax import feedback
-from richhf_jax.feedback import RichFeedback, Token
+from richhf_jax import feedback, overlay
+from richhf_jax.feedback import RichFeedback
 
 # Larger pictures are shrunk: no screen shows them larger in the gallery, and a page should open at once.
+# Heatmaps are smooth, and their noise makes large files.
 MAX_IMAGE_SIDE = 256
+MAX_HEATMAP_SIDE = 128
 
-# Nine colours, evenly spaced, of matplotlib's "inferno" (CC0), whose lightness rises evenly with the value.
-_COLOURS = np.array(
-    [
-        (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
-        (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
-    ]
-)  # fmt: skip
-# Heat fades in up to this value: one rater of three (1/3) is plainly seen, noise of a few percent is not.
-_OPAQUE_HEAT = 0.4
+# Up to so many images, whoever writes a gallery should give `data_uri`s: the page is then one file to send
+# around, of some tens of megabytes at most. For more, files beside the page: a browser then reads only those
+# in sight. The page takes either.
+MAX_EMBEDDED = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +42,32 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class GalleryItem:
-    """One image of the gallery, uint8 [height, width, 3], with what was wanted and what was predicted."""
+    """One image, uint8 [height, width, 3], with what was wanted, if that is known, and what was predicted."""
 
     image: np.ndarray
-    target: RichFeedback
+    target: RichFeedback | None
     prediction: RichFeedback
+
+
+# kind of heatmap -> its peak in [0, 1], and the URI of its transparent picture, None where it is empty.
+Heatmaps = Mapping[str, tuple[float, str | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One image of a gallery with its prediction, all pictures as URIs.
+
+    Attributes:
+      record: a line of predictions.jsonl (`RichFeedback.to_dict`): "id", "prompt", "scores", "tokens".
+      size: the image's width and height in pixels, which may be more than the shown picture's.
+      image: a `data_uri`, or a path relative to the page's folder, percent-encoded.
+      heatmaps: what lies over the image, with URIs of the same two forms.
+    """
+
+    record: Mapping[str, Any]
+    size: tuple[int, int]
+    image: str
+    heatmaps: Heatmaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +189,34 @@ def write_report(
     Raises:
       ValueError: a gallery item's target and prediction are not of the same image.
     """
+    page = _render(
+        "report.html",
+        [_item_view(item) for item in gallery],
+        title=title,
+        headlines=_headlines(rows),
+        tables=[_table_cells(table, rows) for table in TABLES if _rows_of(table, rows)],
+        stages={stage: charts for stage, lines in curves.items() if (charts := _charts(lines))},
+        details=details,
+    )
+    epath.Path(path).write_text(page)
+
+
+def write_gallery(
+    path: epath.PathLike, title: str, cards: Iterable[Card], details: Mapping[str, Any]
+) -> None:
+    """Writes a page of predictions alone: the report's gallery, without ground truth.
+
+    Args:
+      path: the HTML file to write; relative URIs of the cards are relative to its folder.
+      title: the page's headline.
+      cards: the images to show, in input order.
+      details: facts about the predictions, in a line below the title.
+    """
+    page = _render("predictions.html", [_view(card) for card in cards], title=title, details=details)
+    epath.Path(path).write_text(page)
+
+
+def _render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("richhf_jax", "templates"),
         autoescape=True,
@@ -176,17 +224,17 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "mark_title": _mark_title}
-    page = environment.get_template("report.html").render(
-        title=title,
-        headlines=_headlines(rows),
-        tables=[_table_cells(table, rows) for table in TABLES if _rows_of(table, rows)],
-        stages={stage: charts for stage, lines in curves.items() if (charts := _charts(lines))},
-        gallery=[_gallery_card(item) for item in gallery],
-        details=details,
-        colours=[f"rgb({r} {g} {b})" for r, g, b in _COLOURS],
+    environment.filters |= {"percent": _percent, "css_url": _css_url}
+    known = {name for view in views for name in view["values"]}
+    return environment.get_template(template).render(
+        **values,
+        cards=views,
+        has_files=any(not uri.startswith("data:") for view in views for uri in view["uris"]),
+        # What cards are sorted and filtered by.
+        quantities=[name for name in (*feedback.SCORES, *map(_peak, feedback.HEATMAPS)) if name in known],
+        colours=[f"rgb({r} {g} {b})" for r, g, b in overlay.COLOURS],
+        opacity=round(100 * overlay.OPACITY),
     )
-    epath.Path(path).write_text(page)
 
 
 def _percent(share: float) -> str:
@@ -194,10 +242,14 @@ def _percent(share: float) -> str:
     return f"{min(max(share, 0), 1):.1%}"
 
 
-def _mark_title(marks: tuple[bool, bool]) -> str:
-    """(misaligned in the ground truth, predicted misaligned) -> words."""
-    names = [name for name, mark in zip(("misaligned", "predicted misaligned"), marks, strict=True) if mark]
-    return " and ".join(names)
+def _peak(kind: str) -> str:
+    """What a heatmap's peak is called in the controls."""
+    return f"{kind} peak"
+
+
+def _css_url(uri: str) -> str:
+    """What stands between the quotes of CSS's url("…"): a URI may hold neither quote nor backslash."""
+    return uri.replace("\\", "%5C").replace('"', "%22").replace("\n", "%0A")
 
 
 # Tables.
@@ -353,65 +405,141 @@ def _log_ticks(low: float, high: float) -> list[float]:
 # Gallery.
 
 
-def _gallery_card(item: GalleryItem) -> dict[str, Any]:
+def card_pictures(image: np.ndarray, heatmaps: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, bytes]]:
+    """The pictures of a card, of at most `MAX_IMAGE_SIDE` and `MAX_HEATMAP_SIDE`, for files or `data_uri`.
+
+    Args:
+      image: uint8 [height, width, 3].
+      heatmaps: kind -> [height, width] in [0, 1].
+
+    Returns:
+      The image as PNG or JPEG, whichever is smaller: drawings stay as they are. Kind -> PNG to lay over it,
+      transparent where there is no heat; an empty heatmap has none.
+    """
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    files = _encoded(thumbnail, "PNG"), _encoded(thumbnail, "JPEG", quality=85)
+    return min(files, key=len), _heatmap_pictures(heatmaps)
+
+
+def _heatmap_pictures(heatmaps: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    pictures = {}
+    for kind, heatmap in heatmaps.items():
+        if heatmap.max() > 0:
+            scale = min(1, MAX_HEATMAP_SIDE / max(heatmap.shape))
+            height, width = (max(1, round(length * scale)) for length in heatmap.shape)
+            # Shrunk before it is coloured: fewer pixels to colour.
+            pictures[kind] = _encoded(overlay.picture(overlay.resize(heatmap, (width, height))), "PNG")
+    return pictures
+
+
+def data_uri(picture: bytes) -> str:
+    """The bytes of a PNG or JPEG file -> a URI that holds them."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(picture).decode("ascii")
+
+
+def _encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def _item_view(item: GalleryItem) -> dict[str, Any]:
     target, prediction = item.target, item.prediction
-    if target.id != prediction.id:
+    if target and target.id != prediction.id:
         raise ValueError(f"gallery: the target is {target.id!r} but the prediction is {prediction.id!r}")
     height, width = item.image.shape[:2]
+    image, _ = card_pictures(item.image, {})
+    card = Card(prediction.to_dict(), (width, height), data_uri(image), _embedded(prediction.heatmaps))
+    return _view(card, target)
+
+
+def _embedded(heatmaps: Mapping[str, np.ndarray]) -> Heatmaps:
+    uris = {kind: data_uri(picture) for kind, picture in _heatmap_pictures(heatmaps).items()}
+    return {kind: (float(np.clip(heat.max(), 0, 1)), uris.get(kind)) for kind, heat in heatmaps.items()}
+
+
+def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
+    """What stands in a card; without a target, the prediction alone."""
+    record = card.record
+    truth = target.to_dict() if target else {"scores": {}, "tokens": []}
+    sides = [("ground truth", _embedded(target.heatmaps))] if target else []
+    sides.append(("predicted", card.heatmaps))
+    values = {**record["scores"], **{_peak(kind): peak for kind, (peak, _) in card.heatmaps.items()}}
     return {
-        "id": target.id,
-        "prompt": target.prompt,
-        "words": _words(target.prompt, target.tokens, prediction.tokens),
-        "image": _data_uri(Image.fromarray(item.image)),
-        "aspect": f"{width} / {height}",
+        "id": record["id"],
+        "prompt": record["prompt"],
+        "pieces": _pieces(record["prompt"], truth["tokens"], record["tokens"]),
+        "image": card.image,
+        "uris": [card.image, *(uri for _, uri in card.heatmaps.values() if uri)],
+        "size": card.size,
+        "compared": target is not None,
         "heatmaps": [
-            {"kind": kind, "maps": [_overlay(name, r.heatmaps.get(kind)) for name, r in _sides(item)]}
+            (kind, [(name, *heatmaps.get(kind, (None, None))) for name, heatmaps in sides])
             for kind in feedback.HEATMAPS
-            if kind in target.heatmaps or kind in prediction.heatmaps
+            if any(kind in heatmaps for _, heatmaps in sides)
         ],
         "scores": [
-            (kind, target.scores.get(kind), prediction.scores.get(kind))
+            (kind, truth["scores"].get(kind), record["scores"].get(kind))
             for kind in feedback.SCORES
-            if kind in target.scores or kind in prediction.scores
+            if kind in truth["scores"] or kind in record["scores"]
         ],
+        # JSON has no NaN.
+        "values": {name: round(value, 4) for name, value in values.items() if not math.isnan(value)},
     }
 
 
-def _sides(item: GalleryItem) -> tuple[tuple[str, RichFeedback], ...]:
-    return ("ground truth", item.target), ("predicted", item.prediction)
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A word of the prompt, or what stands between two."""
+
+    text: str
+    truth: bool = False
+    predicted: bool = False
+    probability: float | None = None
+
+    @property
+    def marks(self) -> str:
+        """'misaligned', 'predicted misaligned', both or nothing, in words."""
+        marks = {"misaligned": self.truth, "predicted misaligned": self.predicted}
+        return " and ".join(words for words, is_marked in marks.items() if is_marked)
+
+    @property
+    def title(self) -> str:
+        """The marks, and the probability where there is one."""
+        if self.probability is None:
+            return self.marks
+        probability = f"probability of being misaligned {self.probability:.0%}"
+        return f"{self.marks}, {probability}" if self.marks else probability
+
+    @property
+    def heat(self) -> float:
+        """How strongly the word is shaded, 0 to 1."""
+        return float(self.predicted) if self.probability is None else self.probability
 
 
-def _words(prompt: str, truth: Sequence[Token], predicted: Sequence[Token]) -> list[tuple[str, bool, bool]]:
-    """The prompt cut into (text, misaligned in the ground truth, predicted misaligned), nothing left out.
+def _pieces(prompt: str, truth: Sequence[Mapping], predicted: Sequence[Mapping]) -> list[_Piece]:
+    """The prompt cut into words and what stands between them, nothing left out.
 
-    >>> _words('a cat!', [Token('a', False), Token('cat', True)], [])
-    [('a', False, False), (' ', False, False), ('cat', True, False), ('!', False, False)]
+    Args:
+      prompt: the text.
+      truth: "tokens" of the ground truth's record.
+      predicted: "tokens" of the prediction's record.
+
+    >>> tokens = [{'text': 'a', 'misaligned': False}, {'text': 'cat', 'misaligned': True, 'probability': 0.8}]
+    >>> [piece.text for piece in _pieces('a cat!', tokens, [])]
+    ['a', ' ', 'cat', '!']
+    >>> _pieces('a cat!', [], tokens)[2]
+    _Piece(text='cat', truth=False, predicted=True, probability=0.8)
     """
     pieces, position = [], 0
-    for i, token in enumerate(feedback.tokenize_prompt(prompt)):
-        start = prompt.index(token, position)
+    words = feedback.tokenize_prompt(prompt)
+    for word, true, guess in itertools.zip_longest(words, truth[: len(words)], predicted[: len(words)]):
+        start = prompt.index(word, position)
         if start > position:
-            pieces.append((prompt[position:start], False, False))
-        marks = (i < len(tokens) and tokens[i].misaligned for tokens in (truth, predicted))
-        pieces.append((token, *marks))
-        position = start + len(token)
-    return [*pieces, (prompt[position:], False, False)] if position < len(prompt) else pieces
-
-
-def _overlay(name: str, heatmap: np.ndarray | None) -> dict[str, Any]:
-    """A heatmap [height, width] in [0, 1] as a picture to lay over the image: transparent where it is 0."""
-    if heatmap is None:
-        return {"name": name, "peak": None, "picture": None}
-    heat = np.clip(np.asarray(heatmap, np.float64), 0, 1)
-    stops = np.linspace(0, 1, len(_COLOURS))
-    channels = [np.interp(heat, stops, channel) for channel in _COLOURS.T]
-    alpha = 255 * np.clip(heat / _OPAQUE_HEAT, 0, 1)
-    pixels = np.round(np.stack([*channels, alpha], axis=-1)).astype(np.uint8)
-    return {"name": name, "peak": float(heat.max()), "picture": _data_uri(Image.fromarray(pixels))}
-
-
-def _data_uri(picture: Image.Image) -> str:
-    picture.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+            pieces.append(_Piece(prompt[position:start]))
+        marks = [bool(token and token["misaligned"]) for token in (true, guess)]
+        pieces.append(_Piece(word, *marks, (guess or {}).get("probability")))
+        position = start + len(word)
+    return [*pieces, _Piece(prompt[position:])] if position < len(prompt) else pieces

@@ -27,6 +27,8 @@ PROJECT_IMPORTS = {
     "losses": set(),
     "decoding": set(),
     "keywords": set(),
+    "inputs": set(),
+    "pixels": set(),
     "optimizers": set(),
     "partitioning": set(),
     "train_state": set(),
@@ -36,7 +38,8 @@ PROJECT_IMPORTS = {
     "training_log": {"chips", "program", "trainer"},
     "datasets": set(),
     "metrics": {"datasets"},
-    "report": {"metrics"},
+    "overlay": set(),
+    "report": {"overlay"},
     "augmentation": set(),
     "preprocessors": {"augmentation"},
     "postprocessors": set(),
@@ -44,15 +47,24 @@ PROJECT_IMPORTS = {
     "input_pipeline": {"datasets", "feature_converters", "partitioning", "preprocessors"},
     # `input_pipeline` for its DatasetConfig, which baselines are given.
     "tasks": {"datasets", "input_pipeline", "metrics", "preprocessors", "postprocessors"},
+    "model_description": {"network", "pixels"},
+    "predictor": {
+        *("checkpoints", "datasets", "keywords", "model_description", "models"),
+        *("overlay", "partitioning", "pixels"),
+    },
+    "prediction_files": {"predictor", "report"},
     "convert": {"checkpoints"},
     "benchmarks": {"datasets", "network"},
     "gin_utils": {"multihost"},
 }
-ENTRY_POINTS = {"train", "eval", "precompile", "convert.__main__", "benchmarks.input", "benchmarks.steps"}
+ENTRY_POINTS = {
+    *("train", "eval", "infer", "predict", "precompile", "export.__main__", "convert.__main__"),
+    *("benchmarks.input", "benchmarks.steps"),
+}
 
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-MAY_IMPORT_TENSORFLOW = ENTRY_POINTS | {
+MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"predict", "export.__main__"}) | {
     "augmentation",
     "preprocessors",
     "postprocessors",
@@ -70,6 +82,9 @@ NEVER_IMPORT_JAX = {
     "keywords",
     "metrics",
     "report",
+    "overlay",
+    "inputs",
+    "pixels",
     "datasets",
     "augmentation",
     "preprocessors",
@@ -128,7 +143,7 @@ def broken_rules(name: str, imports: set[str]) -> list[str]:
 def test_imports_follow_the_table(path):
     imports = imported(ast.parse(path.read_text()))
     if path == ROOT / "richhf_jax/__init__.py":
-        assert not imports
+        assert imports == {"importlib", "typing.Any"}
     else:
         assert broken_rules(unit(path), imports) == []
 
@@ -166,7 +181,7 @@ def run_python(code: str) -> None:
 
 def test_the_package_itself_imports_nothing_heavy():
     run_python(
-        "import sys; before = set(sys.modules); import richhf_jax\n"
+        "import importlib, sys, typing; before = set(sys.modules); import richhf_jax\n"
         "assert set(sys.modules) - before <= {'richhf_jax'}, set(sys.modules) - before"
     )
 

@@ -1,0 +1,365 @@
+"""The command: right predictions in order, named errors, and the same bytes whenever it was killed."""
+
+import io
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from richhf_jax import RahfPredictor, feedback, predict, prediction_files
+
+ROOT = pathlib.Path(predict.__file__).resolve().parents[1]
+COUNT, EACH = 1000, 3
+
+
+def encoded(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def broken_files(plain: bytes) -> dict[str, tuple[str, bytes, str | None, str]]:
+    """Way of being broken -> extension, image, prompt, and what the reason must say."""
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    deep = Image.fromarray(np.full((16, 16), 40000, np.uint16))
+    return {
+        "truncated": (".png", plain[: len(plain) // 2], "a cat", "broken"),
+        "empty": (".jpg", b"", "a cat", "no bytes"),
+        "html": (".jpg", b"<!DOCTYPE html><html>404</html>", "a cat", "HTML page"),
+        "one_pixel": (".png", encoded(Image.new("RGB", (1, 1)), "PNG"), "a cat", "1 x 1 pixels"),
+        "wide": (".png", encoded(Image.new("RGB", (12000, 8)), "PNG"), "a cat", "12000 x 8 pixels"),
+        "deep": (".png", encoded(deep, "PNG"), "a cat", "16 bits"),
+        "animated": (
+            ".gif",
+            encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+            "a",
+            "2 frames",
+        ),
+        "inks": (".jpg", encoded(Image.new("CMYK", (16, 16)), "JPEG"), "a cat", "CMYK"),
+        "no_prompt": (".png", plain, None, "prompt"),
+        "long_prompt": (".png", plain, "cat " * 5000, "5,000 words"),
+    }
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """A folder of images with prompts, some broken: (folder, good ids in order, bad id -> reason)."""
+    rng = np.random.default_rng(5)
+    folder = tmp_path_factory.mktemp("thousand")
+    words = ["a", "one", "red", "blue", "circle", "star", "of", "and", "large,", "dog"]
+
+    def noise():
+        return Image.fromarray(rng.integers(0, 256, (int(rng.integers(8, 40)), 24, 3)).astype(np.uint8))
+
+    ways = [way for way in broken_files(b"") for _ in range(EACH)]
+    bad = dict(zip(rng.choice(COUNT, len(ways), replace=False), ways, strict=True))
+    good, reasons = [], {}
+    for number in range(COUNT):
+        extension, image, reason = ".png", encoded(noise(), "PNG"), None
+        prompt = " ".join(rng.choice(words, rng.integers(1, 12)))
+        if number in bad:
+            extension, image, prompt, reason = broken_files(image)[bad[number]]
+        path = folder / f"{number // 100}" / f"{number:04}{extension}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
+        if prompt is not None:
+            path.with_suffix(".txt").write_text(prompt)
+        name = str(path.relative_to(folder))
+        if reason:
+            reasons[name] = reason
+        else:
+            good.append(name)
+    return folder, good, reasons
+
+
+class Command:
+    """`python -m richhf_jax.predict` as a user runs it; its programs are compiled once for all tests."""
+
+    def __init__(self, model_dir: pathlib.Path, compiled: pathlib.Path):
+        self._model_dir = model_dir
+        self._environment = os.environ | {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, out: pathlib.Path, *arguments) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "richhf_jax.predict",
+            f"--checkpoint={self._model_dir}",
+            f"--out={out}",
+        ]
+        return subprocess.Popen(
+            [*command, *map(str, arguments)],
+            cwd=ROOT,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, out: pathlib.Path, *arguments) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        process = self.start(out, *arguments)
+        stdout, stderr = process.communicate()
+        return process.returncode, stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def command(model_dir, tmp_path_factory):
+    return Command(model_dir, tmp_path_factory.mktemp("compiled"))
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def in_one_go(command, thousand, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "out"
+    return out, command(out, thousand[0], "--overlay", "--report")
+
+
+def test_a_thousand_images_of_which_thirty_are_broken(in_one_go, thousand, model_dir, quick_compilation):
+    folder, good, reasons = thousand
+    out, (code, stdout, stderr) = in_one_go
+    assert code == predict.SOME_FAILED, stderr
+    assert f"{COUNT - len(reasons)} images scored" in stdout
+    assert "30 could not be scored, see" in stderr
+    assert "Traceback" not in stderr
+    predictions, failures = lines(out / "predictions.jsonl"), lines(out / "errors.jsonl")
+    assert [line["id"] for line in predictions] == good
+    assert [line["id"] for line in failures] == sorted(reasons)
+    for line in failures:
+        assert reasons[line["id"]] in line["reason"]
+        assert len(line["reason"]) < 300
+    # They are what the predictor says of the images one by one.
+    predictor = RahfPredictor.from_checkpoint(model_dir, batch_size=2)
+    for line in random.Random(0).sample(predictions, 20):
+        path = folder / line["id"]
+        expected = predictor(path, path.with_suffix(".txt").read_text(), line["id"])
+        assert line["scores"] == pytest.approx(expected.scores, abs=1e-5)
+        assert [token["misaligned"] for token in line["tokens"]] == [t.misaligned for t in expected.tokens]
+        for kind, heatmap in expected.heatmaps.items():
+            levels = np.asarray(Image.open(out / line["heatmaps"][kind])).astype(int)
+            assert np.abs(levels - heatmap * 255).max() <= 0.51  # rounding
+            assert line["heatmap_peaks"][kind] == pytest.approx(heatmap.max(), abs=1e-5)
+            overlay = np.asarray(Image.open(out / f"overlays/{line['id']}.{kind}.png")).astype(int)
+            assert np.abs(overlay - np.asarray(expected.overlay(kind))).max() <= 1
+
+
+def test_killed_at_random_the_bytes_are_the_same(in_one_go, command, thousand, tmp_path):
+    out, kills = tmp_path / "out", 0
+    random_seconds = random.Random(1)
+    while True:
+        process = command.start(out, thousand[0], "--overlay", "--report")
+        # Compilation left out: until there is a first line, and then a random while.
+        before = size = (out / "predictions.jsonl").stat().st_size if kills else 0
+        while size == before and process.poll() is None and kills < 3:
+            time.sleep(0.02)
+            path = out / "predictions.jsonl"
+            size = path.stat().st_size if path.exists() else 0
+        if kills < 3:
+            time.sleep(random_seconds.uniform(0, 0.4))
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if kills >= 3 or process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert kills >= 2, "it was too quick to be killed"
+    assert process.returncode == predict.SOME_FAILED
+    expected = contents(in_one_go[0])
+    assert contents(out) == expected
+    # And once more, there is nothing to do.
+    code, stdout, _ = command(out, thousand[0], "--overlay", "--report")
+    assert (code, contents(out)) == (predict.SOME_FAILED, expected)
+    assert "970 images scored" in stdout
+
+
+def test_shards_together_are_the_whole(in_one_go, command, thousand, tmp_path):
+    for index in range(3):
+        code, _, stderr = command(tmp_path / str(index), thousand[0], f"--shard={index}/3", "--heatmaps=none")
+        assert code in (0, predict.SOME_FAILED), stderr
+    together = [line for i in range(3) for line in lines(tmp_path / str(i) / "predictions.jsonl")]
+    whole = lines(in_one_go[0] / "predictions.jsonl")
+    assert [line["id"] for line in together] == [line["id"] for line in whole]
+    assert {line["id"] for i in range(3) for line in lines(tmp_path / str(i) / "errors.jsonl")} == set(
+        thousand[2]
+    )
+    for mine, other in zip(together, whole, strict=True):
+        assert mine["scores"] == pytest.approx(other["scores"], abs=1e-5)
+        assert mine["heatmaps"] == {}
+
+
+# In this process, where only the files are of interest.
+
+
+@pytest.fixture
+def score(model_dir, tmp_path, quick_compilation, capsys):
+    """Runs the command in here: (exit code or message, what was printed)."""
+
+    def run(*arguments, out=None):
+        with pytest.raises(SystemExit) as exit_info:
+            predict.main(
+                [f"--checkpoint={model_dir}", f"--out={out or tmp_path / 'out'}", *map(str, arguments)]
+            )
+        return exit_info.value.code, capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Three rows, the last with the id of the first."""
+    folder = tmp_path / "table"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 12), (90 * i, 10, 10)).save(folder / f"{i}.png")
+    rows = [{"image": f"{i}.png", "prompt": "a red cat", "id": f"../{i % 2}"} for i in range(3)]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "t.jsonl"
+
+
+def test_one_image_with_its_prompt(score, table, tmp_path):
+    code, printed = score(table.parent / "1.png", "--prompt=a red cat")
+    assert (code, printed.out) == (0, f"1 images scored: {tmp_path / 'out' / 'predictions.jsonl'}\n")
+    [line] = lines(tmp_path / "out/predictions.jsonl")
+    assert list(line) == [
+        "id", "prompt", "scores", "tokens", "heatmaps", "heatmap_peaks", "image_size", "position"
+    ]  # fmt: skip
+    assert (line["id"], line["prompt"], line["image_size"]) == ("1.png", "a red cat", [16, 12])
+    assert [token["text"] for token in line["tokens"]] == ["a", "red", "cat"]
+
+
+def test_a_duplicate_id_and_ids_that_are_no_file_names(score, table, tmp_path):
+    code, _ = score(table)
+    assert code == predict.SOME_FAILED
+    assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["../0", "../1"]
+    [failure] = lines(tmp_path / "out/errors.jsonl")
+    assert failure == {"id": "../0", "reason": "the id was there before; ids must differ"}
+    assert sorted(path.name for path in (tmp_path / "out/heatmaps/%2E%2E").iterdir()) == [
+        f"{i}.{kind}.png" for i in range(2) for kind in feedback.HEATMAPS
+    ]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_duplicate_is_one_in_another_shard_too(score, table, tmp_path):
+    code, _ = score(table, "--shard=2/3")
+    assert code == predict.SOME_FAILED
+    assert [line["id"] for line in lines(tmp_path / "out/errors.jsonl")] == ["../0"]
+
+
+def test_heatmaps_in_one_file(score, table, tmp_path):
+    score(table, "--heatmaps=npz", "--batch-size=1")
+    score(table, "--heatmaps=png", out=tmp_path / "png")
+    with np.load(tmp_path / "out/heatmaps.npz") as arrays:
+        found = dict(arrays)
+    predictions = lines(tmp_path / "out/predictions.jsonl")
+    places = [place for line in predictions for place in line["heatmaps"].values()]
+    assert places == [f"heatmaps.npz#{name}" for name in found]
+    for line in lines(tmp_path / "png/predictions.jsonl"):
+        for kind, place in line["heatmaps"].items():
+            array = found[f"{prediction_files.file_name(line['id'])}/{kind}"]
+            assert (array.dtype, array.shape) == (np.float16, (12, 16))
+            levels = np.asarray(Image.open(tmp_path / "png" / place)).astype(float)
+            np.testing.assert_allclose(array, levels / 255, atol=0.51 / 255 + 5e-4)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "errors.jsonl", "heatmaps.npz", "predictions.jsonl", "run.json"
+    ]  # fmt: skip
+
+
+def test_report_of_few_holds_its_pictures(score, table, tmp_path):
+    score(table, "--report")
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<article") == 2
+    assert "data:image/" in page
+    assert not (tmp_path / "out/report").exists()
+
+
+def test_report_of_many_links_its_pictures(score, table, tmp_path, monkeypatch):
+    monkeypatch.setattr("richhf_jax.report.MAX_EMBEDDED", 1)
+    monkeypatch.setattr(prediction_files, "MAX_CARDS", 1)
+    score(table, "--report")
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<article") == 1
+    assert "the first 1 of 2" in page
+    assert '"report/0.png"' in page
+    assert (tmp_path / "out/report/0.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt=x"], "a table has its own|prompt"),
+        (["--batch-size=2"], "batch_size was 16, now it is 2. Give the same command to continue"),
+        (["--overlay"], "overlay was False, now it is True"),
+    ],
+)
+def test_a_run_continues_with_the_same_arguments_only(score, table, arguments, message):
+    score(table)
+    code, _ = score(table, *arguments)
+    assert message.split("|")[-1] in code
+
+
+def test_mistakes_are_one_message(score, table, tmp_path, model_dir):
+    assert "no such" in score(tmp_path / "nowhere")[0].lower()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").touch()
+    assert "holds 'mine.txt', but no run to continue" in score(table, out=tmp_path / "full")[0]
+    assert "lies in" in score(table.parent, out=table.parent / "out")[0]
+    assert "no checkpoint_<step>" in score(f"--checkpoint={tmp_path}", table)[0]
+    for wrong in ("--shard=3/3", "--shard=1", "--batch-size=0", "--dtype=int8"):
+        assert score(table, wrong)[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_loses_nothing(score, table, tmp_path, monkeypatch):
+    save = prediction_files.PredictionFiles._save
+
+    def fail(self, place, content):
+        if "1." in place:
+            raise OSError(28, "No space left on device", place)
+        save(self, place, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_files.PredictionFiles, "_save", fail)
+        code, _ = score(table, "--batch-size=2")
+    assert "No space left on device; what is written stays, the same command continues" in code
+    assert score(table, "--batch-size=2")[0] == predict.SOME_FAILED
+    assert len(lines(tmp_path / "out/predictions.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("cats/1.png", "cats/1.png"),
+        ("/etc/passwd", "%/etc/passwd"),
+        ("a//b", "a/%/b"),
+        ("../../x", "%2E%2E/%2E%2E/x"),
+        ("a?b*:c\\d\n.png", "a%3Fb%2A%3Ac%5Cd%0A.png"),
+        ("%", "%25"),
+        ("猫.png", "%E7%8C%AB.png"),
+    ],
+)
+def test_file_names(name, path):
+    assert prediction_files.file_name(name) == path
+
+
+def test_long_file_names_differ():
+    first, second = (prediction_files.file_name("x" * 300 + end) for end in "ab")
+    assert first != second
+    assert len(first) < 200
