@@ -86,7 +86,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["richhf_jax*", "tasks*"]),
-    package_data={"richhf_jax": ["**/*.html", "**/*.model"], "tasks": ["**/*.model"]},
+    package_data={"richhf_jax": ["**/*.html", "**/*.md"], "tasks": ["**/*.model"]},
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

@@ -374,15 +374,15 @@ def _read(
         return None, _reason(error)
 
 
-def save_params(model_dir: str, params: Any) -> None:
-    """Writes parameters alone, as `checkpoint_0`, for `restore_params` and `restore_matching`.
+def save_params(model_dir: str, params: Any, step: int = 0) -> None:
+    """Writes parameters alone, as `checkpoint_<step>`, for `restore_params` and `restore_matching`.
 
     Needs about 0.4 times as much memory again as the parameters take.
 
     Args:
       params: a tree of `jax.Array` (of numpy's, Orbax would make copies first), or a part of one.
     """
-    directory = _absolute(model_dir) / "checkpoint_0" / _STATE
+    directory = _absolute(model_dir) / f"checkpoint_{step}" / _STATE
     # What is to go to one file stays in memory until the file is full.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
     with ocp.Checkpointer(handler) as checkpointer:

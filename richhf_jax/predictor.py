@@ -137,11 +137,16 @@ def _model(description: model_description.ModelDescription) -> models.RahfModel:
         description.network,
         optimizer_def=None,
         misalignment_threshold=description.misalignment_threshold,
-        eos_id=_load_vocabulary(description.vocabulary).eos_id(),
+        eos_id=load_vocabulary(description.vocabulary).eos_id(),
     )
 
 
-def _load_vocabulary(model: bytes) -> sentencepiece.SentencePieceProcessor:
+def load_vocabulary(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model.
+
+    Raises:
+      errors.UserError: it is none.
+    """
     vocabulary = sentencepiece.SentencePieceProcessor()
     try:
         vocabulary.LoadFromSerializedProto(model)
@@ -182,7 +187,7 @@ class RahfPredictor:
         self._convert = convert
         self._sizes = _batch_sizes(batch_size, self._partitioner.num_data_shards)
         self.batch_size = self._sizes[-1]
-        self._vocabulary = _load_vocabulary(description.vocabulary)
+        self._vocabulary = load_vocabulary(description.vocabulary)
         self._suffix = keywords.suffix_pieces(self._encode)
         everywhere, batch = self._partitioner.replicated, self._partitioner.batch_sharding
         self._predict = self._partitioner.partition(predict_fn(description), (everywhere, batch), batch)

@@ -85,9 +85,9 @@ def _shown_prompt(example: Mapping[str, tf.Tensor]) -> tf.Tensor:
 
 
 def tokenize_prompt(prompt: tf.Tensor) -> tf.Tensor:
-    """`feedback.tokenize_prompt` in TensorFlow: string [] -> string [tokens]."""
+    """`feedback.tokenize_prompt` in TensorFlow: string [] -> string [tokens]; [n] -> ragged [n, tokens]."""
     tokens = tf.strings.split(tf.strings.regex_replace(prompt, feedback.SEPARATORS.pattern, " "), sep=" ")
-    return tf.boolean_mask(tokens, tokens != "")
+    return tf.ragged.boolean_mask(tokens, tokens != "")
 
 
 def mark_misaligned(prompt: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -123,7 +123,7 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     ['a b', 'a b c d'] of 3 -> [[a, b, EOS], [a, b, EOS]], 2;  ['a'] of 3 -> [[a, EOS, 0]], 0
 
     What is too long ends before the first word that doesn't fit as a whole; a text whose very first word
-    doesn't fit, within this word.
+    doesn't fit, within this word. How many texts there are may be known only when the graph runs.
     """
     count = texts.shape[0]
     if count == 0:
@@ -134,10 +134,10 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     texts, words_cut = tf.cond(
         too_long,
         lambda: _cut_at_word(texts, length - 1, vocabulary),
-        lambda: (texts, tf.zeros([count], tf.int32)),
+        lambda: (texts, tf.zeros_like(texts, tf.int32)),
     )
     tokens = vocabulary.encode_tf(texts)[:, : length - 1]
-    tokens = tf.concat([tokens, tf.fill([count, 1], vocabulary.eos_id)], 1)
+    tokens = tf.concat([tokens, tf.fill([tf.size(texts), 1], vocabulary.eos_id)], 1)
     return tokens.to_tensor(shape=[count, length]), tf.reduce_max(words_cut)
 
 

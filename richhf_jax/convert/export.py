@@ -42,11 +42,11 @@ def new_directory(path: str) -> Iterator[pathlib.Path]:
         raise
 
 
-def check_is_new(path: str) -> None:
-    """Raises ConvertError where `path` is a file or a directory that is not empty."""
+def check_is_new(path: str, flag: str = "--to") -> None:
+    """Raises ConvertError where `path`, which a flag gave, is a file or a directory that is not empty."""
     place = pathlib.Path(path)
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ConvertError(f"{place} is not empty: name a new directory with --to")
+        raise ConvertError(f"{place} is not empty: name a new directory with {flag}")
 
 
 def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:

@@ -1,1 +1,1 @@
-"""What a trained model becomes to run elsewhere, without this package."""
+"""Checkpoints -> what runs or is read elsewhere: `python -m richhf_jax.export`."""

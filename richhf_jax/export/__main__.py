@@ -1,0 +1,121 @@
+"""Writes a checkpoint for use elsewhere.
+
+    python -m richhf_jax.export --checkpoint MODEL_DIR --to stablehlo --out exported
+
+    stablehlo    rahf.stablehlo: all outputs in one program, for CPU, GPU and TPU and any number of images;
+                 its parameters are in model.safetensors
+    savedmodel   saved_model/: a TensorFlow SavedModel that takes image bytes and prompts, or arrays
+                 (pip install -e '.[export]')
+    safetensors  model.safetensors
+    orbax        checkpoint_<step>/ without optimizer state
+
+Each has model.json, vocabulary.model and MODEL_CARD.md beside it, so that `RahfPredictor` and
+`richhf_jax.predict` take all but savedmodel as a checkpoint.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+from absl import logging
+
+from richhf_jax import errors, model_description, predictor
+from richhf_jax.convert import export as new_directories
+from richhf_jax.export import card, program, stablehlo, weights
+
+INTERFACE = "interface.json"
+_HERE = pathlib.Path(__file__).parent
+
+
+class Job(NamedTuple):
+    """What is exported: a description, the parameters by name, and the step they are of."""
+
+    description: model_description.ModelDescription
+    params: program.Arrays
+    step: int
+
+
+def _write_stablehlo(directory: pathlib.Path, job: Job) -> None:
+    stablehlo.write(directory, job.description, job.params)
+    weights.write_safetensors(directory, job.params)
+    (directory / INTERFACE).write_text(json.dumps(program.interface(job.description), indent=2) + "\n")
+    shutil.copy(_HERE / "example_stablehlo.py", directory / "example.py")
+
+
+def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
+    try:
+        # Needs TensorFlow, which the others don't.
+        saved_model = importlib.import_module("richhf_jax.export.saved_model")
+    except ModuleNotFoundError as error:
+        raise errors.UserError(f"a SavedModel needs {error.name}: pip install -e '.[export]'") from error
+    saved_model.write(directory, job.description, job.params)
+    shutil.copy(_HERE / "example_saved_model.py", directory / "example.py")
+
+
+FORMATS: dict[str, Callable[[pathlib.Path, Job], None]] = {
+    "stablehlo": _write_stablehlo,
+    "savedmodel": _write_saved_model,
+    "safetensors": lambda directory, job: weights.write_safetensors(directory, job.params),
+    "orbax": lambda directory, job: weights.write_checkpoint(directory, job.params, job.step),
+}
+
+
+def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None:
+    """Writes an export.
+
+    Args:
+      checkpoint: as for `RahfPredictor.from_checkpoint`.
+      to: one of `FORMATS`.
+      out: a new directory; nothing is left of it after an error.
+      dtype: of activations, in place of the training's.
+
+    Raises:
+      errors.UserError: as `RahfPredictor.from_checkpoint`; the directory isn't new; TensorFlow is missing.
+    """
+    new_directories.check_is_new(out, "--out")
+    path = predictor.checkpoint_path(checkpoint)
+    loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
+    params = jax.device_get(program.flat(loaded.params))
+    step = re.search(r"checkpoint_(\d+)$", path)
+    job = Job(loaded.description, params, int(step[1]) if step else 0)
+    with new_directories.new_directory(out) as directory:
+        FORMATS[to](directory, job)
+        loaded.description.write(directory)
+        num_parameters = sum(array.size for array in params.values())
+        card.write(directory, loaded.description, path, num_parameters, to, job.step)
+    for place in sorted(pathlib.Path(out).iterdir()):
+        print(place)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a MODEL_DIR, a checkpoint_<step> in it, an export"
+    )
+    parser.add_argument("--to", required=True, choices=list(FORMATS))
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of activations; default: as in training"
+    )
+    options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of files that a checkpoint needn't have.
+    try:
+        export(options.checkpoint, options.to, options.out, options.dtype)
+    except errors.UserError as error:
+        sys.exit(f"export: {error}")
+
+
+if __name__ == "__main__":
+    main()

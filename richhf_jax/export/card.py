@@ -1,0 +1,70 @@
+"""MODEL_CARD.md: what a model is, what it was trained on, how good it is, and how to load it."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from etils import epath
+
+import richhf_jax
+from richhf_jax import feedback
+from richhf_jax.model_description import ModelDescription
+
+FILE = "MODEL_CARD.md"
+
+
+def write(
+    directory: pathlib.Path,
+    description: ModelDescription,
+    checkpoint: str,
+    num_parameters: int,
+    export_format: str,
+    step: int,
+) -> None:
+    """Writes the card.
+
+    Args:
+      directory: where the export is.
+      description: of the model.
+      checkpoint: what was exported; evaluations beside it are its metrics.
+      num_parameters: of the model.
+      export_format: "stablehlo", "savedmodel", "safetensors" or "orbax": how to load it.
+      step: of the checkpoint.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("richhf_jax", "templates"),
+        autoescape=False,  # Markdown.
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    card = environment.get_template(FILE).render(
+        title="RAHF",
+        version=richhf_jax.__version__,
+        scores=feedback.SCORES,
+        heatmaps=feedback.HEATMAPS,
+        checkpoint=checkpoint,
+        description=description,
+        dtype=description.network.t5_config.dtype,
+        lengths=description.feature_lengths,
+        num_parameters=num_parameters,
+        training=description.training,
+        evaluations=evaluations(checkpoint),
+        format=export_format,
+        step=step,
+    )
+    (directory / FILE).write_text(card)
+
+
+def evaluations(checkpoint: str) -> dict[str, Mapping[str, Any]]:
+    """'<task>, <split>' -> metrics.json, of the evaluations of a `checkpoint_<step>` in its MODEL_DIR."""
+    path = epath.Path(checkpoint)
+    step = path.name.rpartition("_")[2]
+    found = {}
+    for metrics in sorted((path.parent / "inference_eval").glob(f"*/*/{step}/metrics.json")):
+        task, split = metrics.parts[-4:-2]
+        found[f"{task}, {split}"] = json.loads(metrics.read_text())
+    return found

@@ -1,0 +1,83 @@
+"""The prediction as one function of plain arrays, which executable exports hold."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from richhf_jax import feedback, keywords, predictor
+from richhf_jax.model_description import ModelDescription
+
+Arrays = Mapping[str, Any]
+
+
+def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, jax.Array]]:
+    """(parameters by name, "/" between, inputs) -> outputs: `predictor.predict_fn` with the suffix in it.
+
+    Inputs and their shapes are those of `input_shapes`; outputs are `predict_fn`'s, but called
+    "misaligned_probability" and "misaligned" (by number of the word, from 1 in column 0).
+    """
+    predict = predictor.predict_fn(description)
+    suffix = keywords.suffix_pieces(predictor.load_vocabulary(description.vocabulary).encode)
+
+    def run(params, inputs):
+        batch = inputs["image"].shape[0]
+        rows = jnp.zeros((batch, 1), jnp.int32)
+        features = {name: inputs[name] for name in ("image", "encoder_input_tokens")}
+        if "image_box" in inputs:
+            features["image_box"] = inputs["image_box"]
+        outputs = predict(
+            traverse_util.unflatten_dict(params, sep="/"),
+            features
+            | {
+                "keyword_pieces": inputs["word_pieces"][:, None],
+                "keyword_words": inputs["word_numbers"][:, None],
+                "keyword_suffix": rows + jnp.array(suffix, jnp.int32)[None],
+            },
+        )
+        return {
+            "scores": outputs["scores"],
+            "heatmaps": outputs["heatmaps"],
+            "misaligned_probability": outputs["keyword_probability"],
+            "misaligned": outputs["keyword_misaligned"],
+        }
+
+    return run
+
+
+def input_shapes(description: ModelDescription, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `make`'s function takes; `batch` may be a symbol of `jax.export`."""
+    lengths = description.feature_lengths
+    prompts = len(predictor.task_prompts(description.network.variant, ""))
+    shapes = {
+        "image": ((lengths["image"], lengths["image"], 3), jnp.uint8),
+        "encoder_input_tokens": ((prompts, lengths["inputs"]), jnp.int32),
+        "word_pieces": ((lengths["targets"],), jnp.int32),
+        "word_numbers": ((lengths["targets"],), jnp.int32),
+    }
+    if description.fit == "letterbox":
+        shapes["image_box"] = ((4,), jnp.int32)
+    return {name: jax.ShapeDtypeStruct((batch, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def flat(params: Any) -> dict[str, jax.Array]:
+    """Parameters by name, "/" between."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def interface(description: ModelDescription) -> dict[str, Any]:
+    """What a program that knows only JSON needs to make the inputs and to read the outputs."""
+    vocabulary = predictor.load_vocabulary(description.vocabulary)
+    return {
+        "image_side": description.feature_lengths["image"],
+        "inputs_length": description.feature_lengths["inputs"],
+        "targets_length": description.feature_lengths["targets"],
+        "fit": description.fit,
+        "prompts": predictor.task_prompts(description.network.variant, "{prompt}"),
+        "separators": feedback.SEPARATORS.pattern,
+        "eos_id": vocabulary.eos_id(),
+        "scores": list(feedback.SCORES),
+        "heatmaps": list(feedback.HEATMAPS),
+    }

@@ -1,0 +1,25 @@
+"""Parameters alone: one .safetensors file, or a checkpoint."""
+
+import pathlib
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from richhf_jax import checkpoints, predictor
+from richhf_jax.export.program import Arrays
+
+
+def write_safetensors(directory: pathlib.Path, params: Arrays) -> None:
+    """Writes model.safetensors; names are the parameters', "/" between."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in params.items()}
+    safetensors.numpy.save_file(arrays, directory / predictor.WEIGHTS_FILE, {"format": "richhf_jax"})
+
+
+def write_checkpoint(directory: pathlib.Path, params: Arrays, step: int) -> None:
+    """Writes checkpoint_<step> without optimizer state, for evaluation and INITIAL_CHECKPOINT_PATH."""
+    tree = traverse_util.unflatten_dict(
+        {name: jax.numpy.asarray(array) for name, array in params.items()}, sep="/"
+    )
+    checkpoints.save_params(str(directory), tree, step)

@@ -1,0 +1,279 @@
+"""Exports in fresh processes that can't import richhf_jax: the predictor's outputs, by others' code."""
+
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+from PIL import Image
+
+from richhf_jax import RahfPredictor, checkpoints
+from richhf_jax.export import __main__ as export
+from richhf_jax.export import program
+from richhf_jax.network import rahf
+
+PROMPTS = [
+    "a red circle, and two blue stars",
+    "",
+    'one "big" cat\u200b \u200b ring',
+    "x " * 40,
+    "drawing of Ünï 猫",
+]
+FORMATS = ("stablehlo", "savedmodel", "safetensors", "orbax")
+CASES = [("multi_head", "resize"), ("augmented_prompt", "letterbox")]
+
+# Before any other line of a fresh process.
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked}:
+            raise ModuleNotFoundError('blocked: ' + name, name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+TEXT_LIBRARIES = ("tensorflow_text", "seqio", "gin")
+
+
+def run_elsewhere(code: str, folder: pathlib.Path, *arguments: str, blocked: tuple = ()) -> str:
+    """Runs code in a folder, by a process without richhf_jax; what it printed."""
+    names = repr({"richhf_jax", "tasks", *blocked})
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKER.format(blocked=names) + code, *arguments],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
+def case(request, make_model_dir, tmp_path_factory, quick_compilation):
+    """A model with its exports, images, and what the predictor says: see the attributes set below."""
+
+    class Case:
+        variant, fit = request.param
+
+    case = Case()
+    case.model_dir = make_model_dir(*request.param)
+    metrics = case.model_dir / "inference_eval/my_task/test/0/metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"score/plcc/overall": 0.75}))
+    case.folder = tmp_path_factory.mktemp("exports")
+    for name in FORMATS:
+        export.export(str(case.model_dir), name, str(case.folder / name))
+    rng = np.random.default_rng(0)
+    case.images = [rng.integers(0, 256, (30 + i, 40, 3)).astype(np.uint8) for i in range(len(PROMPTS))]
+    case.predictor = RahfPredictor.from_checkpoint(case.model_dir)
+    case.records = case.predictor(case.images, PROMPTS)
+    prepared = [case.predictor.prepare(*pair) for pair in zip(case.images, PROMPTS, strict=True)]
+    features = case.predictor.features(prepared, len(prepared))
+    case.inputs = {
+        "word_pieces": features["keyword_pieces"][:, 0],
+        "word_numbers": features["keyword_words"][:, 0],
+        **{name: features[name] for name in features if not name.startswith("keyword")},
+    }
+    np.savez(case.folder / "inputs.npz", **case.inputs)
+    case.outputs = jax.device_get(case.predictor.dispatch(prepared, 16))
+    return case
+
+
+def assert_outputs(case, path: pathlib.Path) -> None:
+    """The arrays that a process saved are the predictor's."""
+    names = {"misaligned": "keyword_misaligned", "misaligned_probability": "keyword_probability"}
+    with np.load(path) as found:
+        assert sorted(found) == ["heatmaps", "misaligned", "misaligned_probability", "scores"]
+        for name in found:
+            expected = case.outputs[names.get(name, name)][: len(PROMPTS)]
+            np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
+            assert np.nanstd(expected) > 1e-3  # There is something to get wrong.
+
+
+def of_card(directory: pathlib.Path) -> str:
+    """The code in a model card."""
+    return re.search(r"```python\n(.*?)```", (directory / "MODEL_CARD.md").read_text(), re.DOTALL)[1]
+
+
+STABLEHLO = """
+import jax, jax.export, numpy as np, pathlib
+program = jax.export.deserialize(pathlib.Path('stablehlo/rahf.stablehlo').read_bytes())
+assert program.platforms == ('cpu', 'cuda', 'tpu'), program.platforms
+inputs = dict(np.load('inputs.npz'))
+{load}
+np.savez('outputs.npz', **program.call(params, inputs))
+one = program.call(params, {{name: value[1:2] for name, value in inputs.items()}})
+np.testing.assert_allclose(one['scores'][0], np.load('outputs.npz')['scores'][1], atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "import safetensors.numpy; params = safetensors.numpy.load_file('stablehlo/model.safetensors')",
+        "import safetensors.numpy; params = safetensors.numpy.load_file('safetensors/model.safetensors')",
+        "from flax import traverse_util; import os; os.chdir('orbax'); {card}; os.chdir('..')\n"
+        "params = traverse_util.flatten_dict(params, sep='/')",
+    ],
+    ids=["stablehlo", "safetensors", "orbax"],
+)
+def test_the_program_with_the_parameters_of_each_format(case, load):
+    load = load.replace("; {card}; ", "\n" + of_card(case.folder / "orbax") + "\n")
+    # Orbax asks whether TensorFlow is there.
+    blocked = TEXT_LIBRARIES if "orbax" in load else ("tensorflow", *TEXT_LIBRARIES)
+    run_elsewhere(STABLEHLO.format(load=load), case.folder, blocked=blocked)
+    assert_outputs(case, case.folder / "outputs.npz")
+
+
+SAVED_MODEL = """
+import json, numpy as np, tensorflow as tf
+model = tf.saved_model.load('savedmodel/saved_model')
+assert sorted(model.signatures) == ['arrays', 'serving_default']
+inputs = {name: tf.constant(value) for name, value in np.load('inputs.npz').items()}
+outputs = model.signatures['arrays'](**inputs)
+np.savez('outputs.npz', **{name: value.numpy() for name, value in outputs.items()})
+images = [open(f'{i}.png', 'rb').read() for i in range(5)]
+prompts = json.load(open('prompts.json'))
+outputs = model.signatures['serving_default'](image_bytes=tf.constant(images), prompts=tf.constant(prompts))
+np.savez('strings.npz', **{name: value.numpy() for name, value in outputs.items()})
+"""
+
+
+def test_a_saved_model_serves_arrays_and_strings(case):
+    for i, image in enumerate(case.images):
+        (case.folder / f"{i}.png").write_bytes(png(image))
+    (case.folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    run_elsewhere(SAVED_MODEL, case.folder, blocked=("jax", "flax", *TEXT_LIBRARIES))
+    assert_outputs(case, case.folder / "outputs.npz")
+    with np.load(case.folder / "strings.npz", allow_pickle=True) as found:
+        for i, record in enumerate(case.records):
+            np.testing.assert_allclose(found["scores"][i], list(record.scores.values()), atol=1e-5)
+            np.testing.assert_allclose(found["heatmaps"][i], case.outputs["heatmaps"][i], atol=1e-5)
+            words = [word.decode() for word in found["words"][i] if word]
+            assert words == [token.text for token in record.tokens]
+            for j, token in enumerate(record.tokens):
+                probability = found["misaligned_probability"][i, j]
+                assert found["misaligned"][i, j] == token.misaligned
+                if token.probability is None:
+                    assert np.isnan(probability)
+                else:
+                    assert probability == pytest.approx(token.probability, abs=1e-5)
+        decided = ~np.isnan(found["misaligned_probability"])
+        assert 0 < decided[3].sum() < decided.shape[1]  # The long prompt's last words aren't.
+
+
+@pytest.mark.parametrize("name", ["stablehlo", "savedmodel"])
+def test_the_example_scores_an_image(case, name):
+    [image] = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+    (case.folder / "image.png").write_bytes(png(image))
+    code = (case.folder / name / "example.py").read_text()
+    code = code.replace("__file__", repr(str(case.folder / name / "example.py")))
+    blocked = TEXT_LIBRARIES + (("tensorflow",) if name == "stablehlo" else ("jax",))
+    printed = run_elsewhere(code, case.folder, "image.png", PROMPTS[0], blocked=blocked)
+    expected = case.predictor(image, PROMPTS[0])
+    if name == "stablehlo":
+        found = json.loads(printed)
+        assert found["scores"] == pytest.approx(expected.scores, abs=1e-5)
+        for word, token in zip(found["words"], expected.tokens, strict=True):
+            assert (word["text"], word["misaligned"]) == (token.text, token.misaligned)
+            assert word["probability"] == pytest.approx(token.probability, abs=1e-5)
+        np.testing.assert_allclose(
+            np.load(case.folder / "heatmaps.npy"), list(expected.heatmaps.values()), atol=1e-5
+        )
+    else:
+        scores = json.loads(printed.splitlines()[0].removeprefix("scores "))
+        assert scores == pytest.approx(list(expected.scores.values()), abs=1e-5)
+        lines = [line.split(maxsplit=1) for line in printed.splitlines()[2:]]
+        assert [(text, float(p)) for p, text in lines] == [
+            (token.text, pytest.approx(token.probability, abs=6e-4)) for token in expected.tokens
+        ]
+
+
+@pytest.mark.parametrize("name", ["stablehlo", "safetensors", "orbax"])
+def test_an_export_is_a_checkpoint_for_the_predictor(case, name):
+    again = RahfPredictor.from_checkpoint(case.folder / name)
+    assert again.description == case.predictor.description
+    jax.tree.map(np.testing.assert_array_equal, again.params, case.predictor.params)
+
+
+def test_weights_are_bit_by_bit_the_checkpoints(case):
+    expected = program.flat(jax.device_get(case.predictor.params))
+    found = safetensors.numpy.load_file(case.folder / "safetensors/model.safetensors")
+    reader, path = ocp.PyTreeCheckpointer(), case.folder / "orbax/checkpoint_0/state"
+    tree = reader.metadata(path).item_metadata.tree
+    assert set(tree) == {"params"}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    params = reader.restore(path, restore_args=as_numpy)["params"]
+    for arrays in (found, traverse_util.flatten_dict(params, sep="/")):
+        assert arrays.keys() == expected.keys()
+        for name, array in expected.items():
+            assert array.dtype == np.float32
+            np.testing.assert_array_equal(arrays[name], array)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_card_says_what_it_is(case, name):
+    card = (case.folder / name / "MODEL_CARD.md").read_text()
+    count = sum(array.size for array in jax.tree.leaves(case.predictor.params))
+    for part in (
+        f"| variant | {case.variant} |", f'fitted by "{case.fit}"', f"| parameters | {count:,}, float32 |",
+        "- task: synthetic_rich_hf_multi_head", "- initial checkpoint: none", "my_task, test, by the paper's",
+        "| score/plcc/overall | 0.75 |", "## Limits", "Apache-2.0", "## How to load it",
+    ):  # fmt: skip
+        assert part in card
+    assert "{{" not in card
+    assert "{%" not in card
+    # Every file that is there is named, and the other way round.
+    for place in (case.folder / name).iterdir():
+        assert place.name == "MODEL_CARD.md" or f"- `{place.name}{'/' if place.is_dir() else ''}`" in card
+
+
+def test_a_card_without_evaluations(make_model_dir, tmp_path):
+    export.export(str(make_model_dir()), "safetensors", str(tmp_path / "new"))
+    assert "None were found beside the checkpoint" in (tmp_path / "new/MODEL_CARD.md").read_text()
+
+
+def test_a_checkpoint_keeps_its_step(make_model_dir, tmp_path):
+    directory = make_model_dir()
+    (directory / "checkpoint_0").rename(directory / "checkpoint_70")
+    export.export(str(directory), "orbax", str(tmp_path / "new"))
+    assert checkpoints.find_checkpoint(str(tmp_path / "new"))[1] == 70
+
+
+def test_in_bfloat16(make_model_dir, tmp_path):
+    export.export(str(make_model_dir()), "stablehlo", str(tmp_path / "new"), dtype="bfloat16")
+    coarse = RahfPredictor.from_checkpoint(tmp_path / "new")
+    assert coarse.description.network.t5_config.dtype == "bfloat16"
+    assert "| activations | bfloat16 |" in (tmp_path / "new/MODEL_CARD.md").read_text()
+
+
+def test_mistakes_are_one_message_and_leave_nothing(model_dir, tmp_path, monkeypatch):
+    def message(*arguments):
+        with pytest.raises(SystemExit) as exit_info:
+            export.main([f"--checkpoint={model_dir}", f"--out={tmp_path / 'new'}", *arguments])
+        return str(exit_info.value.code)
+
+    assert "no checkpoint_<step>" in message("--to=orbax", f"--checkpoint={tmp_path}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").touch()
+    assert "is not empty: name a new directory with --out" in message(
+        "--to=orbax", f"--out={tmp_path / 'full'}"
+    )
+    monkeypatch.setitem(sys.modules, "orbax.export", None)
+    monkeypatch.delitem(sys.modules, "richhf_jax.export.saved_model", raising=False)
+    assert "a SavedModel needs orbax.export: pip install" in message("--to=savedmodel")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+assert {variant for variant, _ in CASES} == set(rahf.VARIANTS)
