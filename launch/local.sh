@@ -6,9 +6,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 usage() {
   cat <<'USAGE'
 Usage: bash launch/local.sh [--processes=N] [--devices_per_process=M] [--dry-run] [--python PYTHON] \
-         -- train|eval ARGUMENTS...
+         -- train|eval|infer ARGUMENTS...
 
-Runs richhf_jax.train or richhf_jax.eval in N processes that share the work, each with devices of its own: GPUs,
+Runs richhf_jax.train, .eval or .infer in N processes that share the work, each with devices of its own: GPUs,
 or without any, simulated ones on the CPU. The arguments are those of the program:
 
   bash launch/local.sh --processes=2 --devices_per_process=4 -- \
@@ -53,8 +53,8 @@ done
 for number in "$processes" "$devices"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || die "'$number' is no number of processes or devices"
 done
-(($#)) || die "what shall run? Give -- train|eval and its arguments; see --help"
-[[ $1 == train || $1 == eval ]] || die "'$1' is neither train nor eval; see --help"
+(($#)) || die "what shall run? Give -- train|eval|infer and its arguments; see --help"
+[[ $1 == train || $1 == eval || $1 == infer ]] || die "'$1' is neither train, eval nor infer; see --help"
 module=$1
 arguments=("${@:2}")
 

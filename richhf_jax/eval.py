@@ -9,30 +9,25 @@ MODEL_DIR/inference_eval/<task>/<split>/<step>, and prints the paper's tables.
 import dataclasses
 import itertools
 import json
-import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import seqio
 import tensorflow as tf
-import tqdm
 from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
-    checkpoints,
-    feedback,
     gin_utils,
+    inference,
     input_pipeline,
-    keywords,
     metrics,
     models,
     partitioning,
     postprocessors,
     report,
-    trainer,
 )
 from richhf_jax.feedback import RichFeedback
 
@@ -90,13 +85,9 @@ def evaluate(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model.
     """
-    if jax.process_count() > 1:
-        # jax takes it then, for training to save at.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    loop, params, step = _load(model, checkpoint_path, dataset_cfg, partitioner)
-    images, targets, predictions = _predict_split(
-        loop, params, dataset_cfg, constrained_keywords, partitioner
-    )
+    loop, params, step = inference.load(model, checkpoint_path, dataset_cfg, partitioner)
+    batches = inference.whole_split(loop, params, dataset_cfg, partitioner, constrained_keywords)
+    images, targets, predictions = _collect(batches, dataset_cfg)
     if jax.process_index() > 0:
         return {}
     systems = [(title, predictions), *(fn(dataset_cfg, images, targets) for fn in baseline_fns)]
@@ -121,56 +112,17 @@ def evaluate(
     return rows[0].metrics
 
 
-def _load(model, checkpoint_path, cfg, partitioner) -> tuple[trainer.Trainer, Any, int]:
-    """A trainer for its predict step, the checkpoint's parameters on the mesh, and their step."""
-    directory, step = checkpoints.find_checkpoint(checkpoint_path)
-    input_pipeline.check_vocabulary(cfg, model.vocab_size)
-    stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout)
-    loop = trainer.Trainer(model, partitioner, stream.batch_shapes)
-    return loop, checkpoints.restore_params(directory, loop.abstract_state.params), step
-
-
-def _predict_split(
-    loop: trainer.Trainer,
-    params: Any,
-    cfg: input_pipeline.DatasetConfig,
-    constrained_keywords: bool,
-    partitioner: partitioning.PjitPartitioner,
+def _collect(
+    batches: Iterable[Sequence[inference.Pair]], cfg: input_pipeline.DatasetConfig
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
-    """Images, targets and predictions of every example, in the data's order; none but in process 0."""
-    vocabulary = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features["targets"].vocabulary
-    suffix = keywords.suffix_pieces(vocabulary.encode) if constrained_keywords else ()
+    """Images, targets and predictions of every example."""
     images, targets, predictions = [], [], []
     cut = 0
-    # Every process reads all, so that process 0 has what the predictions are of.
-    batches = input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))
-    silent = jax.process_index() > 0
-    own = partitioner.own_rows(cfg.batch_size)
-    for examples, batch in tqdm.tqdm(
-        batches, desc="predicting", unit=" batches", mininterval=1, disable=silent
-    ):
-        prompts = [example[feedback.PROMPT_FIELD].decode() for example in examples]
-        texts = []
-        if constrained_keywords:
-            rows, _, length = batch["decoder_input_tokens"].shape
-            texts = [keywords.keyword_pieces(prompt, vocabulary.encode, length) for prompt in prompts]
-            batch |= keywords.features(texts, rows, length, suffix)
-        outputs = jax.device_get(loop.predict(params, {name: value[own] for name, value in batch.items()}))
-        if silent:
-            continue
-        for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-            if texts:
-                decisions = (outputs[name][i, 0] for name in ("keyword_probability", "keyword_misaligned"))
-                tokens = keywords.tokens(prompt, texts[i].numbers, *decisions)
-            else:
-                text = vocabulary.decode(outputs["tokens"][i, 0].tolist())
-                tokens = postprocessors.written_tokens(prompt, text)
-            cut += example["inputs_words_cut"] > 0
-            images.append(postprocessors.in_box(example["image"], example))
-            targets.append(postprocessors.target(example))
-            predictions.append(
-                postprocessors.prediction(example, outputs["heatmaps"][i], outputs["scores"][i], tokens)
-            )
+    for example, prediction in itertools.chain.from_iterable(batches):
+        cut += example["inputs_words_cut"] > 0
+        images.append(postprocessors.in_box(example["image"], example))
+        targets.append(postprocessors.target(example))
+        predictions.append(prediction)
     if cut:
         length = cfg.task_feature_lengths["inputs"]
         print(f"{cut} of {len(images)} prompts have more than {length} tokens and were cut at a word")

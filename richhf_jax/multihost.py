@@ -65,7 +65,7 @@ def session(
         logging.info("%s; a lost one ends all within %d s", name, heartbeat_timeout)
         words.say(
             f"{name} ended before its work did: it failed or was killed, or another process was lost (see"
-            " above). Give the same command again to all; training continues from its last checkpoint"
+            " above). Give the same command again to all; it continues where it was saved last"
         )
         yield
     except BaseException as error:

@@ -53,7 +53,15 @@ PROJECT_IMPORTS = {
         *("overlay", "partitioning", "pixels"),
     },
     "prediction_files": {"predictor", "report"},
-    "convert": {"checkpoints"},
+    "inference": {
+        *("checkpoints", "input_pipeline", "keywords", "models"),
+        *("partitioning", "postprocessors", "trainer"),
+    },
+    "convert": {"checkpoints", "model_description"},
+    "export": {
+        *("augmentation", "checkpoints", "convert", "keywords", "model_description", "predictor"),
+        "preprocessors",
+    },
     "benchmarks": {"datasets", "network"},
     "gin_utils": {"multihost"},
 }
@@ -74,6 +82,8 @@ MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"predict", "export.__main__"}) | {
     "tasks",
     "benchmarks",
     "gin_utils",
+    "inference",
+    "export",  # its saved_model.py and tf_vocabulary.py alone, see below
     "training_log",  # clu's writers import it
 }
 NEVER_IMPORT_JAX = {

@@ -92,7 +92,7 @@ def test_a_signal_is_passed_on(start, signum):
     ("args", "message"),
     [
         ([], "what shall run?"),
-        (["--", "convert"], "'convert' is neither train nor eval"),
+        (["--", "convert"], "'convert' is neither train, eval nor infer"),
         (["--processes=0", "--", "train"], "'0' is no number of processes"),
         (["--devices_per_process"], "--devices_per_process needs a value"),
         (["train"], "what is 'train'? See --help"),

@@ -1,0 +1,292 @@
+r"""Predicts a task's split, on one host or many; the same command again goes on where the last one ended.
+
+    python -m richhf_jax.infer --gin_file=experiments/quickstart.gin --gin_file=runs/infer.gin \
+        --gin.MODEL_DIR=runs/mine
+
+The results are T5X's files: `<task>-predict.jsonl-00000-of-00002` and so on, one for each process that reads
+data of its own. All together have each example of the split once; a single one has them in order. A line is
+
+    {"inputs": {"filename": "test/1.png", "prompt": "a yellow cat", ...},    the record's own strings
+     "prediction": {"id": "test/1.png", "prompt": "a yellow cat", "scores": {kind: 0.71, ...},
+                    "tokens": [{"text": "a", "misaligned": false, "probability": 0.02}, ...]}}
+
+A prediction may also have "prompt_words_cut", the number of words that the model has no room for, and
+"heatmaps", {kind: path}: 8-bit greyscale PNG files; the paths begin in the folder of the results.
+
+What is done is kept in a folder `tmp-...` every `checkpoint_period` batches. `<task>-predict.run.json` says
+of which checkpoint, split and batches the results are, so that those of another run don't mix with them.
+"""
+
+import concurrent.futures
+import contextlib
+import io
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from richhf_jax import checkpoints, errors, gin_utils, inference, input_pipeline, models, partitioning
+
+
+def infer(
+    *,
+    mode: str = "predict",
+    model: models.BaseModel,
+    checkpoint_path: str,
+    output_dir: str | None,
+    dataset_cfg: input_pipeline.DatasetConfig,
+    partitioner: partitioning.PjitPartitioner,
+    checkpoint_period: int = 100,
+    shard_id: int = 0,
+    num_shards: int = 1,
+    constrained_keywords: bool = True,
+    write_heatmaps: bool = False,
+) -> None:
+    """Predicts a whole split and writes what it found; does nothing where that is done.
+
+    Args:
+      mode: 'predict', T5X's only mode that there is.
+      model: as it was trained.
+      checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest is meant.
+      output_dir: where the files go, a folder that all processes share; None: `inference/<split>/<step>`
+        beside the checkpoint.
+      dataset_cfg: what to predict; its feature lengths must ask for every kind.
+      partitioner: the mesh.
+      checkpoint_period: batches whose results a run that is ended loses at most.
+      shard_id, num_shards: where several jobs share the split, which of them this is, and how many there are.
+      constrained_keywords: as for `eval.evaluate`.
+      write_heatmaps: whether heatmaps are written, as PNG files.
+
+    Raises:
+      errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
+        split; the name is a mixture's; `output_dir` has other results of this task, or can't be written.
+    """
+    _check(mode, checkpoint_period, shard_id, num_shards)
+    _check_task(dataset_cfg.mixture_or_task_name)
+    checkpoint, step = checkpoints.find_checkpoint(checkpoint_path)
+    layout = partitioner.get_data_layout(dataset_cfg.batch_size)
+    output = _Output(
+        epath.Path(output_dir or epath.Path(checkpoint).parent / "inference" / dataset_cfg.split / str(step)),
+        f"{dataset_cfg.mixture_or_task_name}-{mode}",
+        shard_id * layout.num_shards + layout.shard_id,
+        num_shards * layout.num_shards,
+        {
+            "checkpoint": checkpoint,
+            "split": dataset_cfg.split,
+            "task_feature_lengths": dict(dataset_cfg.task_feature_lengths),
+            "batch_size": dataset_cfg.batch_size,
+            "checkpoint_period": checkpoint_period,
+            "constrained_keywords": constrained_keywords,
+            "write_heatmaps": write_heatmaps,
+        },
+    )
+    output.check_run()
+    writes, chunks = _agree(output, layout.shard_id)
+    if chunks is None:
+        logging.info("finished before: %s; delete its folder to predict anew", output.path)
+        return
+    loop, params, _ = inference.load(model, checkpoint, dataset_cfg, partitioner)
+    start = chunks * checkpoint_period
+    if start:
+        logging.info("continuing from batch %d", start)
+    batches = inference.own_part(
+        loop, params, dataset_cfg, partitioner, constrained_keywords, shard_id, num_shards, start
+    )
+    lines = []
+    for number, pairs in enumerate(batches, start):
+        if not writes:
+            continue
+        heatmaps = output.write_heatmaps(number, pairs) if write_heatmaps else [{}] * len(pairs)
+        lines += map(_line, pairs, heatmaps)
+        if (number + 1) % checkpoint_period == 0:
+            output.write_chunk(number // checkpoint_period, lines)
+            lines = []
+    if writes:
+        output.finish(lines)
+        logging.info("results in %s", output.path)
+
+
+def _check(mode: str, checkpoint_period: int, shard_id: int, num_shards: int) -> None:
+    if mode != "predict":
+        raise errors.UserError(f"infer.mode must be 'predict', got {mode!r}: there is no other")
+    if checkpoint_period < 1:
+        raise errors.UserError(f"infer.checkpoint_period must be at least 1, got {checkpoint_period}")
+    if not 0 <= shard_id < num_shards:
+        raise errors.UserError(
+            f"infer.shard_id={shard_id} of infer.num_shards={num_shards}: they count from 0"
+        )
+
+
+def _check_task(name: str) -> None:
+    try:
+        task = seqio.get_mixture_or_task(name)
+    except ValueError as error:
+        raise errors.UserError(f"MIXTURE_OR_TASK_NAME: there is no task {name!r} in tasks/") from error
+    if isinstance(task, seqio.Mixture):
+        names = ", ".join(part.name for part in seqio.get_subtasks(task))
+        raise errors.UserError(f"{name} is a mixture: predict its tasks one by one: {names}")
+
+
+def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:
+    """What all processes do alike, though each may have come to another point when the last run ended.
+
+    Args:
+      output: this process's.
+      part: which part of each batch it predicts; several processes that share a model predict the same.
+
+    Returns:
+      Whether this process has something to write, and the chunks of all that are done; None where all is.
+    """
+    own = np.array([part, output.path.exists(), output.count_chunks()], np.int32)
+    every = multihost_utils.process_allgather(own).reshape(-1, len(own))
+    _, writers = np.unique(every[:, 0], return_index=True)  # the first process of each part
+    _, finished, chunks = every[writers].T
+    writes = jax.process_index() in writers and not output.path.exists()
+    return writes, None if finished.all() else int(chunks[finished == 0].min())
+
+
+def _line(pair: inference.Pair, heatmaps: Mapping[str, str]) -> str:
+    """A line of the results; see the top of this file."""
+    example, prediction = pair
+    inputs = {name: value.decode() for name, value in example.items() if isinstance(value, bytes)}
+    answer = prediction.to_dict()
+    if example["inputs_words_cut"]:
+        answer["prompt_words_cut"] = int(example["inputs_words_cut"])
+    if heatmaps:
+        answer["heatmaps"] = heatmaps
+    return json.dumps({"inputs": inputs, "prediction": answer}) + "\n"
+
+
+class _Output:
+    """One process's file of results, and what is written until it is complete.
+
+    A file under its final name is complete: it gets the name as the last step.
+
+    Attributes:
+      path: of the file.
+    """
+
+    def __init__(self, folder: epath.Path, name: str, index: int, count: int, run: Mapping[str, Any]):
+        """Args:
+        folder: for the files of all processes.
+        name: of the results.
+        index, count: of the file.
+        run: what makes results other ones, JSON-able.
+        """
+        shard = f"{index:05}-of-{count:05}"
+        self.path = folder / f"{name}.jsonl-{shard}"
+        self._heatmaps = folder / f"{name}.heatmaps-{shard}"
+        self._temporary = folder / f"tmp-{name}-{shard}"
+        self._run_path = folder / f"{name}.run.json"
+        self._run = {**run, "files": count}
+
+    def check_run(self) -> None:
+        """Raises:
+        errors.UserError: the folder has results of this name of another run.
+        """
+        if not self._run_path.exists():
+            return
+        earlier = json.loads(self._run_path.read_text())
+        changes = [
+            f"{name} was {earlier.get(name)!r} and is {value!r}"
+            for name, value in self._run.items()
+            if earlier.get(name) != value
+        ]
+        if changes:
+            raise errors.UserError(
+                f"{self._run_path}: the folder has results of another run: {', '.join(changes)}. Give another"
+                " INFER_OUTPUT_DIR, or delete this one"
+            )
+
+    def count_chunks(self) -> int:
+        """How many are there, without a gap."""
+        return next(number for number in itertools.count() if not self._chunk(number).exists())
+
+    def write_chunk(self, number: int, lines: Iterable[str]) -> None:
+        """Raises:
+        errors.UserError: it can't be written.
+        """
+        with self._writing() as incomplete:
+            incomplete.write_text("".join(lines))
+            incomplete.replace(self._chunk(number))
+
+    def finish(self, lines: Iterable[str]) -> None:
+        """Writes the file: all chunks, and the lines behind them.
+
+        Raises:
+          errors.UserError: it can't be written.
+        """
+        with self._writing() as incomplete:
+            with incomplete.open("wb") as file:
+                for number in range(self.count_chunks()):
+                    with self._chunk(number).open("rb") as chunk:
+                        shutil.copyfileobj(chunk, file)
+                file.write("".join(lines).encode())
+            incomplete.replace(self.path)
+            self._temporary.rmtree()
+
+    def write_heatmaps(self, batch: int, pairs: Sequence[inference.Pair]) -> list[dict[str, str]]:
+        """Heatmaps of a batch as 8-bit greyscale PNG files: not by id, as several images may have one.
+
+        Returns:
+          For each image, kind -> path, relative to the results' folder.
+
+        Raises:
+          errors.UserError: they can't be written.
+        """
+        folder = self._heatmaps / f"{batch:06}"
+        paths = [
+            {kind: folder / f"{row:04}.{kind}.png" for kind in prediction.heatmaps}
+            for row, (_, prediction) in enumerate(pairs)
+        ]
+        files = [
+            (path, prediction.heatmaps[kind])
+            for of_image, (_, prediction) in zip(paths, pairs, strict=True)
+            for kind, path in of_image.items()
+        ]
+        with self._writing(), concurrent.futures.ThreadPoolExecutor() as pool:
+            folder.mkdir(parents=True, exist_ok=True)
+            list(pool.map(_write_png, *zip(*files, strict=True)))
+        return [
+            {kind: f"{self._heatmaps.name}/{folder.name}/{path.name}" for kind, path in of_image.items()}
+            for of_image in paths
+        ]
+
+    def _chunk(self, number: int) -> epath.Path:
+        return self._temporary / f"{self.path.name}-chunk{number:05}"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[epath.Path]:
+        """A path to write to before the file gets its name; the folder belongs to this run from then on."""
+        incomplete = self._temporary / "incomplete"
+        try:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            if not self._run_path.exists():
+                incomplete.write_text(json.dumps(self._run, indent=2) + "\n")
+                incomplete.replace(self._run_path)
+            yield incomplete
+        except OSError as error:
+            raise errors.UserError(
+                f"{self.path.parent} can't be written: {error.strerror or error}\nMake room or give the right"
+                " to write, then continue by the same command"
+            ) from error
+
+
+def _write_png(path: epath.Path, heatmap: np.ndarray) -> None:
+    """[height, width] in [0, 1] -> an 8-bit greyscale file."""
+    content = io.BytesIO()
+    Image.fromarray(np.round(255 * np.clip(heatmap, 0, 1)).astype(np.uint8)).save(content, "PNG")
+    path.write_bytes(content.getvalue())
+
+
+if __name__ == "__main__":
+    gin_utils.run(infer)
