@@ -206,6 +206,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def default_threads() -> int:
+    """A few, also where there are fewer processors: some wait for the disk."""
+    return max(4, os.cpu_count() or 1)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -239,7 +244,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--threads",
         type=_positive,
-        default=max(4, os.cpu_count() or 1),
+        default=default_threads(),
         metavar="N",
         help="that read, decode and write; default %(default)s",
     )

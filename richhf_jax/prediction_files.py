@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from richhf_jax import errors, report
+from richhf_jax import errors, gallery
 from richhf_jax.predictor import Prediction
 
 PREDICTIONS, ERRORS, STATE = "predictions.jsonl", "errors.jsonl", "run.json"
@@ -170,7 +170,7 @@ class PredictionFiles:
             if self._overlays:
                 self._save(f"overlays/{name}.{kind}.png", _encode(prediction.overlay(kind)))
         if self._with_report:
-            image, maps = report.card_pictures(prediction.image, prediction.heatmaps)
+            image, maps = gallery.card_pictures(prediction.image, prediction.heatmaps)
             self._save(f"{_PICTURES}/{position}.{'png' if image.startswith(_PNG) else 'jpg'}", image)
             for kind, picture in maps.items():
                 self._save(f"{_PICTURES}/{position}.{kind}.png", picture)
@@ -223,7 +223,7 @@ class PredictionFiles:
             self._write_state()
         # Only now: a run that was killed above does it again.
         shutil.rmtree(self._out / _PARTS, ignore_errors=True)
-        if self.progress.predictions <= report.MAX_EMBEDDED:
+        if self.progress.predictions <= gallery.MAX_EMBEDDED:
             shutil.rmtree(self._out / _PICTURES, ignore_errors=True)
 
     def _join_parts(self) -> None:
@@ -237,10 +237,10 @@ class PredictionFiles:
     def _write_report(self, title: str) -> None:
         count = self.progress.predictions
         shown = min(count, MAX_CARDS)
-        embed = count <= report.MAX_EMBEDDED
+        embed = count <= gallery.MAX_EMBEDDED
         details = {"images": count if shown == count else f"the first {shown:,} of {count:,}"}
         details |= {"model": self._arguments["checkpoint"]}
-        report.write_gallery(
+        gallery.write_gallery(
             self._out / "report.html",
             title,
             (self._card(line, embed) for line in self._lines(shown)),
@@ -251,18 +251,18 @@ class PredictionFiles:
         with (self._out / PREDICTIONS).open("rb") as file:
             yield from map(json.loads, itertools.islice(file, count))
 
-    def _card(self, line: Mapping[str, Any], embed: bool) -> report.Card:
+    def _card(self, line: Mapping[str, Any], embed: bool) -> gallery.Card:
         def uri(*names: str) -> str | None:
             """Of the one that is there, if any is."""
             name = next((name for name in names if (self._out / _PICTURES / name).exists()), None)
             if name is None or not embed:
                 return name and f"{_PICTURES}/{name}"
-            return report.data_uri((self._out / _PICTURES / name).read_bytes())
+            return gallery.data_uri((self._out / _PICTURES / name).read_bytes())
 
         number = line["position"]
         heatmaps = {kind: (peak, uri(f"{number}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
         image = uri(f"{number}.png", f"{number}.jpg")
-        return report.Card(line, tuple(line["image_size"]), image, heatmaps)
+        return gallery.Card(line, tuple(line["image_size"]), image, heatmaps)
 
 
 def file_name(name: str) -> str:

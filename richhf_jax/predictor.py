@@ -188,6 +188,12 @@ class RahfPredictor:
         self._sizes = _batch_sizes(batch_size, self._partitioner.num_data_shards)
         self.batch_size = self._sizes[-1]
         self._vocabulary = load_vocabulary(description.vocabulary)
+        pieces, rows = self._vocabulary.vocab_size(), description.network.t5_config.vocab_size
+        if pieces > rows:
+            raise errors.UserError(
+                f"{model_description.VOCABULARY_FILE} has {pieces} pieces, the model {rows}:"
+                " it is another model's"
+            )
         self._suffix = keywords.suffix_pieces(self._encode)
         everywhere, batch = self._partitioner.replicated, self._partitioner.batch_sharding
         self._predict = self._partitioner.partition(predict_fn(description), (everywhere, batch), batch)
@@ -315,7 +321,11 @@ class RahfPredictor:
           See `predict_fn`; of `rows` images.
         """
         rows = rows or next(size for size in self._sizes if size >= len(prepared))
-        return self._predict(self.params, self._partitioner.shard_batch(self.features(prepared, rows)))
+        return self.run(self.features(prepared, rows))
+
+    def run(self, features: Features) -> Outputs:
+        """The compiled call alone, see `predict_fn`. Doesn't wait for it."""
+        return self._predict(self.params, self._partitioner.shard_batch(features))
 
     def finish(self, prepared: Sequence[Prepared], outputs: Outputs, ids: Sequence[str]) -> list[Prediction]:
         """Waits for a batch and makes records of it."""

@@ -1,35 +1,19 @@
-"""The evaluation as tables in the paper's layout and as an HTML page, and predictions alone as a gallery.
+"""The evaluation as tables in the paper's layout, and as an HTML page with training curves and a gallery.
 
-A page holds its style and script itself and forbids the browser every network request; its images it holds
-too, or they lie in its folder. The layouts are `templates/report.html` and `templates/predictions.html`,
-which share frame, cards, style and script; this module computes what stands in them.
+The page's layout is `templates/report.html`; this module computes the figures and curves in it, `gallery` the
+cards.
 """
 
-import base64
 import dataclasses
-import io
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from etils import epath
-from PIL import Image
 
-from richhf_jax import feedback, overlay
-from richhf_jax.feedback import RichFeedback
-
-# Larger pictures are shrunk: no screen shows them larger in the gallery, and a page should open at once.
-# Heatmaps are smooth, and their noise makes large files.
-MAX_IMAGE_SIDE = 256
-MAX_HEATMAP_SIDE = 128
-
-# Up to so many images, whoever writes a gallery should give `data_uri`s: the page is then one file to send
-# around, of some tens of megabytes at most. For more, files beside the page: a browser then reads only those
-# in sight. The page takes either.
-MAX_EMBEDDED = 300
+from richhf_jax import feedback
+from richhf_jax.gallery import GalleryItem, item_view, render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,36 +22,6 @@ class Row:
 
     name: str
     metrics: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class GalleryItem:
-    """One image, uint8 [height, width, 3], with what was wanted, if that is known, and what was predicted."""
-
-    image: np.ndarray
-    target: RichFeedback | None
-    prediction: RichFeedback
-
-
-# kind of heatmap -> its peak in [0, 1], and the URI of its transparent picture, None where it is empty.
-Heatmaps = Mapping[str, tuple[float, str | None]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """One image of a gallery with its prediction, all pictures as URIs.
-
-    Attributes:
-      record: a line of predictions.jsonl (`RichFeedback.to_dict`): "id", "prompt", "scores", "tokens".
-      size: the image's width and height in pixels, which may be more than the shown picture's.
-      image: a `data_uri`, or a path relative to the page's folder, percent-encoded.
-      heatmaps: what lies over the image, with URIs of the same two forms.
-    """
-
-    record: Mapping[str, Any]
-    size: tuple[int, int]
-    image: str
-    heatmaps: Heatmaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +143,9 @@ def write_report(
     Raises:
       ValueError: a gallery item's target and prediction are not of the same image.
     """
-    page = _render(
+    page = render(
         "report.html",
-        [_item_view(item) for item in gallery],
+        [item_view(item) for item in gallery],
         title=title,
         headlines=_headlines(rows),
         tables=[_table_cells(table, rows) for table in TABLES if _rows_of(table, rows)],
@@ -199,57 +153,6 @@ def write_report(
         details=details,
     )
     epath.Path(path).write_text(page)
-
-
-def write_gallery(
-    path: epath.PathLike, title: str, cards: Iterable[Card], details: Mapping[str, Any]
-) -> None:
-    """Writes a page of predictions alone: the report's gallery, without ground truth.
-
-    Args:
-      path: the HTML file to write; relative URIs of the cards are relative to its folder.
-      title: the page's headline.
-      cards: the images to show, in input order.
-      details: facts about the predictions, in a line below the title.
-    """
-    page = _render("predictions.html", [_view(card) for card in cards], title=title, details=details)
-    epath.Path(path).write_text(page)
-
-
-def _render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("richhf_jax", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "css_url": _css_url}
-    known = {name for view in views for name in view["values"]}
-    return environment.get_template(template).render(
-        **values,
-        cards=views,
-        has_files=any(not uri.startswith("data:") for view in views for uri in view["uris"]),
-        # What cards are sorted and filtered by.
-        quantities=[name for name in (*feedback.SCORES, *map(_peak, feedback.HEATMAPS)) if name in known],
-        colours=[f"rgb({r} {g} {b})" for r, g, b in overlay.COLOURS],
-        opacity=round(100 * overlay.OPACITY),
-    )
-
-
-def _percent(share: float) -> str:
-    """A CSS length: 0.25 -> '25.0%', kept on the track between 0 and 1."""
-    return f"{min(max(share, 0), 1):.1%}"
-
-
-def _peak(kind: str) -> str:
-    """What a heatmap's peak is called in the controls."""
-    return f"{kind} peak"
-
-
-def _css_url(uri: str) -> str:
-    """What stands between the quotes of CSS's url("…"): a URI may hold neither quote nor backslash."""
-    return uri.replace("\\", "%5C").replace('"', "%22").replace("\n", "%0A")
 
 
 # Tables.
@@ -400,146 +303,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
     factors = (1, 2, 5) if len(powers) < 5 else (1,)
     ticks = [round(factor * 10.0**power, 12) for power in powers for factor in factors]
     return [tick for tick in ticks if low <= tick <= high]
-
-
-# Gallery.
-
-
-def card_pictures(image: np.ndarray, heatmaps: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, bytes]]:
-    """The pictures of a card, of at most `MAX_IMAGE_SIDE` and `MAX_HEATMAP_SIDE`, for files or `data_uri`.
-
-    Args:
-      image: uint8 [height, width, 3].
-      heatmaps: kind -> [height, width] in [0, 1].
-
-    Returns:
-      The image as PNG or JPEG, whichever is smaller: drawings stay as they are. Kind -> PNG to lay over it,
-      transparent where there is no heat; an empty heatmap has none.
-    """
-    thumbnail = Image.fromarray(image)
-    thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-    files = _encoded(thumbnail, "PNG"), _encoded(thumbnail, "JPEG", quality=85)
-    return min(files, key=len), _heatmap_pictures(heatmaps)
-
-
-def _heatmap_pictures(heatmaps: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    pictures = {}
-    for kind, heatmap in heatmaps.items():
-        if heatmap.max() > 0:
-            scale = min(1, MAX_HEATMAP_SIDE / max(heatmap.shape))
-            height, width = (max(1, round(length * scale)) for length in heatmap.shape)
-            # Shrunk before it is coloured: fewer pixels to colour.
-            pictures[kind] = _encoded(overlay.picture(overlay.resize(heatmap, (width, height))), "PNG")
-    return pictures
-
-
-def data_uri(picture: bytes) -> str:
-    """The bytes of a PNG or JPEG file -> a URI that holds them."""
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64," + base64.b64encode(picture).decode("ascii")
-
-
-def _encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def _item_view(item: GalleryItem) -> dict[str, Any]:
-    target, prediction = item.target, item.prediction
-    if target and target.id != prediction.id:
-        raise ValueError(f"gallery: the target is {target.id!r} but the prediction is {prediction.id!r}")
-    height, width = item.image.shape[:2]
-    image, _ = card_pictures(item.image, {})
-    card = Card(prediction.to_dict(), (width, height), data_uri(image), _embedded(prediction.heatmaps))
-    return _view(card, target)
-
-
-def _embedded(heatmaps: Mapping[str, np.ndarray]) -> Heatmaps:
-    uris = {kind: data_uri(picture) for kind, picture in _heatmap_pictures(heatmaps).items()}
-    return {kind: (float(np.clip(heat.max(), 0, 1)), uris.get(kind)) for kind, heat in heatmaps.items()}
-
-
-def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
-    """What stands in a card; without a target, the prediction alone."""
-    record = card.record
-    truth = target.to_dict() if target else {"scores": {}, "tokens": []}
-    sides = [("ground truth", _embedded(target.heatmaps))] if target else []
-    sides.append(("predicted", card.heatmaps))
-    values = {**record["scores"], **{_peak(kind): peak for kind, (peak, _) in card.heatmaps.items()}}
-    return {
-        "id": record["id"],
-        "prompt": record["prompt"],
-        "pieces": _pieces(record["prompt"], truth["tokens"], record["tokens"]),
-        "image": card.image,
-        "uris": [card.image, *(uri for _, uri in card.heatmaps.values() if uri)],
-        "size": card.size,
-        "compared": target is not None,
-        "heatmaps": [
-            (kind, [(name, *heatmaps.get(kind, (None, None))) for name, heatmaps in sides])
-            for kind in feedback.HEATMAPS
-            if any(kind in heatmaps for _, heatmaps in sides)
-        ],
-        "scores": [
-            (kind, truth["scores"].get(kind), record["scores"].get(kind))
-            for kind in feedback.SCORES
-            if kind in truth["scores"] or kind in record["scores"]
-        ],
-        # JSON has no NaN.
-        "values": {name: round(value, 4) for name, value in values.items() if not math.isnan(value)},
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """A word of the prompt, or what stands between two."""
-
-    text: str
-    truth: bool = False
-    predicted: bool = False
-    probability: float | None = None
-
-    @property
-    def marks(self) -> str:
-        """'misaligned', 'predicted misaligned', both or nothing, in words."""
-        marks = {"misaligned": self.truth, "predicted misaligned": self.predicted}
-        return " and ".join(words for words, is_marked in marks.items() if is_marked)
-
-    @property
-    def title(self) -> str:
-        """The marks, and the probability where there is one."""
-        if self.probability is None:
-            return self.marks
-        probability = f"probability of being misaligned {self.probability:.0%}"
-        return f"{self.marks}, {probability}" if self.marks else probability
-
-    @property
-    def heat(self) -> float:
-        """How strongly the word is shaded, 0 to 1."""
-        return float(self.predicted) if self.probability is None else self.probability
-
-
-def _pieces(prompt: str, truth: Sequence[Mapping], predicted: Sequence[Mapping]) -> list[_Piece]:
-    """The prompt cut into words and what stands between them, nothing left out.
-
-    Args:
-      prompt: the text.
-      truth: "tokens" of the ground truth's record.
-      predicted: "tokens" of the prediction's record.
-
-    >>> tokens = [{'text': 'a', 'misaligned': False}, {'text': 'cat', 'misaligned': True, 'probability': 0.8}]
-    >>> [piece.text for piece in _pieces('a cat!', tokens, [])]
-    ['a', ' ', 'cat', '!']
-    >>> _pieces('a cat!', [], tokens)[2]
-    _Piece(text='cat', truth=False, predicted=True, probability=0.8)
-    """
-    pieces, position = [], 0
-    words = feedback.tokenize_prompt(prompt)
-    for word, true, guess in itertools.zip_longest(words, truth[: len(words)], predicted[: len(words)]):
-        start = prompt.index(word, position)
-        if start > position:
-            pieces.append(_Piece(prompt[position:start]))
-        marks = [bool(token and token["misaligned"]) for token in (true, guess)]
-        pieces.append(_Piece(word, *marks, (guess or {}).get("probability")))
-        position = start + len(word)
-    return [*pieces, _Piece(prompt[position:])] if position < len(prompt) else pieces

@@ -291,7 +291,7 @@ def test_report_of_few_holds_its_pictures(score, table, tmp_path):
 
 
 def test_report_of_many_links_its_pictures(score, table, tmp_path, monkeypatch):
-    monkeypatch.setattr("richhf_jax.report.MAX_EMBEDDED", 1)
+    monkeypatch.setattr("richhf_jax.gallery.MAX_EMBEDDED", 1)
     monkeypatch.setattr(prediction_files, "MAX_CARDS", 1)
     score(table, "--report")
     page = (tmp_path / "out/report.html").read_text()

@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from richhf_jax import feedback, report
+from richhf_jax import feedback, gallery, report
 
 # Debian's packages of these names, which launch/test.sh installs.
 CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
@@ -66,34 +66,34 @@ def write_gallery(folder: pathlib.Path, embedded: bool) -> pathlib.Path:
 
     def uri(name: str, data: bytes | None) -> str | None:
         if data is None or embedded:
-            return data and report.data_uri(data)
+            return data and gallery.data_uri(data)
         (folder / "images" / name).write_bytes(data)
         return f"images/{name.replace(' ', '%20')}"
 
     cards = []
     for i in range(COUNT):
         record = prediction(i)
-        image, pictures = report.card_pictures(
+        image, pictures = gallery.card_pictures(
             np.full((48, 64, 3), (6 * i, 90, 160), np.uint8), record.heatmaps
         )
         heatmaps = {
             kind: (float(heatmap.max()), uri(f"{i} {kind}.png", pictures.get(kind)))
             for kind, heatmap in record.heatmaps.items()
         }
-        cards.append(report.Card(record.to_dict(), (64, 48), uri(f"{i} (a)'.png", image), heatmaps))
-    report.write_gallery(folder / "gallery.html", "Predictions", cards, {"images": COUNT})
+        cards.append(gallery.Card(record.to_dict(), (64, 48), uri(f"{i} (a)'.png", image), heatmaps))
+    gallery.write_gallery(folder / "gallery.html", "Predictions", cards, {"images": COUNT})
     return folder / "gallery.html"
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:
     """An evaluation's page: tables, curves, and the same images with a ground truth."""
     image = np.full((48, 64, 3), (6, 90, 160), np.uint8)
-    gallery = [report.GalleryItem(image, prediction(i), prediction(i)) for i in range(COUNT)]
+    items = [gallery.GalleryItem(image, prediction(i), prediction(i)) for i in range(COUNT)]
     keys = [column.key for table in report.TABLES for column in table.columns]
     rows = [report.Row(name, dict.fromkeys(keys, 1)) for name in ("model", "trivial")]
     curves = {"feedback": {"train loss/heatmap": [(0, 1.0), (100, 0.1)]}}
     folder.mkdir()
-    report.write_report(folder / "report.html", "RAHF", rows, curves, gallery, {"step": 100})
+    report.write_report(folder / "report.html", "RAHF", rows, curves, items, {"step": 100})
     return folder / "report.html"
 
 
@@ -459,10 +459,10 @@ def test_fields_have_names_for_screen_readers(browser, pages):
 def test_of_thousands_of_cards_those_in_sight_are_laid_out(browser, tmp_path):
     record = prediction(1).to_dict()
     cards = [
-        report.Card(record | {"id": f"{i}.png", "prompt": f"a cat, number {i}"}, (64, 48), f"{i}.png", {})
+        gallery.Card(record | {"id": f"{i}.png", "prompt": f"a cat, number {i}"}, (64, 48), f"{i}.png", {})
         for i in range(3000)
     ]
-    report.write_gallery(tmp_path / "gallery.html", "Many", cards, {})
+    gallery.write_gallery(tmp_path / "gallery.html", "Many", cards, {})
     browser.open((tmp_path / "gallery.html").as_uri())
     prompts = "[...document.querySelectorAll('.prompt')]"
     laid_out = f"return {prompts}.filter((p) => p.checkVisibility({{ contentVisibilityAuto: true }})).length"

@@ -10,9 +10,11 @@ models/rahf_pytorch_release.gin for that release.
 Prints what becomes of every array: it is loaded; or resampled to the model's grid of positions; or
 initialised: no source has it, and it stays fresh in a training; or unused: the model has no place for it. A
 shape that does not fit is an error. The result goes to the new directory --to: `checkpoint_0`, for
-INITIAL_CHECKPOINT_PATH; the printed table as conversion.txt; the model's configuration as config.gin.
+INITIAL_CHECKPOINT_PATH; the printed table as conversion.txt; the model's configuration as config.gin; for
+predictions model.json and vocabulary.model.
 """
 
+import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from flax import traverse_util
 from richhf_jax import gin_utils
 from richhf_jax.convert import export, huggingface, layers, own, plan, rahf_pytorch, t5x, vit_npz
 from richhf_jax.convert.source import ConvertError, Source
+from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
 
 _FROM = flags.DEFINE_multi_string(
     "from", [], "A file or directory of weights; give the flag again for more, say one with T5, one with ViT."
@@ -34,6 +37,9 @@ _FORMAT = flags.DEFINE_enum(
     "orbax",
     ["orbax", "safetensors", "huggingface"],
     "What to write: a checkpoint of ours, one file of our names, or t5/ and vit/ for transformers.",
+)
+_TEXT_LENGTH = flags.DEFINE_integer(
+    "text_length", 64, "For predictions: tokens of a prompt, and of the decoder's text.", lower_bound=2
 )
 _ALLOW_MISMATCHED_SHAPES = flags.DEFINE_bool(
     "allow_mismatched_shapes", False, "Take a parameter whose shape does not fit as initialised."
@@ -124,8 +130,47 @@ def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
     return single
 
 
+def describe(
+    model: Any, paths: Sequence[str], text_length: int, vocabulary: str | None, unstacked: bool
+) -> ModelDescription:
+    """What a prediction needs to know beside the parameters.
+
+    Args:
+      model: a `models.RahfModel`.
+      paths: where the parameters came from.
+      text_length: tokens of a prompt and of the decoder's text.
+      vocabulary: a SentencePiece model's path; only a local one is read. None: the small one of `tasks/`.
+      unstacked: whether the parameters are written as of single layers, whatever the model says.
+    """
+    side = model.module.vit_config.grid[0] * model.module.vit_config.patch_size
+    if vocabulary is None:  # Where `tasks` is, without its imports: TensorFlow among others.
+        vocabulary = (
+            pathlib.Path(importlib.util.find_spec("tasks").origin).parent / "sentencepiece_small.model"
+        )
+    place = pathlib.Path(vocabulary)
+    network = model.module
+    if unstacked:
+        configs = {name: getattr(network, name) for name in ("t5_config", "vit_config", "heads_config")}
+        network = network.clone(
+            **{name: config.replace(scan_layers=False) for name, config in configs.items()}
+        )
+    return ModelDescription(
+        network,
+        {"image": side, "inputs": text_length, "targets": text_length},
+        "resize",
+        model.misalignment_threshold,
+        {"converted_from": ", ".join(paths)},
+        place.read_bytes() if place.is_file() else None,
+    )
+
+
 def convert(
-    model: Any, paths: Sequence[str], to: str, output: str = "orbax", allow_mismatched_shapes: bool = False
+    model: Any,
+    paths: Sequence[str],
+    to: str,
+    output: str = "orbax",
+    allow_mismatched_shapes: bool = False,
+    description: ModelDescription | None = None,
 ) -> str:
     """Converts, writes, and prints the table.
 
@@ -135,6 +180,7 @@ def convert(
       to: a directory that is not there yet, or empty.
       output: "orbax", "safetensors" or "huggingface".
       allow_mismatched_shapes: see the flag.
+      description: to be written beside the parameters.
 
     Returns:
       What was printed.
@@ -157,6 +203,10 @@ def convert(
             print(line)
         (directory / "conversion.txt").write_text(table + "\n")
         gin_utils.write_operative_config(directory / "config.gin")
+        if description and output != "huggingface":
+            description.write(directory)
+            if description.vocabulary is None:
+                print(f"for predictions, copy the SentencePiece model to {to}/{VOCABULARY_FILE}")
     return table
 
 
@@ -169,7 +219,10 @@ def main() -> None:
     gin_files = gin_utils.configure([default_gin_file(paths)])
     print(f"model: {' '.join(gin_files)}")
     model = gin_utils.macro("MODEL")
-    convert(model, paths, to, _FORMAT.value, _ALLOW_MISMATCHED_SHAPES.value)
+    description = describe(
+        model, paths, _TEXT_LENGTH.value, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax"
+    )
+    convert(model, paths, to, _FORMAT.value, _ALLOW_MISMATCHED_SHAPES.value, description)
     print(f"written to {to}")
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from flax import traverse_util
 
-from richhf_jax import checkpoints, gin_utils
+from richhf_jax import checkpoints, errors, gin_utils, model_description
 from richhf_jax.convert import __main__ as command
 from richhf_jax.convert import export, layers, own, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Tensor
@@ -288,6 +288,10 @@ def test_the_command(huggingface, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"model: {' '.join(files)}\n[1] {huggingface}/t5: Hugging Face T5")
     assert result.stdout.endswith(f"written to {tmp_path}/to\n")
+    description = model_description.read(tmp_path / "to")
+    assert description.feature_lengths == {"image": 16, "inputs": 64, "targets": 64}
+    assert description.training == {"converted_from": f"{huggingface}/t5"}
+    assert description.vocabulary == (ROOT / "tasks/sentencepiece_small.model").read_bytes()
     result = run(*args[:-1], f"--to={tmp_path}/other", "--gin.t5.T5Config.mlp_dim=20")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -296,6 +300,23 @@ def test_the_command(huggingface, tmp_path):
         in result.stderr
     )
     assert [p.name for p in tmp_path.iterdir()] == ["to"]
+
+
+def test_a_description_of_single_layers_is_of_single_layers(make_model):
+    model = make_model("multi_head", *SCANNED, "rahf.HeadsConfig.scan_layers = True")
+    for unstacked in (False, True):
+        network = command.describe(model, ["a"], 8, "gs://far/away.model", unstacked).network
+        configs = network.t5_config, network.vit_config, network.heads_config
+        assert {config.scan_layers for config in configs} == {not unstacked}
+
+
+def test_a_vocabulary_that_is_far_away_is_asked_for(saved, tmp_path, capsys):
+    path, model, _ = saved()
+    description = command.describe(model, [path], 8, "gs://far/away.model", unstacked=False)
+    command.convert(model, [path], str(tmp_path / "to"), description=description)
+    assert f"copy the SentencePiece model to {tmp_path}/to/vocabulary.model" in capsys.readouterr().out
+    with pytest.raises(errors.UserError, match="has no vocabulary.model: copy"):
+        model_description.read(tmp_path / "to")
 
 
 def test_a_tensor_is_cast_when_it_is_read(rng):

@@ -1,0 +1,185 @@
+"""Measures prediction on this machine: the command against the bare call, batches against single images.
+
+Of models with random parameters: the tiny one at 64 px, and one of base's widths at 128 px. In turn, on the
+same images:
+
+    bare        the compiled call on batches that lie ready in the host's memory, until the last is done
+    command     what `richhf_jax.predict` does after compilation: reads PNG files and prompts, computes,
+                and writes predictions.jsonl and a PNG of each heatmap
+    one by one  `RahfPredictor` called with one image after the other
+
+Look at the ratios: all ran in the same minutes.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+import tqdm
+from PIL import Image
+
+from richhf_jax import errors, gin_utils, model_description, predict, predictor
+from richhf_jax.prediction_files import PredictionFiles
+from tasks import vocabulary
+
+_TOKENS = 24
+_WORDS = "a drawing of one two three small large red blue green circle star square and".split()  # noqa: SIM905
+
+
+class Case:
+    """A model, and images in a folder."""
+
+    def __init__(
+        self, preset: str, bindings: Sequence[str], batch_size: int, images: int, folder: pathlib.Path
+    ):
+        """Makes the model, compiles it for batches and for single images, and writes the images.
+
+        Args:
+          preset: a gin file of gin/models/.
+          bindings: gin's, on top.
+          batch_size: of a batch.
+          images: how many.
+          folder: a new one, for all files.
+        """
+        gin.clear_config()
+        gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, [preset], bindings)
+        module = gin_utils.macro("MODEL").module
+        side = module.vit_config.grid[0] * module.vit_config.patch_size
+        lengths = {"image": side, "inputs": _TOKENS, "targets": _TOKENS}
+        words = vocabulary.get_vocabulary().sp_model
+        description = model_description.ModelDescription(module, lengths, "resize", 0.5, {}, words)
+        params = jax.tree.map(_random(np.random.default_rng(0)), predictor.abstract_params(description))
+        self.predictor = predictor.RahfPredictor(description, params, batch_size)
+        self._folder = folder
+        self._inputs = folder / "images"
+        _write_images(self._inputs, images, side)
+        records = list(predict.numbered([str(self._inputs)], None, 0, images))
+        self.pairs = [one.record.load() for one in records]
+        size = self.predictor.batch_size
+        prepared = [self.predictor.prepare(*pair) for pair in self.pairs]
+        self._batches = [
+            self.predictor.features(prepared[i : i + size], size) for i in range(0, images, size)
+        ]
+        self._numbers = itertools.count()
+        self.bare()
+        self.one_by_one(1)
+
+    def bare(self) -> float:
+        """Images a second."""
+        begin = time.perf_counter()
+        jax.block_until_ready([self.predictor.run(features) for features in self._batches])
+        return len(self.pairs) / (time.perf_counter() - begin)
+
+    def command(self) -> float:
+        """Images a second."""
+        out = self._folder / f"out{next(self._numbers)}"
+        with PredictionFiles(str(out), {"checkpoint": "random"}, 0) as files:
+            begin = time.perf_counter()
+            records = predict.numbered([str(self._inputs)], None, 0, len(self.pairs))
+            predict.score(self.predictor, records, files, tqdm.tqdm(disable=True), predict.default_threads())
+            files.finish("benchmark")
+            return len(self.pairs) / (time.perf_counter() - begin)
+
+    def one_by_one(self, count: int) -> float:
+        """Images a second, of the first `count`."""
+        begin = time.perf_counter()
+        for pair in self.pairs[:count]:
+            self.predictor(*pair)
+        return count / (time.perf_counter() - begin)
+
+
+def _random(rng: np.random.Generator) -> Callable[[Any], np.ndarray]:
+    """A leaf's shape -> values of standard deviation 1 / sqrt(fan-in)."""
+
+    def value(leaf):
+        deviation = max(np.prod(leaf.shape[:-1]), 1) ** -0.5
+        return rng.standard_normal(leaf.shape, np.float32) * np.float32(deviation)
+
+    return value
+
+
+def _write_images(folder: pathlib.Path, count: int, side: int) -> None:
+    """Pictures of blocks and noise, a prompt of 4 to 12 words beside each."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(count):
+        blocks = rng.integers(0, 230, (side // 16, side // 16, 3)).repeat(16, 0).repeat(16, 1)
+        noise = rng.integers(0, 25, (side, side, 3))
+        Image.fromarray((blocks + noise).astype(np.uint8)).save(folder / f"{number:05}.png")
+        words = rng.choice(_WORDS, rng.integers(4, 13))
+        (folder / f"{number:05}.txt").write_text(" ".join(words))
+
+
+CASES = {
+    "tiny, 64 px": ("models/rahf_tiny.gin", [], 512, 64),
+    "base's widths, 128 px": (
+        "models/rahf_base.gin",
+        [
+            "ViTConfig.grid = (8, 8)",
+            "ViTConfig.dtype = 'float32'",
+            "T5Config.dtype = 'float32'",
+            "SCAN_LAYERS = True",
+            "VOCABULARY = None",
+        ],
+        48,
+        8,
+    ),
+}
+
+
+def measure(name: str, batch_size: int, turns: int) -> dict[str, float]:
+    """Medians over the turns, images a second and ratios."""
+    preset, bindings, images, single = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        case = Case(preset, bindings, batch_size, images, pathlib.Path(folder))
+        rates = [(case.bare(), case.command(), case.one_by_one(single)) for _ in range(turns)]
+    bare, command, one_by_one = (statistics.median(column) for column in zip(*rates, strict=True))
+    return {
+        "bare": bare,
+        "command": command,
+        "one_by_one": one_by_one,
+        "command_to_bare": statistics.median(c / b for b, c, _ in rates),
+        "command_to_one_by_one": statistics.median(c / o for _, c, o in rates),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m richhf_jax.benchmarks.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="default %(default)s")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="default %(default)s")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated; default all")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also writes the figures to FILE")
+    options = parser.parse_args(arguments)
+    try:
+        figures = {name: measure(name, options.batch_size, options.turns) for name in options.case or CASES}
+    except errors.UserError as error:
+        sys.exit(str(error))
+    devices = jax.local_devices()
+    print(f"{len(devices)} x {devices[0].device_kind}, batches of {options.batch_size}, images/s")
+    print(f"{'':24}{'bare':>8}{'command':>10}{'one by one':>12}{'command / bare':>16}{'/ one by one':>14}")
+    for name, found in figures.items():
+        print(
+            f"{name:24}{found['bare']:8.1f}{found['command']:10.1f}{found['one_by_one']:12.1f}"
+            f"{found['command_to_bare']:16.2f}{found['command_to_one_by_one']:14.1f}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The assertions of `reading` tell values, as the tests' own do."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.inputs.reading")

@@ -1,0 +1,73 @@
+"""Inputs as the tests write them, and what is read of them."""
+
+import io
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from richhf_jax import errors, inputs
+
+
+def write(folder, files):
+    """Files by name, folders included; a string's line ends stay as they are."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_parquet(path, row_group_size=None, **columns):
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+
+
+def numbered(path, rows, row_group_size, size=4):
+    """A table whose row 7 has the prompt 'p7' and the image b'0007...' of `size` bytes."""
+    images = [f"{row:04}".encode().ljust(size, b"x") for row in range(rows)]
+    write_parquet(path, row_group_size, image=images, prompt=[f"p{row}" for row in range(rows)])
+    return images
+
+
+def write_tar(path, members, **options):
+    """Members by name, in this order; the same name may come again."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def loaded(record):
+    """What load() gives, or the message of its InputError, of one line."""
+    try:
+        return record.load()
+    except inputs.InputError as error:
+        message = str(error)
+        assert message.splitlines() == [message]
+        message.encode()
+        return message
+
+
+def read(*paths, prompt=None):
+    """id -> what is loaded, in order. The second time, and count(), tell the same."""
+    paths = [str(path) for path in paths]
+    records = list(inputs.records(paths, prompt))
+    found = {record.id: loaded(record) for record in records}
+    assert len(found) == len(records)
+    assert [record.id for record in inputs.records(paths, prompt)] == list(found)
+    assert inputs.count(paths, prompt) == len(found)
+    for name in found:
+        name.encode()
+    return found
+
+
+def user_error(*paths, prompt=None):
+    """The message for the user, which records() gives before the first record, and count() too."""
+    paths = [str(path) for path in paths]
+    with pytest.raises(errors.UserError) as caught:
+        next(inputs.records(paths, prompt))
+    with pytest.raises(errors.UserError) as counted:
+        inputs.count(paths, prompt)
+    assert str(counted.value) == str(caught.value)
+    return str(caught.value)

@@ -1,0 +1,102 @@
+"""Images and folders as people have them -> records."""
+
+import os
+import tracemalloc
+
+from richhf_jax import inputs
+from tests.inputs.reading import read, write
+
+FOLDER_FILES = 20_000
+
+
+def test_an_image_with_a_prompt(tmp_path):
+    write(tmp_path, {"a.JPG": b"A", "a.txt": "beside it"})
+    assert read(tmp_path / "a.JPG", prompt=" a cat\n") == {"a.JPG": (b"A", "a cat")}
+    assert read(tmp_path / "a.JPG") == {"a.JPG": (b"A", "beside it")}
+
+
+def test_an_image_without_a_prompt(tmp_path):
+    write(tmp_path, {"a.jpg": b"A"})
+    message = read(tmp_path / "a.jpg")["a.jpg"]
+    assert message.startswith(f"{tmp_path}/a.txt: No such file")
+    assert "--prompt" in message
+
+
+def test_a_folder_by_path(tmp_path):
+    names = [
+        "B.png",
+        "a-1.webp",
+        "a.jpeg",
+        "a/b.GIF",
+        "a/c/d.bmp",
+        "a0.jpg",
+        "ä.jpg",
+        "猫/😀 x.jpg",
+        "ﬁ.jpg",
+        "😀.jpg",
+    ]
+    others = {".hidden.jpg": b"", ".git/a.jpg": b"", "a/.b/c.jpg": b"", "README.md": b"", "x.tif": b""}
+    texts = {f"{os.path.splitext(name)[0]}.txt": f"\ufeff {name}\r\n" for name in names}
+    write(tmp_path, {**dict.fromkeys(reversed(names), b"I"), **others, **texts})
+    assert names == sorted(names, key=str.encode)
+    assert list(read(tmp_path).items()) == [(name, (b"I", name)) for name in names]
+
+
+def test_the_prompt_is_for_images_without_sidecar(tmp_path):
+    write(tmp_path, {"a.jpg": b"A", "b.jpg": b"B", "b.txt": "its own", "c.jpg": b"C", "c.txt": " "})
+    found = read(tmp_path, prompt="a cat")
+    assert found["a.jpg"] == (b"A", "a cat")
+    assert found["b.jpg"] == (b"B", "its own")
+    assert found["c.jpg"] == f"{tmp_path}/c.txt: the prompt is empty"
+
+
+def test_what_cannot_be_read_in_a_folder(tmp_path, monkeypatch):
+    write(tmp_path, {"a.jpg": b"", "a.txt": b"\xff\xfec\x00", "in/b.jpg": b"", "z.jpg": b"Z"})
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    scandir = os.scandir
+
+    def denied(path):
+        if path.endswith("in/"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert read(tmp_path, prompt="p") == {
+        "a.jpg": f"{tmp_path}/a.txt: the prompt isn't UTF-8; save it as UTF-8",
+        "gone.jpg": f"{tmp_path}/gone.jpg: No such file or directory",
+        "in/": f"{tmp_path}/in/: Permission denied",
+        "pipe.jpg": f"{tmp_path}/pipe.jpg: not a file",
+        "z.jpg": (b"Z", "p"),
+    }
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path, {"in/a/x.jpg": b"X", "out/y.jpg": b"Y"})
+    (tmp_path / "in/a/up").symlink_to(tmp_path / "in")
+    (tmp_path / "in/b").symlink_to(tmp_path / "out")
+    (tmp_path / "out/back").symlink_to(tmp_path / "in/a")
+    assert list(read(tmp_path / "in", prompt="p")) == ["a/x.jpg", "b/back/x.jpg", "b/y.jpg"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
+        file.write(b"C")
+    assert read(tmp_path, prompt="p") == {r"caf\udce9.jpg": (b"C", "p")}
+    assert read(tmp_path) == {
+        r"caf\udce9.jpg": rf"{tmp_path}/caf\udce9.txt: No such file or directory (the image needs a prompt: "
+        "write it into this file, or give --prompt)"
+    }
+
+
+def test_a_large_folder_costs_little(tmp_path):
+    for number in range(FOLDER_FILES):
+        (tmp_path / f"{number:07}.jpg").touch()
+    tracemalloc.start()
+    try:
+        found = sum(1 for _ in inputs.records([str(tmp_path)], "p"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == FOLDER_FILES
+    assert peak < 150 * FOLDER_FILES  # Bytes: names alone. A million is 150 MB at most.

@@ -1,0 +1,147 @@
+"""CSV and JSON lines as people have them, whole and broken -> records."""
+
+import csv
+import json
+
+import pytest
+
+from richhf_jax import errors, inputs
+from richhf_jax.inputs import tables
+from tests.inputs.reading import read, user_error, write
+
+
+def test_a_csv(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"t/in/ä.jpg": b"A", "b.jpg": b"B", "t/c.jpg": b"C"})
+    long = "x" * 1_000_000
+    rows = [
+        "\ufeffprompt,more,id,image",
+        '" a cat,\r\na dog\r\n",,one,in/ä.jpg',
+        "",
+        f"sie „schläft“,{long},,{tmp_path}/b.jpg",
+        "a dog,,7,c.jpg",
+    ]
+    write(tmp_path, {"t/t.CSV": "\r\n".join(rows)})
+    assert read("t/t.CSV") == {
+        "one": (b"A", "a cat,\r\na dog"),
+        f"{tmp_path}/b.jpg": (b"B", "sie „schläft“"),
+        "7": (b"C", "a dog"),
+    }
+
+
+def test_broken_rows_of_a_csv(tmp_path):
+    url = "https://x.org/a.jpg"
+    rows = [
+        b"image,prompt",
+        b"a.jpg,p,q",
+        b'"a.jpg"x,p',
+        b"a.jpg",
+        b",p",
+        b"a.jpg,",
+        b"gone.jpg,p",
+        b"b.jpg,\xff",
+        b"c\0.jpg,p",
+        b".,p",
+        f"{url},p".encode(),
+        b"a b.jpg,p",
+        b'd.jpg,"never closed',
+        b"",
+    ]
+    write(tmp_path, {"t.csv": b"\n".join(rows), "a.jpg": b"A", "a b.jpg": b"AB"})
+    table, fix = f"{tmp_path}/t.csv", "(paths are relative to the table's folder; URLs aren't fetched)"
+    assert read(tmp_path / "t.csv") == {
+        "t.csv:2": f"{table}, line 2: 3 fields, but the header has 2 (quote those with commas)",
+        "t.csv:3": f"{table}, line 3: ',' expected after '\"'",
+        "t.csv:4": f"{table}, line 4: 1 fields, but the header has 2 (quote those with commas)",
+        "t.csv:5": f"{table}, line 5: `image` is empty",
+        "a.jpg": f"{table}, line 6: the prompt is empty",
+        "gone.jpg": f"{table}, line 7: {tmp_path}/gone.jpg: No such file or directory {fix}",
+        "b.jpg": f"{table}, line 8: the prompt isn't UTF-8; save it as UTF-8",
+        "c\0.jpg": f"{table}, line 9: {tmp_path}/c\0.jpg: embedded null byte {fix}",
+        ".": f"{table}, line 10: {tmp_path}/.: not a file {fix}",
+        url: f"{table}, line 11: {tmp_path}/{url}: No such file or directory {fix}",
+        "a b.jpg": (b"AB", "p"),
+        "t.csv:13": f"{table}, line 13: unexpected end of data",
+    }
+
+
+def test_a_quote_that_is_never_closed_costs_no_more_than_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_MAX_FIELD", 200_000)
+    before = csv.field_size_limit(1000)
+    rows = "a.jpg,p\n" * 50_000
+    write(tmp_path, {"t.csv": f'image,prompt\na.jpg,"p\n{rows}'})
+    try:
+        found = [record.id for record in inputs.records([str(tmp_path / "t.csv")])]
+    finally:
+        csv.field_size_limit(before)
+    assert found[0] == "t.csv:2"
+    assert 24_000 < len(found) < 26_000
+    assert set(found[1:]) == {"a.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("image;prompt", "column `image`: .*separated by commas.*; the columns are 'image;prompt'$"),
+        ("image,text", "column `prompt`: .*'image', 'text'$"),
+        ("image,prompt,prompt", "column `prompt`: .*each once"),
+        ("", "column `image`"),
+        ('"image', "broken header"),
+        ("image,prompt", "no rows"),
+        ("image,prompt".encode("utf-16"), "UTF-8"),
+    ],
+)
+def test_a_csv_without_its_columns(tmp_path, header, message):
+    write(tmp_path, {"t.csv": header, "a.jpg": b""})
+    with pytest.raises(errors.UserError, match=message):
+        raise errors.UserError(user_error(tmp_path / "t.csv"))
+
+
+def test_a_jsonl(tmp_path):
+    rows = [
+        {"image": "in/ä.jpg", "prompt": "eine Katze\u2028schläft "},
+        {"image": str(tmp_path / "b.jpg"), "prompt": "p", "id": 7, "more": [1]},
+        {"image": "b.jpg", "prompt": "q", "id": None},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write(tmp_path, {"t.jsonl": "\ufeff" + "\r\n \n".join(lines), "in/ä.jpg": b"A", "b.jpg": b"B"})
+    assert read(tmp_path / "t.jsonl") == {
+        "in/ä.jpg": (b"A", "eine Katze\u2028schläft"),
+        "7": (b"B", "p"),
+        "b.jpg": (b"B", "q"),
+    }
+
+
+def test_broken_rows_of_a_jsonl(tmp_path):
+    lines = [
+        b'{"image": "a.jpg", "prompt": "p"',
+        b"",
+        b'["image", "prompt"]',
+        b'{"image": "a.jpg", "text": "p"}',
+        b'{"image": null, "prompt": "p"}',
+        b'{"image": {"path": "a.jpg"}, "prompt": "p"}',
+        b'{"image": "a.jpg", "prompt": ["p"]}',
+        b'{"image": "a.jpg", "prompt": "p", "id": true}',
+        b'{"image": "a.jpg", "prompt": "\xff"}',
+        b"[" * 100_000,
+        b'{"image": "b\\ud800.jpg", "prompt": "p"}',
+        b'{"image": "c.jpg", "prompt": "\\ud800"}',
+        b'{"image": "d\\n.jpg", "prompt": "p"}',
+    ]
+    write(tmp_path, {"t.jsonl": b"\n".join(lines)})
+    table, fix = f"{tmp_path}/t.jsonl", "(paths are relative to the table's folder; URLs aren't fetched)"
+    found = read(tmp_path / "t.jsonl")
+    assert "surrogates not allowed" in found.pop(r"b\ud800.jpg")
+    assert found.pop("t.jsonl:9").startswith(f"{table}, line 9: no JSON: 'utf-8' codec can't decode")
+    assert found.pop("t.jsonl:10").startswith(f"{table}, line 10: no JSON: maximum recursion")
+    assert found == {
+        "t.jsonl:1": f"{table}, line 1: no JSON: Expecting ',' delimiter",
+        "t.jsonl:3": f"{table}, line 3: not a JSON object",
+        "t.jsonl:4": f"{table}, line 4: no `prompt`; there are 'image', 'text'",
+        "t.jsonl:5": f"{table}, line 5: `image` is empty",
+        "t.jsonl:6": f"{table}, line 6: `image` is a dict, not a string",
+        "t.jsonl:7": f"{table}, line 7: `prompt` is a list, not a string",
+        "t.jsonl:8": f"{table}, line 8: `id` is a bool, not a string or whole number",
+        "c.jpg": f"{table}, line 12: the prompt isn't UTF-8; save it as UTF-8",
+        "d\n.jpg": f"{table}, line 13: {tmp_path}/d .jpg: No such file or directory {fix}",
+    }
