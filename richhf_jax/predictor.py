@@ -261,18 +261,30 @@ class RahfPredictor:
             names = [str(p if isinstance(p, str | os.PathLike) else i) for i, p in enumerate(pictures)]
         if not len(pictures) == len(texts) == len(names):
             raise PredictionError(f"{len(pictures)} images, {len(texts)} prompts and {len(names)} ids")
+        records: list[Prediction] = []
+        waiting = None
+        for start in range(0, len(pictures), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            prepared = self._prepare_all(names[batch], pictures[batch], texts[batch])
+            # The device computes a batch while the next is prepared.
+            started = prepared, self.dispatch(prepared), names[batch]
+            if waiting:
+                records += self.finish(*waiting)
+            waiting = started
+        if waiting:
+            records += self.finish(*waiting)
+        return records[0] if one else records
+
+    def _prepare_all(
+        self, names: Sequence[str], pictures: Sequence[Picture], prompts: Sequence[str]
+    ) -> list[Prepared]:
         prepared = []
-        for name, picture, prompt in zip(names, pictures, texts, strict=True):
+        for name, picture, prompt in zip(names, pictures, prompts, strict=True):
             try:
                 prepared.append(self.prepare(picture, prompt))
             except PredictionError as error:
                 raise PredictionError(f"{name}: {error}") from error
-        records = []
-        for start in range(0, len(prepared), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            outputs = self.dispatch(prepared[batch])
-            records += self.finish(prepared[batch], outputs, names[batch])
-        return records[0] if one else records
+        return prepared
 
     # The three parts of a prediction. A program that has much to score runs them side by side.
 
@@ -482,7 +494,7 @@ def _read_safetensors(path: epath.Path, wanted: Any) -> Any:
 
 def _batch_sizes(largest: int, multiple: int) -> list[int]:
     """A few sizes of a batch, each a multiple of the devices, up to the one asked for (rounded up)."""
-    sizes = set()
+    sizes = {multiple}  # A single image shall be quick.
     while largest >= 1:
         sizes.add(-(-largest // multiple) * multiple)
         largest //= _SIZE_RATIO

@@ -74,6 +74,9 @@ def test_quickstart_runs_its_parts_in_order(venv):
         "-m richhf_jax.eval --gin_file=experiments/quickstart.gin"
         f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.INITIAL_CHECKPOINT_PATH="{out}/pretrain"'
         " --gin.BATCH_SIZE=2",
+        f"-m richhf_jax.predict --checkpoint={out}/finetune --out={out}/predictions --overlay docs/example.png"
+        " --prompt=two large blue crosses and a green star",
+        f"-m richhf_jax.export --checkpoint={out}/finetune --to=stablehlo --out={out}/exported",
     ]
     assert output.endswith(f"open {out}/report.html\n")
     assert (out / "report.html").read_text() == "page\n"
@@ -82,15 +85,23 @@ def test_quickstart_runs_its_parts_in_order(venv):
 @pytest.mark.parametrize(("given", "used"), [("", "glibc.malloc.hugetlb=1"), ("glibc.malloc.hugetlb=0",) * 2])
 def test_quickstart_asks_for_huge_pages(venv, monkeypatch, given, used):
     monkeypatch.setenv("GLIBC_TUNABLES", given)
-    parts = launch("quickstart.sh", venv, "--out=out")[1].partition("== 1/4")[2]
-    assert parts.count(f"tunables: {used}\n") == 4
+    parts = launch("quickstart.sh", venv, "--out=out")[1].partition("== 1/6")[2]
+    assert parts.count(f"tunables: {used}\n") == 6
 
 
 def test_quickstart_stops_at_a_part_that_fails(venv):
     code, output, commands = launch("quickstart.sh", venv, "--out=out", fail="richhf_jax.train")
     assert code == 1
-    assert "3/4" not in output
+    assert "3/6" not in output
     assert "quickstart_pretrain" in commands[-1]
+
+
+def test_what_a_quickstart_before_predicted_and_exported_is_made_anew(venv):
+    stale = venv.parent / "out/exported/stale"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    assert launch("quickstart.sh", venv, "--out=out")[0] == 0
+    assert not stale.exists()
 
 
 def test_packages_are_installed_again_only_when_setup_py_changed(venv):

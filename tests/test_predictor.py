@@ -230,7 +230,8 @@ def test_batch_size_and_order_change_no_result(make_model_dir, quick_compilation
 
 
 @pytest.mark.parametrize(
-    ("largest", "multiple", "sizes"), [(16, 1, [1, 4, 16]), (10, 4, [4, 12]), (1, 2, [2])]
+    ("largest", "multiple", "sizes"),
+    [(16, 1, [1, 4, 16]), (32, 1, [1, 2, 8, 32]), (10, 4, [4, 12]), (1, 2, [2])],
 )
 def test_a_few_sizes_of_a_batch(largest, multiple, sizes):
     assert predictor._batch_sizes(largest, multiple) == sizes

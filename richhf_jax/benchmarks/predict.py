@@ -6,6 +6,7 @@ same images:
     bare        the compiled call on batches that lie ready in the host's memory, until the last is done
     command     what `richhf_jax.predict` does after compilation: reads PNG files and prompts, computes,
                 and writes predictions.jsonl and a PNG of each heatmap
+    batched     `RahfPredictor` called with all images
     one by one  `RahfPredictor` called with one image after the other
 
 Look at the ratios: all ran in the same minutes.
@@ -29,7 +30,7 @@ import tqdm
 from PIL import Image
 
 from richhf_jax import errors, gin_utils, model_description, predict, predictor
-from richhf_jax.prediction_files import PredictionFiles
+from richhf_jax.prediction_files import HEATMAP_FORMATS, PredictionFiles
 from tasks import vocabulary
 
 _TOKENS = 24
@@ -80,15 +81,21 @@ class Case:
         jax.block_until_ready([self.predictor.run(features) for features in self._batches])
         return len(self.pairs) / (time.perf_counter() - begin)
 
-    def command(self) -> float:
-        """Images a second."""
+    def command(self, heatmaps: str) -> float:
+        """Images a second, with heatmaps in a format of `prediction_files`."""
         out = self._folder / f"out{next(self._numbers)}"
-        with PredictionFiles(str(out), {"checkpoint": "random"}, 0) as files:
+        with PredictionFiles(str(out), {"checkpoint": "random"}, 0, heatmaps) as files:
             begin = time.perf_counter()
             records = predict.numbered([str(self._inputs)], None, 0, len(self.pairs))
             predict.score(self.predictor, records, files, tqdm.tqdm(disable=True), predict.default_threads())
             files.finish("benchmark")
             return len(self.pairs) / (time.perf_counter() - begin)
+
+    def batched(self) -> float:
+        """Images a second."""
+        begin = time.perf_counter()
+        self.predictor(*map(list, zip(*self.pairs, strict=True)))
+        return len(self.pairs) / (time.perf_counter() - begin)
 
     def one_by_one(self, count: int) -> float:
         """Images a second, of the first `count`."""
@@ -142,15 +149,12 @@ def measure(name: str, batch_size: int, turns: int) -> dict[str, float]:
     preset, bindings, images, single = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         case = Case(preset, bindings, batch_size, images, pathlib.Path(folder))
-        rates = [(case.bare(), case.command(), case.one_by_one(single)) for _ in range(turns)]
-    bare, command, one_by_one = (statistics.median(column) for column in zip(*rates, strict=True))
-    return {
-        "bare": bare,
-        "command": command,
-        "one_by_one": one_by_one,
-        "command_to_bare": statistics.median(c / b for b, c, _ in rates),
-        "command_to_one_by_one": statistics.median(c / o for _, c, o in rates),
-    }
+        rates = [
+            (case.bare(), *map(case.command, HEATMAP_FORMATS), case.batched(), case.one_by_one(single))
+            for _ in range(turns)
+        ]
+    names = ("bare", *HEATMAP_FORMATS, "batched", "one_by_one")
+    return dict(zip(names, map(statistics.median, zip(*rates, strict=True)), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

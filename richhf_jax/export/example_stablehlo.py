@@ -1,6 +1,6 @@
 """Scores an image by the exported program, without richhf_jax: python example.py IMAGE PROMPT.
 
-pip install jax pillow safetensors sentencepiece
+pip install flatbuffers jax pillow safetensors sentencepiece
 """
 
 import json
