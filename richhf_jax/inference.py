@@ -112,11 +112,12 @@ def own_part(
     # The jobs' batches, one behind the other, are one batch that the processes of all of them share.
     joined = dataclasses.replace(cfg, batch_size=cfg.batch_size * num_shards)
     index, count = shard_id * layout.num_shards + layout.shard_id, num_shards * layout.num_shards
-    batches = input_pipeline.evaluation_batches(joined, seqio.ShardInfo(index, count))
+    shard_info = seqio.ShardInfo(index, count)
+    batches = input_pipeline.evaluation_batches(joined, shard_info, start_step=start_step)
     own = partitioner.own_rows(cfg.batch_size)
 
     def dispatched():
-        for examples, batch in _progress(itertools.islice(batches, start_step, None), start_step):
+        for examples, batch in _progress(batches, start_step):
             pieces, batch = decoder.prepare(examples, batch)
             yield examples, pieces, loop.predict(params, batch)
 

@@ -177,6 +177,7 @@ def evaluation_batches(
     cfg: DatasetConfig,
     shard_info: seqio.ShardInfo,
     feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
+    start_step: int = 0,
 ) -> Iterator[tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]]:
     """Each record of a task's split once, in order.
 
@@ -187,6 +188,7 @@ def evaluation_batches(
       cfg: what to read; its `shuffle` and `seed` play no part where every kind has its slot.
       shard_info: as for `get_dataset`.
       feature_converter_cls: makes the model features.
+      start_step: batches to leave out; they are not read.
 
     Yields:
       Task examples (with the record's strings; as many as are real, maybe none), and the model features.
@@ -200,7 +202,8 @@ def evaluation_batches(
         raise errors.UserError(f"{task.name} is a mixture: evaluate its tasks one by one")
     size = cfg.batch_size // shard_info.num_shards
     data = _Records(task, cfg.split)
-    positions = _host_positions(cfg.batch_size, shard_info).take_while(lambda position: position < len(data))
+    positions = _host_positions(cfg.batch_size, shard_info, start_step)
+    positions = positions.take_while(lambda position: position < len(data))
     examples = _examples(task, dataclasses.replace(cfg, shuffle=False), data, positions)
     convert = feature_converter_cls().convert_example
     batches = _deterministic(
@@ -211,7 +214,7 @@ def evaluation_batches(
         for specs in batches.element_spec
     )
     iterator = _numpy(cfg, batches)
-    for _ in range(-(-len(data) // cfg.batch_size)):
+    for _ in range(start_step, -(-len(data) // cfg.batch_size)):
         examples, features = next(iterator, nothing)
         real = len(features["image"])
         rows = [{name: value[row] for name, value in examples.items()} for row in range(real)]

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
+import jax
 import tqdm
 from absl import logging
 
@@ -85,7 +86,8 @@ def score(
         progress.update(len(batch))
 
     # One writer keeps the order; the pictures' files are the pool's work.
-    pools = (futures.ThreadPoolExecutor(count, initializer=_step_back) for count in (threads, 1))
+    begin = _step_back if jax.default_backend() == "cpu" else None
+    pools = (futures.ThreadPoolExecutor(count, initializer=begin) for count in (threads, 1))
     with next(pools) as pool, next(pools) as writer:
         try:
             for batch in itertools.chain(batches, [None] * _AHEAD):
@@ -108,7 +110,7 @@ def score(
 
 
 def _step_back() -> None:
-    """Lets the device's threads go first where it is the CPU: each of theirs waits for the slowest."""
+    """Lets the CPU's threads that compute go first: each of them waits for the slowest."""
     if sys.platform == "linux":  # Where a priority is a thread's.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 

@@ -182,6 +182,17 @@ def test_evaluation_on_several_hosts_is_that_of_one():
         np.testing.assert_array_equal(joined, features["image"])
 
 
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_evaluation_from_a_later_batch_on(start):
+    cfg = config(split="test", batch_size=3)
+    expected = list(input_pipeline.evaluation_batches(cfg, ONE_HOST))[start:]
+    found = list(input_pipeline.evaluation_batches(cfg, ONE_HOST, start_step=start))
+    assert len(found) == len(expected) == 3 - start
+    for (examples, features), (expected_examples, expected_features) in zip(found, expected, strict=True):
+        assert len(examples) == len(expected_examples)
+        np.testing.assert_array_equal(features["image"], expected_features["image"])
+
+
 def test_evaluation_of_a_mixture_is_refused():
     with pytest.raises(errors.UserError, match="synthetic_pretrain is a mixture"):
         next(input_pipeline.evaluation_batches(config("synthetic_pretrain"), ONE_HOST))

@@ -74,8 +74,8 @@ def test_quickstart_runs_its_parts_in_order(venv):
         "-m richhf_jax.eval --gin_file=experiments/quickstart.gin"
         f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.INITIAL_CHECKPOINT_PATH="{out}/pretrain"'
         " --gin.BATCH_SIZE=2",
-        f"-m richhf_jax.predict --checkpoint={out}/finetune --out={out}/predictions --overlay docs/example.png"
-        " --prompt=two large blue crosses and a green star",
+        f"-m richhf_jax.predict --checkpoint={out}/finetune --out={out}/predictions --overlay"
+        " docs/example.png --prompt=two large blue crosses and a green star",
         f"-m richhf_jax.export --checkpoint={out}/finetune --to=stablehlo --out={out}/exported",
     ]
     assert output.endswith(f"open {out}/report.html\n")

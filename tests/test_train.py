@@ -26,6 +26,7 @@ from absl import flags, logging
 from absl.testing import flagsaver
 
 from richhf_jax import (
+    RahfPredictor,
     checkpoints,
     errors,
     feedback,
@@ -206,7 +207,8 @@ def test_what_training_leaves_in_its_model_dir(launch, finetuned):
     folder = launch.folder / "parts"
     names = {path.name for path in folder.iterdir() if path.name != "inference_eval"}
     kept = {"checkpoint_30", f"checkpoint_{STEPS}"}  # KEEP_CHECKPOINTS
-    assert names == {"config.gin", "model-info.txt", "train", "training_eval", *kept}
+    described = {"config.gin", "model-info.txt", "model.json", "vocabulary.model"}
+    assert names == {*described, "train", "training_eval", *kept}
     assert f"TRAIN_STEPS = {STEPS}" in (folder / "config.gin").read_text()
     assert re.search(r"total number of parameters: \d+\n$", (folder / "model-info.txt").read_text())
     assert list((folder / "training_eval" / TASK).glob("events.*"))
@@ -242,6 +244,24 @@ def test_predictions_stand_in_the_order_of_the_split(evaluated, synthetic_data_d
         assert record["prompt"] == example[feedback.PROMPT_FIELD].decode()
         assert set(record["scores"]) == set(feedback.SCORES)
         assert [t["text"] for t in record["tokens"]] == feedback.tokenize_prompt(record["prompt"])
+
+
+def test_the_predictor_says_of_the_images_what_evaluation_said(evaluated, launch, synthetic_data_dir):
+    records = [json.loads(line) for line in (evaluated / "predictions.jsonl").read_text().splitlines()]
+    builder = tfds.builder("synthetic_rich_hf", data_dir=synthetic_data_dir)
+    raw = {feedback.IMAGE_FIELD: tfds.decode.SkipDecoding()}
+    data = tfds.as_numpy(builder.as_dataset(split="test", decoders=raw))
+    images, prompts = zip(
+        *((e[feedback.IMAGE_FIELD], e[feedback.PROMPT_FIELD].decode()) for e in data), strict=True
+    )
+    predictor = RahfPredictor.from_checkpoint(launch.folder / "parts")
+    assert predictor.description.training["task"] == TASK
+    for found, expected in zip(predictor(images, prompts), records, strict=True):
+        # The evaluation's program was compiled with fewer optimizations.
+        assert found.scores == pytest.approx(expected["scores"], abs=1e-5)
+        for token, other in zip(found.to_dict()["tokens"], expected["tokens"], strict=True):
+            assert token["text"] == other["text"]
+            assert token["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
 def test_the_report_needs_no_network(evaluated):
