@@ -463,7 +463,10 @@ def _restore_found(path: str, abstract_params: Any) -> tuple[dict[tuple[str, ...
     directory, _ = find_checkpoint(path)
     state_dir = os.path.join(directory, _STATE)
     reader = ocp.PyTreeCheckpointer()
-    saved = traverse_util.flatten_dict(reader.metadata(state_dir).item_metadata.tree["params"])
+    metadata = reader.metadata(state_dir).item_metadata
+    if metadata is None:
+        raise CheckpointError(f"{directory} is damaged: it doesn't say what is in it")
+    saved = traverse_util.flatten_dict(metadata.tree["params"])
     wanted = traverse_util.flatten_dict(abstract_params)
     fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
     absent = [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]

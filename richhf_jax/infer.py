@@ -19,7 +19,6 @@ of which checkpoint, split and batches the results are, so that those of another
 
 import concurrent.futures
 import contextlib
-import io
 import itertools
 import json
 import shutil
@@ -32,9 +31,17 @@ import seqio
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from PIL import Image
 
-from richhf_jax import checkpoints, errors, gin_utils, inference, input_pipeline, models, partitioning
+from richhf_jax import (
+    checkpoints,
+    errors,
+    gin_utils,
+    inference,
+    input_pipeline,
+    models,
+    overlay,
+    partitioning,
+)
 
 
 def infer(
@@ -282,10 +289,7 @@ class _Output:
 
 
 def _write_png(path: epath.Path, heatmap: np.ndarray) -> None:
-    """[height, width] in [0, 1] -> an 8-bit greyscale file."""
-    content = io.BytesIO()
-    Image.fromarray(np.round(255 * np.clip(heatmap, 0, 1)).astype(np.uint8)).save(content, "PNG")
-    path.write_bytes(content.getvalue())
+    path.write_bytes(overlay.grey_png(heatmap))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Needs numpy and Pillow alone.
 """
 
+import io
+
 import numpy as np
 from PIL import Image
 
@@ -50,3 +52,16 @@ def draw(image: np.ndarray, heatmap: np.ndarray, opacity: float = OPACITY) -> Im
     heat = picture(resize(heatmap, drawn.size))
     drawn.paste(heat, mask=heat.getchannel("A").point(lambda alpha: round(alpha * opacity)))
     return drawn
+
+
+def grey_png(heatmap: np.ndarray) -> bytes:
+    """A heatmap [height, width] in [0, 1] -> an 8-bit greyscale PNG, 255 = 1: RichHF-18K's own form."""
+    return png(Image.fromarray(np.round(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)))
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as a PNG file, quickly rather than small."""
+    buffer = io.BytesIO()
+    # Level 1 takes a third of the time of 6, for a few percent of size.
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -11,153 +11,41 @@ others are scored, and the exit code is 3. The same command again continues a ru
 """
 
 import argparse
-import collections
-import dataclasses
-import itertools
 import os
 import pathlib
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent import futures
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import tqdm
 from absl import logging
 
-from richhf_jax import errors, inputs, prediction_files
-from richhf_jax.prediction_files import Failure, PredictionFiles, Scored
-from richhf_jax.predictor import Prediction, PredictionError, Prepared, RahfPredictor, checkpoint_path
+from richhf_jax import errors, inputs, prediction_files, scoring
+from richhf_jax.prediction_files import PredictionFiles
+from richhf_jax.predictor import RahfPredictor, checkpoint_path
 
 SOME_FAILED = 3
 _STOPPED = 130  # As shells say of Ctrl-C.
-# Batches that are read ahead, and those that wait to be written: enough for no stage to stand still.
-_AHEAD = 3
-_NICENESS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbered:
-    """A record and its position among all of the inputs; `again`: its id was there before."""
-
-    position: int
-    record: inputs.Record
-    again: bool
-
-
-def numbered(paths: Sequence[str], prompt: str | None, first: int, last: int) -> Iterator[Numbered]:
-    """The records from position `first` to before `last`; those before are looked at for their ids alone."""
-    ids: set[str] = set()
-    for position, record in enumerate(itertools.islice(inputs.records(paths, prompt), last)):
-        again = record.id in ids
-        ids.add(record.id)
-        if position >= first:
-            yield Numbered(position, record, again)
-
-
-def score(
-    predictor: RahfPredictor, records: Iterator[Numbered], files: PredictionFiles, progress: Any, threads: int
-) -> None:
-    """Scores records, batch by batch: threads read and decode, the device computes, threads write.
-
-    What is in a batch follows from the records' positions alone, so that a run that continues gives the same.
-
-    Args:
-      predictor: the model.
-      records: those to do, from `files.progress.position` on.
-      files: where the results go.
-      progress: has `update(count)`, called with numbers of records done.
-      threads: for reading, decoding and writing.
-    """
-    batches = iter(lambda: list(itertools.islice(records, predictor.batch_size)), [])
-    ready: collections.deque = collections.deque()
-    written: collections.deque = collections.deque()
-    failed = threading.Event()
-
-    def write(batch, results, outputs):
-        if failed.is_set():  # What comes behind a batch that can't be written must not be written either.
-            return
-        try:
-            files.commit(batch[-1].position + 1, _save(predictor, files, pool, batch, results, outputs))
-        except BaseException:
-            failed.set()
-            raise
-        progress.update(len(batch))
-
-    # One writer keeps the order; the pictures' files are the pool's work.
-    begin = _step_back if jax.default_backend() == "cpu" else None
-    pools = (futures.ThreadPoolExecutor(count, initializer=begin) for count in (threads, 1))
-    with next(pools) as pool, next(pools) as writer:
-        try:
-            for batch in itertools.chain(batches, [None] * _AHEAD):
-                if batch:
-                    ready.append((batch, [pool.submit(_prepare, predictor, one) for one in batch]))
-                if ready and (batch is None or len(ready) > _AHEAD):
-                    batch, waiting = ready.popleft()
-                    results = [one.result() for one in waiting]
-                    prepared = [result for result in results if isinstance(result, Prepared)]
-                    outputs = predictor.dispatch(prepared, predictor.batch_size) if prepared else None
-                    written.append(writer.submit(write, batch, results, outputs))
-                while len(written) > _AHEAD:
-                    written.popleft().result()
-            for one in written:
-                one.result()
-        except BaseException:
-            for pending in (pool, writer):
-                pending.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _step_back() -> None:
-    """Lets the CPU's threads that compute go first: each of them waits for the slowest."""
-    if sys.platform == "linux":  # Where a priority is a thread's.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-
-
-def _prepare(predictor: RahfPredictor, one: Numbered) -> Prepared | Failure:
-    name = one.record.id
-    if one.again:
-        return Failure(name, "the id was there before; ids must differ")
-    try:
-        return predictor.prepare(*one.record.load())
-    except (inputs.InputError, PredictionError) as error:
-        return Failure(name, str(error))
-
-
-def _save(
-    predictor: RahfPredictor,
-    files: PredictionFiles,
-    pool: futures.Executor,
-    batch: Sequence[Numbered],
-    results: Sequence[Prepared | Failure],
-    outputs: Any,
-) -> list[Scored | Failure]:
-    """Waits for a batch's predictions and writes their pictures."""
-    good = [(one, result) for one, result in zip(batch, results, strict=True) if isinstance(result, Prepared)]
-    predictions: list[Prediction] = []
-    if good:
-        prepared = [result for _, result in good]
-        predictions = predictor.finish(prepared, outputs, [one.record.id for one, _ in good])
-    positions = [one.position for one, _ in good]
-    places = pool.map(files.save_pictures, positions, predictions)
-    scored = iter([Scored(*item) for item in zip(positions, predictions, places, strict=True)])
-    return [result if isinstance(result, Failure) else next(scored) for result in results]
+_SHOWN_FAILURES = 3
 
 
 def run(options: argparse.Namespace) -> int:
     """The command, its options parsed. Returns the exit code."""
+    _check_out(options.out, options.inputs)
     path = checkpoint_path(options.checkpoint)
-    _check_is_elsewhere(options.out, options.inputs)
     total = inputs.count(options.inputs, options.prompt)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
+    # Before there are files: a model that doesn't load leaves none.
+    predictor = RahfPredictor.from_checkpoint(
+        path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
+    )
     arguments = {
-        "checkpoint": os.path.abspath(path),
+        "checkpoint": path,
         "inputs": [os.path.abspath(place) for place in options.inputs],
-        "prompt": options.prompt,
+        "names_and_files": inputs.fingerprint(options.inputs),
         "records": total,
+        "prompt": options.prompt,
         "shard": f"{options.shard[0]}/{options.shard[1]}",
-        "batch_size": options.batch_size,
+        "batch_size": predictor.batch_size,
         "dtype": options.dtype,
         "convert": options.convert,
     }
@@ -165,26 +53,24 @@ def run(options: argparse.Namespace) -> int:
         options.out, arguments, first, options.heatmaps, options.overlay, options.report
     ) as files:
         if files.progress.position < last:
-            predictor = RahfPredictor.from_checkpoint(
-                path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
-            )
             _score_rest(predictor, options, files, first, last)
         files.finish("Rich feedback")
-        return _summary(options, files.progress)
+        return _summary(options, files)
 
 
 def _score_rest(
     predictor: RahfPredictor, options: argparse.Namespace, files: PredictionFiles, first: int, last: int
 ) -> None:
     begin = files.progress.position
-    records = numbered(options.inputs, options.prompt, begin, last)
+    records = scoring.numbered(options.inputs, options.prompt, begin, last)
     shown = {"desc": "scoring", "unit": " images", "mininterval": 1, "smoothing": 0.05}
     with tqdm.tqdm(total=last - first, initial=begin - first, **shown) as bar:
-        score(predictor, records, files, bar, options.threads)
+        scoring.score(predictor, records, files, bar, options.threads)
 
 
-def _summary(options: argparse.Namespace, done: prediction_files.Progress) -> int:
+def _summary(options: argparse.Namespace, files: PredictionFiles) -> int:
     """Tells what there is. Returns the exit code."""
+    done = files.progress
     print(f"{done.predictions:,} images scored: {os.path.join(options.out, prediction_files.PREDICTIONS)}")
     if options.report:
         print(f"page: {os.path.join(options.out, 'report.html')}")
@@ -192,11 +78,17 @@ def _summary(options: argparse.Namespace, done: prediction_files.Progress) -> in
         return 0
     place = os.path.join(options.out, prediction_files.ERRORS)
     print(f"{done.errors:,} could not be scored, see {place}", file=sys.stderr)
+    for line in files.failures(_SHOWN_FAILURES):
+        print(f"  {line['id']}: {line['reason']}", file=sys.stderr)
     return SOME_FAILED
 
 
-def _check_is_elsewhere(out: str, places: Sequence[str]) -> None:
-    """Raises errors.UserError where the output would be read as input."""
+def _check_out(out: str, places: Sequence[str]) -> None:
+    """Raises errors.UserError where nothing can be written, or the output would be read as input."""
+    if "://" in out:
+        raise errors.UserError(
+            f"--out={out}: a local directory is needed; copy the files when they are there"
+        )
     for place in places:
         if os.path.isdir(place) and pathlib.Path(out).resolve().is_relative_to(pathlib.Path(place).resolve()):
             raise errors.UserError(f"--out={out} lies in {place}, which is an input: name another place")
@@ -214,11 +106,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
-
-
-def default_threads() -> int:
-    """As many as there are processors."""
-    return os.cpu_count() or 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -254,7 +141,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--threads",
         type=_positive,
-        default=default_threads(),
+        default=scoring.default_threads(),
         metavar="N",
         help="that read, decode and write; default %(default)s",
     )

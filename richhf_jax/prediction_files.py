@@ -9,7 +9,9 @@ What a batch of records gave is written first, then run.json is replaced, in one
 cuts the two .jsonl files to the sizes in run.json; other files it writes again, with the same bytes.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import itertools
@@ -23,9 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
-from richhf_jax import errors, gallery
+from richhf_jax import errors, gallery, overlay
 from richhf_jax.predictor import Prediction
 
 PREDICTIONS, ERRORS, STATE = "predictions.jsonl", "errors.jsonl", "run.json"
@@ -36,6 +37,8 @@ MAX_CARDS = 5000
 
 # Of a file name; most file systems take 255 bytes.
 _MAX_NAME = 200
+_MAX_PATH = 1000
+_NEW_STATE = f"{STATE}.new"
 _PARTS, _PICTURES = "heatmaps.parts", "report"
 _PNG = b"\x89PNG"
 
@@ -109,51 +112,58 @@ class PredictionFiles:
             "report": with_report,
         }
         self._heatmaps, self._overlays, self._with_report = heatmaps, overlays, with_report
-        try:
+        with contextlib.ExitStack() as stack, _explained(out):
             self._out.mkdir(parents=True, exist_ok=True)
+            stack.callback(os.close, _locked(self._out))
             self.progress = self._read_state() or Progress(first)
-            self._files = {
-                PREDICTIONS: self._open(PREDICTIONS, self.progress.predictions_bytes),
-                ERRORS: self._open(ERRORS, self.progress.errors_bytes),
-            }
             self._write_state()
-        except OSError as error:
-            raise errors.UserError(f"{error.filename or out} can't be written: {error.strerror}") from error
+            self._files = {
+                PREDICTIONS: stack.enter_context(self._open(PREDICTIONS, self.progress.predictions_bytes)),
+                ERRORS: stack.enter_context(self._open(ERRORS, self.progress.errors_bytes)),
+            }
+            self._opened = stack.pop_all()
 
     def __enter__(self) -> "PredictionFiles":
         return self
 
     def __exit__(self, *args) -> None:
-        for file in self._files.values():
-            file.close()
+        self._opened.close()
 
     def _read_state(self) -> Progress | None:
         path = self._out / STATE
         if not path.exists():
-            if entries := sorted(entry.name for entry in self._out.iterdir()):
+            if entries := sorted({entry.name for entry in self._out.iterdir()} - {_NEW_STATE}):
                 raise errors.UserError(
                     f"{self._out} holds {entries[0]!r}, but no run to continue: name a new --out"
                 )
             return None
-        state = json.loads(path.read_text())
+        try:
+            state = json.loads(path.read_text())
+            arguments, progress = state["arguments"], Progress(**state["progress"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise errors.UserError(f"{path} is damaged ({error}): name a new --out") from error
+        if not progress.predictions:  # Nothing to lose: it begins anew, maybe with other arguments.
+            return None
         for name, value in self._arguments.items():
-            if state["arguments"].get(name) != value:
+            if (was := arguments.get(name)) != value:
+                fix = f"--checkpoint={was}" if name == "checkpoint" else "the same command"
                 raise errors.UserError(
-                    f"{self._out} holds a run with other arguments: {name} was"
-                    f" {state['arguments'].get(name)!r}, now it is {value!r}. Give the same command to"
-                    " continue, or another --out"
+                    f"{self._out} holds a run with other arguments: {name} was {was!r}, now it is {value!r}."
+                    f" Give {fix} to continue, or another --out"
                 )
-        return Progress(**state["progress"])
+        return progress
 
     def _write_state(self) -> None:
         state = {"arguments": self._arguments, "progress": dataclasses.asdict(self.progress)}
-        temporary = self._out / f"{STATE}.new"
+        temporary = self._out / _NEW_STATE
         temporary.write_text(json.dumps(state, indent=2) + "\n")
         temporary.replace(self._out / STATE)
 
     def _open(self, name: str, size: int) -> BinaryIO:
         path = self._out / name
         path.touch()
+        if path.stat().st_size < size:
+            raise errors.UserError(f"{path} has lost lines that {STATE} knows of: name a new --out")
         os.truncate(path, size)
         return path.open("ab")
 
@@ -163,13 +173,13 @@ class PredictionFiles:
         for kind, heatmap in prediction.heatmaps.items():
             if self._heatmaps == "png":
                 places[kind] = f"heatmaps/{name}.{kind}.png"
-                levels = np.round(heatmap * 255).astype(np.uint8)
-                self._save(places[kind], _encode(Image.fromarray(levels)))
+                self._save(places[kind], overlay.grey_png(heatmap))
             elif self._heatmaps == "npz":
                 places[kind] = f"{HEATMAPS_FILE}#{name}/{kind}"
             if self._overlays:
-                self._save(f"overlays/{name}.{kind}.png", _encode(prediction.overlay(kind)))
-        if self._with_report:
+                self._save(f"overlays/{name}.{kind}.png", overlay.png(prediction.overlay(kind)))
+        # A page shows no more; the number is the same whenever a batch is written.
+        if self._with_report and self.progress.predictions < MAX_CARDS:
             image, maps = gallery.card_pictures(prediction.image, prediction.heatmaps)
             self._save(f"{_PICTURES}/{position}.{'png' if image.startswith(_PNG) else 'jpg'}", image)
             for kind, picture in maps.items():
@@ -251,6 +261,11 @@ class PredictionFiles:
         with (self._out / PREDICTIONS).open("rb") as file:
             yield from map(json.loads, itertools.islice(file, count))
 
+    def failures(self, count: int) -> list[dict[str, str]]:
+        """The first lines of errors.jsonl."""
+        with (self._out / ERRORS).open("rb") as file:
+            return [json.loads(line) for line in itertools.islice(file, count)]
+
     def _card(self, line: Mapping[str, Any], embed: bool) -> gallery.Card:
         def uri(*names: str) -> str | None:
             """Of the one that is there, if any is."""
@@ -265,14 +280,38 @@ class PredictionFiles:
         return gallery.Card(line, tuple(line["image_size"]), image, heatmaps)
 
 
-def file_name(name: str) -> str:
-    """An id -> a relative path of its own, on any file system: what isn't plain is percent-encoded.
+@contextlib.contextmanager
+def _explained(out: str) -> Iterator[None]:
+    """Turns what Python raises when it can't write into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.UserError(f"{error.filename or out} can't be written: {error.strerror}") from error
 
-    >>> file_name("cats/1.png"), file_name("../a b?.png")
-    ('cats/1.png', '%2E%2E/a b%3F.png')
+
+def _locked(directory: pathlib.Path) -> int:
+    """Takes the directory for this process: as long as the descriptor is open, or the process lives."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise errors.UserError(f"another process writes to {directory}") from error
+    return descriptor
+
+
+def file_name(name: str) -> str:
+    """An id -> a relative path of its own: what isn't plain is percent-encoded, and "%" ends a folder's name
+    that could be a picture's.
+
+    >>> file_name("cats/1.png"), file_name("../a b?.png"), file_name("a.png/b")
+    ('cats/1.png', '%2E%2E/a b%3F.png', 'a.png%/b')
     """
-    parts = [urllib.parse.quote(part, safe=" ,()[]+=@~") for part in name.split("/")]
-    return "/".join(_short(part.replace(".", "%2E") if set(part) <= {"."} else part) or "%" for part in parts)
+    quoted = [urllib.parse.quote(part, safe=" ,()[]+=@~") for part in name.split("/")]
+    *folders, last = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in quoted]
+    folders = [f"{part}%" if not part or part.endswith(".png") else part for part in folders]
+    path = "/".join(map(_short, [*folders, last or "%"]))
+    return path if len(path) <= _MAX_PATH else _short(path.replace("/", "%2F"))
 
 
 def _short(part: str) -> str:
@@ -292,10 +331,3 @@ def _line(result: Scored) -> dict[str, Any]:
         "image_size": [width, height],
         "position": result.position,
     }
-
-
-def _encode(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    # Level 1 takes a third of the time of 6, for a few percent of size.
-    picture.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

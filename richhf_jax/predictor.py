@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 import sentencepiece
 from etils import epath
@@ -178,11 +179,10 @@ class RahfPredictor:
         params: Any,
         batch_size: int = 16,
         convert: bool = False,
-        partitioner: partitioning.PjitPartitioner | None = None,
     ):
         """Args: as `from_checkpoint`, which is the way to make one."""
         self.description = description
-        self._partitioner = partitioner or partitioning.PjitPartitioner(devices=jax.local_devices())
+        self._partitioner = partitioning.PjitPartitioner(devices=jax.local_devices())
         self.params = jax.device_put(params, self._partitioner.replicated)
         self._convert = convert
         self._sizes = _batch_sizes(batch_size, self._partitioner.num_data_shards)
@@ -241,7 +241,8 @@ class RahfPredictor:
         """Scores one image, or many.
 
         Args:
-          images: PIL images; uint8 [height, width, 3] or [height, width]; paths; or files' bytes.
+          images: PIL images; uint8 [height, width, 3] or [height, width]; paths; or files' bytes. Many may be
+            one array, [images, height, width, 3].
           prompts: as many.
           ids: their names in the records; by default the paths, or numbers from 0.
 
@@ -251,14 +252,14 @@ class RahfPredictor:
         Raises:
           PredictionError: an image or a prompt can't be scored; the message says which one.
         """
-        one = isinstance(images, Picture)
+        one = isinstance(images, Picture) and not (isinstance(images, np.ndarray) and images.ndim == 4)
         if one != isinstance(prompts, str):
             raise PredictionError("give one image and one prompt, or as many prompts as images")
-        pictures = [images] if one else list(images)
-        texts = [prompts] if one else list(prompts)
-        names = [ids] if isinstance(ids, str) else ids and list(ids)
-        if not names:
+        pictures, texts = ([images], [prompts]) if one else (list(images), list(prompts))
+        if ids is None:
             names = [str(p if isinstance(p, str | os.PathLike) else i) for i, p in enumerate(pictures)]
+        else:
+            names = [ids] if isinstance(ids, str) else list(ids)
         if not len(pictures) == len(texts) == len(names):
             raise PredictionError(f"{len(pictures)} images, {len(texts)} prompts and {len(names)} ids")
         records: list[Prediction] = []
@@ -294,6 +295,8 @@ class RahfPredictor:
         Raises:
           PredictionError: one of them can't be scored.
         """
+        if not isinstance(prompt, str):
+            raise PredictionError(f"a prompt must be a str, got {type(prompt).__name__}")
         image = self._read(picture)
         if min(image.shape[:2]) < MIN_SIDE:
             height, width = image.shape[:2]
@@ -396,6 +399,17 @@ class RahfPredictor:
 
         def score(params, images, prompts):
             tokens = self.encode_for(kind, prompts) if isinstance(prompts, str | Sequence) else prompts
+            if not jnp.issubdtype(images.dtype, jnp.floating) or images.shape[-1] != 3:
+                raise PredictionError(
+                    "images must be float [..., height, width, 3] in [0, 1], got"
+                    f" {images.dtype} {images.shape}"
+                )
+            # [height, width, 3] and [length], or a batch of both
+            if images.shape[:-3] != tokens.shape[:-1] or images.ndim not in (3, 4):
+                raise PredictionError(
+                    f"images of shape {images.shape} and prompts of shape {tokens.shape[:-1]}: give one image"
+                    " and one prompt, or as many prompts as images"
+                )
             if images.ndim == 3:
                 return of_batch(params, images[None], tokens[None])[0]
             return of_batch(params, images, tokens)
@@ -446,7 +460,7 @@ class RahfPredictor:
             data = picture if isinstance(picture, bytes) else pathlib.Path(picture).read_bytes()
             return image_files.decode(data, self._convert)
         except OSError as error:
-            raise PredictionError(f"{error.filename}: {error.strerror}") from error
+            raise PredictionError(f"{picture}: {error.strerror}") from error
         except image_files.ImageError as error:
             raise PredictionError(str(error)) from error
 
@@ -455,11 +469,15 @@ def checkpoint_path(path: str) -> str:
     """Where the parameters are: a `checkpoint_<step>`, or an export's model.safetensors.
 
     Args:
-      path: a MODEL_DIR, whose newest checkpoint is meant; a `checkpoint_<step>` in it; or an export.
+      path: a MODEL_DIR, whose newest checkpoint is meant; a `checkpoint_<step>` in it; an export; or what
+        this function returned.
 
     Raises:
       errors.UserError: there is none.
     """
+    if os.path.basename(path) == WEIGHTS_FILE and epath.Path(path).exists():
+        return path
+    path = path if "://" in path else os.path.abspath(path)
     weights = epath.Path(path) / WEIGHTS_FILE
     if weights.exists() and checkpoints.newest_checkpoint(path) is None:
         return os.fspath(weights)
@@ -484,12 +502,18 @@ def abstract_params(description: model_description.ModelDescription) -> Any:
 
 
 def _read_safetensors(path: epath.Path, wanted: Any) -> Any:
-    found = safetensors.numpy.load(path.read_bytes())
-    for name, leaf in traverse_util.flatten_dict(wanted, sep="/").items():
+    """The wanted parameters, in their types."""
+    try:
+        found = safetensors.numpy.load(path.read_bytes())
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that numpy lacks.
+        raise errors.UserError(f"{path} can't be read as float32 parameters: {error}") from error
+    flat = traverse_util.flatten_dict(wanted, sep="/")
+    for name, leaf in flat.items():
         if name not in found or found[name].shape != leaf.shape:
             there = found[name].shape if name in found else "nothing"
             raise errors.UserError(f"{path}: {name} must be of shape {leaf.shape}, there is {there}")
-    return traverse_util.unflatten_dict(found, sep="/")
+    params = {name: found[name].astype(leaf.dtype, copy=False) for name, leaf in flat.items()}
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def _batch_sizes(largest: int, multiple: int) -> list[int]:

@@ -53,11 +53,12 @@ PROJECT_IMPORTS = {
         *("checkpoints", "datasets", "keywords", "model_description", "models"),
         *("overlay", "partitioning", "pixels"),
     },
-    "prediction_files": {"gallery", "predictor"},
+    "prediction_files": {"gallery", "overlay", "predictor"},
     "inference": {
         *("checkpoints", "input_pipeline", "keywords", "models"),
         *("partitioning", "postprocessors", "trainer"),
     },
+    "scoring": {"inputs", "prediction_files", "predictor"},
     "convert": {"checkpoints", "model_description"},
     "export": {
         *("augmentation", "checkpoints", "convert", "keywords", "model_description", "predictor"),
@@ -68,7 +69,7 @@ PROJECT_IMPORTS = {
 }
 ENTRY_POINTS = {
     *("train", "eval", "infer", "predict", "precompile", "export.__main__", "convert.__main__"),
-    *("benchmarks.input", "benchmarks.steps"),
+    *("benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
 }
 
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import RahfPredictor, feedback, predict, prediction_files
+from richhf_jax import RahfPredictor, feedback, predict, prediction_files, predictor, scoring
+from richhf_jax.export import __main__ as export
 
 ROOT = pathlib.Path(predict.__file__).resolve().parents[1]
 COUNT, EACH = 1000, 3
@@ -148,10 +149,10 @@ def test_a_thousand_images_of_which_thirty_are_broken(in_one_go, thousand, model
         assert reasons[line["id"]] in line["reason"]
         assert len(line["reason"]) < 300
     # They are what the predictor says of the images one by one.
-    predictor = RahfPredictor.from_checkpoint(model_dir, batch_size=2)
+    loaded = RahfPredictor.from_checkpoint(model_dir, batch_size=2)
     for line in random.Random(0).sample(predictions, 20):
         path = folder / line["id"]
-        expected = predictor(path, path.with_suffix(".txt").read_text(), line["id"])
+        expected = loaded(path, path.with_suffix(".txt").read_text(), line["id"])
         assert line["scores"] == pytest.approx(expected.scores, abs=1e-5)
         assert [token["misaligned"] for token in line["tokens"]] == [t.misaligned for t in expected.tokens]
         for kind, heatmap in expected.heatmaps.items():
@@ -304,15 +305,91 @@ def test_report_of_many_links_its_pictures(score, table, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt=x"], "a table has its own|prompt"),
         (["--batch-size=2"], "batch_size was 16, now it is 2. Give the same command to continue"),
         (["--overlay"], "overlay was False, now it is True"),
+        (["--shard=0/2"], "shard was '0/1', now it is '0/2'"),
     ],
 )
 def test_a_run_continues_with_the_same_arguments_only(score, table, arguments, message):
     score(table)
     code, _ = score(table, *arguments)
-    assert message.split("|")[-1] in code
+    assert message in code
+
+
+def test_a_run_continues_with_the_same_checkpoint_and_inputs_only(score, table, model_dir, tmp_path):
+    score(table.parent, "--prompt=a")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model_dir.iterdir():
+        (copy / path.name).symlink_to(path)
+    code, _ = score(table.parent, "--prompt=a", f"--checkpoint={copy}")
+    assert f"Give --checkpoint={model_dir}/checkpoint_0 to continue" in code
+    (table.parent / "2.png").rename(table.parent / "3.png")
+    assert "names_and_files was" in score(table.parent, "--prompt=a")[0]
+
+
+def test_a_run_that_scored_nothing_begins_anew(score, table, tmp_path):
+    code, printed = score(table.parent / "1.png")
+    assert code == predict.SOME_FAILED
+    assert "  1.png: " in printed.err  # The reason.
+    assert score(table.parent / "1.png", "--prompt=a red cat", "--batch-size=2")[0] == 0
+    assert len(lines(tmp_path / "out/predictions.jsonl")) == 1
+    assert lines(tmp_path / "out/errors.jsonl") == []
+
+
+def test_lost_lines_are_told(score, table, tmp_path):
+    score(table)
+    (tmp_path / "out/predictions.jsonl").unlink()
+    assert "predictions.jsonl has lost lines that run.json knows of" in score(table)[0]
+    (tmp_path / "out/run.json").write_text("{")
+    assert "run.json is damaged" in score(table)[0]
+
+
+def test_a_run_that_was_killed_at_its_very_start(score, table, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json.new").write_text("{")
+    assert score(table)[0] == predict.SOME_FAILED
+
+
+def test_one_process_a_directory(score, table, tmp_path):
+    (tmp_path / "out").mkdir()
+    lock = prediction_files._locked(tmp_path / "out")
+    assert "another process writes to" in score(table)[0]
+    os.close(lock)
+    assert score(table)[0] == predict.SOME_FAILED
+
+
+def test_a_library_that_fails_at_one_record(score, table, tmp_path, monkeypatch):
+    prepare = RahfPredictor.prepare
+
+    def fail(self, picture, prompt):
+        prepared = prepare(self, picture, prompt)
+        if prepared.image[0, 0, 0] == 90:
+            raise RuntimeError("a bug")
+        return prepared
+
+    monkeypatch.setattr(RahfPredictor, "prepare", fail)
+    assert score(table)[0] == predict.SOME_FAILED
+    assert {"id": "../1", "reason": "RuntimeError: a bug"} in lines(tmp_path / "out/errors.jsonl")
+    assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["../0"]
+
+
+@pytest.mark.parametrize(("side", "ahead"), [(512, 3), (2048, 1), (8192, 0)])
+def test_large_images_wait_in_few_batches(side, ahead):
+    image = np.broadcast_to(np.uint8(0), (side, side, 3))
+    prepared = [predictor.Prepared(image, "", None, None, None, None, 0)] * 16
+    assert scoring._batches_ahead(prepared) == ahead
+
+
+@pytest.mark.parametrize("name", ["safetensors", "stablehlo", "orbax"])
+def test_exports_are_checkpoints(score, table, model_dir, tmp_path, name):
+    export.main([f"--checkpoint={model_dir}", f"--to={name}", f"--out={tmp_path / name}"])
+    score(table)
+    assert score(table, f"--checkpoint={tmp_path / name}", out=tmp_path / "again")[0] == predict.SOME_FAILED
+    first, again = (lines(tmp_path / out / "predictions.jsonl") for out in ("out", "again"))
+    assert first == again
+    # And an export can be exported.
+    export.main([f"--checkpoint={tmp_path / name}", "--to=orbax", f"--out={tmp_path / 'third'}"])
 
 
 def test_mistakes_are_one_message(score, table, tmp_path, model_dir):
@@ -322,6 +399,7 @@ def test_mistakes_are_one_message(score, table, tmp_path, model_dir):
     assert "holds 'mine.txt', but no run to continue" in score(table, out=tmp_path / "full")[0]
     assert "lies in" in score(table.parent, out=table.parent / "out")[0]
     assert "no checkpoint_<step>" in score(f"--checkpoint={tmp_path}", table)[0]
+    assert "a local directory is needed" in score(table, out="gs://bucket/out")[0]
     for wrong in ("--shard=3/3", "--shard=1", "--batch-size=0", "--dtype=int8"):
         assert score(table, wrong)[0] == 2
     assert not (tmp_path / "out").exists()
@@ -348,6 +426,8 @@ def test_a_full_disk_loses_nothing(score, table, tmp_path, monkeypatch):
     [
         ("cats/1.png", "cats/1.png"),
         ("/etc/passwd", "%/etc/passwd"),
+        ("x.png", "x.png"),
+        ("x.png/b", "x.png%/b"),
         ("a//b", "a/%/b"),
         ("../../x", "%2E%2E/%2E%2E/x"),
         ("a?b*:c\\d\n.png", "a%3Fb%2A%3Ac%5Cd%0A.png"),
@@ -363,3 +443,6 @@ def test_long_file_names_differ():
     first, second = (prediction_files.file_name("x" * 300 + end) for end in "ab")
     assert first != second
     assert len(first) < 200
+    deep = prediction_files.file_name("/".join(["x" * 150] * 40))
+    assert len(deep) < 200
+    assert "/" not in deep

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import traverse_util
 from PIL import Image
 
 from richhf_jax import (
@@ -133,8 +135,27 @@ def test_every_form_of_an_image_is_the_same(loaded, rng, tmp_path):
 def test_what_cannot_be_scored_is_told(loaded, picture, prompt, message):
     with pytest.raises(predictor.PredictionError, match=message):
         loaded(picture, prompt)
-    with pytest.raises(predictor.PredictionError, match=f"^1: .*{message}|{message}"):
+    name = picture if isinstance(picture, str) else "1"
+    with pytest.raises(predictor.PredictionError, match=f"^{name}: .*{message}"):
         loaded([np.zeros((9, 9, 3), np.uint8), picture], ["a", prompt])
+
+
+def test_a_prompt_that_is_none(loaded, rng):
+    with pytest.raises(predictor.PredictionError, match="1: a prompt must be a str, got NoneType"):
+        loaded(pictures(rng, 2), ["a", None])
+
+
+def test_a_picture_in_memory_whose_file_is_cut_off(loaded, rng):
+    data = png(pictures(rng, 1)[0])
+    with pytest.raises(predictor.PredictionError, match="0: broken PNG"):
+        loaded([Image.open(io.BytesIO(data[: len(data) // 2]))], ["a"])
+
+
+def test_one_array_of_many_images_and_ids_of_any_kind(loaded, rng):
+    given = np.stack(pictures(rng, 2))
+    records = loaded(given, ["a", "b"], np.array(["x", "y"]))
+    assert [record.id for record in records] == ["x", "y"]
+    assert records[1].scores == loaded(list(given), ["a", "b"])[1].scores
 
 
 def test_images_of_other_kinds_where_they_may_be_converted(model_dir):
@@ -185,7 +206,7 @@ def test_records(loaded, rng):
 
 
 def test_outputs_are_the_models_own(loaded, model_dir, rng):
-    """By another way: the network's own call, and teacher-forced words."""
+    """By another way: the network's own call."""
     description = model_description.read(model_dir)
     image = pictures(rng, 1, (32, 32))[0]
     found = loaded(image, PROMPT)
@@ -332,6 +353,21 @@ def test_score_fn_computes_the_one_head_alone(loaded):
     assert heads == [feedback.ALIGNMENT]
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "prompts", "message"),
+    [
+        ((32, 32, 3), np.uint8, "a", r"must be float .* got uint8 \(32, 32, 3\)"),
+        ((3, 32, 32), np.float32, "a", r"must be float .* got float32 \(3, 32, 32\)"),
+        ((2, 32, 32, 3), np.float32, "a", "one image and one prompt, or as many"),
+        ((2, 32, 32, 3), np.float32, ["a"], "one image and one prompt, or as many"),
+        ((32, 32, 3), np.float32, ["a"], "one image and one prompt, or as many"),
+    ],
+)
+def test_score_fn_of_what_makes_no_sense(loaded, shape, dtype, prompts, message):
+    with pytest.raises(predictor.PredictionError, match=message):
+        loaded.score_fn(feedback.OVERALL)(np.zeros(shape, dtype), prompts)
+
+
 def test_unknown_kinds_and_types(loaded, model_dir):
     with pytest.raises(errors.UserError, match="no score 'beauty', only plausibility"):
         loaded.score_fn("beauty")
@@ -347,6 +383,30 @@ def test_unknown_kinds_and_types(loaded, model_dir):
 def test_a_checkpoint_in_the_directory(loaded, model_dir):
     named = RahfPredictor.from_checkpoint(model_dir / "checkpoint_0")
     jax.tree.map(np.testing.assert_array_equal, named.params, loaded.params)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\x10\0\0\0\0\0\0\0{", "can't be read as float32"), ({}, "must be of shape .*, there is nothing")],
+)
+def test_a_damaged_safetensors_file(model_dir, tmp_path, content, message):
+    model_description.read(model_dir).write(tmp_path)
+    content = content or safetensors.numpy.save({"a": np.zeros(3, np.float32)})
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(errors.UserError, match=message):
+        RahfPredictor.from_checkpoint(tmp_path)
+
+
+def test_parameters_of_half_precision_become_float32(loaded, model_dir, tmp_path):
+    model_description.read(model_dir).write(tmp_path)
+    flat = traverse_util.flatten_dict(jax.device_get(loaded.params), sep="/")
+    halves = {name: array.astype(np.float16) for name, array in flat.items()}
+    safetensors.numpy.save_file(halves | {"more": np.zeros(1, np.int8)}, tmp_path / "model.safetensors")
+    found = traverse_util.flatten_dict(RahfPredictor.from_checkpoint(tmp_path).params, sep="/")
+    assert found.keys() == flat.keys()
+    for name, array in flat.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], array.astype(np.float16))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Only sizes and steps are smaller (see SMALL). The fixtures tell one story, which
 
 import dataclasses
 import errno
+import html
 import itertools
 import json
 import os
@@ -265,7 +266,7 @@ def test_the_predictor_says_of_the_images_what_evaluation_said(evaluated, launch
 
 
 def test_the_report_needs_no_network(evaluated):
-    page = (evaluated / "report.html").read_text()
+    page = html.unescape((evaluated / "report.html").read_text())
     assert page.count("<img") >= 8
     assert "pretraining" in page
     assert re.findall(r"""(?:src|href)=["']?(?!data:|#)[^"' >]+|url\((?!['"]?data:)|@import""", page) == []

@@ -29,7 +29,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors, gin_utils, model_description, predict, predictor
+from richhf_jax import errors, gin_utils, model_description, predictor, scoring
 from richhf_jax.prediction_files import HEATMAP_FORMATS, PredictionFiles
 from tasks import vocabulary
 
@@ -64,7 +64,7 @@ class Case:
         self._folder = folder
         self._inputs = folder / "images"
         _write_images(self._inputs, images, side)
-        records = list(predict.numbered([str(self._inputs)], None, 0, images))
+        records = list(scoring.numbered([str(self._inputs)], None, 0, images))
         self.pairs = [one.record.load() for one in records]
         size = self.predictor.batch_size
         prepared = [self.predictor.prepare(*pair) for pair in self.pairs]
@@ -86,8 +86,8 @@ class Case:
         out = self._folder / f"out{next(self._numbers)}"
         with PredictionFiles(str(out), {"checkpoint": "random"}, 0, heatmaps) as files:
             begin = time.perf_counter()
-            records = predict.numbered([str(self._inputs)], None, 0, len(self.pairs))
-            predict.score(self.predictor, records, files, tqdm.tqdm(disable=True), predict.default_threads())
+            records = scoring.numbered([str(self._inputs)], None, 0, len(self.pairs))
+            scoring.score(self.predictor, records, files, tqdm.tqdm(disable=True), scoring.default_threads())
             files.finish("benchmark")
             return len(self.pairs) / (time.perf_counter() - begin)
 

@@ -63,24 +63,23 @@ def decode(data: bytes, convert: bool = True) -> np.ndarray:
     image = _open(data)
     if not convert and image.format == "PNG" and data[_PNG_DEPTH_AND_TYPE][0] == 16:
         raise ImageError(_REFUSED.format("an image of 16 bits a colour"))
-    try:
-        return np.asarray(image.convert("RGB")) if _is_plain(image, data) else of_pillow(image, convert)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(f"broken {image.format}: {error}") from None
+    return np.asarray(image.convert("RGB")) if _is_plain(image, data) else of_pillow(image, convert)
 
 
 def of_pillow(image: Image.Image, convert: bool = True) -> np.ndarray:
     """A picture in memory -> uint8 [height, width, 3], as `decode` gives its file's."""
     if not convert and (what := _more_than_rgb(image)):
         raise ImageError(_REFUSED.format(what))
-    return np.asarray(_upright(image).convert("RGB"))
+    try:
+        return np.asarray(_upright(image).convert("RGB"))
+    except Exception as error:  # As in `_open`: a picture in memory may be a file that isn't read yet.
+        raise ImageError(f"broken {image.format or image.mode}: {error}") from None
 
 
 def _more_than_rgb(image: Image.Image) -> str:
     """What a picture has that is lost as 8 bits of red, green and blue; '' where nothing is."""
-    if (frames := getattr(image, "n_frames", 1)) > 1:
+    # MPO: a camera's JPEG with another view behind the picture.
+    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
         return f"an animation of {frames} frames"
     if image.mode.startswith(("I", "F")):
         return "an image of 16 bits or more a colour"

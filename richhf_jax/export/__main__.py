@@ -79,6 +79,10 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     Raises:
       errors.UserError: as `RahfPredictor.from_checkpoint`; the directory isn't new; TensorFlow is missing.
     """
+    if "://" in out:
+        raise errors.UserError(
+            f"--out={out}: a local directory is needed; copy the files when they are there"
+        )
     new_directories.check_is_new(out, "--out")
     path = predictor.checkpoint_path(checkpoint)
     loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
@@ -115,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         export(options.checkpoint, options.to, options.out, options.dtype)
     except errors.UserError as error:
         sys.exit(f"export: {error}")
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        sys.exit(f"export: {error.filename or options.out}: {error.strerror}")
 
 
 if __name__ == "__main__":

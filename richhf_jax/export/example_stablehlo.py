@@ -13,7 +13,7 @@ import jax.export
 import numpy as np
 import safetensors.numpy
 import sentencepiece
-from PIL import Image
+from PIL import Image, ImageOps
 
 here = pathlib.Path(__file__).parent
 interface = json.loads((here / "interface.json").read_text())
@@ -36,28 +36,42 @@ def words_of(prompt):
     return words, *np.array(pairs, np.int32).T
 
 
+def square_of(path):
+    """An image as the model sees it, uint8 [side, side, 3]; and where in the square it lies."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    width = height = side
+    if interface["fit"] == "letterbox":
+        width, height = (max(round(pixels * side / max(image.size)), 1) for pixels in image.size)
+    left, top = (side - width) // 2, (side - height) // 2
+    square = Image.new("RGB", (side, side))
+    square.paste(image.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+    return np.asarray(square), np.array([top, left, top + height, left + width], np.int32)
+
+
 def main(path, prompt):
     """Prints scores and words; writes the heatmaps to heatmaps.npy."""
-    image = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    image, box = square_of(path)
     words, pieces, numbers = words_of(prompt)
     prompts = [tokens(form.replace("{prompt}", prompt)) for form in interface["prompts"]]
     inputs = {
-        "image": np.asarray(image)[None],
+        "image": image[None],
         "encoder_input_tokens": np.array([prompts], np.int32),
         "word_pieces": pieces[None],
         "word_numbers": numbers[None],
     }
-    if interface["fit"] == "letterbox":  # Where in the square the image lies: here everywhere.
-        inputs["image_box"] = np.array([[0, 0, side, side]], np.int32)
+    if interface["fit"] == "letterbox":
+        inputs["image_box"] = box[None]
     program = jax.export.deserialize((here / "rahf.stablehlo").read_bytes())
     outputs = jax.device_get(program.call(safetensors.numpy.load_file(here / "model.safetensors"), inputs))
+    # The decoder has room for so many words; of the others nothing is known.
+    probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
+    marks = [*outputs["misaligned"][0].tolist(), *[False] * len(words)]
     found = {
         "scores": dict(zip(interface["scores"], outputs["scores"][0].tolist(), strict=True)),
         "words": [
-            {"text": word, "misaligned": bool(marked), "probability": float(probability)}
-            for word, marked, probability in zip(
-                words, outputs["misaligned"][0], outputs["misaligned_probability"][0], strict=False
-            )
+            {"text": text, "misaligned": mark, "probability": None if p != p else p}
+            for text, mark, p in zip(words, marks, probabilities, strict=False)
         ],
     }
     print(json.dumps(found, indent=2))

@@ -9,6 +9,7 @@ Nothing is held but names: of a folder those in it, of a tar those whose other h
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,7 +17,7 @@ from richhf_jax import errors
 from richhf_jax.inputs import archives, files, parquet, tables
 from richhf_jax.inputs.record import IMAGE_EXTENSIONS, InputError, Record, checked_prompt
 
-__all__ = ["IMAGE_EXTENSIONS", "InputError", "Record", "count", "records"]
+__all__ = ["IMAGE_EXTENSIONS", "InputError", "Record", "count", "fingerprint", "records"]
 
 _READERS = {
     ".csv": tables.csv_records,
@@ -59,6 +60,19 @@ def count(inputs: Sequence[str], prompt: str | None = None) -> int:
             raise _empty(path)
         total += found
     return total
+
+
+def fingerprint(inputs: Sequence[str]) -> str:
+    """Changes where records would be other ones: a folder's names, or a file's size or time of change."""
+    digest = hashlib.sha256()
+    for path in inputs:
+        if os.path.isdir(path):
+            for record in _stream(path, _reader(path, None)):
+                digest.update(f"{record.id}\n".encode())
+        else:
+            status = os.stat(path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _reader(path: str, prompt: str | None) -> functools.partial:

@@ -175,7 +175,9 @@ def test_a_saved_model_serves_arrays_and_strings(case):
 
 @pytest.mark.parametrize("name", ["stablehlo", "savedmodel"])
 def test_the_example_scores_an_image(case, name):
-    [image] = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+    # Of the square's height, so that its letterbox needs no resampling, in which Pillow rounds otherwise.
+    width = 12 if case.fit == "letterbox" else 32
+    [image] = np.random.default_rng(1).integers(0, 256, (1, 32, width, 3)).astype(np.uint8)
     (case.folder / "image.png").write_bytes(png(image))
     code = (case.folder / name / "example.py").read_text()
     code = code.replace("__file__", repr(str(case.folder / name / "example.py")))
@@ -188,9 +190,9 @@ def test_the_example_scores_an_image(case, name):
         for word, token in zip(found["words"], expected.tokens, strict=True):
             assert (word["text"], word["misaligned"]) == (token.text, token.misaligned)
             assert word["probability"] == pytest.approx(token.probability, abs=1e-5)
-        np.testing.assert_allclose(
-            np.load(case.folder / "heatmaps.npy"), list(expected.heatmaps.values()), atol=1e-5
-        )
+        left = (32 - width) // 2
+        heatmaps = np.load(case.folder / "heatmaps.npy")[:, :, left : left + width]
+        np.testing.assert_allclose(heatmaps, list(expected.heatmaps.values()), atol=1e-5)
     else:
         scores = json.loads(printed.splitlines()[0].removeprefix("scores "))
         assert scores == pytest.approx(list(expected.scores.values()), abs=1e-5)
