@@ -1,13 +1,12 @@
 """Measures prediction on this machine: the command against the bare call, batches against single images.
 
-Of models with random parameters: the tiny one at 64 px, and one of base's widths at 128 px. In turn, on the
-same images:
+Of models with random parameters at 64 px: the tiny one, and one of base's widths. In turn, on the same images:
 
-    bare        the compiled call on batches that lie ready in the host's memory, until the last is done
-    command     what `richhf_jax.predict` does after compilation: reads PNG files and prompts, computes,
-                and writes predictions.jsonl and a PNG of each heatmap
-    batched     `RahfPredictor` called with all images
-    one by one  `RahfPredictor` called with one image after the other
+    bare            the compiled call on batches that lie ready in the host's memory, until the last is done
+    png, npz, none  what `richhf_jax.predict` does after compilation: reads PNG files and prompts, computes,
+                    and writes predictions.jsonl and heatmaps in this format
+    batched         `RahfPredictor` called with all images
+    one by one      `RahfPredictor` called with one image after the other
 
 Look at the ratios: all ran in the same minutes.
 """
@@ -129,17 +128,17 @@ def _write_images(folder: pathlib.Path, count: int, side: int) -> None:
 
 CASES = {
     "tiny, 64 px": ("models/rahf_tiny.gin", [], 512, 64),
-    "base's widths, 128 px": (
+    "base's widths, 64 px": (
         "models/rahf_base.gin",
         [
-            "ViTConfig.grid = (8, 8)",
+            "ViTConfig.grid = (4, 4)",
             "ViTConfig.dtype = 'float32'",
             "T5Config.dtype = 'float32'",
             "SCAN_LAYERS = True",
             "VOCABULARY = None",
         ],
-        48,
-        8,
+        32,
+        4,
     ),
 }
 
@@ -174,13 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except errors.UserError as error:
         sys.exit(str(error))
     devices = jax.local_devices()
-    print(f"{len(devices)} x {devices[0].device_kind}, batches of {options.batch_size}, images/s")
-    print(f"{'':24}{'bare':>8}{'command':>10}{'one by one':>12}{'command / bare':>16}{'/ one by one':>14}")
-    for name, found in figures.items():
-        print(
-            f"{name:24}{found['bare']:8.1f}{found['command']:10.1f}{found['one_by_one']:12.1f}"
-            f"{found['command_to_bare']:16.2f}{found['command_to_one_by_one']:14.1f}"
-        )
+    print(f"{len(devices)} x {devices[0].device_kind}, batches of {options.batch_size}, images/s (/ bare)")
+    names = list(next(iter(figures.values())))
+    print(f"{'':22}" + "".join(f"{name.replace('_', ' '):>14}" for name in names))
+    for case, found in figures.items():
+        cells = [f"{found[name]:.1f} ({found[name] / found['bare']:.2f})" for name in names]
+        print(f"{case:22}" + "".join(f"{cell:>14}" for cell in cells))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
