@@ -1,6 +1,6 @@
 """Measures prediction on this machine: the command against the bare call, batches against single images.
 
-Of models with random parameters at 64 px: the tiny one, and one of base's widths. In turn, on the same images:
+Of models with random parameters at 64 px, the tiny one and one of base's widths. In turn, on equal images:
 
     bare            the compiled call on batches that lie ready in the host's memory, until the last is done
     png, npz, none  what `richhf_jax.predict` does after compilation: reads PNG files and prompts, computes,
