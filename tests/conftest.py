@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from absl import logging
 
 # Set before anything imports jax or TensorFlow, and inherited by the programs that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,11 +26,21 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(autouse=True)
-def clean_gin():
-    """Gin's configuration is global; no test sees another's."""
+def clean_globals():
+    """Gin's configuration and absl's verbosity are global; no test sees another's."""
+    verbosity = logging.get_verbosity()
     yield
+    logging.set_verbosity(verbosity)
     if "gin" in sys.modules:
         sys.modules["gin"].clear_config()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clean_data_dir():
+    """So is where seqio looks for data; a module's tests may share it."""
+    yield
+    if "seqio" in sys.modules:
+        sys.modules["seqio"].set_tfds_data_dir_override(None)
 
 
 @pytest.fixture(scope="module")

@@ -405,20 +405,43 @@ def test_mistakes_are_one_message(score, table, tmp_path, model_dir):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_loses_nothing(score, table, tmp_path, monkeypatch):
+@pytest.fixture
+def stopped(score, tmp_path, monkeypatch):
+    """The images of a run of six in batches of two, which a full disk stopped in the second batch."""
+    folder = tmp_path / "six"
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (16, 12), (40 * i, 10, 10)).save(folder / f"{i}.png")
     save = prediction_files.PredictionFiles._save
 
     def fail(self, place, content):
-        if "1." in place:
+        if "3." in place:
             raise OSError(28, "No space left on device", place)
         save(self, place, content)
 
     with monkeypatch.context() as patch:
         patch.setattr(prediction_files.PredictionFiles, "_save", fail)
-        code, _ = score(table, "--batch-size=2")
+        code, _ = score(folder, "--prompt=a red cat", "--batch-size=2")
     assert "No space left on device; what is written stays, the same command continues" in code
-    assert score(table, "--batch-size=2")[0] == predict.SOME_FAILED
-    assert len(lines(tmp_path / "out/predictions.jsonl")) == 2
+    return folder
+
+
+def test_a_full_disk_loses_nothing(score, stopped, tmp_path):
+    # Nothing behind the batch that failed was written, though it was computed.
+    assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["0.png", "1.png"]
+    assert score(stopped, "--prompt=a red cat", "--batch-size=2")[0] == 0
+    assert [line["position"] for line in lines(tmp_path / "out/predictions.jsonl")] == list(range(6))
+
+
+def test_lines_that_the_run_does_not_know_of_are_cut_off(score, stopped, tmp_path):
+    """As a kill leaves them between writing lines and run.json."""
+    with (tmp_path / "out/predictions.jsonl").open("a") as file:
+        file.write('{"id": "2.png"}\n{"id": "3.p')
+    with (tmp_path / "out/errors.jsonl").open("a") as file:
+        file.write('{"id": "3.png"}\n')
+    assert score(stopped, "--prompt=a red cat", "--batch-size=2")[0] == 0
+    assert [line["position"] for line in lines(tmp_path / "out/predictions.jsonl")] == list(range(6))
+    assert lines(tmp_path / "out/errors.jsonl") == []
 
 
 @pytest.mark.parametrize(
