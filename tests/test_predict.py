@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -410,17 +411,24 @@ def stopped(score, tmp_path, monkeypatch):
     """The images of a run of six in batches of two, which a full disk stopped in the second batch."""
     folder = tmp_path / "six"
     folder.mkdir()
-    for i in range(6):
+    for i in range(4):
         Image.new("RGB", (16, 12), (40 * i, 10, 10)).save(folder / f"{i}.png")
-    save = prediction_files.PredictionFiles._save
+    for i in (4, 5):  # Nothing to be done by the threads, which are told to stop.
+        (folder / f"{i}.png").touch()
+    save, shutdown = prediction_files.PredictionFiles._save, futures.ThreadPoolExecutor.shutdown
 
     def fail(self, place, content):
         if "3." in place:
             raise OSError(28, "No space left on device", place)
         save(self, place, content)
 
+    def shutdown_late(self, **options):  # So that the writer would have the time for the third batch.
+        time.sleep(0.3)
+        shutdown(self, **options)
+
     with monkeypatch.context() as patch:
         patch.setattr(prediction_files.PredictionFiles, "_save", fail)
+        patch.setattr(futures.ThreadPoolExecutor, "shutdown", shutdown_late)
         code, _ = score(folder, "--prompt=a red cat", "--batch-size=2")
     assert "No space left on device; what is written stays, the same command continues" in code
     return folder
@@ -429,8 +437,9 @@ def stopped(score, tmp_path, monkeypatch):
 def test_a_full_disk_loses_nothing(score, stopped, tmp_path):
     # Nothing behind the batch that failed was written, though it was computed.
     assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["0.png", "1.png"]
-    assert score(stopped, "--prompt=a red cat", "--batch-size=2")[0] == 0
-    assert [line["position"] for line in lines(tmp_path / "out/predictions.jsonl")] == list(range(6))
+    assert lines(tmp_path / "out/errors.jsonl") == []
+    assert score(stopped, "--prompt=a red cat", "--batch-size=2")[0] == predict.SOME_FAILED
+    assert [line["position"] for line in lines(tmp_path / "out/predictions.jsonl")] == list(range(4))
 
 
 def test_lines_that_the_run_does_not_know_of_are_cut_off(score, stopped, tmp_path):
@@ -439,9 +448,9 @@ def test_lines_that_the_run_does_not_know_of_are_cut_off(score, stopped, tmp_pat
         file.write('{"id": "2.png"}\n{"id": "3.p')
     with (tmp_path / "out/errors.jsonl").open("a") as file:
         file.write('{"id": "3.png"}\n')
-    assert score(stopped, "--prompt=a red cat", "--batch-size=2")[0] == 0
-    assert [line["position"] for line in lines(tmp_path / "out/predictions.jsonl")] == list(range(6))
-    assert lines(tmp_path / "out/errors.jsonl") == []
+    assert score(stopped, "--prompt=a red cat", "--batch-size=2")[0] == predict.SOME_FAILED
+    assert [line["position"] for line in lines(tmp_path / "out/predictions.jsonl")] == list(range(4))
+    assert [line["id"] for line in lines(tmp_path / "out/errors.jsonl")] == ["4.png", "5.png"]
 
 
 @pytest.mark.parametrize(
