@@ -421,11 +421,16 @@ def test_a_directory_that_lacks_something(model_dir, tmp_path, remove, message):
         RahfPredictor.from_checkpoint(tmp_path)
 
 
-def test_a_vocabulary_of_another_model(model_dir, tmp_path):
+def describe_otherwise(model_dir, directory, **changes):
+    """The model's checkpoint, with a description of another T5."""
     description = model_description.read(model_dir)
-    t5_config = dataclasses.replace(description.network.t5_config, vocab_size=446)
-    (tmp_path / "checkpoint_0").symlink_to(model_dir / "checkpoint_0")
-    dataclasses.replace(description, network=description.network.clone(t5_config=t5_config)).write(tmp_path)
+    t5_config = dataclasses.replace(description.network.t5_config, **changes)
+    (directory / "checkpoint_0").symlink_to(model_dir / "checkpoint_0")
+    dataclasses.replace(description, network=description.network.clone(t5_config=t5_config)).write(directory)
+
+
+def test_a_vocabulary_of_another_model(model_dir, tmp_path):
+    describe_otherwise(model_dir, tmp_path, vocab_size=446)
     with pytest.raises(errors.UserError, match="doesn't fit|has 447 pieces, the model 446"):
         RahfPredictor.from_checkpoint(tmp_path)
     with pytest.raises(errors.UserError, match="has 447 pieces, the model 446"):
@@ -433,9 +438,6 @@ def test_a_vocabulary_of_another_model(model_dir, tmp_path):
 
 
 def test_a_description_of_another_size(model_dir, tmp_path):
-    description = model_description.read(model_dir)
-    t5_config = dataclasses.replace(description.network.t5_config, mlp_dim=40)
-    (tmp_path / "checkpoint_0").symlink_to(model_dir / "checkpoint_0")
-    dataclasses.replace(description, network=description.network.clone(t5_config=t5_config)).write(tmp_path)
+    describe_otherwise(model_dir, tmp_path, mlp_dim=40)
     with pytest.raises(errors.UserError, match="doesn't fit this model"):
         RahfPredictor.from_checkpoint(tmp_path)

@@ -43,7 +43,9 @@ def new_directory(path: str) -> Iterator[pathlib.Path]:
 
 
 def check_is_new(path: str, flag: str = "--to") -> None:
-    """Raises ConvertError where `path`, which a flag gave, is a file or a directory that is not empty."""
+    """Raises ConvertError where `path`, which a flag gave, isn't local, a file, or not empty."""
+    if "://" in path:
+        raise ConvertError(f"{flag}={path}: a local directory is needed; copy the files when they are there")
     place = pathlib.Path(path)
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ConvertError(f"{place} is not empty: name a new directory with {flag}")

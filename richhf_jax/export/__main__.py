@@ -79,10 +79,6 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     Raises:
       errors.UserError: as `RahfPredictor.from_checkpoint`; the directory isn't new; TensorFlow is missing.
     """
-    if "://" in out:
-        raise errors.UserError(
-            f"--out={out}: a local directory is needed; copy the files when they are there"
-        )
     new_directories.check_is_new(out, "--out")
     path = predictor.checkpoint_path(checkpoint)
     loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)

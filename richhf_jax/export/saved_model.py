@@ -12,7 +12,7 @@ import orbax.export as orbax_export
 import tensorflow as tf
 
 from richhf_jax import augmentation, predictor, preprocessors
-from richhf_jax.export import program, tf_vocabulary
+from richhf_jax.export import program, stablehlo, tf_vocabulary
 from richhf_jax.model_description import ModelDescription
 
 FOLDER = "saved_model"
@@ -25,7 +25,7 @@ def write(directory: pathlib.Path, description: ModelDescription, params: progra
         dict(params),
         program.make(description),
         input_polymorphic_shape=dict.fromkeys(shapes, "batch, ..."),
-        jax2tf_kwargs={"native_serialization_platforms": ("cpu", "cuda", "tpu")},
+        jax2tf_kwargs={"native_serialization_platforms": stablehlo.PLATFORMS},
     )
     arrays = {
         name: tf.TensorSpec([None, *shape.shape[1:]], tf.as_dtype(shape.dtype), name=name)
@@ -37,7 +37,7 @@ def write(directory: pathlib.Path, description: ModelDescription, params: progra
     manager.save(str(directory / FOLDER), signature_overrides={"serving_default": serve})
 
 
-def _of_strings(description: ModelDescription, predict: Callable) -> tf.Module:
+def _of_strings(description: ModelDescription, predict: Callable) -> Callable:
     """The function of strings, and its words among the outputs: string and values [batch, words]."""
     reader = _Reader(description)
 

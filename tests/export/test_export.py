@@ -272,6 +272,7 @@ def test_mistakes_are_one_message_and_leave_nothing(model_dir, tmp_path, monkeyp
     assert "is not empty: name a new directory with --out" in message(
         "--to=orbax", f"--out={tmp_path / 'full'}"
     )
+    assert "--out=gs://a/b: a local directory is needed" in message("--to=orbax", "--out=gs://a/b")
     monkeypatch.setitem(sys.modules, "orbax.export", None)
     monkeypatch.delitem(sys.modules, "richhf_jax.export.saved_model", raising=False)
     assert "a SavedModel needs orbax.export: pip install" in message("--to=savedmodel")
