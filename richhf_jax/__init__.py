@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 __all__ = ["RahfPredictor", "RichFeedback"]
 
 # Loaded when they are first asked for.
-_MODULES = {"RahfPredictor": "richhf_jax.predictor", "RichFeedback": "richhf_jax.feedback"}
+_MODULES = {"RahfPredictor": "richhf_jax.predict.predictor", "RichFeedback": "richhf_jax.feedback"}
 
 
 def __getattr__(name: str) -> Any:

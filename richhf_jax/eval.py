@@ -21,15 +21,15 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
     gin_utils,
-    inference,
     input_pipeline,
     metrics,
     models,
     partitioning,
     postprocessors,
-    report,
+    split_predictions,
 )
 from richhf_jax.feedback import RichFeedback
+from richhf_jax.pages import report
 
 # (what the task evaluates on, images, targets) -> name and predictions of a system to stand beside the model.
 Baseline = Callable[
@@ -85,8 +85,8 @@ def evaluate(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model.
     """
-    loop, params, step = inference.load(model, checkpoint_path, dataset_cfg, partitioner)
-    batches = inference.whole_split(loop, params, dataset_cfg, partitioner, constrained_keywords)
+    loop, params, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
+    batches = split_predictions.whole_split(loop, params, dataset_cfg, partitioner, constrained_keywords)
     images, targets, predictions = _collect(batches, dataset_cfg)
     if jax.process_index() > 0:
         return {}
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def _collect(
-    batches: Iterable[Sequence[inference.Pair]], cfg: input_pipeline.DatasetConfig
+    batches: Iterable[Sequence[split_predictions.Pair]], cfg: input_pipeline.DatasetConfig
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
     """Images, targets and predictions of every example."""
     images, targets, predictions = [], [], []

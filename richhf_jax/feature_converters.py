@@ -106,19 +106,19 @@ class RahfFeatureConverter(seqio.FeatureConverter):
         }
 
 
-def batch_shapes(
+def converted_shapes(
     task_feature_lengths: Mapping[str, int],
     batch_size: int,
     *,
-    augmented_prompt: bool,
+    variant: str,
     letterbox: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What `input_pipeline.batch_shapes` finds in a task's data, without any data.
+    """What `input_pipeline.data_shapes` finds in a task's data, without any data.
 
     Args:
       task_feature_lengths: sizes and slot counts; see `preprocessors`.
       batch_size: examples in a batch.
-      augmented_prompt: whether an example has one prompt a slot, or one in all.
+      variant: one of `feedback.VARIANTS`.
       letterbox: whether pictures are fitted so (`augmentation.show`).
 
     Returns:
@@ -127,11 +127,11 @@ def batch_shapes(
     Raises:
       errors.UserError: a length is missing, or a slot count makes no sense for the variant.
     """
-    slots = preprocessors.slots_of(task_feature_lengths, augmented_prompt)
+    slots = preprocessors.slots_of(task_feature_lengths, variant)
     side, spec = task_feature_lengths["image"], tf.TensorSpec
     example = {
         "image": spec([side, side, 3], tf.uint8),
-        "inputs": spec([slots.prompts, task_feature_lengths["inputs"]], tf.int32),
+        "inputs": spec([slots.prompts(variant), task_feature_lengths["inputs"]], tf.int32),
         "inputs_words_cut": spec([], tf.int32),
         "heatmaps": spec([slots.heatmaps, side, side], tf.uint8),
         "heatmap_weights": spec([slots.heatmaps], tf.float32),

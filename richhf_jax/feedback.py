@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -40,11 +41,47 @@ SCORE_TASK_STRINGS = {kind: f"{kind} score" for kind in SCORES}
 KEYWORDS_TASK_STRING = "misaligned keywords"
 CAPTION_TASK_STRING = "caption"
 
+# RAHF's two variants (section 4.1.2). Multi-head: a head for each kind, all on the plain prompt. Augmented
+# prompt: one head for all scores and one for all heatmaps; a task string before the prompt names the kind.
+VARIANTS = MULTI_HEAD, AUGMENTED_PROMPT = ("multi_head", "augmented_prompt")
+
 LIKERT_MIN, LIKERT_MAX = 1, 5
 # A marked point covers a disk of this radius, as a share of the image's height (section 3.1).
 POINT_RADIUS = 1 / 20
 
 SEPARATORS = re.compile(r'[,.?!":; ]+')
+
+
+class Slots(NamedTuple):
+    """Number of outputs of each kind that an example has. A kind with count 0 costs nothing."""
+
+    heatmaps: int
+    scores: int
+    texts: int
+
+    def prompts(self, variant: str) -> int:
+        """Number of prompts that an image has: one for all slots (multi-head), or one a slot.
+
+        The prompts of the augmented-prompt variant stand in the order of the fields.
+        """
+        return 1 if variant == MULTI_HEAD else sum(self)
+
+
+ALL_SLOTS = Slots(len(HEATMAPS), len(SCORES), 1)
+
+
+def task_prompts(variant: str, prompt: str) -> list[str]:
+    """Returns the prompts of an example that has `ALL_SLOTS`, in the order of its slots.
+
+    >>> task_prompts('multi_head', 'a cat')
+    ['a cat']
+    >>> task_prompts('augmented_prompt', 'a cat')[::3]
+    ['implausibility heatmap a cat', 'alignment score a cat', 'misaligned keywords a cat']
+    """
+    if variant == MULTI_HEAD:
+        return [prompt]
+    tasks = (*HEATMAP_TASK_STRINGS.values(), *SCORE_TASK_STRINGS.values(), KEYWORDS_TASK_STRING)
+    return [f"{task} {prompt}" for task in tasks]
 
 
 def standardise_rating(rating: float) -> float:
@@ -166,6 +203,33 @@ class RichFeedback:
     scores: Mapping[str, float]
     heatmaps: Mapping[str, np.ndarray]
     tokens: Sequence[Token]
+
+    @classmethod
+    def from_outputs(
+        cls,
+        id: str,
+        prompt: str,
+        scores: np.ndarray,
+        heatmaps: Sequence[np.ndarray],
+        tokens: Sequence[Token],
+        **more: Any,
+    ) -> Self:
+        """Names a model's outputs by their kinds.
+
+        Args:
+          id, prompt, tokens: as the attributes.
+          scores: float [scores], in the order of `SCORES`.
+          heatmaps: float32 [height, width] each, in the order of `HEATMAPS`.
+          more: the attributes of a subclass.
+        """
+        return cls(
+            id=id,
+            prompt=prompt,
+            scores=dict(zip(SCORES, map(float, scores), strict=True)),
+            heatmaps=dict(zip(HEATMAPS, heatmaps, strict=True)),
+            tokens=tokens,
+            **more,
+        )
 
     @property
     def labels(self) -> list[int]:

@@ -32,16 +32,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from richhf_jax import (
-    checkpoints,
-    errors,
-    gin_utils,
-    inference,
-    input_pipeline,
-    models,
-    overlay,
-    partitioning,
-)
+from richhf_jax import checkpoints, errors, gin_utils, input_pipeline, models, partitioning, split_predictions
+from richhf_jax.pages import overlay
 
 
 def infer(
@@ -101,11 +93,11 @@ def infer(
     if chunks is None:
         logging.info("finished before: %s; delete its folder to predict anew", output.path)
         return
-    loop, params, _ = inference.load(model, checkpoint, dataset_cfg, partitioner)
+    loop, params, _ = split_predictions.load(model, checkpoint, dataset_cfg, partitioner)
     start = chunks * checkpoint_period
     if start:
         logging.info("continuing from batch %d", start)
-    batches = inference.own_part(
+    batches = split_predictions.own_part(
         loop, params, dataset_cfg, partitioner, constrained_keywords, shard_id, num_shards, start
     )
     lines = []
@@ -161,7 +153,7 @@ def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:
     return writes, None if finished.all() else int(chunks[finished == 0].min())
 
 
-def _line(pair: inference.Pair, heatmaps: Mapping[str, str]) -> str:
+def _line(pair: split_predictions.Pair, heatmaps: Mapping[str, str]) -> str:
     """A line of the results; see the top of this file."""
     example, prediction = pair
     inputs = {name: value.decode() for name, value in example.items() if isinstance(value, bytes)}
@@ -241,7 +233,7 @@ class _Output:
             incomplete.replace(self.path)
             self._temporary.rmtree()
 
-    def write_heatmaps(self, batch: int, pairs: Sequence[inference.Pair]) -> list[dict[str, str]]:
+    def write_heatmaps(self, batch: int, pairs: Sequence[split_predictions.Pair]) -> list[dict[str, str]]:
         """Heatmaps of a batch as 8-bit greyscale PNG files: not by id, as several images may have one.
 
         Returns:

@@ -100,7 +100,7 @@ def example_names(cfg: DatasetConfig, batch: int) -> list[str]:
     return [name.decode() for name in _deterministic(dataset).as_numpy_iterator()]
 
 
-def batch_shapes(
+def data_shapes(
     cfg: DatasetConfig,
     feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
 ) -> dict[str, np.ndarray]:
@@ -147,7 +147,7 @@ class TrainStream:
     """The batches of `get_dataset` as numpy, for the training loop.
 
     Attributes:
-      batch_shapes: see the function of this name.
+      batch_shapes: see `data_shapes`.
     """
 
     def __init__(self, cfg: DatasetConfig, get_data_layout: Callable[[int], Any]):
@@ -158,7 +158,7 @@ class TrainStream:
         layout = get_data_layout(cfg.batch_size)
         self._cfg = cfg
         self._shard_info = seqio.ShardInfo(layout.shard_id, layout.num_shards)
-        self.batch_shapes = batch_shapes(cfg)
+        self.batch_shapes = data_shapes(cfg)
 
     def position(self, step: int) -> dict[str, int]:
         """Where the stream stands after `step` batches, for a checkpoint."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from richhf_jax import errors, pixels
+from richhf_jax import errors, feedback, pixels
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
@@ -94,8 +94,8 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
         if unknown := given.keys() - known:
             raise ValueError(f"{name} has an unknown {min(unknown)!r}; it is of another version")
         configs[name] = config(**given | {key: value for key, value in overrides.items() if key in known})
-    if content["variant"] not in rahf.VARIANTS:
-        raise ValueError(f"variant must be one of {rahf.VARIANTS}, got {content['variant']!r}")
+    if content["variant"] not in feedback.VARIANTS:
+        raise ValueError(f"variant must be one of {feedback.VARIANTS}, got {content['variant']!r}")
     if content["fit"] not in pixels.FITS:
         raise ValueError(f"fit must be one of {pixels.FITS}, got {content['fit']!r}")
     return ModelDescription(

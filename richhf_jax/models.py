@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from richhf_jax import decoding, losses
+from richhf_jax import decoding, feedback, losses
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, losses.WeightedMean]
@@ -126,7 +126,7 @@ class RahfModel(BaseModel):
         return self.module.init(
             rng,
             jnp.zeros((1, height, width, 3), jnp.uint8),
-            jnp.ones((1, self.module.num_prompts(slots), length), jnp.int32),
+            jnp.ones((1, slots.prompts(self.module.variant), length), jnp.int32),
             targets,
             targets,
             num_heatmaps=slots.heatmaps,
@@ -202,8 +202,7 @@ class RahfModel(BaseModel):
         batch_size, texts, target_length = batch["decoder_input_tokens"].shape
         apply = functools.partial(self.module.apply, {"params": params})
         encoded = apply(batch["image"], tokens, batch.get("image_box"), method="encode")
-        slots = (batch["heatmap_weights"].shape[1], batch["score_weights"].shape[1], texts)
-        slots = type(self.module.smallest_slots)(*slots)
+        slots = feedback.Slots(batch["heatmap_weights"].shape[1], batch["score_weights"].shape[1], texts)
         predictions, aux = {}, {}
         if slots.heatmaps:
             predictions["heatmaps"] = apply(encoded, slots, method="heatmaps")

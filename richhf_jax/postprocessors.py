@@ -68,15 +68,12 @@ def prediction(
       scores: float32 [scores], in the order of `feedback.SCORES`.
       tokens: the prompt's, labelled: by `keywords.tokens`, or by `written_tokens`.
     """
-    return feedback.RichFeedback(
-        id=example[feedback.FILENAME_FIELD].decode(),
-        prompt=example[feedback.PROMPT_FIELD].decode(),
-        scores=dict(zip(feedback.SCORES, map(float, scores), strict=True)),
-        heatmaps={
-            kind: in_box(np.asarray(heatmap, np.float32), example)
-            for kind, heatmap in zip(feedback.HEATMAPS, heatmaps, strict=True)
-        },
-        tokens=tokens,
+    return feedback.RichFeedback.from_outputs(
+        example[feedback.FILENAME_FIELD].decode(),
+        example[feedback.PROMPT_FIELD].decode(),
+        scores,
+        [in_box(np.asarray(heatmap, np.float32), example) for heatmap in heatmaps],
+        tokens,
     )
 
 

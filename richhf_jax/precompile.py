@@ -26,7 +26,8 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning, plan, program, trainer
+from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning, trainer
+from richhf_jax.costs import counter, plan
 from tasks import vocabulary
 
 _STEPS = ("train", "predict")
@@ -89,17 +90,17 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
         raise errors.UserError(f"--topology={name}: {reason} (examples: {_EXAMPLES})") from error
 
 
-def batch_shapes(step: str) -> dict[str, np.ndarray]:
+def step_shapes(step: str) -> dict[str, np.ndarray]:
     """The batch of a step, as gin's macros say, as zeros that take no memory.
 
     Raises:
       errors.UserError: a macro is missing, or the lengths make no sense.
     """
     lengths, batch_size = (gin_utils.macro(name) for name in _MACROS[step][:2])
-    batch = feature_converters.batch_shapes(
+    batch = feature_converters.converted_shapes(
         lengths,
         batch_size,
-        augmented_prompt=gin_utils.macro("VARIANT") == "augmented_prompt",
+        variant=gin_utils.macro("VARIANT"),
         letterbox=gin.query_parameter("augmentation.show.fit") == "letterbox",
     )
     if step == "predict" and gin_utils.macro("CONSTRAINED_KEYWORDS"):
@@ -122,7 +123,7 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
       errors.UserError: the configuration doesn't work out for these devices.
     """
     partitioner = gin.get_configurable(partitioning.PjitPartitioner)(devices=devices)
-    batch = batch_shapes(name)
+    batch = step_shapes(name)
     batch_images, prompts = batch["encoder_input_tokens"].shape[:2]
     partitioner.get_data_layout(batch_images)
     loop = make_trainer(name, partitioner, batch)
@@ -137,7 +138,7 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
         device_kind=partitioner.mesh.devices.flat[0].device_kind,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         state_bytes_per_chip={"parameters": plan.bytes_per_chip(state.params), "optimizer": optimizer},
-        model_flops=program.model_flops(
+        model_flops=counter.model_flops(
             loop.lower("eval") if name == "train" else lowered, training=name == "train"
         ),
     )

@@ -18,7 +18,6 @@ and, for evaluation, the record's own strings (feedback.FILENAME_FIELD, PROMPT_F
 Randomness is stateless: it depends on the example's `seed` alone.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -181,22 +180,7 @@ def draw_kinds(
     return indices, tf.gather(labelled, indices)
 
 
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """How many slots of each kind an example has, and how its prompts are laid out."""
-
-    heatmaps: int
-    scores: int
-    texts: int
-    augmented_prompt: bool
-
-    @property
-    def prompts(self) -> int:
-        """One prompt a slot (augmented prompt), or one for all (multi-head)."""
-        return self.heatmaps + self.scores + self.texts if self.augmented_prompt else 1
-
-
-def slots_of(sequence_length: Mapping[str, int], augmented_prompt: bool) -> Slots:
+def slots_of(sequence_length: Mapping[str, int], variant: str) -> feedback.Slots:
     """Reads the slot counts from seqio's `sequence_length`.
 
     Raises:
@@ -210,17 +194,16 @@ def slots_of(sequence_length: Mapping[str, int], augmented_prompt: bool) -> Slot
         count, all_kinds = sequence_length[name], len(kinds)
         if not 0 <= count <= all_kinds:
             raise errors.UserError(f"TASK_FEATURE_LENGTHS[{name!r}] must be 0 to {all_kinds}, got {count}")
-        if not augmented_prompt and count not in (0, all_kinds):
+        if variant == feedback.MULTI_HEAD and count not in (0, all_kinds):
             raise errors.UserError(
                 f"TASK_FEATURE_LENGTHS[{name!r}] is {count}, but the multi-head variant has one head a kind:"
                 f" it takes 0 or {all_kinds}"
             )
-    slots = Slots(*(sequence_length[name] for name in _KINDS), augmented_prompt)
+    slots = feedback.Slots(*(sequence_length[name] for name in _KINDS))
+    prompts = slots.prompts(variant)
     # seqio trims the first dimension of `inputs`, the prompts, to this length as well.
-    if sequence_length["inputs"] < slots.prompts:
-        raise errors.UserError(
-            f"TASK_FEATURE_LENGTHS['inputs'] must be at least {slots.prompts}, one a prompt"
-        )
+    if sequence_length["inputs"] < prompts:
+        raise errors.UserError(f"TASK_FEATURE_LENGTHS['inputs'] must be at least {prompts}, one a prompt")
     return slots
 
 
@@ -246,7 +229,7 @@ def rich_feedback(
     sequence_length: Mapping[str, int],
     output_features: Mapping[str, seqio.Feature],
     *,
-    augmented_prompt: bool,
+    variant: str,
     kinds: Sequence[str] = ALL_KINDS,
 ) -> tf.data.Dataset:
     """RichHF-18K records (joined with image and prompt) -> task features.
@@ -272,7 +255,7 @@ def rich_feedback(
     """
     if unknown := set(kinds) - set(ALL_KINDS):
         raise errors.UserError(f"there is no kind {min(unknown)!r}, only {', '.join(ALL_KINDS)}")
-    slots = slots_of(sequence_length, augmented_prompt)
+    slots = slots_of(sequence_length, variant)
     vocabulary = output_features["inputs"].vocabulary
     score_fields = [feedback.SCORE_FIELDS[kind] for kind in feedback.SCORES]
 
@@ -283,7 +266,7 @@ def rich_feedback(
         )
         score_kinds, score_weights = draw_kinds(feedback.SCORES, kinds, slots.scores, fold_in(_SCORE_DRAW))
         prompts = _shown_prompt(example)[None]
-        if augmented_prompt:
+        if variant == feedback.AUGMENTED_PROMPT:
             tasks = [
                 tf.gather(list(feedback.HEATMAP_TASK_STRINGS.values()), heatmap_kinds),
                 tf.gather(list(feedback.SCORE_TASK_STRINGS.values()), score_kinds),
@@ -337,7 +320,7 @@ def captions(
     sequence_length: Mapping[str, int],
     output_features: Mapping[str, seqio.Feature],
     *,
-    augmented_prompt: bool,
+    variant: str,
     shown_share: float = 0.5,
 ) -> tf.data.Dataset:
     """Images with true captions -> task features of the same shapes as `rich_feedback`'s.
@@ -350,7 +333,7 @@ def captions(
     Raises:
       errors.UserError: as `slots_of`.
     """
-    slots = slots_of(sequence_length, augmented_prompt)
+    slots = slots_of(sequence_length, variant)
     vocabulary = output_features["inputs"].vocabulary
     side = sequence_length["image"]
 
@@ -362,8 +345,8 @@ def captions(
         words = mask_words(_shown_prompt(example), tf.random.experimental.stateless_fold_in(seed, 1))
         task = tf.constant(feedback.CAPTION_TASK_STRING)
         prompt = tf.where(shown, task + " " + words, task)
-        unused = slots.heatmaps + slots.scores if augmented_prompt else 0
-        prompts = tf.concat([tf.fill([unused], ""), tf.fill([slots.prompts - unused], prompt)], 0)
+        unused = slots.heatmaps + slots.scores if variant == feedback.AUGMENTED_PROMPT else 0
+        prompts = tf.concat([tf.fill([unused], ""), tf.fill([slots.prompts(variant) - unused], prompt)], 0)
         texts = tf.fill([slots.texts], example[feedback.PROMPT_FIELD])
         inputs, inputs_words_cut = encode(prompts, sequence_length["inputs"], vocabulary)
         targets, targets_words_cut = encode(texts, sequence_length["targets"], vocabulary)

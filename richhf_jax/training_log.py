@@ -15,7 +15,8 @@ import numpy as np
 from absl import logging
 from clu import metric_writers
 
-from richhf_jax import chips, errors, program, trainer
+from richhf_jax import errors, trainer
+from richhf_jax.costs import chips, counter
 
 
 def create_writer(model_dir: str, *folders: str) -> metric_writers.MetricWriter:
@@ -28,7 +29,7 @@ def create_writer(model_dir: str, *folders: str) -> metric_writers.MetricWriter:
 def step_seconds_at_peak(loop: trainer.Trainer, devices: Sequence[jax.Device]) -> float | None:
     """How long a training step takes at the chips' peak, if all they computed were the model.
 
-    This is what model FLOP utilisation compares with; see `program.model_flops`.
+    This is what model FLOP utilisation compares with; see `counter.model_flops`.
 
     Returns:
       Seconds; None where the chip isn't known (every CPU).
@@ -36,7 +37,7 @@ def step_seconds_at_peak(loop: trainer.Trainer, devices: Sequence[jax.Device]) -
     chip = chips.spec(devices[0].device_kind)
     if chip is None:
         return None
-    flops = program.model_flops(loop.lower("eval"), training=True)
+    flops = counter.model_flops(loop.lower("eval"), training=True)
     return flops / (chip.peak_flops * len(devices))
 
 

@@ -11,9 +11,6 @@ import tensorflow_datasets as tfds
 from richhf_jax import feedback, metrics, postprocessors, preprocessors
 from tasks import vocabulary
 
-# Variant -> whether each slot has a prompt of its own.
-VARIANTS = {"multi_head": False, "augmented_prompt": True}
-
 _TEXT = seqio.Feature(vocabulary.ConfiguredVocabulary(), add_eos=False, dtype=tf.int32, rank=2)
 OUTPUT_FEATURES = {
     "image": seqio.ContinuousFeature(dtype=tf.uint8, rank=3),
@@ -56,17 +53,13 @@ def add_rich_feedback_tasks(
     """
     names_of_kinds = {name: preprocessors.ALL_KINDS}
     names_of_kinds |= {f"{name}_{kind}": (kind,) for kind in preprocessors.ALL_KINDS}
-    for variant, augmented_prompt in VARIANTS.items():
+    for variant in feedback.VARIANTS:
         for prefix, kinds in names_of_kinds.items():
             _add(
                 f"{prefix}_{variant}",
                 tfds_name,
                 splits,
-                [
-                    functools.partial(
-                        preprocessors.rich_feedback, augmented_prompt=augmented_prompt, kinds=kinds
-                    )
-                ],
+                [functools.partial(preprocessors.rich_feedback, variant=variant, kinds=kinds)],
                 encoded=(feedback.IMAGE_FIELD, *feedback.HEATMAP_FIELDS.values()),
                 postprocess_fn=postprocessors.rich_feedback,
                 metric_fns=[metrics.rich_feedback_metrics, *more_metric_fns],
@@ -88,8 +81,8 @@ def add_captions_tasks(
       first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) of a record, where it
         has others; they may use the example's `preprocessors.SEED`.
     """
-    for variant, augmented_prompt in VARIANTS.items():
-        preprocess = functools.partial(preprocessors.captions, augmented_prompt=augmented_prompt)
+    for variant in feedback.VARIANTS:
+        preprocess = functools.partial(preprocessors.captions, variant=variant)
         _add(
             captions_name(name, variant),
             tfds_name,
@@ -102,12 +95,12 @@ def add_captions_tasks(
 
 def captions_name(name: str, variant: str) -> str:
     """What the task `name` is called for a variant; multi-head is the plain name."""
-    return f"{name}_{variant}" if VARIANTS[variant] else name
+    return name if variant == feedback.MULTI_HEAD else f"{name}_{variant}"
 
 
 def add_pretraining_mixture(name: str, captions: str, rich_feedback: str) -> None:
     """Registers `<name>` and `<name>_augmented_prompt`: captions at `caption_rate`, rich feedback at 1."""
-    for variant in VARIANTS:
+    for variant in feedback.VARIANTS:
         tasks = [(captions_name(captions, variant), caption_rate), (f"{rich_feedback}_{variant}", 1.0)]
         seqio.MixtureRegistry.add(captions_name(name, variant), tasks)
 

@@ -97,10 +97,11 @@ def random_values():
 @pytest.fixture(scope="session")
 def make_batch():
     """Makes a batch of the size of small.gin as the feature converter does, with random labels."""
+    from richhf_jax import feedback
 
     def make(model, heatmaps, scores, texts, batch_size=4):
         rng = np.random.default_rng(3)
-        prompts = model.module.num_prompts(type(model.module.smallest_slots)(heatmaps, scores, texts))
+        prompts = feedback.Slots(heatmaps, scores, texts).prompts(model.module.variant)
         tokens = rng.integers(2, 32, (batch_size, prompts, 6), dtype=np.int32)
         tokens[..., 4:] = 0
         targets = rng.integers(2, 32, (batch_size, texts, 5), dtype=np.int32)
@@ -177,8 +178,9 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
     import jax
     import jax.numpy as jnp
 
-    from richhf_jax import checkpoints, model_description, predictor
+    from richhf_jax import checkpoints, model_description
     from richhf_jax.network import rahf, t5, vit
+    from richhf_jax.predict import forward
     from tasks import vocabulary
 
     def make(variant="multi_head", fit="resize", dtype="float32") -> pathlib.Path:
@@ -200,7 +202,7 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
             {"task": "synthetic_rich_hf_multi_head", "batch_size": 16, "initial_checkpoint": None},
             vocabulary.get_vocabulary().sp_model,
         )
-        params = random_values(predictor.abstract_params(description))
+        params = random_values(forward.abstract_params(description))
         checkpoints.save_params(str(directory), jax.tree.map(jnp.asarray, params))
         description.write(directory)
         return directory

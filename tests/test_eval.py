@@ -9,7 +9,7 @@ import seqio
 
 import tasks  # noqa: F401 (registers them)
 from richhf_jax import eval as eval_script
-from richhf_jax import feedback, inference, input_pipeline, partitioning
+from richhf_jax import feedback, input_pipeline, partitioning, split_predictions
 
 CONFIG = input_pipeline.DatasetConfig(
     "synthetic_rich_hf_multi_head",
@@ -42,7 +42,7 @@ class Answers:
 def evaluate(tmp_path, monkeypatch, synthetic_data_dir):
     seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
     loop = Answers()
-    monkeypatch.setattr(inference, "load", lambda *args: (loop, {}, 7))
+    monkeypatch.setattr(split_predictions, "load", lambda *args: (loop, {}, 7))
 
     def run(**kwargs):
         metrics = eval_script.evaluate(

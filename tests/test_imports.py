@@ -19,10 +19,7 @@ PROJECT_IMPORTS = {
     "errors": set(),
     "feedback": set(),
     "network": set(),
-    "chips": set(),
-    "hlo": set(),
-    "program": {"hlo"},
-    "plan": {"chips", "program"},
+    "costs": set(),
     "multihost": set(),
     "losses": set(),
     "decoding": set(),
@@ -35,12 +32,10 @@ PROJECT_IMPORTS = {
     "models": {"losses", "decoding"},
     "checkpoints": {"train_state"},
     "trainer": {"losses", "models", "partitioning", "train_state"},
-    "training_log": {"chips", "program", "trainer"},
-    "datasets": set(),
+    "training_log": {"costs", "trainer"},
+    "datasets": {"inputs"},
     "metrics": {"datasets"},
-    "overlay": set(),
-    "gallery": {"overlay"},
-    "report": {"gallery"},
+    "pages": set(),
     "augmentation": set(),
     "preprocessors": {"augmentation"},
     "postprocessors": set(),
@@ -49,32 +44,30 @@ PROJECT_IMPORTS = {
     # `input_pipeline` for its DatasetConfig, which baselines are given.
     "tasks": {"datasets", "input_pipeline", "metrics", "preprocessors", "postprocessors"},
     "model_description": {"network", "pixels"},
-    "predictor": {
-        *("checkpoints", "datasets", "keywords", "model_description", "models"),
-        *("overlay", "partitioning", "pixels"),
+    "predict": {
+        *("checkpoints", "inputs", "keywords", "model_description", "models"),
+        *("pages", "partitioning", "pixels"),
     },
-    "prediction_files": {"gallery", "overlay", "predictor"},
-    "inference": {
+    "split_predictions": {
         *("checkpoints", "input_pipeline", "keywords", "models"),
         *("partitioning", "postprocessors", "trainer"),
     },
-    "scoring": {"inputs", "prediction_files", "predictor"},
     "convert": {"checkpoints", "model_description"},
     "export": {
-        *("augmentation", "checkpoints", "convert", "keywords", "model_description", "predictor"),
+        *("augmentation", "checkpoints", "convert", "keywords", "model_description", "predict"),
         "preprocessors",
     },
     "benchmarks": {"datasets", "network"},
     "gin_utils": {"multihost"},
 }
 ENTRY_POINTS = {
-    *("train", "eval", "infer", "predict", "precompile", "export.__main__", "convert.__main__"),
+    *("train", "eval", "infer", "precompile", "export.__main__", "convert.__main__"),
     *("benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
 }
 
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"predict", "export.__main__"}) | {
+MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"export.__main__"}) | {
     "augmentation",
     "preprocessors",
     "postprocessors",
@@ -84,7 +77,7 @@ MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"predict", "export.__main__"}) | {
     "tasks",
     "benchmarks",
     "gin_utils",
-    "inference",
+    "split_predictions",
     "export",  # its saved_model.py and tf_vocabulary.py alone, see below
     "training_log",  # clu's writers import it
 }
@@ -93,9 +86,7 @@ NEVER_IMPORT_JAX = {
     "feedback",
     "keywords",
     "metrics",
-    "report",
-    "gallery",
-    "overlay",
+    "pages",
     "inputs",
     "pixels",
     "datasets",

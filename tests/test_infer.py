@@ -25,9 +25,9 @@ from richhf_jax import (
     feedback,
     gin_utils,
     infer,
-    inference,
     input_pipeline,
     partitioning,
+    split_predictions,
 )
 
 TASK = "synthetic_rich_hf_multi_head"
@@ -84,7 +84,7 @@ def run(tmp_path, monkeypatch, read):
 
     def start(folder="out", broken=None, cfg=CONFIG, **kwargs):
         loop = Answers(broken)
-        monkeypatch.setattr(inference, "load", lambda *args: (loop, {}, 7))
+        monkeypatch.setattr(split_predictions, "load", lambda *args: (loop, {}, 7))
         infer.infer(
             model=None,
             checkpoint_path=str(tmp_path / "model"),
@@ -279,7 +279,7 @@ def one_process(tmp_path, quick_compilation, random_values, bindings, synthetic_
     gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, FILES, [*given, own_devices])
     model = gin_utils.macro("MODEL")
     cfg = changed(task_feature_lengths=gin_utils.macro("TASK_FEATURE_LENGTHS"))
-    shapes = {name: array.shape for name, array in input_pipeline.batch_shapes(cfg).items()}
+    shapes = {name: array.shape for name, array in input_pipeline.data_shapes(cfg).items()}
     variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
     checkpoints.save_params(str(tmp_path), jax.tree.map(jnp.asarray, random_values(variables["params"])))
     gin.get_configurable(infer.infer)()

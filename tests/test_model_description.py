@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from richhf_jax import errors, model_description
-from richhf_jax.network import rahf
+from richhf_jax import errors, feedback, model_description
 
 FILE, VOCABULARY = model_description.FILE, model_description.VOCABULARY_FILE
 
@@ -18,7 +17,7 @@ def copy(model_dir, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("variant", rahf.VARIANTS)
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
 def test_what_is_written_is_read(make_model_dir, tmp_path, variant):
     first = model_description.read(make_model_dir(variant, fit="letterbox"))
     assert (first.network.variant, first.fit) == (variant, "letterbox")

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from richhf_jax import program
-from richhf_jax.network import rahf
+from richhf_jax import feedback
+from richhf_jax.costs import counter
 
 # Few heads, which are slow to compile.
 SLOTS = {"multi_head": (1, 2, 1), "augmented_prompt": (2, 3, 2)}
@@ -74,7 +74,7 @@ def make(make_model, make_batch, random_values):
     return make
 
 
-@pytest.fixture(params=rahf.VARIANTS)
+@pytest.fixture(params=feedback.VARIANTS)
 def case(request, make):
     return make(request.param)
 
@@ -193,7 +193,7 @@ def test_a_batch_of_captions_trains_the_same_parameters(make):
         assert all((leaf == 0).all() == resting for leaf in jax.tree.leaves(part)), name
 
 
-@pytest.mark.parametrize("variant", rahf.VARIANTS)
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
 def test_every_batch_initialises_the_same_parameters(make, variant):
     full, captions = make(variant), make(variant, slots=(0, 0, 1))
     full, captions = (initial_shapes(case.model, case.batch)["params"] for case in (full, captions))
@@ -251,7 +251,7 @@ def test_a_word_more_costs_no_keys_of_the_prompt(make, scanned):
     def flops(words):
         texts = {name: case.batch[name][..., :words] for name in case.batch if name.startswith("decoder")}
         lowered = jax.jit(case.model.predict_batch).lower(case.params, case.batch | texts)
-        return program.analyze(lowered.as_text(dialect="hlo")).flops
+        return counter.analyze(lowered.as_text(dialect="hlo")).flops
 
     rows = len(case.batch["image"]) * case.batch["decoder_input_tokens"].shape[1]
     tokens = math.prod(case.model.module.vit_config.grid) + case.batch["encoder_input_tokens"].shape[-1]

@@ -15,17 +15,8 @@ from absl.testing import flagsaver
 from flax.linen import partitioning as flax_partitioning
 from jax.experimental import topologies
 
-from richhf_jax import (
-    errors,
-    gin_utils,
-    input_pipeline,
-    losses,
-    models,
-    partitioning,
-    plan,
-    precompile,
-    program,
-)
+from richhf_jax import errors, gin_utils, input_pipeline, losses, models, partitioning, precompile
+from richhf_jax.costs import counter, plan
 
 HERE = pathlib.Path(__file__).parent
 FILES = ("models/rahf.gin", "small.gin", "losses/default.gin", "runs/train.gin", "runs/eval.gin")
@@ -61,8 +52,8 @@ def test_batch_shapes_are_those_of_the_data(variant, lengths, fit, synthetic_dat
     configure(variant, lengths, f"augmentation.show.fit = '{fit}'")
     monkeypatch.setattr(seqio.utils, "_TFDS_DATA_DIR_OVERRIDE", str(synthetic_data_dir))
     cfg = input_pipeline.DatasetConfig(f"synthetic_rich_hf_{variant}", lengths, "train", batch_size=4)
-    expected = input_pipeline.batch_shapes(cfg)
-    found = precompile.batch_shapes("train")
+    expected = input_pipeline.data_shapes(cfg)
+    found = precompile.step_shapes("train")
     assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
         name: (array.shape, array.dtype) for name, array in expected.items()
     }
@@ -72,7 +63,7 @@ def test_batch_shapes_are_those_of_the_data(variant, lengths, fit, synthetic_dat
 @pytest.mark.parametrize("constrained", [True, False])
 def test_batch_of_a_prediction(constrained):
     configure("augmented_prompt", FEWER_SLOTS, f"CONSTRAINED_KEYWORDS = {constrained}")
-    batch = precompile.batch_shapes("predict")
+    batch = precompile.step_shapes("predict")
     assert batch["encoder_input_tokens"].shape == (2, 7, 9)  # All seven outputs.
     assert ("keyword_pieces" in batch) == constrained
     if constrained:
@@ -125,7 +116,7 @@ def test_plan_of_a_train_step(monkeypatch):
     assert made["parameters"] == 16
     assert memory["parameters"] == 16 * 4
     assert memory["optimizer"] == 2 * 16 * 4 + 4  # Adam's moments, and its count.
-    batch = sum(array.nbytes for array in precompile.batch_shapes("train").values())
+    batch = sum(array.nbytes for array in precompile.step_shapes("train").values())
     # What the step doesn't use isn't among its arguments: the tokens and the heatmaps.
     assert memory["parameters"] + memory["optimizer"] < memory["arguments"] < batch / 2
     assert memory["total"] == sum(memory[name] for name in ("arguments", "temporaries", "outputs", "program"))
@@ -152,8 +143,8 @@ def train_flops(*bindings):
     deeper = ("t5.T5Config.num_encoder_layers = 2", "vit.ViTConfig.num_layers = 2", "REMAT_POLICY = 'full'")
     configure("multi_head", LENGTHS, *deeper, *bindings)
     partitioner = gin.get_configurable(partitioning.PjitPartitioner)()
-    loop = precompile.make_trainer("train", partitioner, precompile.batch_shapes("train"))
-    return program.analyze(loop.lower("train").as_text(dialect="hlo")).flops
+    loop = precompile.make_trainer("train", partitioner, precompile.step_shapes("train"))
+    return counter.analyze(loop.lower("train").as_text(dialect="hlo")).flops
 
 
 def test_a_train_step_costs_as_much_in_loops():

@@ -10,6 +10,7 @@ from richhf_jax import errors, feedback, preprocessors
 from richhf_jax.datasets import consolidate
 from tasks import vocabulary
 
+MULTI_HEAD, AUGMENTED_PROMPT = feedback.VARIANTS
 LENGTHS = {"image": 8, "inputs": 16, "targets": 16, "heatmaps": 2, "scores": 4, "texts": 1}
 VOCABULARY = vocabulary.get_vocabulary()
 FEATURES = {"inputs": seqio.Feature(VOCABULARY)}
@@ -126,14 +127,14 @@ def test_no_text_at_all():
 
 
 def test_cut_words_are_counted():
-    (example,) = rich_feedback(augmented_prompt=True, lengths={"inputs": 8, "targets": 8})
+    (example,) = rich_feedback(variant=AUGMENTED_PROMPT, lengths={"inputs": 8, "targets": 8})
     assert decoded(example["inputs"])[-1] == "misaligned keywords a red star, and"
     assert decoded(example["targets"]) == ["a red_0 star and one blue"]
     assert (example["inputs_words_cut"], example["targets_words_cut"]) == (3, 1)
 
 
 def test_multi_head_example():
-    (example,) = rich_feedback(augmented_prompt=False)
+    (example,) = rich_feedback(variant=MULTI_HEAD)
     original = record()
     assert decoded(example["inputs"]) == ["a red star, and one blue ring"]
     assert decoded(example["targets"]) == ["a red_0 star and one blue ring_0"]
@@ -149,7 +150,7 @@ def test_multi_head_example():
 
 
 def test_augmented_prompt_example():
-    multi_head, augmented = (rich_feedback(augmented_prompt=variant)[0] for variant in (False, True))
+    multi_head, augmented = (rich_feedback(variant=variant)[0] for variant in feedback.VARIANTS)
     prompt = "a red star, and one blue ring"
     assert decoded(augmented.pop("inputs")) == [
         f"implausibility heatmap {prompt}",
@@ -168,7 +169,7 @@ def test_augmented_prompt_example():
 
 def test_fewer_slots_hold_kinds_drawn_without_replacement():
     examples = rich_feedback(
-        augmented_prompt=True, seeds=range(200), lengths={"heatmaps": 1, "scores": 2, "texts": 0}
+        variant=AUGMENTED_PROMPT, seeds=range(200), lengths={"heatmaps": 1, "scores": 2, "texts": 0}
     )
     pairs = []
     for example in examples:
@@ -184,18 +185,20 @@ def test_fewer_slots_hold_kinds_drawn_without_replacement():
     assert 70 < heatmaps.count("misalignment") < 130
     assert all(first != second for first, second in zip(*scores, strict=True))
     assert len(set(zip(*scores, strict=True))) == 12
-    again = rich_feedback(augmented_prompt=True, seeds=[7], lengths={"heatmaps": 1, "scores": 2, "texts": 0})
+    again = rich_feedback(
+        variant=AUGMENTED_PROMPT, seeds=[7], lengths={"heatmaps": 1, "scores": 2, "texts": 0}
+    )
     np.testing.assert_array_equal(again[0]["inputs"], examples[7]["inputs"])
 
 
-@pytest.mark.parametrize("augmented_prompt", [False, True])
-def test_a_task_of_one_kind(augmented_prompt):
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
+def test_a_task_of_one_kind(variant):
     kinds = [feedback.ALIGNMENT]
-    (example,) = rich_feedback(augmented_prompt=augmented_prompt, kinds=kinds)
+    (example,) = rich_feedback(variant=variant, kinds=kinds)
     assert example["score_weights"].tolist() == [0, 1, 0, 0]
     assert example["heatmap_weights"].tolist() == [0, 0]
     assert not example["targets"].any()
-    (example,) = rich_feedback(augmented_prompt=augmented_prompt, kinds=[feedback.MISALIGNMENT, "keywords"])
+    (example,) = rich_feedback(variant=variant, kinds=[feedback.MISALIGNMENT, "keywords"])
     assert not example["score_weights"].any()
     assert example["heatmap_weights"].tolist() == [0, 1]
     assert decoded(example["targets"]) == ["a red_0 star and one blue ring_0"]
@@ -204,7 +207,7 @@ def test_a_task_of_one_kind(augmented_prompt):
 def test_slots_are_drawn_from_the_kinds_of_the_task():
     kinds = [feedback.ALIGNMENT, feedback.OVERALL]
     examples = rich_feedback(
-        augmented_prompt=True, kinds=kinds, lengths={"scores": 1, "heatmaps": 0}, seeds=range(16)
+        variant=AUGMENTED_PROMPT, kinds=kinds, lengths={"scores": 1, "heatmaps": 0}, seeds=range(16)
     )
     tasks = {
         decoded(example["inputs"])[0].removesuffix(" a red star, and one blue ring") for example in examples
@@ -212,58 +215,58 @@ def test_slots_are_drawn_from_the_kinds_of_the_task():
     assert tasks == {"alignment score", "overall score"}
     assert all(example["score_weights"] == [1] for example in examples)
     # More slots than labelled kinds: the rest have no weight.
-    for example in rich_feedback(augmented_prompt=True, kinds=kinds, lengths={"scores": 3}, seeds=range(4)):
+    for example in rich_feedback(
+        variant=AUGMENTED_PROMPT, kinds=kinds, lengths={"scores": 3}, seeds=range(4)
+    ):
         assert example["score_weights"].tolist() == [1, 1, 0]
 
 
 def test_a_kind_that_is_none():
     with pytest.raises(errors.UserError, match="no kind 'beauty', only implausibility"):
-        rich_feedback(augmented_prompt=False, kinds=["beauty"])
+        rich_feedback(variant=MULTI_HEAD, kinds=["beauty"])
 
 
 def test_a_missing_score_has_no_weight():
     missing = {feedback.SCORE_FIELDS[feedback.OVERALL]: np.float32(np.nan)}
-    (example,) = rich_feedback(augmented_prompt=False, example=record(**missing))
+    (example,) = rich_feedback(variant=MULTI_HEAD, example=record(**missing))
     assert example["score_weights"].tolist() == [1, 1, 1, 0]
     assert example["scores"].tolist() == [0, 0.25, 0.5, 0]
 
 
 def test_no_slots_of_a_kind():
-    (example,) = rich_feedback(augmented_prompt=True, lengths={"heatmaps": 0, "scores": 0})
+    (example,) = rich_feedback(variant=AUGMENTED_PROMPT, lengths={"heatmaps": 0, "scores": 0})
     assert decoded(example["inputs"]) == ["misaligned keywords a red star, and one blue ring"]
     assert example["heatmaps"].shape == (0, 8, 8)
     assert example["scores"].shape == (0,)
 
 
-@pytest.mark.parametrize("augmented_prompt", [False, True])
-def test_labels_that_do_not_fit_weigh_nothing(augmented_prompt):
-    (example,) = rich_feedback(
-        augmented_prompt=augmented_prompt, example=record(**{feedback.KEYWORDS_FIELD: "1 0"})
-    )
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
+def test_labels_that_do_not_fit_weigh_nothing(variant):
+    (example,) = rich_feedback(variant=variant, example=record(**{feedback.KEYWORDS_FIELD: "1 0"}))
     assert not example["targets"].any()
     assert example["texts"].tolist() == [b""]
     assert example["heatmap_weights"].all()
 
 
 @pytest.mark.parametrize(
-    ("lengths", "augmented_prompt", "message"),
+    ("lengths", "variant", "message"),
     [
-        ({"scores": 2}, False, r"'scores'\] is 2, but the multi-head variant.* 0 or 4"),
-        ({"heatmaps": 3}, True, r"'heatmaps'\] must be 0 to 2, got 3"),
-        ({"texts": -1}, True, r"'texts'\] must be 0 to 1, got -1"),
-        ({"inputs": 6}, True, r"'inputs'\] must be at least 7"),
+        ({"scores": 2}, MULTI_HEAD, r"'scores'\] is 2, but the multi-head variant.* 0 or 4"),
+        ({"heatmaps": 3}, AUGMENTED_PROMPT, r"'heatmaps'\] must be 0 to 2, got 3"),
+        ({"texts": -1}, AUGMENTED_PROMPT, r"'texts'\] must be 0 to 1, got -1"),
+        ({"inputs": 6}, AUGMENTED_PROMPT, r"'inputs'\] must be at least 7"),
     ],
 )
-def test_lengths_that_make_no_sense(lengths, augmented_prompt, message):
+def test_lengths_that_make_no_sense(lengths, variant, message):
     with pytest.raises(errors.UserError, match=message):
-        preprocessors.slots_of({**LENGTHS, **lengths}, augmented_prompt)
+        preprocessors.slots_of({**LENGTHS, **lengths}, variant)
 
 
 def test_missing_lengths():
     with pytest.raises(errors.UserError, match="there is no 'image'"):
-        preprocessors.slots_of({"inputs": 8}, augmented_prompt=False)
+        preprocessors.slots_of({"inputs": 8}, variant=MULTI_HEAD)
     with pytest.raises(errors.UserError, match="there is no 'image'"):
-        preprocessors.slots_of(None, augmented_prompt=False)
+        preprocessors.slots_of(None, variant=MULTI_HEAD)
 
 
 def test_images_of_another_size_and_their_heatmaps():
@@ -274,7 +277,7 @@ def test_images_of_another_size_and_their_heatmaps():
             for field in feedback.HEATMAP_FIELDS.values()
         },
     )
-    (example,) = rich_feedback(augmented_prompt=False, example=big)
+    (example,) = rich_feedback(variant=MULTI_HEAD, example=big)
     np.testing.assert_array_equal(example["image"], np.full((8, 8, 3), 9))
     np.testing.assert_array_equal(example["heatmaps"], np.full((2, 8, 8), 50))
 
@@ -282,34 +285,34 @@ def test_images_of_another_size_and_their_heatmaps():
 def test_letterboxed_images_have_a_box():
     gin.bind_parameter("richhf_jax.augmentation.show.fit", "letterbox")
     wide = record(**{feedback.IMAGE_FIELD: consolidate.encode_png(np.full((16, 32, 3), 9, np.uint8))})
-    (example,) = rich_feedback(augmented_prompt=False, example=wide)
+    (example,) = rich_feedback(variant=MULTI_HEAD, example=wide)
     assert example["image_box"].tolist() == [2, 0, 6, 8]
     for pixels in (example["image"], *example["heatmaps"]):
         assert pixels[2:6].all()
         assert not pixels[:2].any()
         assert not pixels[6:].any()
-    (caption,) = captions(augmented_prompt=False, example=wide)
+    (caption,) = captions(variant=MULTI_HEAD, example=wide)
     np.testing.assert_array_equal(caption["image_box"], example["image_box"])
 
 
 def test_heatmaps_that_no_slot_uses_are_not_decoded():
     broken = record(**dict.fromkeys(feedback.HEATMAP_FIELDS.values(), b"no image"))
-    rich_feedback(augmented_prompt=True, lengths={"heatmaps": 0}, example=broken)
+    rich_feedback(variant=AUGMENTED_PROMPT, lengths={"heatmaps": 0}, example=broken)
     with pytest.raises(tf.errors.InvalidArgumentError, match="Unknown image file format"):
-        rich_feedback(augmented_prompt=True, example=broken)
-    examples = rich_feedback(augmented_prompt=True, seeds=range(4), lengths={"heatmaps": 1})
+        rich_feedback(variant=AUGMENTED_PROMPT, example=broken)
+    examples = rich_feedback(variant=AUGMENTED_PROMPT, seeds=range(4), lengths={"heatmaps": 1})
     kinds = {decoded(example["inputs"])[0].split()[0]: seed for seed, example in enumerate(examples)}
     for kind, seed in kinds.items():
         (other,) = set(feedback.HEATMAPS) - {kind}
         broken = record(**{feedback.HEATMAP_FIELDS[other]: b"no image"})
-        rich_feedback(augmented_prompt=True, seeds=[seed], lengths={"heatmaps": 1}, example=broken)
+        rich_feedback(variant=AUGMENTED_PROMPT, seeds=[seed], lengths={"heatmaps": 1}, example=broken)
     assert len(kinds) == 2
 
 
 def test_images_are_augmented_where_the_example_says_so():
-    (plain,) = rich_feedback(augmented_prompt=False)
+    (plain,) = rich_feedback(variant=MULTI_HEAD)
     for marks in ({}, {preprocessors.AUGMENT: True}):
-        examples = rich_feedback(augmented_prompt=False, seeds=range(12), example=record(**marks))
+        examples = rich_feedback(variant=MULTI_HEAD, seeds=range(12), example=record(**marks))
         changed = [(example["image"] != plain["image"]).any() for example in examples]
         assert any(changed) == bool(marks)
         assert not all(changed)
@@ -321,7 +324,7 @@ def caption_record():
 
 
 def test_caption_without_hints():
-    (example,) = captions(augmented_prompt=False, shown_share=0.0, example=caption_record())
+    (example,) = captions(variant=MULTI_HEAD, shown_share=0.0, example=caption_record())
     assert decoded(example["inputs"]) == ["caption"]
     assert decoded(example["targets"]) == ["a red star, and one blue ring"]
     assert example["heatmaps"].shape == (2, 8, 8)
@@ -331,7 +334,7 @@ def test_caption_without_hints():
 
 
 def test_caption_with_hidden_words():
-    examples = captions(augmented_prompt=False, shown_share=1.0, seeds=range(100), example=caption_record())
+    examples = captions(variant=MULTI_HEAD, shown_share=1.0, seeds=range(100), example=caption_record())
     words = ["a", "red", "star,", "and", "one", "blue", "ring"]
     hidden = []
     for example in examples:
@@ -348,15 +351,15 @@ def test_caption_with_hidden_words():
 
 
 def test_share_of_captions_with_hints():
-    examples = captions(augmented_prompt=False, shown_share=0.3, seeds=range(300), example=caption_record())
+    examples = captions(variant=MULTI_HEAD, shown_share=0.3, seeds=range(300), example=caption_record())
     shown = [decoded(example["inputs"]) != ["caption"] for example in examples]
     assert 0.22 < np.mean(shown) < 0.38
 
 
 def test_captions_in_the_augmented_prompt_variant():
-    (example,) = captions(augmented_prompt=True, shown_share=0.0, example=caption_record())
+    (example,) = captions(variant=AUGMENTED_PROMPT, shown_share=0.0, example=caption_record())
     assert decoded(example["inputs"]) == [""] * 6 + ["caption"]
-    expected = rich_feedback(augmented_prompt=True)[0]
+    expected = rich_feedback(variant=AUGMENTED_PROMPT)[0]
     assert {k: (v.shape, v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)} == {
         k: (v.shape, v.dtype) for k, v in expected.items() if isinstance(v, np.ndarray)
     }
@@ -364,7 +367,7 @@ def test_captions_in_the_augmented_prompt_variant():
 
 def test_blind_to_the_image(monkeypatch):
     monkeypatch.setattr(preprocessors, "blind", functools.partial(preprocessors.blind, to="image"))
-    (example,) = rich_feedback(augmented_prompt=False)
+    (example,) = rich_feedback(variant=MULTI_HEAD)
     assert not example["image"].any()
     assert decoded(example["inputs"]) == ["a red star, and one blue ring"]
     assert example["heatmaps"].any()
@@ -372,11 +375,11 @@ def test_blind_to_the_image(monkeypatch):
 
 def test_blind_to_the_prompt(monkeypatch):
     monkeypatch.setattr(preprocessors, "blind", functools.partial(preprocessors.blind, to="prompt"))
-    (example,) = rich_feedback(augmented_prompt=True)
+    (example,) = rich_feedback(variant=AUGMENTED_PROMPT)
     assert decoded(example["inputs"])[0] == "implausibility heatmap"
     assert decoded(example["targets"]) == ["a red_0 star and one blue ring_0"]
     assert example["image"].any()
-    (caption,) = captions(augmented_prompt=False, shown_share=1.0, example=caption_record())
+    (caption,) = captions(variant=MULTI_HEAD, shown_share=1.0, example=caption_record())
     assert "star" not in decoded(caption["inputs"])[0]
 
 

@@ -9,7 +9,8 @@ import pytest
 from absl import logging
 from tensorboard.backend.event_processing import event_accumulator
 
-from richhf_jax import chips, losses, training_log
+from richhf_jax import losses, training_log
+from richhf_jax.costs import chips
 
 
 class Clock:

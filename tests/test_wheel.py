@@ -22,7 +22,7 @@ CODE = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import richhf_jax
-from richhf_jax import predict
+from richhf_jax.predict import __main__ as predict
 print(richhf_jax.__file__)
 predict.main(sys.argv[1:])
 """
@@ -78,7 +78,7 @@ def core_distributions() -> list[importlib.metadata.Distribution]:
 
 def test_the_wheel_holds_templates_vocabulary_and_examples(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("templates/report.html", "templates/MODEL_CARD.md", "export/example_stablehlo.py"):
+    for name in ("pages/templates/report.html", "export/MODEL_CARD.md", "export/example_stablehlo.py"):
         assert f"richhf_jax/{name}" in names
     assert "tasks/sentencepiece_small.model" in names
     assert not [name for name in names if name.startswith(("tests/", "gin/"))]

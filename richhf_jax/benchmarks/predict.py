@@ -28,8 +28,9 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors, gin_utils, model_description, predictor, scoring
-from richhf_jax.prediction_files import HEATMAP_FORMATS, PredictionFiles
+from richhf_jax import errors, gin_utils, model_description
+from richhf_jax.predict import forward, pipeline, predictor
+from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
 from tasks import vocabulary
 
 _TOKENS = 24
@@ -58,12 +59,12 @@ class Case:
         lengths = {"image": side, "inputs": _TOKENS, "targets": _TOKENS}
         words = vocabulary.get_vocabulary().sp_model
         description = model_description.ModelDescription(module, lengths, "resize", 0.5, {}, words)
-        params = jax.tree.map(_random(np.random.default_rng(0)), predictor.abstract_params(description))
+        params = jax.tree.map(_random(np.random.default_rng(0)), forward.abstract_params(description))
         self.predictor = predictor.RahfPredictor(description, params, batch_size)
         self._folder = folder
         self._inputs = folder / "images"
         _write_images(self._inputs, images, side)
-        records = list(scoring.numbered([str(self._inputs)], None, 0, images))
+        records = list(pipeline.numbered([str(self._inputs)], None, 0, images))
         self.pairs = [one.record.load() for one in records]
         size = self.predictor.batch_size
         prepared = [self.predictor.prepare(*pair) for pair in self.pairs]
@@ -85,8 +86,10 @@ class Case:
         out = self._folder / f"out{next(self._numbers)}"
         with PredictionFiles(str(out), {"checkpoint": "random"}, 0, heatmaps) as files:
             begin = time.perf_counter()
-            records = scoring.numbered([str(self._inputs)], None, 0, len(self.pairs))
-            scoring.score(self.predictor, records, files, tqdm.tqdm(disable=True), scoring.default_threads())
+            records = pipeline.numbered([str(self._inputs)], None, 0, len(self.pairs))
+            pipeline.score(
+                self.predictor, records, files, tqdm.tqdm(disable=True), pipeline.default_threads()
+            )
             files.finish("benchmark")
             return len(self.pairs) / (time.perf_counter() - begin)
 

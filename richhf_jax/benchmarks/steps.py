@@ -37,14 +37,14 @@ import numpy as np
 import tqdm
 from flax import traverse_util
 
-from richhf_jax import chips, errors, feedback, gin_utils, models, partitioning, program, trainer
+from richhf_jax import errors, feedback, gin_utils, models, partitioning, trainer
+from richhf_jax.costs import chips, counter
 from richhf_jax.network import rahf
 
 # Tokens of a prompt and of a text, as in gin/experiments/rich_hf_18k.gin.
 PROMPT_LENGTH = TARGET_LENGTH = 64
-ALL = rahf.Slots(len(feedback.HEATMAPS), len(feedback.SCORES), 1)
 # A training example of the augmented prompt; as in gin/experiments/rich_hf_18k_augmented_prompt.gin.
-TRAIN_SLOTS = {"multi_head": ALL, "augmented_prompt": rahf.Slots(1, 2, 1)}
+TRAIN_SLOTS = {feedback.MULTI_HEAD: feedback.ALL_SLOTS, feedback.AUGMENTED_PROMPT: feedback.Slots(1, 2, 1)}
 STEPS = ("train", "predict")
 # Steps that one takes before it is the other's turn; the first of a turn isn't counted.
 TURN = 5
@@ -65,7 +65,7 @@ def make_model(preset: str, variant: str, bindings: Sequence[str] = ()) -> model
     return gin_utils.macro("MODEL")
 
 
-def random_batch(module: rahf.Rahf, slots: rahf.Slots, batch_size: int) -> Batch:
+def random_batch(module: rahf.Rahf, slots: feedback.Slots, batch_size: int) -> Batch:
     """A batch as of the feature converter: no padding, a label in every slot."""
     rng = np.random.default_rng(0)
     height, width = (side * module.vit_config.patch_size for side in module.vit_config.grid)
@@ -79,7 +79,7 @@ def random_batch(module: rahf.Rahf, slots: rahf.Slots, batch_size: int) -> Batch
     targets = tokens(slots.texts, TARGET_LENGTH)
     return {
         "image": pixels(height, width, 3),
-        "encoder_input_tokens": tokens(module.num_prompts(slots), PROMPT_LENGTH),
+        "encoder_input_tokens": tokens(slots.prompts(module.variant), PROMPT_LENGTH),
         "heatmap_targets": pixels(slots.heatmaps, height, width),
         "heatmap_weights": np.ones((batch_size, slots.heatmaps), np.float32),
         "score_targets": rng.random((batch_size, slots.scores), np.float32),
@@ -134,7 +134,7 @@ class OurSteps:
             # Not the network's own initialisers: they take minutes to compile on a CPU.
             self._state = loop.init_state(_random_params(loop.abstract_state.params))
         self._step, self._compiled = step, loop.lower(step).compile()
-        flops = program.model_flops(loop.lower("eval"), training=step == "train")
+        flops = counter.model_flops(loop.lower("eval"), training=step == "train")
         self.flops_per_image = flops / batch_size
 
     def run(self, batch: Batch) -> None:
@@ -220,7 +220,7 @@ def measure_variant(
         contenders["torch"] = _torch_steps(module)
     rows = []
     for step in STEPS:
-        slots = TRAIN_SLOTS[module.variant] if step == "train" else ALL
+        slots = TRAIN_SLOTS[module.variant] if step == "train" else feedback.ALL_SLOTS
         batch = random_batch(module, slots, batch_size)
         try:
             for contender in contenders.values():
@@ -234,7 +234,7 @@ def measure_variant(
                 " take a smaller --batch_size"
             ) from error
         measured = figures(seconds, contenders, batch_size, ours.flops_per_image)
-        prompts = module.num_prompts(slots)
+        prompts = slots.prompts(module.variant)
         rows.append({"variant": module.variant, "step": step, "prompts_per_image": prompts, **measured})
     return rows
 

@@ -333,7 +333,7 @@ class Rahf(nn.Module):
         super().__init__()
         _check(module)
         cfg, heads = module.t5_config, module.heads_config
-        self.multi_head = module.variant == "multi_head"
+        self.multi_head = module.variant == feedback.MULTI_HEAD
         self.grid = tuple(module.vit_config.grid)
         patches = self.grid[0] * self.grid[1]
         self.vit = ViT(module.vit_config)
@@ -365,7 +365,7 @@ class Rahf(nn.Module):
         encoded = self.encoder(fused.flatten(0, 1), valid.flatten(0, 1))
         return encoded.unflatten(0, prompts.shape[:2]), valid
 
-    def maps(self, encoded: Tensor, slots: rahf.Slots) -> tuple[Tensor, Tensor]:
+    def maps(self, encoded: Tensor, slots: feedback.Slots) -> tuple[Tensor, Tensor]:
         """Encoded prompts -> heatmaps [batch, heatmaps, height, width] and scores [batch, scores]."""
 
         def features(prompts):  # -> [batch * prompts, embed, rows, columns]
@@ -380,7 +380,7 @@ class Rahf(nn.Module):
         scores = self.score_head["all"](features(slice(slots.heatmaps, slots.heatmaps + slots.scores)))
         return heatmaps.unflatten(0, (-1, slots.heatmaps)), scores.unflatten(0, (-1, slots.scores))
 
-    def forward(self, batch: Mapping[str, Tensor], slots: rahf.Slots) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor], slots: feedback.Slots) -> tuple[Tensor, Tensor, Tensor]:
         """Heatmaps and scores as of `maps`, and teacher-forced logits [batch * texts, length, vocab]."""
         encoded, valid = self.encode(batch["image"], batch["encoder_input_tokens"])
         texts = self.token_embedder(batch["decoder_input_tokens"].flatten(0, 1))
@@ -389,7 +389,7 @@ class Rahf(nn.Module):
         )
         return *self.maps(encoded, slots), logits
 
-    def loss(self, batch: Mapping[str, Tensor], slots: rahf.Slots) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], slots: feedback.Slots) -> Tensor:
         """`models.RahfModel.loss_fn` where all losses weigh 1 and every heatmap and score has a label."""
         heatmaps, scores, logits = self(batch, slots)
         return (

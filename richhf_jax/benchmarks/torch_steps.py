@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from richhf_jax import feedback
 from richhf_jax.benchmarks import torch_rahf
 from richhf_jax.network import rahf
 
@@ -61,7 +62,7 @@ class TorchSteps:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, self._dtype)
 
-    def _train_step(self, batch: Batch, slots: rahf.Slots) -> Callable:
+    def _train_step(self, batch: Batch, slots: feedback.Slots) -> Callable:
         network = self._network
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
         loss = torch.compile(lambda tensors: network.loss(tensors, slots))
@@ -76,7 +77,7 @@ class TorchSteps:
 
         return run
 
-    def _predict_step(self, batch: Batch, slots: rahf.Slots) -> Callable:
+    def _predict_step(self, batch: Batch, slots: feedback.Slots) -> Callable:
         network = self._network
         texts = batch["image"].shape[0] * slots.texts
         decoder = torch_rahf.GreedyDecoder(network, self._module.t5_config, texts, self._dtype)
@@ -103,6 +104,6 @@ class TorchSteps:
         return run
 
 
-def _slots(batch: Batch) -> rahf.Slots:
+def _slots(batch: Batch) -> feedback.Slots:
     names = ("heatmap_weights", "score_weights", "decoder_input_tokens")
-    return rahf.Slots(*(batch[name].shape[1] for name in names))
+    return feedback.Slots(*(batch[name].shape[1] for name in names))

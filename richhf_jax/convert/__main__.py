@@ -24,7 +24,7 @@ from absl import flags
 from flax import traverse_util
 
 from richhf_jax import gin_utils
-from richhf_jax.convert import export, huggingface, layers, own, plan, rahf_pytorch, t5x, vit_npz
+from richhf_jax.convert import huggingface, layers, mapping, own, rahf_pytorch, t5x, vit_npz, writers
 from richhf_jax.convert.source import ConvertError, Source
 from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
 
@@ -72,9 +72,9 @@ FORMATS = (
     RELEASE,
 )
 _WRITERS = {
-    "orbax": export.write_checkpoint,
-    "safetensors": export.write_safetensors,
-    "huggingface": export.write_huggingface,
+    "orbax": writers.write_checkpoint,
+    "safetensors": writers.write_safetensors,
+    "huggingface": writers.write_huggingface,
 }
 
 
@@ -188,17 +188,17 @@ def convert(
     Raises:
       ConvertError: see the functions that this calls. Nothing is written then.
     """
-    export.check_is_new(to)
+    writers.check_is_new(to)
     sources = [find_format(path).open(path) for path in paths]
     configs = {name: getattr(model.module, name) for name in ("t5_config", "vit_config")}
     shapes = model_shapes(model)
     if output != "orbax":  # The names of the other formats do not depend on how we compile a stack.
         shapes = unstacked_shapes(shapes)
-    conversion = plan.make_plan(shapes, sources, allow_mismatched_shapes)
-    notes = plan.check_settings(configs, sources)
-    table = plan.format_table(conversion, sources, notes)
+    conversion = mapping.make_plan(shapes, sources, allow_mismatched_shapes)
+    notes = mapping.check_settings(configs, sources)
+    table = mapping.format_table(conversion, sources, notes)
     print(table)
-    with export.new_directory(to) as directory:
+    with writers.new_directory(to) as directory:
         for line in _WRITERS[output](directory, conversion.tensors, configs):
             print(line)
         (directory / "conversion.txt").write_text(table + "\n")

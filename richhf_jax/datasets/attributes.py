@@ -41,7 +41,7 @@ import tqdm
 from PIL import Image
 
 from richhf_jax import errors
-from richhf_jax.datasets import images as image_files
+from richhf_jax.inputs import images as image_files
 
 CATEGORIES = ("human", "animal", "object", "indoor scene", "outdoor scene")
 PHOTOREALISTIC_QUESTION = "Is the image photorealistic?"

@@ -25,8 +25,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from richhf_jax import feedback
+from richhf_jax.inputs import images
 
-MAX_SIDE = 8192
 _POINT_RADIUS = re.compile(r"height/(\d+(?:\.\d+)?)")
 
 Point = tuple[float, float]
@@ -85,7 +85,7 @@ def parse_rating(line: str | bytes) -> Rating:
     if not isinstance(fields, dict):
         raise RatingError(f"a line must be a JSON object, got {_show(fields)}")
     size = _get(fields, "image_size", dict, "an object")
-    width, height = (_integer(size, side, 1, MAX_SIDE, "image_size.") for side in ("width", "height"))
+    width, height = (_integer(size, side, 1, images.MAX_SIDE, "image_size.") for side in ("width", "height"))
     prompt = _text(fields, "prompt")
     scores = _get(fields, "ratings", dict, "an object")
     return Rating(

@@ -26,9 +26,10 @@ from typing import NamedTuple
 import jax
 from absl import logging
 
-from richhf_jax import errors, model_description, predictor
-from richhf_jax.convert import export as new_directories
+from richhf_jax import errors, model_description
+from richhf_jax.convert import writers as new_directories
 from richhf_jax.export import card, program, stablehlo, weights
+from richhf_jax.predict import forward
 
 INTERFACE = "interface.json"
 _HERE = pathlib.Path(__file__).parent
@@ -80,8 +81,8 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
       errors.UserError: as `RahfPredictor.from_checkpoint`; the directory isn't new; TensorFlow is missing.
     """
     new_directories.check_is_new(out, "--out")
-    path = predictor.checkpoint_path(checkpoint)
-    loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
+    path = forward.checkpoint_path(checkpoint)
+    loaded = forward.RahfPredictor.from_checkpoint(path, dtype=dtype)
     params = jax.device_get(program.flat(loaded.params))
     step = re.search(r"checkpoint_(\d+)$", path)
     job = Job(loaded.description, params, int(step[1]) if step else 0)

@@ -34,7 +34,7 @@ def write(
       step: of the checkpoint.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("richhf_jax", "templates"),
+        loader=jinja2.PackageLoader("richhf_jax", "export"),
         autoescape=False,  # Markdown.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

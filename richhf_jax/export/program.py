@@ -7,20 +7,21 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from richhf_jax import feedback, keywords, predictor
+from richhf_jax import feedback, keywords
 from richhf_jax.model_description import ModelDescription
+from richhf_jax.predict import forward
 
 Arrays = Mapping[str, Any]
 
 
 def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, jax.Array]]:
-    """(parameters by name, "/" between, inputs) -> outputs: `predictor.predict_fn` with the suffix in it.
+    """(parameters by name, "/" between, inputs) -> outputs: `forward.predict_fn` with the suffix in it.
 
     Inputs and their shapes are those of `input_shapes`; outputs are `predict_fn`'s, but called
     "misaligned_probability" and "misaligned" (by number of the word, from 1 in column 0).
     """
-    predict = predictor.predict_fn(description)
-    suffix = keywords.suffix_pieces(predictor.load_vocabulary(description.vocabulary).encode)
+    predict = forward.predict_fn(description)
+    suffix = keywords.suffix_pieces(forward.load_vocabulary(description.vocabulary).encode)
 
     def run(params, inputs):
         batch = inputs["image"].shape[0]
@@ -50,7 +51,7 @@ def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, 
 def input_shapes(description: ModelDescription, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """What `make`'s function takes; `batch` may be a symbol of `jax.export`."""
     lengths = description.feature_lengths
-    prompts = len(predictor.task_prompts(description.network.variant, ""))
+    prompts = len(feedback.task_prompts(description.network.variant, ""))
     shapes = {
         "image": ((lengths["image"], lengths["image"], 3), jnp.uint8),
         "encoder_input_tokens": ((prompts, lengths["inputs"]), jnp.int32),
@@ -69,13 +70,13 @@ def flat(params: Any) -> dict[str, jax.Array]:
 
 def interface(description: ModelDescription) -> dict[str, Any]:
     """What a program that knows only JSON needs to make the inputs and to read the outputs."""
-    vocabulary = predictor.load_vocabulary(description.vocabulary)
+    vocabulary = forward.load_vocabulary(description.vocabulary)
     return {
         "image_side": description.feature_lengths["image"],
         "inputs_length": description.feature_lengths["inputs"],
         "targets_length": description.feature_lengths["targets"],
         "fit": description.fit,
-        "prompts": predictor.task_prompts(description.network.variant, "{prompt}"),
+        "prompts": feedback.task_prompts(description.network.variant, "{prompt}"),
         "separators": feedback.SEPARATORS.pattern,
         "eos_id": vocabulary.eos_id(),
         "scores": list(feedback.SCORES),

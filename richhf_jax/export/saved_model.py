@@ -11,7 +11,7 @@ from typing import NamedTuple
 import orbax.export as orbax_export
 import tensorflow as tf
 
-from richhf_jax import augmentation, predictor, preprocessors
+from richhf_jax import augmentation, feedback, preprocessors
 from richhf_jax.export import program, stablehlo, tf_vocabulary
 from richhf_jax.model_description import ModelDescription
 
@@ -83,7 +83,7 @@ class _Reader:
         self._vocabulary = tf_vocabulary.StockVocabulary(description.vocabulary)
         self._lengths = description.feature_lengths
         self._fit = description.fit
-        self._tasks = predictor.task_prompts(description.network.variant, "")
+        self._tasks = feedback.task_prompts(description.network.variant, "")
 
     def inputs(self, image_bytes: tf.Tensor, prompts: tf.Tensor, words: _Words) -> dict[str, tf.Tensor]:
         """string [batch], string [batch] -> see `program.input_shapes`."""

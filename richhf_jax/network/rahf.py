@@ -7,8 +7,6 @@
 One example is one image with several prompts: the ViT runs once an image, the encoder once a prompt.
 """
 
-from typing import NamedTuple
-
 import flax
 import jax
 import jax.numpy as jnp
@@ -16,16 +14,6 @@ from flax import linen as nn
 
 from richhf_jax import feedback
 from richhf_jax.network import heads, layers, t5, vit
-
-VARIANTS = ("multi_head", "augmented_prompt")
-
-
-class Slots(NamedTuple):
-    """How many outputs of each kind an example has. A kind with count 0 costs nothing."""
-
-    heatmaps: int
-    scores: int
-    texts: int
 
 
 @flax.struct.dataclass
@@ -97,12 +85,12 @@ class Rahf(nn.Module):
     t5_config: t5.T5Config
     vit_config: vit.ViTConfig
     heads_config: HeadsConfig
-    variant: str = "multi_head"
+    variant: str = feedback.MULTI_HEAD
     decoder_sees_image: bool = True
 
     def setup(self):
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {VARIANTS}, got {self.variant!r}")
+        if self.variant not in feedback.VARIANTS:
+            raise ValueError(f"variant must be one of {feedback.VARIANTS}, got {self.variant!r}")
         config, head = self.t5_config, self.heads_config
         self.vit = vit.ViT(config=self.vit_config)
         if self.vit_config.emb_dim != config.emb_dim:
@@ -145,7 +133,7 @@ class Rahf(nn.Module):
         def score_head():
             return score_cls(head.score_conv_layers, head.score_dense_layers, style)
 
-        if self.variant == "multi_head":
+        if self.variant == feedback.MULTI_HEAD:
             self.heatmap_head = {kind: heatmap_head() for kind in feedback.HEATMAPS}
             self.score_head = {kind: score_head() for kind in feedback.SCORES}
         else:
@@ -153,15 +141,11 @@ class Rahf(nn.Module):
             self.score_head = score_head()
 
     @property
-    def smallest_slots(self) -> Slots:
+    def smallest_slots(self) -> feedback.Slots:
         """The fewest outputs that touch every parameter: what initialisation needs."""
-        if self.variant == "multi_head":
-            return Slots(len(feedback.HEATMAPS), len(feedback.SCORES), 1)
-        return Slots(1, 1, 1)
-
-    def num_prompts(self, slots: Slots) -> int:
-        """Prompts of an example with these outputs."""
-        return 1 if self.variant == "multi_head" else sum(slots)
+        if self.variant == feedback.MULTI_HEAD:
+            return feedback.ALL_SLOTS
+        return feedback.Slots(1, 1, 1)
 
     @property
     def cache_offset(self) -> int:
@@ -256,18 +240,18 @@ class Rahf(nn.Module):
         )
         return logits.astype(jnp.float32)
 
-    def heatmaps(self, encoded: Encoded, slots: Slots) -> jax.Array:
+    def heatmaps(self, encoded: Encoded, slots: feedback.Slots) -> jax.Array:
         """Encoded prompts -> float32 [batch, heatmaps, height, width] in [0, 1]."""
-        if self.variant == "multi_head":
+        if self.variant == feedback.MULTI_HEAD:
             features = encoded.feature_maps(0, 1)
             kinds = feedback.HEATMAPS[: slots.heatmaps]
             return self._each([self.heatmap_head[kind] for kind in kinds], features)
         heatmaps = self.heatmap_head(encoded.feature_maps(0, slots.heatmaps))
         return heatmaps.reshape(-1, slots.heatmaps, *heatmaps.shape[1:])
 
-    def scores(self, encoded: Encoded, slots: Slots) -> jax.Array:
+    def scores(self, encoded: Encoded, slots: feedback.Slots) -> jax.Array:
         """Encoded prompts -> float32 [batch, scores] in [0, 1]."""
-        if self.variant == "multi_head":
+        if self.variant == feedback.MULTI_HEAD:
             features = encoded.feature_maps(0, 1)
             kinds = feedback.SCORES[: slots.scores]
             return self._each([self.score_head[kind] for kind in kinds], features)
@@ -276,7 +260,7 @@ class Rahf(nn.Module):
 
     def score(self, encoded: Encoded, kind: str) -> jax.Array:
         """One kind's score of prompts that ask for it: float32 [batch]. No other head is computed."""
-        head = self.score_head[kind] if self.variant == "multi_head" else self.score_head
+        head = self.score_head[kind] if self.variant == feedback.MULTI_HEAD else self.score_head
         return head(encoded.feature_maps(0, 1))
 
     def _each(self, equal_heads: list[nn.Module], features: jax.Array) -> jax.Array:
@@ -309,11 +293,10 @@ class Rahf(nn.Module):
         """
         batch, texts, target_length = decoder_input_tokens.shape
         prompts = encoder_input_tokens.shape[1]
-        slots = Slots(num_heatmaps, num_scores, texts)
-        if prompts != self.num_prompts(slots):
+        slots = feedback.Slots(num_heatmaps, num_scores, texts)
+        if prompts != (wanted := slots.prompts(self.variant)):
             raise ValueError(
-                f"variant {self.variant} with {slots} takes {self.num_prompts(slots)} prompts an image, "
-                f"got {prompts}"
+                f"variant {self.variant} with {slots} takes {wanted} prompts an image, got {prompts}"
             )
         encoded = self.encode(image, encoder_input_tokens, image_box, enable_dropout)
         outputs = {}

@@ -5,9 +5,9 @@ import jax
 import pytest
 import torch
 
-from richhf_jax import chips, errors
+from richhf_jax import errors, feedback
 from richhf_jax.benchmarks import steps, torch_steps
-from richhf_jax.network import rahf
+from richhf_jax.costs import chips
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -144,5 +144,5 @@ def test_memory_that_does_not_suffice(preset, monkeypatch):
 
 
 def test_a_training_example_of_the_augmented_prompt():
-    assert steps.TRAIN_SLOTS["augmented_prompt"] == rahf.Slots(heatmaps=1, scores=2, texts=1)
+    assert steps.TRAIN_SLOTS["augmented_prompt"] == feedback.Slots(heatmaps=1, scores=2, texts=1)
     assert sum(steps.ALL) == 7

@@ -8,9 +8,8 @@ import pytest
 import torch
 from flax import traverse_util
 
-from richhf_jax import errors
+from richhf_jax import errors, feedback
 from richhf_jax.benchmarks import torch_rahf
-from richhf_jax.network import rahf
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -23,7 +22,7 @@ BINDINGS = (
     "vit.ViTConfig.grid = (4, 4)",
     "vit.ViTConfig.stem_filters = (10,)",
 )
-SLOTS = {"multi_head": rahf.Slots(2, 4, 1), "augmented_prompt": rahf.Slots(1, 2, 1)}
+SLOTS = {"multi_head": feedback.Slots(2, 4, 1), "augmented_prompt": feedback.Slots(1, 2, 1)}
 # What float32 rounding leaves: the sums of a layer are added up in another order.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 

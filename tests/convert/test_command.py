@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from richhf_jax import checkpoints, errors, gin_utils, model_description
 from richhf_jax.convert import __main__ as command
-from richhf_jax.convert import export, layers, own, zarr_arrays
+from richhf_jax.convert import layers, own, writers, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Tensor
 
 ROOT = pathlib.Path(command.__file__).resolve().parents[2]
@@ -199,7 +199,7 @@ def test_what_is_there_stays(saved, tmp_path):
 
 def test_a_directory_that_appears_meanwhile_is_not_overwritten(tmp_path):
     def write():
-        with export.new_directory(str(tmp_path / "to")) as directory:
+        with writers.new_directory(str(tmp_path / "to")) as directory:
             (directory / "ours").touch()
             (tmp_path / "to").mkdir()
             (tmp_path / "to/theirs").touch()

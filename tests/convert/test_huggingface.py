@@ -16,7 +16,7 @@ import transformers
 from flax import linen as nn
 from flax import traverse_util
 
-from richhf_jax.convert import export, huggingface
+from richhf_jax.convert import huggingface, writers
 from richhf_jax.convert.source import ConvertError, Tensor
 from richhf_jax.network import layers, t5, vit
 
@@ -310,7 +310,7 @@ def test_there_and_back(kind, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     tensors = huggingface.open_huggingface(str(tmp_path / "theirs")).tensors
     configs = {"t5_config": our_t5("1.0" if kind == "vit" else kind).config, "vit_config": our_vit().config}
-    lines = export.write_huggingface(tmp_path, tensors, configs)
+    lines = writers.write_huggingface(tmp_path, tensors, configs)
     if kind == "vit":
         assert lines == ["T5 is left out: no source has it"]
         read = functools.partial(transformers.ViTModel.from_pretrained, add_pooling_layer=False)
@@ -340,7 +340,7 @@ def test_there_and_back(kind, tmp_path):
 def test_what_hugging_faces_vit_can_not_hold_is_left_out(tmp_path):
     configs = {"t5_config": our_t5("1.0").config, "vit_config": our_vit(class_token=False).config}
     table = as_state([("vit/position_embedding/embedding", torch.zeros(4, 3, 24))])
-    lines = export.write_huggingface(tmp_path, table, configs)
+    lines = writers.write_huggingface(tmp_path, table, configs)
     assert lines[1] == "vit/ is left out: Hugging Face's ViT has a class token and no stem"
     assert list(tmp_path.iterdir()) == []
 
@@ -350,7 +350,7 @@ def test_half_a_t5_is_not_exported(tmp_path):
     tensors = huggingface.t5_tensors(as_state(t5_model("1.0").state_dict().items()))
     del tensors["decoder/decoder_norm/scale"]
     with pytest.raises(ConvertError, match="T5 is not whole, 1 of its .* decoder/decoder_norm/scale"):
-        export.write_huggingface(tmp_path, tensors, configs)
+        writers.write_huggingface(tmp_path, tensors, configs)
 
 
 @pytest.fixture(scope="module")

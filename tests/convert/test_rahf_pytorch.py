@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutput
 
 from richhf_jax import feedback, gin_utils, models
-from richhf_jax.convert import plan, rahf_pytorch
+from richhf_jax.convert import mapping, rahf_pytorch
 from richhf_jax.convert.source import ConvertError, Tensor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -395,7 +395,7 @@ def test_the_published_sizes_fit_the_preset():
     assert {name: tensor.shape for name, tensor in source.tensors.items()} == ours
     # What shapes do not say; a norm's epsilon is too small for the outputs to show.
     configs = {"t5_config": model.module.t5_config, "vit_config": model.module.vit_config}
-    assert plan.check_settings(configs, [source]) == []
+    assert mapping.check_settings(configs, [source]) == []
     assert source.settings["vit_config.layer_norm_epsilon"] == release.vit.config.layer_norm_eps
     # Every entry is loaded, or is not, and said so.
     used = {name for tensor in source.tensors.values() for name in tensor.origin.split(" + ")}

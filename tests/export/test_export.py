@@ -15,10 +15,9 @@ import safetensors.numpy
 from flax import traverse_util
 from PIL import Image
 
-from richhf_jax import RahfPredictor, checkpoints
+from richhf_jax import RahfPredictor, checkpoints, feedback
 from richhf_jax.export import __main__ as export
 from richhf_jax.export import program
-from richhf_jax.network import rahf
 
 PROMPTS = [
     "a red circle, and two blue stars",
@@ -279,4 +278,4 @@ def test_mistakes_are_one_message_and_leave_nothing(model_dir, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-assert {variant for variant, _ in CASES} == set(rahf.VARIANTS)
+assert {variant for variant, _ in CASES} == set(feedback.VARIANTS)

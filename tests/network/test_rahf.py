@@ -18,10 +18,10 @@ from flax import linen as nn
 from flax import traverse_util
 
 from richhf_jax import feedback
-from richhf_jax.network import heads, rahf, vit
+from richhf_jax.network import heads, vit
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-SLOTS = {"multi_head": rahf.Slots(2, 4, 1), "augmented_prompt": rahf.Slots(2, 3, 2)}
+SLOTS = {"multi_head": feedback.Slots(2, 4, 1), "augmented_prompt": feedback.Slots(2, 3, 2)}
 INPUTS = ("image", "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
 
 
@@ -62,7 +62,7 @@ def make_network(make_model, make_batch, random_values):
     return make
 
 
-@pytest.fixture(params=rahf.VARIANTS)
+@pytest.fixture(params=feedback.VARIANTS)
 def network(request, make_network):
     return make_network(request.param, SLOTS[request.param])
 
@@ -126,10 +126,10 @@ def test_outputs(network):
         assert ((outputs[name] > 0) & (outputs[name] < 1)).all()
 
 
-@pytest.mark.parametrize("variant", rahf.VARIANTS)
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
 @pytest.mark.parametrize("kind", ["heatmaps", "scores", "texts"])
 def test_a_kind_without_slots_is_absent_and_costs_nothing(make_network, variant, kind):
-    network = make_network(variant, rahf.Slots(1, 1, 1)._replace(**{kind: 0}))
+    network = make_network(variant, feedback.Slots(1, 1, 1)._replace(**{kind: 0}))
     parts = set()
 
     def note(call, args, kwargs, context):
@@ -379,7 +379,7 @@ def test_an_image_that_is_no_square(multi_head):
         encoded = module.apply(
             {"params": params}, image, multi_head.inputs["encoder_input_tokens"], method="encode"
         )
-        return module.apply({"params": params}, encoded, rahf.Slots(2, 0, 0), method="heatmaps")
+        return module.apply({"params": params}, encoded, feedback.Slots(2, 0, 0), method="heatmaps")
 
     # The small head doubles the map of 4 x 8 patches once.
     assert jax.eval_shape(heatmaps, multi_head.params).shape == (4, 2, 8, 16)

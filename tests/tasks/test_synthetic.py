@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 import seqio
 
-import tasks
 from richhf_jax import feature_converters, feedback, input_pipeline
 
 LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
-RICH_FEEDBACK = [f"synthetic_rich_hf{kind}_{v}" for kind in ("", "_subtle") for v in tasks.providers.VARIANTS]
+RICH_FEEDBACK = [f"synthetic_rich_hf{kind}_{v}" for kind in ("", "_subtle") for v in feedback.VARIANTS]
 CAPTIONS = ["synthetic_captions", "synthetic_captions_augmented_prompt"]
 MIXTURES = ["synthetic_pretrain", "synthetic_pretrain_augmented_prompt"]
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import tqdm
 
 from richhf_jax import errors, feedback
-from richhf_jax.datasets import images
 from richhf_jax.datasets.rich_hf_18k.labels import write_json
 from richhf_jax.datasets.rich_hf_18k.sources import BadShard, Row, Shard, Source
+from richhf_jax.inputs import images
 
 UID = "uid"
 SCHEMA = pa.schema({UID: pa.string(), feedback.PROMPT_FIELD: pa.string(), feedback.IMAGE_FIELD: pa.binary()})

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import tqdm
 
 from richhf_jax import errors, feedback
-from richhf_jax.datasets import consolidate, images, tfrecord
+from richhf_jax.datasets import consolidate, tfrecord
+from richhf_jax.inputs import images
 
 SPLITS = ("train", "dev", "test")
 LFS_POINTER = b"version https://git-lfs"

@@ -14,8 +14,9 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from richhf_jax import errors, feedback
-from richhf_jax.datasets import images, tfrecord
+from richhf_jax.datasets import tfrecord
 from richhf_jax.datasets.web_captions import shards
+from richhf_jax.inputs import images
 
 KEPT, BAD = "kept", "bad"
 # Why a good sample is left out.

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from richhf_jax import feedback
-from richhf_jax.datasets import consolidate, images, sample_sources
+from richhf_jax.datasets import consolidate, sample_sources
+from richhf_jax.inputs import images
 
 OVERALL = feedback.SCORE_FIELDS[feedback.OVERALL]
 AESTHETICS = feedback.SCORE_FIELDS[feedback.AESTHETICS]

@@ -176,7 +176,7 @@ def test_progress_counts_every_byte_once(processes, web, tmp_path):
 # Takes a while for each image, so that it can be killed in between.
 SLOW_COMMAND = """
 import sys, time
-from richhf_jax.datasets import images
+from richhf_jax.inputs import images
 from richhf_jax.datasets.web_captions import __main__
 checked = images.checked
 images.checked = lambda data: (time.sleep(0.1), checked(data))[1]

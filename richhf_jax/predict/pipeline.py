@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 from richhf_jax import inputs
-from richhf_jax.prediction_files import Failure, PredictionFiles, Scored
-from richhf_jax.predictor import Prediction, PredictionError, Prepared, RahfPredictor
+from richhf_jax.predict.files import Failure, PredictionFiles, Scored
+from richhf_jax.predict.forward import PredictionError, Prepared
+from richhf_jax.predict.predictor import Prediction, RahfPredictor
 
 # Batches that are read ahead, and those that wait to be written: enough for no stage to stand still.
 _AHEAD = 3

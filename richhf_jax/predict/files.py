@@ -26,8 +26,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from richhf_jax import errors, gallery, overlay
-from richhf_jax.predictor import Prediction
+from richhf_jax import errors
+from richhf_jax.pages import gallery, overlay
+from richhf_jax.predict.predictor import Prediction
 
 PREDICTIONS, ERRORS, STATE = "predictions.jsonl", "errors.jsonl", "run.json"
 HEATMAPS_FILE = "heatmaps.npz"

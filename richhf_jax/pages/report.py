@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from richhf_jax import feedback
-from richhf_jax.gallery import GalleryItem, item_view, render
+from richhf_jax.pages.gallery import GalleryItem, item_view, render
 
 
 @dataclasses.dataclass(frozen=True)

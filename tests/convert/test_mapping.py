@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from richhf_jax.convert import plan
+from richhf_jax.convert import mapping
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 from richhf_jax.network import t5, vit
 
@@ -40,13 +40,13 @@ def test_loaded_initialised_and_unused():
         source("a", w=tensor((2, 3), "w.weight"), more=tensor((4,), "m.weight")),
         source("b", head__b=tensor((3,), "head.bias"), unused=("pooler",)),
     ]
-    conversion = plan.make_plan(model(w=(2, 3), head__b=(3,), fresh=(5,)), given)
+    conversion = mapping.make_plan(model(w=(2, 3), head__b=(3,), fresh=(5,)), given)
     assert conversion.rows == (
-        plan.Row("initialised", "fresh", (5,)),
-        plan.Row("loaded", "head/b", (3,), "[2] head.bias"),
-        plan.Row("loaded", "w", (2, 3), "[1] w.weight"),
-        plan.Row("unused", "more", (4,), "[1] m.weight"),
-        plan.Row("unused", "pooler", None, "[2]"),
+        mapping.Row("initialised", "fresh", (5,)),
+        mapping.Row("loaded", "head/b", (3,), "[2] head.bias"),
+        mapping.Row("loaded", "w", (2, 3), "[1] w.weight"),
+        mapping.Row("unused", "more", (4,), "[1] m.weight"),
+        mapping.Row("unused", "pooler", None, "[2]"),
     )
     assert conversion.tensors.keys() == {"w", "head/b"}
     np.testing.assert_array_equal(conversion.tensors["w"].read(), np.arange(6.0).reshape(2, 3))
@@ -59,7 +59,7 @@ def test_planning_reads_nothing():
     shapes = {"e__layers_0__w": (2,), "e__layers_1__w": (2,), "vit__position_embedding__embedding": (2, 2, 1)}
     given = {name: Tensor(name, shape, np.dtype(np.float16), read) for name, shape in shapes.items()}
     wanted = model(e__layers__w=(2, 2), vit__position_embedding__embedding=(3, 3, 1))
-    conversion = plan.make_plan(wanted, [source(**given)])
+    conversion = mapping.make_plan(wanted, [source(**given)])
     assert {name: (t.shape, t.dtype) for name, t in conversion.tensors.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()
     }
@@ -67,7 +67,7 @@ def test_planning_reads_nothing():
 
 def test_other_types_become_the_models():
     given = source(w=tensor((2,), dtype=ml_dtypes.bfloat16))
-    loaded = plan.make_plan(model(w=(2,)), [given]).tensors["w"]
+    loaded = mapping.make_plan(model(w=(2,)), [given]).tensors["w"]
     assert loaded.dtype == loaded.read().dtype == np.float32
 
 
@@ -75,17 +75,17 @@ def test_shapes_that_do_not_fit_are_all_listed():
     given = source(w=tensor((2, 3), "w.weight"), v=tensor((4,), "v.weight"), ok=tensor((1,)))
     wanted = model(w=(3, 2), v=(5,), ok=(1,))
     with pytest.raises(ConvertError) as error:
-        plan.make_plan(wanted, [given])
+        mapping.make_plan(wanted, [given])
     assert str(error.value).splitlines()[:3] == [
         "these shapes do not fit the model:",
         "  v: (5,) in the model, (4,) in [1] v.weight",
         "  w: (3, 2) in the model, (2, 3) in [1] w.weight",
     ]
     assert "--allow_mismatched_shapes" in str(error.value)
-    conversion = plan.make_plan(wanted, [given], allow_mismatched_shapes=True)
+    conversion = mapping.make_plan(wanted, [given], allow_mismatched_shapes=True)
     assert rows(conversion) == {"w": "initialised", "v": "initialised", "ok": "loaded"}
     assert conversion.tensors.keys() == {"ok"}
-    table = plan.format_table(conversion, [given])
+    table = mapping.format_table(conversion, [given])
     assert "initialised  v   (4,) for (5,)      [1] v.weight does not fit\n" in table
 
 
@@ -94,23 +94,23 @@ def test_a_vocabulary_of_other_size_does_not_fit():
     with pytest.raises(
         ConvertError, match=r"token_embedder/embedding: \(32128, 1\) in the model, \(32100, 1\)"
     ):
-        plan.make_plan(model(token_embedder__embedding=(32128, 1), ok=(1,)), [given])
+        mapping.make_plan(model(token_embedder__embedding=(32128, 1), ok=(1,)), [given])
 
 
 def test_the_same_parameter_from_two_sources():
     with pytest.raises(ConvertError, match="w is in both a.npz and b.npz: give one of them"):
-        plan.make_plan(model(w=(1,)), [source("a.npz", w=tensor((1,))), source("b.npz", w=tensor((1,)))])
+        mapping.make_plan(model(w=(1,)), [source("a.npz", w=tensor((1,))), source("b.npz", w=tensor((1,)))])
 
 
 def test_nothing_in_common():
     with pytest.raises(ConvertError, match="a.npz: no parameter in common with the model"):
-        plan.make_plan(model(w=(1,)), [source("a.npz", v=tensor((1,)))])
+        mapping.make_plan(model(w=(1,)), [source("a.npz", v=tensor((1,)))])
 
 
 def test_scanned_layers_are_stacked():
     layers = {f"e__layers_{i}__w": tensor((2,), f"block.{i}.w", start=10 * i) for i in range(12)}
-    conversion = plan.make_plan(model(e__layers__w=(11, 2), norm=(1,)), [source(**layers)])
-    assert conversion.rows[0] == plan.Row("loaded", "e/layers/w", (11, 2), "[1] block.0.w ... block.10.w")
+    conversion = mapping.make_plan(model(e__layers__w=(11, 2), norm=(1,)), [source(**layers)])
+    assert conversion.rows[0] == mapping.Row("loaded", "e/layers/w", (11, 2), "[1] block.0.w ... block.10.w")
     assert rows(conversion)["e/layers_11/w"] == "unused"
     stacked = conversion.tensors["e/layers/w"]
     expected = np.array([[10.0 * i, 10 * i + 1] for i in range(11)])
@@ -121,24 +121,24 @@ def test_scanned_layers_are_stacked():
 def test_a_stack_of_too_few_or_unlike_layers_does_not_fit(shapes):
     layers = {f"e__layers_{i}__w": tensor(shape, f"block.{i}") for i, shape in enumerate(shapes)}
     with pytest.raises(ConvertError, match=r"e/layers/w: \(2, 2\) in the model"):
-        plan.make_plan(model(e__layers__w=(2, 2)), [source(**layers)])
+        mapping.make_plan(model(e__layers__w=(2, 2)), [source(**layers)])
 
 
 def test_a_position_table_of_another_grid_is_resampled():
     given = source(vit__position_embedding__embedding=tensor((3, 3, 2), "pos"))
-    conversion = plan.make_plan(model(vit__position_embedding__embedding=(5, 4, 2)), [given])
+    conversion = mapping.make_plan(model(vit__position_embedding__embedding=(5, 4, 2)), [given])
     (row,) = conversion.rows
     assert (row.status, row.shape, row.source_shape) == ("resampled", (5, 4, 2), (3, 3, 2))
     resampled = conversion.tensors["vit/position_embedding/embedding"]
-    expected = plan.resample_positions(np.arange(18.0).reshape(3, 3, 2), (5, 4))
+    expected = mapping.resample_positions(np.arange(18.0).reshape(3, 3, 2), (5, 4))
     np.testing.assert_array_equal(resampled.read(), expected)
-    assert "(3, 3, 2) -> (5, 4, 2)" in plan.format_table(conversion, [given])
+    assert "(3, 3, 2) -> (5, 4, 2)" in mapping.format_table(conversion, [given])
 
 
 def test_a_position_table_of_another_width_does_not_fit():
     given = source(vit__position_embedding__embedding=tensor((3, 3, 2), "pos"))
     with pytest.raises(ConvertError, match=r"\(5, 5, 4\) in the model, \(3, 3, 2\)"):
-        plan.make_plan(model(vit__position_embedding__embedding=(5, 5, 4)), [given])
+        mapping.make_plan(model(vit__position_embedding__embedding=(5, 5, 4)), [given])
 
 
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (32, 32)), ((24, 24), (32, 32)), ((24, 24), (14, 20))])
@@ -147,7 +147,7 @@ def test_resampling_keeps_constants_and_ramps(old, new):
         y, x = np.meshgrid(np.linspace(0, 1, rows), np.linspace(0, 1, columns), indexing="ij")
         return np.stack([np.full_like(x, 7.0), x, y, 2 * x - 3 * y], axis=-1).astype(np.float32)
 
-    np.testing.assert_allclose(plan.resample_positions(ramp(*old), new), ramp(*new), atol=1e-5)
+    np.testing.assert_allclose(mapping.resample_positions(ramp(*old), new), ramp(*new), atol=1e-5)
 
 
 @pytest.mark.parametrize("new", [(32, 32), (7, 40)])
@@ -157,8 +157,8 @@ def test_resampling_is_bilinear_with_corners_on_corners(new, rng):
         torch.tensor(table).permute(2, 0, 1)[None], size=new, mode="bilinear", align_corners=True
     )
     expected = theirs[0].permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(plan.resample_positions(table, new), expected, atol=1e-5)
-    np.testing.assert_allclose(plan.resample_positions(table, (24, 24)), table, atol=1e-7)
+    np.testing.assert_allclose(mapping.resample_positions(table, new), expected, atol=1e-5)
+    np.testing.assert_allclose(mapping.resample_positions(table, (24, 24)), table, atol=1e-7)
 
 
 CONFIGS = {
@@ -178,12 +178,12 @@ def test_settings_that_agree():
         t5_config__mlp_activations=("gelu", "linear"),
         vit_config__layer_norm_epsilon=1e-6,
     )
-    assert plan.check_settings(CONFIGS, [given]) == []
+    assert mapping.check_settings(CONFIGS, [given]) == []
 
 
 def test_what_hardly_matters_is_noted_where_it_differs():
     given = with_settings("look out", vit_config__layer_norm_epsilon=1e-12, vit_config__approximate_gelu=True)
-    notes = plan.check_settings(CONFIGS, [given])
+    notes = mapping.check_settings(CONFIGS, [given])
     assert notes == [
         "layer_norm_epsilon is 1e-06 in the model, 1e-12 in a.npz: "
         "give --gin.vit.ViTConfig.layer_norm_epsilon=1e-12 to compute exactly the same",
@@ -191,8 +191,8 @@ def test_what_hardly_matters_is_noted_where_it_differs():
         "give --gin.vit.ViTConfig.approximate_gelu=True to compute exactly the same",
         "a.npz: look out",
     ]
-    conversion = plan.make_plan(model(w=(1,)), [given])
-    assert plan.format_table(conversion, [given], notes).endswith("\nnote: a.npz: look out")
+    conversion = mapping.make_plan(model(w=(1,)), [given])
+    assert mapping.format_table(conversion, [given], notes).endswith("\nnote: a.npz: look out")
 
 
 @pytest.mark.parametrize(
@@ -210,13 +210,13 @@ def test_what_hardly_matters_is_noted_where_it_differs():
 )
 def test_another_setting_that_differs_is_an_error(name, value, message):
     with pytest.raises(ConvertError, match=message):
-        plan.check_settings(CONFIGS, [with_settings(**{name: value})])
+        mapping.check_settings(CONFIGS, [with_settings(**{name: value})])
 
 
 def test_the_table_shows_every_parameter_and_counts():
     given = [source("a", w=tensor((2, 3), "w.weight"), more=tensor((4,), "m.weight"))]
-    conversion = plan.make_plan(model(w=(2, 3), layers_10__b=(5,), layers_9__b=(5,)), given)
-    assert plan.format_table(conversion, given) == (
+    conversion = mapping.make_plan(model(w=(2, 3), layers_10__b=(5,), layers_9__b=(5,)), given)
+    assert mapping.format_table(conversion, given) == (
         "[1] a: made up\n"
         "\n"
         "initialised  layers_9/b   (5,)\n"

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import RahfPredictor, feedback, predict, prediction_files, predictor, scoring
+from richhf_jax import RahfPredictor, feedback
 from richhf_jax.export import __main__ as export
+from richhf_jax.predict import __main__ as predict
+from richhf_jax.predict import files as prediction_files
+from richhf_jax.predict import pipeline, predictor
 
-ROOT = pathlib.Path(predict.__file__).resolve().parents[1]
+ROOT = pathlib.Path(predict.__file__).resolve().parents[2]
 COUNT, EACH = 1000, 3
 
 
@@ -293,7 +296,7 @@ def test_report_of_few_holds_its_pictures(score, table, tmp_path):
 
 
 def test_report_of_many_links_its_pictures(score, table, tmp_path, monkeypatch):
-    monkeypatch.setattr("richhf_jax.gallery.MAX_EMBEDDED", 1)
+    monkeypatch.setattr("richhf_jax.pages.gallery.MAX_EMBEDDED", 1)
     monkeypatch.setattr(prediction_files, "MAX_CARDS", 1)
     score(table, "--report")
     page = (tmp_path / "out/report.html").read_text()
@@ -379,7 +382,7 @@ def test_a_library_that_fails_at_one_record(score, table, tmp_path, monkeypatch)
 def test_large_images_wait_in_few_batches(side, ahead):
     image = np.broadcast_to(np.uint8(0), (side, side, 3))
     prepared = [predictor.Prepared(image, "", None, None, None, None, 0)] * 16
-    assert scoring._batches_ahead(prepared) == ahead
+    assert pipeline._batches_ahead(prepared) == ahead
 
 
 @pytest.mark.parametrize("name", ["safetensors", "stablehlo", "orbax"])

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import tqdm
 from absl import logging
 
-from richhf_jax import errors, inputs, prediction_files, scoring
-from richhf_jax.prediction_files import PredictionFiles
-from richhf_jax.predictor import RahfPredictor, checkpoint_path
+from richhf_jax import errors, inputs
+from richhf_jax.predict import forward, pipeline
+from richhf_jax.predict.files import ERRORS, HEATMAP_FORMATS, PREDICTIONS, PredictionFiles
+from richhf_jax.predict.predictor import RahfPredictor
 
 SOME_FAILED = 3
 _STOPPED = 130  # As shells say of Ctrl-C.
@@ -31,7 +32,7 @@ _SHOWN_FAILURES = 3
 def run(options: argparse.Namespace) -> int:
     """The command, its options parsed. Returns the exit code."""
     _check_out(options.out, options.inputs)
-    path = checkpoint_path(options.checkpoint)
+    path = forward.checkpoint_path(options.checkpoint)
     total = inputs.count(options.inputs, options.prompt)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
     # Before there are files: a model that doesn't load leaves none.
@@ -62,21 +63,21 @@ def _score_rest(
     predictor: RahfPredictor, options: argparse.Namespace, files: PredictionFiles, first: int, last: int
 ) -> None:
     begin = files.progress.position
-    records = scoring.numbered(options.inputs, options.prompt, begin, last)
+    records = pipeline.numbered(options.inputs, options.prompt, begin, last)
     shown = {"desc": "scoring", "unit": " images", "mininterval": 1, "smoothing": 0.05}
     with tqdm.tqdm(total=last - first, initial=begin - first, **shown) as bar:
-        scoring.score(predictor, records, files, bar, options.threads)
+        pipeline.score(predictor, records, files, bar, options.threads)
 
 
 def _summary(options: argparse.Namespace, files: PredictionFiles) -> int:
     """Tells what there is. Returns the exit code."""
     done = files.progress
-    print(f"{done.predictions:,} images scored: {os.path.join(options.out, prediction_files.PREDICTIONS)}")
+    print(f"{done.predictions:,} images scored: {os.path.join(options.out, PREDICTIONS)}")
     if options.report:
         print(f"page: {os.path.join(options.out, 'report.html')}")
     if not done.errors:
         return 0
-    place = os.path.join(options.out, prediction_files.ERRORS)
+    place = os.path.join(options.out, ERRORS)
     print(f"{done.errors:,} could not be scored, see {place}", file=sys.stderr)
     for line in files.failures(_SHOWN_FAILURES):
         print(f"  {line['id']}: {line['reason']}", file=sys.stderr)
@@ -124,7 +125,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", help="of a single image, or of a folder's images that have no .txt")
     add(
         *("--heatmaps",),
-        choices=prediction_files.HEATMAP_FORMATS,
+        choices=HEATMAP_FORMATS,
         default="png",
         help="as 8-bit PNGs (255 = 1), as float16 in one heatmaps.npz, or not at all; default %(default)s",
     )
@@ -141,7 +142,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--threads",
         type=_positive,
-        default=scoring.default_threads(),
+        default=pipeline.default_threads(),
         metavar="N",
         help="that read, decode and write; default %(default)s",
     )

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from richhf_jax import program
+from richhf_jax.costs import counter
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -67,7 +67,7 @@ BY_HAND = {
 @pytest.mark.parametrize(("function", "shapes", "flops"), BY_HAND.values(), ids=BY_HAND)
 def test_flops_worked_out_by_hand(function, shapes, flops):
     both, _ = texts(function, *(floats(*shape) for shape in shapes))
-    assert [program.analyze(text).flops for text in both] == [flops, flops]
+    assert [counter.analyze(text).flops for text in both] == [flops, flops]
 
 
 def many_operations(x, flag):
@@ -92,7 +92,7 @@ def convolution_gradients(x, kernel):
 def test_without_loops_the_flops_are_xlas_own(function, shapes):
     both, xla = texts(function, *(floats(*shape) for shape in shapes))
     # The same rules: there is nothing to tolerate.
-    assert [program.analyze(text).flops for text in both] == xla
+    assert [counter.analyze(text).flops for text in both] == xla
 
 
 def layers(x, weights, unroll, remat):
@@ -110,7 +110,7 @@ def test_scanned_layers_cost_what_unrolled_ones_do(remat):
 
         # Of x, too: else the unrolled program leaves out what its first layer need not compute.
         both, xla = texts(jax.grad(loss, (0, 1)), floats(6, 256, 256), floats(32, 256))
-        return [program.analyze(text) for text in both], xla
+        return [counter.analyze(text) for text in both], xla
 
     scanned, xla_scanned = gradients(unroll=1)
     unrolled, xla_unrolled = gradients(unroll=6)
@@ -146,7 +146,7 @@ def test_trips(name, trips):
     }
     both, _ = texts(loops[name], floats(16, 16))
     for text in both:
-        costs = program.analyze(text)
+        costs = counter.analyze(text)
         # Beside the product, a trip takes only a few operations on its counter.
         assert trips * 2 * 16**3 <= costs.flops <= trips * (2 * 16**3 + 10)
         assert costs.uncounted_loops == ()
@@ -158,7 +158,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
 
     both, _ = texts(function, jax.ShapeDtypeStruct((), jnp.int32), floats(16, 16))
     for text in both:
-        costs = program.analyze(text)
+        costs = counter.analyze(text)
         assert 2 * 16**3 <= costs.flops <= 2 * 16**3 + 10
         assert len(costs.uncounted_loops) == 1
         assert costs.uncounted_loops[0] in text
@@ -180,13 +180,13 @@ def test_collectives_of_a_loop():
         return lax.scan(trip, x, None, length=3)[0]
 
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    costs = program.analyze(jax.jit(function).lower(x).compile().as_text())
+    costs = counter.analyze(jax.jit(function).lower(x).compile().as_text())
     part, whole = 4 * 8 * 4, 8 * 8 * 4
     assert costs.collectives == {
-        "all-gather": program.Collective(3, 3 * whole, 3 * whole / 2),
-        "all-reduce": program.Collective(3, 3 * part, 3 * 2 * part / 2),
-        "reduce-scatter": program.Collective(3, 3 * whole, 3 * whole / 2),
-        "collective-permute": program.Collective(3, 3 * part, 3 * part),
+        "all-gather": counter.Collective(3, 3 * whole, 3 * whole / 2),
+        "all-reduce": counter.Collective(3, 3 * part, 3 * 2 * part / 2),
+        "reduce-scatter": counter.Collective(3, 3 * whole, 3 * whole / 2),
+        "collective-permute": counter.Collective(3, 3 * part, 3 * part),
     }
 
 
@@ -281,13 +281,13 @@ ENTRY %main (x.1: bf16[32,512], w.1: bf16[256,256], g.1: f32[64,128]) -> f32[6,1
 
 
 def test_a_program_for_tpus():
-    costs = program.analyze(TPU)
-    product, reduced, counter = 2 * 32 * 512 * 256, 64 * 128, 1
-    assert costs.flops == 6 * (product + reduced + counter)
+    costs = counter.analyze(TPU)
+    product, reduced, counted = 2 * 32 * 512 * 256, 64 * 128, 1
+    assert costs.flops == 6 * (product + reduced + counted)
     gathered, whole = 512 * 256 * 2, 64 * 128 * 4
     assert costs.collectives == {
-        "all-gather": program.Collective(6, 6 * gathered, 6 * gathered / 2),
-        "reduce-scatter": program.Collective(6, 6 * whole, 6 * whole * 3 / 4),
+        "all-gather": counter.Collective(6, 6 * gathered, 6 * gathered / 2),
+        "reduce-scatter": counter.Collective(6, 6 * whole, 6 * whole * 3 / 4),
     }
     assert costs.uncounted_loops == ()
 
@@ -301,16 +301,16 @@ def test_bytes_of_a_program_for_tpus_are_those_of_main_memory():
     trip = (part + part) + part + reduced + stored + counter
     # The copy onto the chip, the counter's beginning, and the empty array.
     before = 32 * 512 * 2 + number + 6 * 16 * 128 * 4
-    assert program.analyze(TPU).bytes_accessed == before + 6 * trip
+    assert counter.analyze(TPU).bytes_accessed == before + 6 * trip
 
 
 def test_largest_buffers():
-    found = program.largest_buffers(TPU, limit=4)
+    found = counter.largest_buffers(TPU, limit=4)
     assert found == [
-        program.Buffer(131072, "bf16[256,256]", "w", 1),
-        program.Buffer(131072, "bf16[256,256]", "fusion.1", 1),
-        program.Buffer(49152, "f32[6,16,128]", "fusion.5", 1),
-        program.Buffer(49152, "f32[6,16,128]", "empty", 1),
+        counter.Buffer(131072, "bf16[256,256]", "w", 1),
+        counter.Buffer(131072, "bf16[256,256]", "fusion.1", 1),
+        counter.Buffer(49152, "f32[6,16,128]", "fusion.5", 1),
+        counter.Buffer(49152, "f32[6,16,128]", "empty", 1),
     ]
 
 
@@ -318,9 +318,9 @@ def test_bytes_without_loops_are_xlas_own():
     # In each case operands and results, once.
     both, _ = texts(lambda x, y: jnp.tanh(x @ y), floats(8, 16), floats(16, 4))
     product = 8 * 16 + 16 * 4 + 8 * 4
-    assert program.analyze(both[1]).bytes_accessed == 4 * (product + 2 * 8 * 4)
+    assert counter.analyze(both[1]).bytes_accessed == 4 * (product + 2 * 8 * 4)
 
 
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
-        program.analyze("module @jit_f {\n}\n")
+        counter.analyze("module @jit_f {\n}\n")

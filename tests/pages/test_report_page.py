@@ -10,7 +10,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from richhf_jax import feedback, gallery, report
+from richhf_jax import feedback
+from richhf_jax.pages import gallery, report
 
 # Debian's packages of these names, which launch/test.sh installs.
 CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"

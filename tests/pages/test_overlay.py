@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from richhf_jax import overlay
+from richhf_jax.pages import overlay
 
 
 def test_picture_grows_lighter_and_more_opaque_with_heat():
@@ -57,5 +57,5 @@ def test_draw_stretches_a_heatmap_of_another_size():
 
 
 def test_needs_no_jax():
-    code = "import sys, richhf_jax.overlay; sys.exit('jax' in sys.modules or 'etils' in sys.modules)"
+    code = "import sys, richhf_jax.pages.overlay; sys.exit('jax' in sys.modules or 'etils' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from richhf_jax import chips, program
+from richhf_jax.costs import chips, counter
 
 _GIB = 2**30
 
@@ -64,7 +64,7 @@ def make(
     chip = chips.spec(step.device_kind)
     num_chips = math.prod(step.mesh.values())
     text = compiled.as_text()
-    costs = program.analyze(text)
+    costs = counter.analyze(text)
     memory = _memory(compiled)
     fits = None if chip is None else refusal is None and memory["total"] <= chip.hbm_bytes
     made = {
@@ -89,7 +89,7 @@ def make(
     }
     if fits is False:
         made["refusal"] = refusal
-        made["largest_buffers"] = [dataclasses.asdict(one) for one in program.largest_buffers(text)]
+        made["largest_buffers"] = [dataclasses.asdict(one) for one in counter.largest_buffers(text)]
     return made
 
 
@@ -105,7 +105,7 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     return {**memory, "total": sum(memory.values())}
 
 
-def _roofline(costs: program.Costs, chip: chips.ChipSpec, batch_images: int) -> dict[str, float]:
+def _roofline(costs: counter.Costs, chip: chips.ChipSpec, batch_images: int) -> dict[str, float]:
     """Seconds that a step takes at least, if each part of a chip worked at its peak, beside the others."""
     sent = sum(collective.sent_bytes for collective in costs.collectives.values())
     seconds = {

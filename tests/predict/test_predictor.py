@@ -13,16 +13,9 @@ import safetensors.numpy
 from flax import traverse_util
 from PIL import Image
 
-from richhf_jax import (
-    RahfPredictor,
-    RichFeedback,
-    errors,
-    feedback,
-    model_description,
-    predictor,
-)
-from richhf_jax.datasets import images
-from richhf_jax.network import rahf
+from richhf_jax import RahfPredictor, RichFeedback, errors, feedback, model_description
+from richhf_jax.inputs import images
+from richhf_jax.predict import forward, predictor
 
 PROMPT = "a red circle, and two blue stars"
 WORDS = ["a", "one", "two", "red", "blue", "circle", "star", "ring", "of", "drawing,", '"big"', "Ünï", "x"]
@@ -62,7 +55,7 @@ def assert_close(found, expected, atol=1e-5):
 # What goes in.
 
 
-@pytest.mark.parametrize("variant", rahf.VARIANTS)
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
 @pytest.mark.parametrize("fit", ["resize", "letterbox"])
 def test_inputs_are_the_trainings(make_model_dir, synthetic_data_dir, variant, fit):
     import gin
@@ -231,7 +224,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_says_so(loaded, rng):
     assert loaded(image, PROMPT).words_cut == 0
 
 
-@pytest.mark.parametrize("variant", rahf.VARIANTS)
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
 def test_batch_size_and_order_change_no_result(make_model_dir, quick_compilation, rng, variant):
     directory = make_model_dir(variant)
     given, texts = pictures(rng, 7), prompts(rng, 7)
@@ -281,13 +274,13 @@ def test_bfloat16_is_close(model_dir, loaded, quick_compilation, rng):
 # One call, and no op too many.
 
 
-@pytest.mark.parametrize("variant", rahf.VARIANTS)
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
 def test_the_image_is_seen_once_whatever_the_prompts(make_model_dir, variant):
     description = model_description.read(make_model_dir(variant))
     side, patch = 32, description.network.vit_config.patch_size
     mine = RahfPredictor.from_checkpoint(make_model_dir(variant), batch_size=3)
     prepared = [mine.prepare(np.zeros((9, 9, 3), np.uint8), PROMPT)] * 3
-    jaxpr = jax.make_jaxpr(predictor.predict_fn(description))(mine.params, mine.features(prepared, 3))
+    jaxpr = jax.make_jaxpr(forward.predict_fn(description))(mine.params, mine.features(prepared, 3))
     # Nothing else has so wide an input: one product, of 3 images.
     products = [p for p in _products(jaxpr.jaxpr) if p.invars[0].aval.shape[-1] == 3 * patch**2]
     assert [p.outvars[0].aval.shape[:3] for p in products] == [(3, side // patch, side // patch)]
@@ -309,7 +302,7 @@ def _products(jaxpr):
 # Guidance.
 
 
-@pytest.mark.parametrize("variant", rahf.VARIANTS)
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
 @pytest.mark.parametrize("fit", ["resize", "letterbox"])
 def test_score_fn_is_the_score(make_model_dir, quick_compilation, rng, variant, fit):
     mine = RahfPredictor.from_checkpoint(make_model_dir(variant, fit), batch_size=2)

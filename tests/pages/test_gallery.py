@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import feedback, gallery, overlay
+from richhf_jax import feedback
 from richhf_jax.feedback import RichFeedback
+from richhf_jax.pages import gallery, overlay
 
 VOID = {"meta", "link", "img", "input", "br"}
 

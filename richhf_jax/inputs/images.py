@@ -9,10 +9,8 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from richhf_jax.datasets import ratings
-
 # Of each side, in pixels.
-MAX_SIDE = ratings.MAX_SIDE
+MAX_SIDE = 8192
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # How a complete file ends. Where it doesn't (something follows, or is missing), TensorFlow and Pillow differ.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from richhf_jax.datasets import images
+from richhf_jax.inputs import images
 
 HEIGHT, WIDTH = 24, 36
 

@@ -18,8 +18,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from richhf_jax import feedback, overlay
+from richhf_jax import feedback
 from richhf_jax.feedback import RichFeedback
+from richhf_jax.pages import overlay
 
 # Larger pictures are shrunk: no screen shows them larger in the gallery, and a page should open at once.
 # Heatmaps are smooth, and their noise makes large files.
@@ -124,7 +125,7 @@ def render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> 
       values: what else stands in the template.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("richhf_jax", "templates"),
+        loader=jinja2.PackageLoader("richhf_jax.pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,249 @@
+"""The model's forward pass for predictions: its features, its outputs, its parameters and vocabulary.
+
+What the predictor, the exports and the benchmarks share.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import sentencepiece
+from etils import epath
+from flax import traverse_util
+
+from richhf_jax import checkpoints, errors, feedback, keywords, model_description, models
+
+Features = Mapping[str, np.ndarray]
+# Arrays of jax, or on the host of numpy.
+Outputs = Mapping[str, Any]
+
+WEIGHTS_FILE = "model.safetensors"
+# What TensorFlow's `tf.strings.split` splits at, as the training does.
+_SPACES = re.compile(r"[ \t\n\v\f\r]+")
+
+
+class PredictionError(ValueError):
+    """Why an image or a prompt can't be scored."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """One image and its prompt, ready for the device.
+
+    Attributes:
+      image: uint8 [height, width, 3], as given.
+      prompt: as given.
+      square: uint8 [side, side, 3].
+      box: int32 [4], where in the square the image lies.
+      inputs: int32 [prompts, length].
+      words: the prompt's, for the decoder.
+      words_cut: of the longest prompt, at its end.
+    """
+
+    image: np.ndarray
+    prompt: str
+    square: np.ndarray
+    box: np.ndarray
+    inputs: np.ndarray
+    words: keywords.KeywordPieces
+    words_cut: int
+
+
+class PromptEncoder:
+    """Turns prompts into the model's tokens, as training does, but without TensorFlow.
+
+    Attributes:
+      suffix: the suffix of a misaligned word, in the vocabulary's pieces.
+    """
+
+    def __init__(self, description: model_description.ModelDescription):
+        """Raises:
+        errors.UserError: the vocabulary is none, is another model's or can't mark keywords.
+        """
+        self._description = description
+        self._vocabulary = load_vocabulary(description.vocabulary)
+        pieces, rows = self._vocabulary.vocab_size(), description.network.t5_config.vocab_size
+        if pieces > rows:
+            raise errors.UserError(
+                f"{model_description.VOCABULARY_FILE} has {pieces} pieces, the model {rows}:"
+                " it is another model's"
+            )
+        self.suffix = keywords.suffix_pieces(self._vocabulary.encode)
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
+        """`preprocessors.encode` without TensorFlow: int32 [texts, length], and the most words cut of one."""
+        length = self._description.feature_lengths["inputs"]
+        result = np.zeros((len(texts), length), np.int32)
+        most = 0
+        for row, text in enumerate(texts):
+            pieces, cut = self._vocabulary.encode(text), 0
+            if len(pieces) > length - 1:
+                text, cut = self._cut_at_word(text, length - 1)
+                pieces = self._vocabulary.encode(text)[: length - 1]
+            result[row, : len(pieces) + 1] = [*pieces, self._vocabulary.eos_id()]
+            most = max(most, cut)
+        return result, most
+
+    def _cut_at_word(self, text: str, room: int) -> tuple[str, int]:
+        """The words that fit into `room` pieces (at least one), and the number of the others."""
+        words = [word for word in _SPACES.split(text) if word]
+        ends = np.cumsum([len(pieces) for pieces in self._vocabulary.encode(words)])
+        kept = max(int(np.sum(ends <= room)), 1)
+        return " ".join(words[:kept]), len(words) - kept
+
+    def keyword_pieces(self, prompt: str) -> keywords.KeywordPieces:
+        """A prompt's words for the decoder."""
+        length = self._description.feature_lengths["targets"]
+        return keywords.keyword_pieces(prompt, self._vocabulary.encode, length)
+
+
+def features(
+    prepared: Sequence[Prepared],
+    rows: int,
+    description: model_description.ModelDescription,
+    suffix: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """Makes a batch of `rows` images, the last of which may be padding; see `predict_fn`."""
+    batch = {
+        "image": _stack([one.square for one in prepared], rows),
+        "encoder_input_tokens": _stack([one.inputs for one in prepared], rows),
+        **keywords.features(
+            [one.words for one in prepared], rows, description.feature_lengths["targets"], suffix
+        ),
+    }
+    if description.fit == "letterbox":
+        batch["image_box"] = _stack([one.box for one in prepared], rows)
+    return batch
+
+
+def _stack(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """[rows, ...], zeros behind the last up to `count`."""
+    result = np.zeros((count, *rows[0].shape), rows[0].dtype)
+    for i, row in enumerate(rows):
+        result[i] = row
+    return result
+
+
+def predict_fn(description: model_description.ModelDescription) -> Callable[[Any, Features], Outputs]:
+    """All that RAHF says of a batch, as one function of parameters and features.
+
+    Returns:
+      A pure function of the parameters and of
+        image                 uint8 [batch, side, side, 3]
+        image_box             int32 [batch, 4], where images are letterboxed
+        encoder_input_tokens  int32 [batch, prompts, length]
+        keyword_pieces, keyword_words, keyword_suffix   see `keywords.features`
+      to
+        scores                float32 [batch, 4], in the order of `feedback.SCORES`
+        heatmaps              float32 [batch, 2, side, side], in the order of `feedback.HEATMAPS`
+        keyword_probability, keyword_misaligned   float32 and bool [batch, length], by number of the word
+    """
+    model = _rahf_model(description)
+    slots = {"heatmap_weights": len(feedback.HEATMAPS), "score_weights": len(feedback.SCORES)}
+
+    def predict(params, features):
+        batch, _, length = features["keyword_pieces"].shape
+        shapes = {name: jnp.zeros((batch, count)) for name, count in slots.items()}
+        shapes["decoder_input_tokens"] = jnp.zeros((batch, 1, length), jnp.int32)
+        outputs = model.predict_batch(params, {**features, **shapes})
+        words = {name: outputs[name][:, 0] for name in ("keyword_probability", "keyword_misaligned")}
+        return {"scores": outputs["scores"], "heatmaps": outputs["heatmaps"], **words}
+
+    return predict
+
+
+def _rahf_model(description: model_description.ModelDescription) -> models.RahfModel:
+    return models.RahfModel(
+        description.network,
+        optimizer_def=None,
+        misalignment_threshold=description.misalignment_threshold,
+        eos_id=load_vocabulary(description.vocabulary).eos_id(),
+    )
+
+
+def load_vocabulary(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model.
+
+    Raises:
+      errors.UserError: it is none.
+    """
+    vocabulary = sentencepiece.SentencePieceProcessor()
+    try:
+        vocabulary.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise errors.UserError(f"{model_description.VOCABULARY_FILE} is no SentencePiece model") from error
+    return vocabulary
+
+
+def checkpoint_path(path: str) -> str:
+    """Where the parameters are: a `checkpoint_<step>`, or an export's model.safetensors.
+
+    Args:
+      path: a MODEL_DIR, whose newest checkpoint is meant; a `checkpoint_<step>` in it; an export; or what
+        this function returned.
+
+    Raises:
+      errors.UserError: there is none.
+    """
+    if os.path.basename(path) == WEIGHTS_FILE and epath.Path(path).exists():
+        return path
+    path = path if "://" in path else os.path.abspath(path)
+    weights = epath.Path(path) / WEIGHTS_FILE
+    if weights.exists() and checkpoints.newest_checkpoint(path) is None:
+        return os.fspath(weights)
+    return checkpoints.find_checkpoint(path)[0]
+
+
+def load_params(place: str, description: model_description.ModelDescription) -> Any:
+    """Reads a model's parameters, onto the first local device or the host.
+
+    Args:
+      place: what `checkpoint_path` returned.
+      description: of the model.
+
+    Raises:
+      errors.UserError: a parameter is missing or of another shape, or the file can't be read.
+    """
+    wanted = abstract_params(description)
+    if os.path.basename(place) == WEIGHTS_FILE:
+        return _read_safetensors(epath.Path(place), wanted)
+    return checkpoints.restore_params(place, wanted)
+
+
+def abstract_params(description: model_description.ModelDescription) -> Any:
+    """The parameters' shapes, on the first local device."""
+    lengths = description.feature_lengths
+    side, target_length = lengths["image"], lengths["targets"]
+    shapes = {
+        "image": (1, side, side, 3),
+        "encoder_input_tokens": (1, 1, lengths["inputs"]),
+        "decoder_input_tokens": (1, 1, target_length),
+    }
+    model = _rahf_model(description)
+    variables = jax.eval_shape(lambda rng: model.get_initial_variables(rng, shapes), jax.random.key(0))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), variables["params"]
+    )
+
+
+def _read_safetensors(path: epath.Path, wanted: Any) -> Any:
+    """The wanted parameters, in their types."""
+    try:
+        found = safetensors.numpy.load(path.read_bytes())
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that numpy lacks.
+        raise errors.UserError(f"{path} can't be read as float32 parameters: {error}") from error
+    flat = traverse_util.flatten_dict(wanted, sep="/")
+    for name, leaf in flat.items():
+        if name not in found or found[name].shape != leaf.shape:
+            there = found[name].shape if name in found else "nothing"
+            raise errors.UserError(f"{path}: {name} must be of shape {leaf.shape}, there is {there}")
+    params = {name: found[name].astype(leaf.dtype, copy=False) for name, leaf in flat.items()}
+    return traverse_util.unflatten_dict(params, sep="/")

@@ -1,0 +1,75 @@
+"""Scores as pure, differentiable functions of the image, for guidance and rewards."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from richhf_jax import errors, feedback, model_description, pixels
+from richhf_jax.predict import forward
+
+
+def score_fn(
+    description: model_description.ModelDescription, params: Any, encoder: forward.PromptEncoder, kind: str
+) -> Callable[..., jax.Array]:
+    """Makes `RahfPredictor.score_fn`, which see; parameters and prompts' encoder are the predictor's.
+
+    Raises:
+      errors.UserError: there is no such kind.
+    """
+    if kind not in feedback.SCORES:
+        raise errors.UserError(f"there is no score {kind!r}, only {', '.join(feedback.SCORES)}")
+    network, side = description.network, description.feature_lengths["image"]
+
+    @jax.jit
+    def of_batch(params, images, tokens):
+        shown, box = _shown(images.astype(jnp.float32) * 255, side, description.fit)
+        apply = functools.partial(network.apply, {"params": params})
+        encoded = apply(shown, tokens[:, None], box, method="encode")
+        return apply(encoded, kind, method="score")
+
+    def score(params, images, prompts):
+        is_text = isinstance(prompts, str | Sequence)
+        tokens = encode_for(encoder, network.variant, kind, prompts) if is_text else prompts
+        if not jnp.issubdtype(images.dtype, jnp.floating) or images.shape[-1] != 3:
+            raise forward.PredictionError(
+                f"images must be float [..., height, width, 3] in [0, 1], got {images.dtype} {images.shape}"
+            )
+        # [height, width, 3] and [length], or a batch of both
+        if images.shape[:-3] != tokens.shape[:-1] or images.ndim not in (3, 4):
+            raise forward.PredictionError(
+                f"images of shape {images.shape} and prompts of shape {tokens.shape[:-1]}: give one image"
+                " and one prompt, or as many prompts as images"
+            )
+        if images.ndim == 3:
+            return of_batch(params, images[None], tokens[None])[0]
+        return of_batch(params, images, tokens)
+
+    return jax.tree_util.Partial(score, params)
+
+
+def encode_for(
+    encoder: forward.PromptEncoder, variant: str, kind: str, prompts: str | Sequence[str]
+) -> np.ndarray:
+    """Encodes prompts for a score: int32 [length] of one, [batch, length] of several."""
+    if isinstance(prompts, str):
+        return encode_for(encoder, variant, kind, [prompts])[0]
+    if variant == feedback.AUGMENTED_PROMPT:
+        prompts = [f"{feedback.SCORE_TASK_STRINGS[kind]} {prompt}" for prompt in prompts]
+    return encoder.encode(prompts)[0]
+
+
+def _shown(images: jax.Array, side: int, fit: str) -> tuple[jax.Array, jax.Array | None]:
+    """`pixels.square`, differentiable: [batch, height, width, 3] -> [batch, side, side, 3], and the box."""
+    batch, height, width, _ = images.shape
+    box = np.array([0, 0, side, side], np.int32)
+    if fit == "letterbox":
+        box = pixels.letterbox(np.array([height, width]), side)
+    top, left, bottom, right = box
+    shape = (batch, bottom - top, right - left, 3)
+    shown = images if images.shape == shape else jax.image.resize(images, shape, "linear")
+    shown = jnp.pad(shown, ((0, 0), (top, side - bottom), (left, side - right), (0, 0)))
+    return shown, jnp.tile(box, (batch, 1)) if fit == "letterbox" else None
