@@ -158,7 +158,10 @@ class Checkpointer:
                 f" only {', '.join(sorted(metrics))}"
             )
         items = ocp.args.Composite(
-            **{_STATE: ocp.args.StandardSave(state), _POSITION: ocp.args.JsonSave(dict(data_position))}
+            **{
+                _STATE: ocp.args.StandardSave(state.state_dict()),
+                _POSITION: ocp.args.JsonSave(dict(data_position)),
+            }
         )
         with self._explained():
             self._manager.save(step, args=items, metrics=dict(metrics or {}) if self._metric else None)
@@ -323,7 +326,7 @@ def _damage(directory: epath.Path) -> str | None:
 
 def _is_parameters_alone(directory: epath.Path, saved: Mapping[str, Any]) -> bool:
     """Whether `save_params` wrote it."""
-    return set(saved) == {"params"} and not (directory / _POSITION).exists()
+    return set(saved) <= {"params", "flax_mutables"} and not (directory / _POSITION).exists()
 
 
 def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -342,7 +345,7 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
             f"{directory} holds parameters alone, which no training can continue from: "
             "give it as INITIAL_CHECKPOINT_PATH, and another MODEL_DIR"
         )
-    saved, wanted = _flat(tree), _flat(abstract_state)
+    saved, wanted = _flat(tree), _flat(abstract_state.state_dict())
     # Parameters first: "params" behind "opt_state" would never be shown.
     names = sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "params", name))
     wrong = [
@@ -357,7 +360,7 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
 def _does_not_fit(path: epath.PathLike, wrong: list[str]) -> str:
     return (
         f"{path} doesn't fit this model: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}\n"
-        "Give the same gin files as in training: size, variant and vocabulary must agree"
+        "Give the same gin files and the same --gin. flags as in training"
     )
 
 
@@ -366,27 +369,32 @@ def _read(
 ) -> tuple[tuple[train_state_lib.TrainState, dict[str, Any]] | None, str | None]:
     """State and data position, or what is wrong. By Orbax's handlers, which wait for no other process."""
     try:
-        state = ocp.StandardCheckpointHandler().restore(
-            directory / _STATE, args=ocp.args.StandardRestore(abstract_state)
+        parts = ocp.StandardCheckpointHandler().restore(
+            directory / _STATE, args=ocp.args.StandardRestore(abstract_state.state_dict())
         )
-        return (state, ocp.JsonCheckpointHandler().restore(directory / _POSITION)), None
+        position = ocp.JsonCheckpointHandler().restore(directory / _POSITION)
+        return (dataclasses.replace(abstract_state, **parts), position), None
     except Exception as error:  # As in `_damage`.
         return None, _reason(error)
 
 
-def save_params(model_dir: str, params: Any, step: int = 0) -> None:
+def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any = None) -> None:
     """Writes parameters alone, as `checkpoint_<step>`, for `restore_params` and `restore_matching`.
 
     Needs about 0.4 times as much memory again as the parameters take.
 
     Args:
-      params: a tree of `jax.Array` (of numpy's, Orbax would make copies first), or a part of one.
+      model_dir: where the checkpoint goes.
+      params: a tree of `jax.Array` (Orbax would copy numpy's first), or a part of one.
+      step: the checkpoint's number.
+      flax_mutables: mutable collections, likewise, of a model that has any.
     """
+    content = {"params": params} | ({"flax_mutables": flax_mutables} if flax_mutables else {})
     directory = _absolute(model_dir) / f"checkpoint_{step}" / _STATE
     # What is to go to one file stays in memory until the file is full.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
     with ocp.Checkpointer(handler) as checkpointer:
-        args = ocp.args.PyTreeSave({"params": params}, ocdbt_target_data_file_size=16 * 2**20)
+        args = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
         checkpointer.save(directory, args=args)
 
 
@@ -421,7 +429,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
 
 
 def restore_params(path: str, abstract_params: Any) -> Any:
-    """All parameters of a model, from a checkpoint.
+    """Reads all parameters of a model from a checkpoint.
 
     Args:
       path: as for `find_checkpoint`.
@@ -430,56 +438,87 @@ def restore_params(path: str, abstract_params: Any) -> Any:
     Raises:
       CheckpointError: there is no checkpoint, or a parameter is missing or of another shape.
     """
-    found, absent = _restore_found(path, abstract_params)
-    if absent:
-        raise CheckpointError(_does_not_fit(path, absent))
-    return traverse_util.unflatten_dict(found)
+    return restore_inference_state(path, train_state_lib.InferenceState(abstract_params)).params
 
 
-def restore_matching(path: str, abstract_params: Any) -> dict[tuple[str, ...], jax.Array]:
-    """The parameters that a checkpoint has under the same name and in the same shape; the rest is logged.
+def restore_inference_state(
+    path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
+) -> train_state_lib.InferenceState:
+    """Reads all that a model predicts with from a checkpoint: parameters and mutable collections.
 
     Args:
       path: as for `find_checkpoint`.
-      abstract_params: `ShapeDtypeStruct`s with shardings.
+      abstract_state: `ShapeDtypeStruct`s with shardings.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or an array is missing or of another shape.
+    """
+    found, absent = _restore_found(path, abstract_state)
+    if absent:
+        raise CheckpointError(_does_not_fit(path, absent))
+    return train_state_lib.InferenceState(*map(traverse_util.unflatten_dict, found))
+
+
+def restore_matching(
+    path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
+) -> tuple[dict[tuple[str, ...], jax.Array], dict[tuple[str, ...], jax.Array]]:
+    """Reads what a checkpoint has under the same name and in the same shape; the rest is logged.
+
+    Args:
+      path: as for `find_checkpoint`.
+      abstract_state: `ShapeDtypeStruct`s with shardings.
 
     Returns:
-      Name, as a path in the tree -> array.
+      Parameters, and arrays of mutable collections: name, as a path in the tree -> array.
 
     Raises:
       CheckpointError: there is no checkpoint, or it shares no parameter.
     """
-    found, absent = _restore_found(path, abstract_params)
-    if not found:
+    found, absent = _restore_found(path, abstract_state)
+    if not found[0]:
         raise CheckpointError(f"{path} shares no parameter with this model")
-    logging.info("initialised %d arrays from %s, %d stay fresh", len(found), path, len(absent))
+    logging.info("initialised %d arrays from %s, %d stay fresh", sum(map(len, found)), path, len(absent))
     for line in absent:
         logging.info("fresh: %s", line)
     return found
 
 
-def _restore_found(path: str, abstract_params: Any) -> tuple[dict[tuple[str, ...], Any], list[str]]:
-    """The parameters that a checkpoint has in the right shape, by name, and what the others lack."""
+def _restore_found(
+    path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
+) -> tuple[tuple[dict, dict], list[str]]:
+    """Reads the arrays that a checkpoint has in the right shape, by name, and lists what it lacks.
+
+    Returns:
+      (parameters, arrays of mutable collections), and a line for each array that isn't among them.
+    """
     directory, _ = find_checkpoint(path)
     state_dir = os.path.join(directory, _STATE)
     reader = ocp.PyTreeCheckpointer()
     metadata = reader.metadata(state_dir).item_metadata
     if metadata is None:
         raise CheckpointError(f"{directory} is damaged: it doesn't say what is in it")
-    saved = traverse_util.flatten_dict(metadata.tree["params"])
-    wanted = traverse_util.flatten_dict(abstract_params)
-    fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
-    absent = [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
-    if not fits:  # Orbax can't restore nothing.
-        return {}, absent
-    item = {"params": traverse_util.unflatten_dict(fits)}
-    restored = reader.restore(
-        state_dir,
-        args=ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        ),
+    item, absent = {}, []
+    for part in ("params", "flax_mutables"):
+        saved = traverse_util.flatten_dict(metadata.tree.get(part, {}))
+        wanted = traverse_util.flatten_dict(getattr(abstract_state, part))
+        fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
+        absent += [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
+        if fits:  # Orbax can't restore nothing.
+            item[part] = traverse_util.unflatten_dict(fits)
+    restored = {}
+    if item:
+        restored = reader.restore(
+            state_dir,
+            args=ocp.args.PyTreeRestore(
+                item=item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
+            ),
+        )
+    params, mutables = (
+        traverse_util.flatten_dict(restored.get(part, {})) for part in ("params", "flax_mutables")
     )
-    return traverse_util.flatten_dict(restored["params"]), absent
+    return (params, mutables), absent
 
 
 def _describe(name: tuple[str, ...], leaf: Any | None, saved: Mapping) -> str:

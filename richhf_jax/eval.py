@@ -85,8 +85,8 @@ def evaluate(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model.
     """
-    loop, params, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
-    batches = split_predictions.whole_split(loop, params, dataset_cfg, partitioner, constrained_keywords)
+    trainer, state, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
+    batches = split_predictions.whole_split(trainer, state, dataset_cfg, partitioner, constrained_keywords)
     images, targets, predictions = _collect(batches, dataset_cfg)
     if jax.process_index() > 0:
         return {}

@@ -93,12 +93,12 @@ def infer(
     if chunks is None:
         logging.info("finished before: %s; delete its folder to predict anew", output.path)
         return
-    loop, params, _ = split_predictions.load(model, checkpoint, dataset_cfg, partitioner)
+    trainer, state, _ = split_predictions.load(model, checkpoint, dataset_cfg, partitioner)
     start = chunks * checkpoint_period
     if start:
         logging.info("continuing from batch %d", start)
     batches = split_predictions.own_part(
-        loop, params, dataset_cfg, partitioner, constrained_keywords, shard_id, num_shards, start
+        trainer, state, dataset_cfg, partitioner, constrained_keywords, shard_id, num_shards, start
     )
     lines = []
     for number, pairs in enumerate(batches, start):

@@ -150,15 +150,24 @@ class TrainStream:
       batch_shapes: see `data_shapes`.
     """
 
-    def __init__(self, cfg: DatasetConfig, get_data_layout: Callable[[int], Any]):
-        """Args:
-        cfg: what to read.
-        get_data_layout: batch size -> `shard_id` and `num_shards` (`partitioning`).
+    def __init__(
+        self,
+        cfg: DatasetConfig,
+        get_data_layout: Callable[[int], Any],
+        feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
+    ):
+        """Finds the shapes of the batches; reads no record yet.
+
+        Args:
+          cfg: what to read.
+          get_data_layout: batch size -> `shard_id` and `num_shards` (`partitioning`).
+          feature_converter_cls: makes the model features.
         """
         layout = get_data_layout(cfg.batch_size)
         self._cfg = cfg
         self._shard_info = seqio.ShardInfo(layout.shard_id, layout.num_shards)
-        self.batch_shapes = data_shapes(cfg)
+        self._converter_cls = feature_converter_cls
+        self.batch_shapes = data_shapes(cfg, feature_converter_cls)
 
     def position(self, step: int) -> dict[str, int]:
         """Where the stream stands after `step` batches, for a checkpoint."""
@@ -170,7 +179,8 @@ class TrainStream:
         Raises:
           errors.UserError: as `get_dataset`; or, of the iterator, a file can't be read.
         """
-        return _numpy(self._cfg, get_dataset(self._cfg, self._shard_info, start_step=position.get("step", 0)))
+        step = position.get("step", 0)
+        return _numpy(self._cfg, get_dataset(self._cfg, self._shard_info, self._converter_cls, step))
 
 
 def evaluation_batches(
@@ -216,7 +226,7 @@ def evaluation_batches(
     iterator = _numpy(cfg, batches)
     for _ in range(start_step, -(-len(data) // cfg.batch_size)):
         examples, features = next(iterator, nothing)
-        real = len(features["image"])
+        real = len(next(iter(features.values())))
         rows = [{name: value[row] for name, value in examples.items()} for row in range(real)]
         yield rows, {name: _pad(value, size) for name, value in features.items()}
 

@@ -15,10 +15,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from richhf_jax import errors, feedback, pixels
+from richhf_jax import errors, feedback, models, pixels
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
@@ -41,19 +40,24 @@ class ModelDescription:
 
     def write(self, directory: epath.PathLike) -> None:
         """Writes the files into a directory that there is."""
-        directory = epath.Path(directory)
-        content = {
-            "variant": self.network.variant,
-            "decoder_sees_image": self.network.decoder_sees_image,
-            **{name: _fields(getattr(self.network, name)) for name in _CONFIGS},
-            "feature_lengths": {name: self.feature_lengths[name] for name in LENGTHS},
-            "fit": self.fit,
-            "misalignment_threshold": self.misalignment_threshold,
-            "training": dict(self.training),
-        }
-        (directory / FILE).write_text(json.dumps(content, indent=2) + "\n")
-        if self.vocabulary is not None:
-            (directory / VOCABULARY_FILE).write_bytes(self.vocabulary)
+        content = models.describe_rahf(
+            self.network, self.feature_lengths, self.fit, self.misalignment_threshold
+        )
+        write(directory, content | {"training": dict(self.training)}, self.vocabulary)
+
+
+def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: bytes | None) -> None:
+    """Writes what a model says of itself, and its vocabulary, into a directory that there is.
+
+    Args:
+      directory: a MODEL_DIR or an export.
+      content: of `models.BaseModel.describe`, and "training".
+      vocabulary: a SentencePiece model; None: no file.
+    """
+    directory = epath.Path(directory)
+    (directory / FILE).write_text(json.dumps(content, indent=2) + "\n")
+    if vocabulary is not None:
+        (directory / VOCABULARY_FILE).write_bytes(vocabulary)
 
 
 def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescription:
@@ -108,13 +112,6 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
         content["training"],
         vocabulary,
     )
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if "dtype" in fields:  # A name or numpy's or jax's own type.
-        fields["dtype"] = np.dtype(fields["dtype"]).name
-    return fields
 
 
 def _tuples(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -17,7 +18,21 @@ Metrics = dict[str, losses.WeightedMean]
 
 
 class BaseModel(abc.ABC):
-    """A network with its losses, predictions and optimizer; methods as in T5X."""
+    """A network with its losses, predictions and optimizer; methods as in T5X.
+
+    A model with mutable collections (batch statistics, for example) returns them from
+    `get_initial_variables`. Its `loss_fn` and `predict_batch_with_aux` then take them as the keyword argument
+    `flax_mutables`, and `loss_fn` returns (loss, (metrics, new flax_mutables)), as in T5X.
+
+    Attributes:
+      optimizer_def: the optimizer.
+      FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
+        that of `input_pipeline`.
+      vocab_size: number of token ids that the network knows; None: it reads no text.
+    """
+
+    FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
+    vocab_size: int | None = None
 
     def __init__(self, optimizer_def: optax.GradientTransformation):
         self.optimizer_def = optimizer_def
@@ -32,13 +47,14 @@ class BaseModel(abc.ABC):
     ) -> tuple[jax.Array, Metrics]:
         """Loss and metrics of a training batch. `dropout_rng=None` switches dropout off."""
 
-    def eval_fn(self, params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+    def eval_fn(self, params: Any, batch: Batch, **mutables: Any) -> tuple[jax.Array, Metrics]:
         """Loss and metrics without dropout."""
-        return self.loss_fn(params, batch, dropout_rng=None)
+        loss, metrics = self.loss_fn(params, batch, dropout_rng=None, **mutables)
+        return loss, metrics[0] if mutables else metrics
 
     @abc.abstractmethod
     def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
-        """By what the batch's losses are divided; given to `loss_fn` for each microbatch."""
+        """The normalizer of each loss, of a whole batch; `loss_fn` takes them for each microbatch."""
 
     @abc.abstractmethod
     def predict_batch_with_aux(
@@ -46,9 +62,11 @@ class BaseModel(abc.ABC):
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Predictions, and what else the decoder knows of them."""
 
-    def predict_batch(self, params: Any, batch: Batch, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+    def predict_batch(
+        self, params: Any, batch: Batch, rng: jax.Array | None = None, **mutables: Any
+    ) -> dict[str, jax.Array]:
         """Predictions alone."""
-        return self.predict_batch_with_aux(params, batch, rng)[0]
+        return self.predict_batch_with_aux(params, batch, rng, **mutables)[0]
 
     @abc.abstractmethod
     def score_batch(self, params: Any, batch: Batch) -> jax.Array:
@@ -61,7 +79,41 @@ class BaseModel(abc.ABC):
         input_shapes: Mapping[str, tuple[int, ...]],
         input_types: Mapping[str, Any] | None = None,
     ) -> Mapping[str, Any]:
-        """Fresh `params`, and their logical axes as `params_axes`."""
+        """Fresh `params`, and their logical axes as `params_axes`; maybe mutable collections beside them."""
+
+    # What a model may say of itself. The training loop asks; it knows no model.
+
+    def describe(
+        self, feature_lengths: Mapping[str, int], batch_shapes: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Describes the model for those who use its checkpoints; JSON-able. None: nothing is written.
+
+        Args:
+          feature_lengths: seqio's task feature lengths.
+          batch_shapes: name -> shape and type of a batch's features.
+        """
+        del feature_lengths, batch_shapes
+        return None
+
+    def summary_images(
+        self, batch: Mapping[str, np.ndarray], predict: Callable[[], Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Draws what TensorBoard shows of an evaluation.
+
+        Args:
+          batch: a few examples.
+          predict: computes the predictions for these; what isn't called costs nothing. All processes must
+            decide alike.
+
+        Returns:
+          Tag -> uint8 [images, height, width, 3].
+        """
+        del batch, predict
+        return {}
+
+    def progress_metrics(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Selects and names the metrics that a progress line shows."""
+        return dict(scalars)
 
 
 class RahfModel(BaseModel):
@@ -107,6 +159,27 @@ class RahfModel(BaseModel):
     def misalignment_threshold(self) -> float:
         """Words whose probability of being misaligned is above are marked."""
         return self._misalignment_threshold
+
+    def describe(self, feature_lengths, batch_shapes):
+        """See `describe_rahf`."""
+        fit = "letterbox" if "image_box" in batch_shapes else "resize"
+        return describe_rahf(self.module, feature_lengths, fit, self._misalignment_threshold)
+
+    def summary_images(self, batch, predict):
+        """Image, true and predicted first heatmap, side by side: [images, height, 3 * width, 3]."""
+        if not batch["heatmap_weights"].size:
+            return {}
+        maps = batch["heatmap_targets"][:, 0], 255 * predict()["heatmaps"][:, 0]
+        grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in maps]
+        return {"image_truth_prediction": np.concatenate([batch["image"], *grey], axis=2)}
+
+    def progress_metrics(self, scalars):
+        """Losses by their kinds. Shares of texts that were cut are shown where there are any."""
+        return {
+            name.removeprefix("loss/"): value
+            for name, value in scalars.items()
+            if value or not name.startswith("data/")
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -281,6 +354,18 @@ class RahfModel(BaseModel):
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(log_probs, batch["decoder_target_tokens"][..., None], axis=-1)
         return jnp.sum(jnp.squeeze(chosen, axis=-1) * batch["decoder_loss_weights"], axis=-1)
+
+
+def describe_rahf(
+    module: nn.Module, feature_lengths: Mapping[str, int], fit: str, misalignment_threshold: float
+) -> dict[str, Any]:
+    """Describes a `network.rahf.Rahf` and what it reads, for `model_description`; JSON-able."""
+    return {
+        **module.describe(),
+        "feature_lengths": {name: feature_lengths[name] for name in ("image", "inputs", "targets")},
+        "fit": fit,
+        "misalignment_threshold": misalignment_threshold,
+    }
 
 
 def _label_counts(batch: Batch) -> dict[str, jax.Array]:

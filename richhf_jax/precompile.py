@@ -26,7 +26,8 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning, trainer
+from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning
+from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import counter, plan
 from tasks import vocabulary
 
@@ -126,9 +127,9 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
     batch = step_shapes(name)
     batch_images, prompts = batch["encoder_input_tokens"].shape[:2]
     partitioner.get_data_layout(batch_images)
-    loop = make_trainer(name, partitioner, batch)
+    trainer = make_trainer(name, partitioner, batch)
     logging.info("tracing the %s step", name)
-    state, lowered = loop.abstract_state, loop.lower(name)
+    state, lowered = trainer.abstract_state, trainer.lower(name)
     optimizer = plan.bytes_per_chip(state.opt_state) if name == "train" else 0
     step = plan.Step(
         name,
@@ -139,7 +140,7 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         state_bytes_per_chip={"parameters": plan.bytes_per_chip(state.params), "optimizer": optimizer},
         model_flops=counter.model_flops(
-            loop.lower("eval") if name == "train" else lowered, training=name == "train"
+            trainer.lower("eval") if name == "train" else lowered, training=name == "train"
         ),
     )
     logging.info("compiling the %s step for %d x %s", name, partitioner.mesh.size, step.device_kind)
@@ -148,11 +149,11 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
 
 def make_trainer(
     step: str, partitioner: partitioning.PjitPartitioner, batch: Mapping[str, np.ndarray]
-) -> trainer.Trainer:
+) -> trainer_lib.Trainer:
     """As training and evaluation make it."""
     if step == "predict":
-        return trainer.Trainer(gin_utils.macro("MODEL"), partitioner, batch)
-    return gin.get_configurable(trainer.Trainer)(
+        return trainer_lib.Trainer(gin_utils.macro("MODEL"), partitioner, batch)
+    return gin.get_configurable(trainer_lib.Trainer)(
         gin_utils.macro("MODEL"),
         partitioner,
         batch,

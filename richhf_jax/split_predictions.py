@@ -20,8 +20,8 @@ from richhf_jax import (
     models,
     partitioning,
     postprocessors,
-    trainer,
 )
+from richhf_jax import trainer as trainer_lib
 
 # A task example, and what the model says of it.
 Pair = tuple[Mapping[str, Any], feedback.RichFeedback]
@@ -32,8 +32,11 @@ def load(
     checkpoint_path: str,
     cfg: input_pipeline.DatasetConfig,
     partitioner: partitioning.PjitPartitioner,
-) -> tuple[trainer.Trainer, Any, int]:
-    """A trainer for its predict step, the checkpoint's parameters on the mesh, and their step.
+) -> tuple[trainer_lib.Trainer, trainer_lib.AnyState, int]:
+    """Makes a trainer for its predict step, and reads the checkpoint onto the mesh.
+
+    Returns:
+      The trainer, what it predicts with, and the checkpoint's step.
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
@@ -43,15 +46,16 @@ def load(
         # jax takes it then, for training to save at.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     directory, step = checkpoints.find_checkpoint(checkpoint_path)
-    input_pipeline.check_vocabulary(cfg, model.vocab_size)
-    stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout)
-    loop = trainer.Trainer(model, partitioner, stream.batch_shapes)
-    return loop, checkpoints.restore_params(directory, loop.abstract_state.params), step
+    if model.vocab_size is not None:
+        input_pipeline.check_vocabulary(cfg, model.vocab_size)
+    partitioner.get_data_layout(cfg.batch_size)
+    trainer = trainer_lib.Trainer(model, partitioner, input_pipeline.data_shapes(cfg))
+    return trainer, checkpoints.restore_inference_state(directory, trainer.abstract_state), step
 
 
 def whole_split(
-    loop: trainer.Trainer,
-    params: Any,
+    trainer: trainer_lib.Trainer,
+    state: trainer_lib.AnyState,
     cfg: input_pipeline.DatasetConfig,
     partitioner: partitioning.PjitPartitioner,
     constrained_keywords: bool,
@@ -59,7 +63,7 @@ def whole_split(
     """All examples of a split with their predictions, in the data's order, in process 0; in others none.
 
     Args:
-      loop, params: of `load`.
+      trainer, state: of `load`.
       cfg: what to read.
       partitioner: the mesh.
       constrained_keywords: as for `eval.evaluate`.
@@ -77,7 +81,11 @@ def whole_split(
         # Every process reads all, so that process 0 has what the predictions are of.
         for examples, batch in _progress(input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))):
             pieces, batch = decoder.prepare(examples, batch)
-            yield examples, pieces, loop.predict(params, {name: value[own] for name, value in batch.items()})
+            yield (
+                examples,
+                pieces,
+                trainer.predict(state, {name: value[own] for name, value in batch.items()}),
+            )
 
     for examples, pieces, outputs in _one_ahead(dispatched()):
         outputs = jax.device_get(outputs)
@@ -85,8 +93,8 @@ def whole_split(
 
 
 def own_part(
-    loop: trainer.Trainer,
-    params: Any,
+    trainer: trainer_lib.Trainer,
+    state: trainer_lib.AnyState,
     cfg: input_pipeline.DatasetConfig,
     partitioner: partitioning.PjitPartitioner,
     constrained_keywords: bool,
@@ -119,7 +127,7 @@ def own_part(
     def dispatched():
         for examples, batch in _progress(batches, start_step):
             pieces, batch = decoder.prepare(examples, batch)
-            yield examples, pieces, loop.predict(params, batch)
+            yield examples, pieces, trainer.predict(state, batch)
 
     for examples, pieces, outputs in _one_ahead(dispatched()):
         mine = {name: value[own] for name, value in jax.device_get(outputs).items()}

@@ -30,9 +30,9 @@ from richhf_jax import (
     model_description,
     models,
     partitioning,
-    trainer,
     training_log,
 )
+from richhf_jax import trainer as trainer_lib
 
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps",
@@ -61,7 +61,7 @@ def train(
     log_period: int = 50,
     random_seed: int = 0,
     use_hardware_rng: bool = False,
-    trainer_cls: Callable[..., trainer.Trainer] = trainer.Trainer,
+    trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
 ) -> None:
     """Trains until `total_steps`, from MODEL_DIR's newest checkpoint where there is one.
 
@@ -78,6 +78,7 @@ def train(
       log_period: steps between progress lines and scalars.
       random_seed: of initial parameters and dropout; the data has its own.
       use_hardware_rng: see `trainer.Trainer`.
+      trainer_cls: makes the trainer; gin sets its microbatches.
 
     Raises:
       errors.UserError: the loss stopped being finite, MODEL_DIR can't be written, or the configuration
@@ -85,26 +86,26 @@ def train(
     """
     schedule = _Schedule(total_steps, log_period, eval_period, checkpoint_cfg.save)
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
-    input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
+    if model.vocab_size is not None:
+        input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_explained_disk_errors(model_dir))
         # Closed last, also when something fails: a checkpoint may still be on its way to the disk.
         checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint_cfg.save))
-        stream = input_pipeline.TrainStream(train_dataset_cfg, partitioner.get_data_layout)
-        loop = trainer_cls(
+        stream = _stream(model, train_dataset_cfg, partitioner)
+        trainer = trainer_cls(
             model,
             partitioner,
             stream.batch_shapes,
             random_seed=random_seed,
             use_hardware_rng=use_hardware_rng,
         )
-        state, position = _initial_state(loop, checkpointer, checkpoint_cfg.restore)
+        state, position = _initial_state(trainer, checkpointer, checkpoint_cfg.restore)
         if jax.process_index() == 0:
             gin_utils.write_operative_config(os.path.join(model_dir, "config.gin"))
-            if isinstance(model, models.RahfModel):
-                _describe_model(model, train_dataset_cfg, stream, checkpoint_cfg).write(model_dir)
+            _write_description(model, train_dataset_cfg, stream, checkpoint_cfg, model_dir)
             _write_model_info(os.path.join(model_dir, "model-info.txt"), state.params)
-        evaluation = _Evaluation(loop, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
+        evaluation = _Evaluation(model, trainer, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
         stack.enter_context(contextlib.closing(evaluation))
 
         def describe_step(step: int) -> str:
@@ -117,12 +118,13 @@ def train(
             int(state.step),
             train_dataset_cfg.batch_size,
             len(devices),
-            training_log.step_seconds_at_peak(loop, devices),
+            training_log.step_seconds_at_peak(trainer, devices),
             describe_step,
+            model.progress_metrics,
         )
         stack.enter_context(contextlib.closing(log))
-        run = _Run(loop, checkpointer, evaluation, log, schedule, model_dir)
-        step = run(state, stream, position)
+        loop = _TrainingLoop(trainer, checkpointer, evaluation, log, schedule, model_dir)
+        step = loop.run(state, stream, position)
     if step < total_steps:
         logging.info("stopped at step %d; the same command continues", step)
     else:
@@ -163,20 +165,20 @@ class _Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _TrainingLoop:
     """The training loop, with all that takes part in it."""
 
-    loop: trainer.Trainer
+    trainer: trainer_lib.Trainer
     checkpointer: checkpoints.Checkpointer
     evaluation: "_Evaluation"
     log: training_log.TrainingLog
     schedule: _Schedule
     model_dir: str
 
-    def __call__(
-        self, state: trainer.TrainState, stream: input_pipeline.TrainStream, position: Mapping[str, int]
+    def run(
+        self, state: trainer_lib.TrainState, stream: input_pipeline.TrainStream, position: Mapping[str, int]
     ) -> int:
-        """Trains, from a position of the data on, until the end or a signal. The last step's number."""
+        """Trains from a position of the data until the end or a signal; returns the last step."""
         step, total_steps = int(state.step), self.schedule.total_steps
         # Unparsed where no command line was: in tests.
         profile_steps = _PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None
@@ -189,7 +191,9 @@ class _Run:
                 asked = time.monotonic()
                 batch = next(batches)
                 ready = time.monotonic()
-                state, metrics = self.loop.train_step(state, batch)
+                # Nothing but the batch may go to the device, and nothing may come back.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.trainer.train_step(state, batch)
                 step += 1
                 self.log.add(metrics, asked, ready)
                 profiler.after(step, metrics)
@@ -204,44 +208,54 @@ class _Run:
                     self.checkpointer.check()
                 scalars = None
                 if self.schedule.evaluates(step):
-                    scalars = self.evaluation.run(state.params, step)
+                    scalars = self.evaluation.run(state, step)
                 if save_now:
                     self.checkpointer.save(state, stream.position(step), step, scalars)
             self.checkpointer.wait()  # In here: another signal shall not end it.
         return step
 
 
+def _stream(
+    model: models.BaseModel, cfg: input_pipeline.DatasetConfig, partitioner: partitioning.PjitPartitioner
+) -> input_pipeline.TrainStream:
+    """Opens the batches that a model wants."""
+    converter = {"feature_converter_cls": model.FEATURE_CONVERTER_CLS} if model.FEATURE_CONVERTER_CLS else {}
+    return input_pipeline.TrainStream(cfg, partitioner.get_data_layout, **converter)
+
+
 def _initial_state(
-    loop: trainer.Trainer,
+    trainer: trainer_lib.Trainer,
     checkpointer: checkpoints.Checkpointer,
     restore: checkpoints.RestoreCheckpointConfig | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The newest whole checkpoint of this run; else fresh, with parameters from elsewhere where asked."""
-    if restored := checkpointer.restore_newest(loop.abstract_state):
+    """Takes the newest whole checkpoint; else makes a fresh state, with parts from elsewhere if asked."""
+    if restored := checkpointer.restore_newest(trainer.abstract_state):
         logging.info("continuing from step %d", int(restored[0].step))
         return restored
-    given = {}
+    given = ()
     if restore and restore.path:
-        given = checkpoints.restore_matching(restore.path, loop.abstract_state.params)
-    return loop.init_state(given), {}
+        given = checkpoints.restore_matching(restore.path, trainer.abstract_state)
+    return trainer.init_state(*given), {}
 
 
-def _describe_model(
-    model: models.RahfModel,
+def _write_description(
+    model: models.BaseModel,
     cfg: input_pipeline.DatasetConfig,
     stream: input_pipeline.TrainStream,
     checkpoint_cfg: checkpoints.CheckpointConfig,
-) -> model_description.ModelDescription:
-    """What predictions need to know beside the parameters."""
+    model_dir: str,
+) -> None:
+    """Writes what predictions need to know beside the parameters, if the model says it."""
+    content = model.describe(cfg.task_feature_lengths, stream.batch_shapes)
+    if content is None:
+        return
     initial = checkpoint_cfg.restore.path if checkpoint_cfg.restore else None
-    return model_description.ModelDescription(
-        model.module,
-        cfg.task_feature_lengths,
-        "letterbox" if "image_box" in stream.batch_shapes else "resize",
-        model.misalignment_threshold,
-        {"task": cfg.mixture_or_task_name, "batch_size": cfg.batch_size, "initial_checkpoint": initial},
-        input_pipeline.vocabulary_model(cfg),
-    )
+    training = {
+        "task": cfg.mixture_or_task_name,
+        "batch_size": cfg.batch_size,
+        "initial_checkpoint": initial,
+    }
+    model_description.write(model_dir, content | {"training": training}, input_pipeline.vocabulary_model(cfg))
 
 
 def _describe_step(
@@ -311,49 +325,53 @@ def _stop_signal() -> Iterator[Callable[[int], str | None]]:
 
 
 class _Evaluation:
-    """Losses on held-out data and heatmaps as pictures, to TensorBoard under MODEL_DIR/training_eval."""
+    """Measures losses and draws pictures of held-out data, for TensorBoard (MODEL_DIR/training_eval)."""
 
     def __init__(
         self,
-        loop: trainer.Trainer,
+        model: models.BaseModel,
+        trainer: trainer_lib.Trainer,
         cfg: input_pipeline.DatasetConfig | None,
         partitioner: partitioning.PjitPartitioner,
         num_batches: int,
         model_dir: str,
     ):
-        self._loop = loop
-        self._stream = input_pipeline.TrainStream(cfg, partitioner.get_data_layout) if cfg else None
+        self._model = model
+        self._trainer = trainer
+        self._stream = _stream(model, cfg, partitioner) if cfg else None
         self._num_batches = num_batches
         if self._stream:
             self._own_rows = partitioner.own_rows(cfg.batch_size)
             self._writer = training_log.create_writer(model_dir, "training_eval", cfg.mixture_or_task_name)
 
-    def run(self, params: Any, step: int) -> dict[str, float] | None:
-        """Always the same batches, so that curves compare."""
+    def run(self, state: trainer_lib.TrainState, step: int) -> dict[str, float] | None:
+        """Measures always the same batches, so that curves compare."""
         if not self._stream:
             return None
         batches = self._stream.batches({})
         first = next(batches)
         rest = (next(batches) for _ in range(self._num_batches - 1))
-        scalars = self._loop.evaluate(params, [first, *rest])
+        scalars = self._trainer.evaluate(state, [first, *rest])
         if jax.process_index() == 0:
-            losses = "  ".join(f"{name} {value:.4f}" for name, value in sorted(scalars.items()))
-            logging.info("eval at %d  %s", step, losses)
+            logging.info("eval at %d  %s", step, training_log.format_metrics(scalars))
         self._writer.write_scalars(step, scalars)
-        if first["heatmap_weights"].size:
-            self._writer.write_images(step, {"image_truth_prediction": self._pictures(params, first)})
+        if images := self._images(state, first):
+            self._writer.write_images(step, images)
         return scalars
 
-    def _pictures(self, params: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[n, height, 3 * width, 3] uint8: image, true and predicted first heatmap, side by side."""
-        # The predictions are those of all processes' images, and every process has them all.
+    def _images(
+        self, state: trainer_lib.TrainState, batch: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Draws this process's first examples of a batch."""
+        # The predictions are those of all processes' examples, and every process has them all.
         rows = self._own_rows[:_NUM_SUMMARY_IMAGES]
-        heatmaps = self._loop.predict(params, batch)["heatmaps"].addressable_data(0)
-        predicted = np.asarray(heatmaps[rows, 0])
-        true = batch["heatmap_targets"][:_NUM_SUMMARY_IMAGES, 0] / 255.0
-        image = batch["image"][:_NUM_SUMMARY_IMAGES]
-        maps = [np.repeat((255 * heat).astype(np.uint8)[..., None], 3, axis=-1) for heat in (true, predicted)]
-        return np.concatenate([image, *maps], axis=2)
+
+        def predict() -> dict[str, np.ndarray]:
+            outputs = self._trainer.predict(state, batch)
+            return {name: np.asarray(value.addressable_data(0)[rows]) for name, value in outputs.items()}
+
+        shown = {name: value[:_NUM_SUMMARY_IMAGES] for name, value in batch.items()}
+        return self._model.summary_images(shown, predict)
 
     def close(self) -> None:
         if self._stream:

@@ -14,6 +14,8 @@ from richhf_jax import losses, models, partitioning
 from richhf_jax import train_state as train_state_lib
 
 TrainState = train_state_lib.TrainState
+# What evaluation and prediction take: they look at the parameters and the mutable collections alone.
+AnyState = TrainState | train_state_lib.InferenceState
 Metrics = models.Metrics
 
 
@@ -21,6 +23,7 @@ class Trainer:
     """Runs a model's train, eval and predict steps on a partitioner's mesh.
 
     Attributes:
+      model: what is trained.
       abstract_state: the training state as `ShapeDtypeStruct`s with shardings.
     """
 
@@ -33,8 +36,12 @@ class Trainer:
         use_hardware_rng: bool = False,
         num_microbatches: int | None = None,
     ):
-        """Args:
-          batch_shapes: of a whole batch.
+        """Traces the model's initialisation; compiles nothing yet.
+
+        Args:
+          model: what to train.
+          partitioner: the mesh.
+          batch_shapes: of a whole batch; every array's first axis is the batch.
           random_seed: of initial parameters and dropout.
           use_hardware_rng: draw random numbers with XLA's RngBitGenerator ("unsafe_rbg"). Dropout is faster
             on TPU and programs compile faster; but the numbers depend on the mesh and the platform.
@@ -44,22 +51,29 @@ class Trainer:
         Raises:
           ValueError: the batch doesn't split so.
         """
-        batch_size = batch_shapes["image"].shape[0]
+        batch_size = next(iter(batch_shapes.values())).shape[0]
         if num_microbatches and batch_size % num_microbatches:
             raise ValueError(f"batch size {batch_size} doesn't split into {num_microbatches} microbatches")
-        self._model = model
+        self.model = model
         self._partitioner = partitioner
         self._num_microbatches = num_microbatches or 1
-        root_rng = jax.random.key(random_seed, impl="unsafe_rbg" if use_hardware_rng else "threefry2x32")
-        init_rng, self._dropout_rng = jax.random.split(root_rng)
+        self._rng_impl = "unsafe_rbg" if use_hardware_rng else "threefry2x32"
+        init_rng, dropout_rng = jax.random.split(jax.random.key(random_seed, impl=self._rng_impl))
+        # On the host: a step that is compiled must not fetch its constants from the device.
+        self._dropout_key = np.asarray(jax.random.key_data(dropout_rng))
         self._batch_shapes = batch_shapes
         shapes = {name: array.shape for name, array in batch_shapes.items()}
         self._init = functools.partial(model.get_initial_variables, init_rng, shapes)
         variables = jax.eval_shape(self._init)
+        mutables = train_state_lib.mutable_collections(variables)
         create = functools.partial(TrainState.create, model.optimizer_def)
-        abstract_state = jax.eval_shape(create, variables["params"])
-        params_axes = axes_by_param(variables["params_axes"])
-        axes = train_state_lib.logical_axes(model.optimizer_def, params_axes, abstract_state)
+        abstract_state = jax.eval_shape(create, variables["params"], mutables)
+        axes = {
+            name: axes_by_param(variables[f"{name}_axes"]) for name in mutables if f"{name}_axes" in variables
+        }
+        axes = train_state_lib.logical_axes(
+            model.optimizer_def, axes_by_param(variables["params_axes"]), abstract_state, axes
+        )
         self._state_sharding = partitioner.state_sharding(axes, abstract_state)
         self.abstract_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -67,99 +81,136 @@ class Trainer:
             self._state_sharding,
         )
         state, batch, everywhere = self._state_sharding, partitioner.batch_sharding, partitioner.replicated
+        inference = _inference_state(state)
         self._steps = {
             "train": partitioner.partition(
                 self._train, (state, batch), (state, everywhere), donate_argnums=(0,)
             ),
             "eval": partitioner.partition(
-                lambda params, batch: model.eval_fn(params, batch)[1], (state.params, batch), everywhere
+                lambda state, batch: model.eval_fn(state.params, batch, **_mutables(state))[1],
+                (inference, batch),
+                everywhere,
             ),
-            "predict": partitioner.partition(model.predict_batch, (state.params, batch), everywhere),
+            "predict": partitioner.partition(
+                lambda state, batch: model.predict_batch(state.params, batch, **_mutables(state)),
+                (inference, batch),
+                everywhere,
+            ),
         }
 
-    def init_state(self, given: Mapping[tuple[str, ...], jax.Array] | None = None) -> TrainState:
-        """A state at step 0, made where it lives.
+    def init_state(
+        self,
+        given: Mapping[tuple[str, ...], jax.Array] | None = None,
+        given_mutables: Mapping[tuple[str, ...], jax.Array] | None = None,
+    ) -> TrainState:
+        """Makes a state at step 0, where it lives.
 
         Args:
           given: parameters by name, in place of fresh ones (which then cost nothing).
+          given_mutables: arrays of the mutable collections by name, likewise.
         """
-        given = given or {}
-        shardings = traverse_util.flatten_dict(self._state_sharding.params)
-        wanted = {name: sharding for name, sharding in shardings.items() if name not in given}
+        given = {"params": given or {}, "flax_mutables": given_mutables or {}}
+        wanted = {}
+        for part, arrays in given.items():
+            shardings = traverse_util.flatten_dict(getattr(self._state_sharding, part))
+            wanted[part] = {name: sharding for name, sharding in shardings.items() if name not in arrays}
 
         def fresh():
-            params = traverse_util.flatten_dict(self._init()["params"])
-            return {name: params[name] for name in wanted}
+            variables = self._init()
+            parts = {
+                "params": variables["params"],
+                "flax_mutables": train_state_lib.mutable_collections(variables),
+            }
+            flat = {part: traverse_util.flatten_dict(tree) for part, tree in parts.items()}
+            return {part: {name: flat[part][name] for name in names} for part, names in wanted.items()}
 
-        made = jax.jit(fresh, out_shardings=wanted)() if wanted else {}
-        create = functools.partial(TrainState.create, self._model.optimizer_def)
-        params = traverse_util.unflatten_dict({**given, **made})
-        return jax.jit(create, out_shardings=self._state_sharding)(params)
+        made = jax.jit(fresh, out_shardings=wanted)() if any(wanted.values()) else wanted
+        params, mutables = (traverse_util.unflatten_dict({**given[part], **made[part]}) for part in given)
+        create = functools.partial(TrainState.create, self.model.optimizer_def)
+        return jax.jit(create, out_shardings=self._state_sharding)(params, mutables)
 
     def train_step(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[TrainState, Metrics]:
-        """One step. `state` is donated: don't use it again."""
+        """Runs one step. `state` is donated: don't use it again."""
         return self._steps["train"](state, self._partitioner.shard_batch(batch))
 
-    def evaluate(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Metrics over all batches."""
+    def evaluate(self, state: AnyState, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """Returns the metrics over all batches."""
+        state = _inference_state(state)
         return summarize(
-            [self._steps["eval"](params, self._partitioner.shard_batch(batch)) for batch in batches]
+            [self._steps["eval"](state, self._partitioner.shard_batch(batch)) for batch in batches]
         )
 
-    def predict(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Predictions for a batch; see the model's `predict_batch`."""
-        return self._steps["predict"](params, self._partitioner.shard_batch(batch))
+    def predict(self, state: AnyState, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Returns predictions for a batch; see the model's `predict_batch`."""
+        return self._steps["predict"](_inference_state(state), self._partitioner.shard_batch(batch))
 
     def lower(self, step: str) -> jax.stages.Lowered:
-        """A step, "train", "eval" or "predict", for ahead-of-time compilation: nothing is computed."""
+        """Lowers a step, "train", "eval" or "predict", for ahead-of-time compilation: nothing is computed."""
         sharding = self._partitioner.batch_sharding
         batch = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
             for name, array in self._batch_shapes.items()
         }
-        state = self.abstract_state if step == "train" else self.abstract_state.params
+        state = self.abstract_state if step == "train" else _inference_state(self.abstract_state)
         return self._steps[step].lower(state, batch)
 
     def _train(self, state: TrainState, batch: models.Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = self._gradients(state.params, batch, state.step)
+        grads, metrics, mutables = self._gradients(state, batch)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         metrics["gradient_norm"] = losses.WeightedMean(norm, jnp.ones(()))
-        return state.apply_gradient(self._model.optimizer_def, grads), metrics
+        return state.apply_gradient(self.model.optimizer_def, grads, mutables), metrics
 
-    def _gradients(self, params: Any, batch: models.Batch, step: jax.Array) -> tuple[Any, Metrics]:
-        """Gradients of the whole batch's loss, and its metrics."""
+    def _gradients(self, state: TrainState, batch: models.Batch) -> tuple[Any, Metrics, Any]:
+        """Returns the gradients of the whole batch's loss, its metrics and the new mutable collections."""
         count = self._num_microbatches
-        normalizers = self._model.loss_weights(batch)
-        differentiate = jax.value_and_grad(self._model.loss_fn, has_aux=True)
+        normalizers = self.model.loss_weights(batch)
+        differentiate = jax.value_and_grad(self.model.loss_fn, has_aux=True)
+        dropout_rng = jax.random.wrap_key_data(self._dropout_key, impl=self._rng_impl)
 
-        def of(part: models.Batch, index: int | jax.Array):
+        def of(part: models.Batch, index: int | jax.Array, mutables: Any):
             # One number for both: folding twice in "unsafe_rbg" mixes up steps and parts.
-            rng = jax.random.fold_in(self._dropout_rng, step * count + index)
-            (loss, metrics), grads = differentiate(params, part, rng, normalizers)
+            rng = jax.random.fold_in(dropout_rng, state.step * count + index)
+            given = {"flax_mutables": mutables} if mutables else {}
+            (loss, aux), grads = differentiate(state.params, part, rng, normalizers, **given)
+            metrics, mutables = aux if mutables else (aux, mutables)
             # Each part's loss is its share of the whole, so shares add up, and weigh 1 together.
             metrics["loss"] = losses.WeightedMean(loss, jnp.full((), 1.0 / count))
-            return grads, metrics
+            return (grads, metrics), mutables
 
         if count == 1:
-            return of(batch, 0)
+            (grads, metrics), mutables = of(batch, 0, state.flax_mutables)
+            return grads, metrics, mutables
         # [batch, ...] -> [microbatches, batch / microbatches, ...]; every device keeps its own examples.
         parts = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
         )
 
         def accumulate(carry, part_and_index):
-            return jax.tree.map(jnp.add, carry, of(*part_and_index)), None
+            total, mutables = carry
+            more, mutables = of(*part_and_index, mutables)
+            return (jax.tree.map(jnp.add, total, more), mutables), None
 
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts), 0),
+            jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts), 0, state.flax_mutables)[0],
         )
-        total, _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
-        return total
+        (total, mutables), _ = jax.lax.scan(
+            accumulate, (zeros, state.flax_mutables), (parts, jnp.arange(count))
+        )
+        return *total, mutables
+
+
+def _inference_state(state: AnyState) -> train_state_lib.InferenceState:
+    return train_state_lib.InferenceState(state.params, state.flax_mutables)
+
+
+def _mutables(state: train_state_lib.InferenceState) -> dict[str, Any]:
+    """A model's keyword argument for its mutable collections; a model that has none need not know of it."""
+    return {"flax_mutables": state.flax_mutables} if state.flax_mutables else {}
 
 
 def axes_by_param(params_axes: Mapping[str, Any]) -> dict[str, Any]:
-    """Flax's `params_axes` (`kernel_axes: AxisMetadata`) -> a tree like `params`, of `PartitionSpec`s."""
+    """Turns Flax's axes (`kernel_axes: AxisMetadata`) into a tree like the arrays', of `PartitionSpec`s."""
     tree: dict[str, Any] = {}
     for name, value in params_axes.items():
         if isinstance(value, Mapping):

@@ -8,14 +8,15 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from absl import logging
 from clu import metric_writers
 
-from richhf_jax import errors, trainer
+from richhf_jax import errors
+from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import chips, counter
 
 
@@ -26,7 +27,7 @@ def create_writer(model_dir: str, *folders: str) -> metric_writers.MetricWriter:
     )
 
 
-def step_seconds_at_peak(loop: trainer.Trainer, devices: Sequence[jax.Device]) -> float | None:
+def step_seconds_at_peak(trainer: trainer_lib.Trainer, devices: Sequence[jax.Device]) -> float | None:
     """How long a training step takes at the chips' peak, if all they computed were the model.
 
     This is what model FLOP utilisation compares with; see `counter.model_flops`.
@@ -37,7 +38,7 @@ def step_seconds_at_peak(loop: trainer.Trainer, devices: Sequence[jax.Device]) -
     chip = chips.spec(devices[0].device_kind)
     if chip is None:
         return None
-    flops = counter.model_flops(loop.lower("eval"), training=True)
+    flops = counter.model_flops(trainer.lower("eval"), training=True)
     return flops / (chip.peak_flops * len(devices))
 
 
@@ -78,7 +79,7 @@ class StepTimer:
         self._steps: list[tuple[float, float, concurrent.futures.Future[float]]] = []
         self._free: float | None = None  # Since when; None before the first step, which compiles.
 
-    def add(self, asked: float, ready: float, metrics: trainer.Metrics) -> None:
+    def add(self, asked: float, ready: float, metrics: trainer_lib.Metrics) -> None:
         """A step that was just dispatched.
 
         Args:
@@ -88,7 +89,7 @@ class StepTimer:
         """
         self._steps.append((asked, ready, self._thread.submit(self._completed, metrics)))
 
-    def _completed(self, metrics: trainer.Metrics) -> float:
+    def _completed(self, metrics: trainer_lib.Metrics) -> float:
         jax.block_until_ready(metrics)
         return self._clock()
 
@@ -121,22 +122,30 @@ class TrainingLog:
         num_devices: int,
         seconds_at_peak: float | None,
         describe_step: Callable[[int], str],
+        progress_metrics: Callable[[Mapping[str, float]], Mapping[str, float]] = dict,
     ):
-        """Args:
-        first_step: steps done before this run.
-        batch_size: images, of all processes.
-        seconds_at_peak: see `step_seconds_at_peak`.
-        describe_step: a step -> what to say of it when it goes wrong.
+        """Opens the writer.
+
+        Args:
+          model_dir: where the scalars go.
+          total_steps: steps in all.
+          first_step: steps done before this run.
+          batch_size: images, of all processes.
+          num_devices: of all processes.
+          seconds_at_peak: see `step_seconds_at_peak`.
+          describe_step: describes a step, by its number, when it goes wrong.
+          progress_metrics: selects and names the metrics that a progress line shows.
         """
         self._writer = create_writer(model_dir, "train")
         self._timer = StepTimer()
         self._sizes = batch_size, num_devices, seconds_at_peak
         self._total_steps = total_steps
         self._describe_step = describe_step
-        self._metrics: list[trainer.Metrics] = []
+        self._progress_metrics = progress_metrics
+        self._metrics: list[trainer_lib.Metrics] = []
         self._since = time.monotonic(), first_step
 
-    def add(self, metrics: trainer.Metrics, asked: float, ready: float) -> None:
+    def add(self, metrics: trainer_lib.Metrics, asked: float, ready: float) -> None:
         """A step that was just dispatched; see `StepTimer.add`."""
         self._metrics.append(metrics)  # Still on the device.
         self._timer.add(asked, ready, metrics)
@@ -150,7 +159,7 @@ class TrainingLog:
         fetched = jax.device_get(self._metrics)
         then, since_step = self._since
         _check_finite(fetched, since_step + 1, self._describe_step)
-        scalars = trainer.summarize(fetched)
+        scalars = trainer_lib.summarize(fetched)
         times = self._timer.take()
         timing = times.scalars(*self._sizes) if times else {}
         now = time.monotonic()
@@ -158,9 +167,10 @@ class TrainingLog:
         if jax.process_index() == 0:
             remaining = round((self._total_steps - step) / rate)
             speed = "  ".join([f"{rate:.2f} steps/s", *_speed(timing)])
+            shown = format_metrics(self._progress_metrics(scalars))
             logging.info(
                 "step %d/%d  %s  ETA %d:%02d  %s",
-                step, self._total_steps, speed, *divmod(remaining, 60), _losses(scalars),
+                step, self._total_steps, speed, *divmod(remaining, 60), shown,
             )  # fmt: skip
         self._writer.write_scalars(step, scalars | timing)
         self._metrics, self._since = [], (now, step)
@@ -171,7 +181,7 @@ class TrainingLog:
 
 
 def _check_finite(
-    fetched: Sequence[trainer.Metrics], first_step: int, describe_step: Callable[[int], str]
+    fetched: Sequence[trainer_lib.Metrics], first_step: int, describe_step: Callable[[int], str]
 ) -> None:
     for step, metrics in enumerate(fetched, first_step):
         broken = [n for n, mean in metrics.items() if not np.isfinite([mean.total, mean.weight]).all()]
@@ -193,10 +203,9 @@ def _speed(timing: dict[str, float]) -> list[str]:
     return shown
 
 
-def _losses(scalars: dict[str, float]) -> str:
-    # Of the data's metrics, shares of texts that were cut, those that say something.
-    shown = {name: value for name, value in scalars.items() if value or not name.startswith("data/")}
-    return "  ".join(f"{name.removeprefix('loss/')} {value:.4f}" for name, value in sorted(shown.items()))
+def format_metrics(scalars: Mapping[str, float]) -> str:
+    """Formats metrics for a line of the log."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in sorted(scalars.items()))
 
 
 class Profiler:
@@ -229,7 +238,7 @@ class Profiler:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step: int, metrics: trainer.Metrics) -> None:
+    def after(self, step: int, metrics: trainer_lib.Metrics) -> None:
         if step == self._last:
             jax.block_until_ready(metrics)
             self.close()

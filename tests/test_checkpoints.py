@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 from jax.sharding import PartitionSpec
@@ -88,6 +89,52 @@ def abstract_params(**shapes):
             name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=device) for name, shape in shapes.items()
         }
     }
+
+
+def to_predict(**shapes):
+    return train_state.InferenceState(abstract_params(**shapes))
+
+
+def on_one_device(tree):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+
+
+STATISTICS = {"batch_stats": {"norm": {"mean": jnp.arange(4.0)}}}
+
+
+def test_mutable_collections_are_saved_and_restored(tmp_path, state):
+    state = dataclasses.replace(state, flax_mutables=STATISTICS)
+    save(tmp_path, state, [3])
+    restored, _ = restore(tmp_path, on_one_device(state))
+    assert_equal(restored, state)
+    found = checkpoints.restore_inference_state(str(tmp_path), on_one_device(state))
+    assert_equal(found, train_state.InferenceState(state.params, STATISTICS))
+    _, mutables = checkpoints.restore_matching(str(tmp_path), on_one_device(state))
+    assert mutables.keys() == {("batch_stats", "norm", "mean")}
+
+
+def test_parameters_and_mutable_collections_alone(tmp_path, state):
+    checkpoints.save_params(str(tmp_path), state.params, flax_mutables=STATISTICS)
+    expected = train_state.InferenceState(state.params, STATISTICS)
+    assert_equal(checkpoints.restore_inference_state(str(tmp_path), on_one_device(expected)), expected)
+
+
+def test_a_model_needs_its_mutable_collections(tmp_path, state):
+    save(tmp_path, state, [3])
+    wanted = on_one_device(dataclasses.replace(state, flax_mutables=STATISTICS))
+    message = r"doesn't fit this model: batch_stats/norm/mean \(4,\): not in the checkpoint"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        checkpoints.restore_inference_state(str(tmp_path), wanted)
+    with pytest.raises(checkpoints.CheckpointError, match="batch_stats/norm/mean"):
+        restore(tmp_path, wanted)
+
+
+def test_the_layout_of_a_checkpoint_without_mutable_collections(tmp_path, state):
+    """Checkpoints of versions that knew no mutable collections are like it."""
+    save(tmp_path, state, [3])
+    saved = ocp.StandardCheckpointHandler().metadata(tmp_path / "checkpoint_3/state").tree
+    assert set(saved) == {"step", "params", "opt_state"}
 
 
 @pytest.mark.parametrize("num_partitions", [1, 2])
@@ -370,7 +417,7 @@ def test_parameters_alone(tmp_path, state):
     checkpoints.save_params(str(tmp_path), part)
     directory, step = checkpoints.find_checkpoint(str(tmp_path))
     assert (directory, step) == (str(tmp_path / "checkpoint_0"), 0)
-    found = checkpoints.restore_matching(str(tmp_path), abstract_params(bias=(4,), kernel=(2, 4)))
+    found, _ = checkpoints.restore_matching(str(tmp_path), to_predict(bias=(4,), kernel=(2, 4)))
     assert found.keys() == {("dense", "bias")}
     np.testing.assert_array_equal(found["dense", "bias"], state.params["dense"]["bias"])
 
@@ -398,10 +445,11 @@ def test_restore_params_names_the_parameter_and_both_shapes(tmp_path, state, sha
 
 def test_restore_matching_takes_what_fits_and_lists_the_rest(tmp_path, state, caplog):
     save(tmp_path, state, [3])
-    wanted = abstract_params(bias=(4,), kernel=(2, 5), scale=(3,))
+    wanted = to_predict(bias=(4,), kernel=(2, 5), scale=(3,))
     logging.set_verbosity(logging.INFO)
     with caplog.at_level("INFO", logger="absl"):
-        found = checkpoints.restore_matching(str(tmp_path), wanted)
+        found, mutables = checkpoints.restore_matching(str(tmp_path), wanted)
+    assert mutables == {}
     assert found.keys() == {("dense", "bias")}
     np.testing.assert_array_equal(found["dense", "bias"], state.params["dense"]["bias"])
     lines = [record.getMessage() for record in caplog.records if record.module == "checkpoints"]
@@ -415,4 +463,4 @@ def test_restore_matching_takes_what_fits_and_lists_the_rest(tmp_path, state, ca
 def test_restore_matching_refuses_another_model(tmp_path, state):
     save(tmp_path, state, [3])
     with pytest.raises(checkpoints.CheckpointError, match=f"{tmp_path} shares no parameter"):
-        checkpoints.restore_matching(str(tmp_path), abstract_params(kernel=(9, 9)))
+        checkpoints.restore_matching(str(tmp_path), to_predict(kernel=(9, 9)))

@@ -41,8 +41,8 @@ class Answers:
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch, synthetic_data_dir):
     seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
-    loop = Answers()
-    monkeypatch.setattr(split_predictions, "load", lambda *args: (loop, {}, 7))
+    trainer = Answers()
+    monkeypatch.setattr(split_predictions, "load", lambda *args: (trainer, {}, 7))
 
     def run(**kwargs):
         metrics = eval_script.evaluate(
@@ -54,7 +54,7 @@ def evaluate(tmp_path, monkeypatch, synthetic_data_dir):
             **kwargs,
         )
         (path,) = tmp_path.rglob("7/predictions.jsonl")
-        return metrics, [json.loads(line) for line in path.read_text().splitlines()], loop.seen
+        return metrics, [json.loads(line) for line in path.read_text().splitlines()], trainer.seen
 
     return run
 

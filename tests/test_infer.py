@@ -83,8 +83,8 @@ def run(tmp_path, monkeypatch, read):
     (tmp_path / "model/checkpoint_7/state").mkdir(parents=True)
 
     def start(folder="out", broken=None, cfg=CONFIG, **kwargs):
-        loop = Answers(broken)
-        monkeypatch.setattr(split_predictions, "load", lambda *args: (loop, {}, 7))
+        trainer = Answers(broken)
+        monkeypatch.setattr(split_predictions, "load", lambda *args: (trainer, {}, 7))
         infer.infer(
             model=None,
             checkpoint_path=str(tmp_path / "model"),
@@ -93,7 +93,7 @@ def run(tmp_path, monkeypatch, read):
             partitioner=partitioning.PjitPartitioner(devices=jax.devices()[:1]),
             **kwargs,
         )
-        return loop
+        return trainer
 
     return start
 

@@ -143,8 +143,8 @@ def train_flops(*bindings):
     deeper = ("t5.T5Config.num_encoder_layers = 2", "vit.ViTConfig.num_layers = 2", "REMAT_POLICY = 'full'")
     configure("multi_head", LENGTHS, *deeper, *bindings)
     partitioner = gin.get_configurable(partitioning.PjitPartitioner)()
-    loop = precompile.make_trainer("train", partitioner, precompile.step_shapes("train"))
-    return counter.analyze(loop.lower("train").as_text(dialect="hlo")).flops
+    trainer = precompile.make_trainer("train", partitioner, precompile.step_shapes("train"))
+    return counter.analyze(trainer.lower("train").as_text(dialect="hlo")).flops
 
 
 def test_a_train_step_costs_as_much_in_loops():

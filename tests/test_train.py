@@ -3,6 +3,7 @@
 Only sizes and steps are smaller (see SMALL). The fixtures tell one story, which the tests look at.
 """
 
+import collections
 import dataclasses
 import errno
 import html
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -22,9 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import flags, logging
 from absl.testing import flagsaver
+from flax.linen import partitioning as partitioning_axes
+from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
     RahfPredictor,
@@ -34,10 +39,13 @@ from richhf_jax import (
     gin_utils,
     input_pipeline,
     losses,
+    models,
+    optimizers,
     partitioning,
     train,
     train_state,
 )
+from richhf_jax import trainer as trainer_lib
 
 ROOT = pathlib.Path(train.__file__).resolve().parents[1]
 TASK = "synthetic_rich_hf_multi_head"
@@ -311,7 +319,7 @@ class Stream:
         return {"step": step}
 
 
-class Loop:
+class Counting:
     """In place of the trainer. The state counts; at step 3 what `broken` names is not finite."""
 
     broken: tuple[str, ...] = ()
@@ -319,48 +327,91 @@ class Loop:
     def __init__(self, *args, **kwargs):
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.abstract_state = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), self.init_state({})
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), self.init_state()
         )
 
-    def init_state(self, given):
+    def init_state(self):
         params = {"kernel": jnp.zeros((64, 64))}
         return train_state.TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
 
     def train_step(self, state, batch):
-        params = {"kernel": state.params["kernel"] + 1}
-        state = dataclasses.replace(state, step=state.step + 1, params=params)
+        state = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state))(state)
         values = {"loss": 1.0, "gradient_norm": 1.0}
-        if state.step == 3:
+        if int(state.step) == 3:
             values |= dict.fromkeys(self.broken, np.nan)
         ones = np.ones((), np.float32)
         return state, {name: losses.WeightedMean(value * ones, ones) for name, value in values.items()}
 
-    def evaluate(self, params, batches):
+    def evaluate(self, state, batches):
         # Best after four steps.
-        return {"loss": abs(float(params["kernel"][0, 0]) - 4)}
+        return {"loss": abs(float(state.params["kernel"][0, 0]) - 4)}
+
+
+class Points(models.BaseModel):
+    """points @ kernel, centred by batch statistics: inputs of other names than RAHF's, and no text."""
+
+    def get_initial_variables(self, rng, input_shapes, input_types=None):
+        kernel = jax.random.normal(rng, (input_shapes["points"][1], 4))
+        axes = {"kernel_axes": partitioning_axes.AxisMetadata(("embed", "mlp"))}
+        statistics = {"mean": jnp.zeros(input_shapes["points"][1])}
+        return {"params": {"kernel": kernel}, "params_axes": axes, "batch_stats": statistics}
+
+    def loss_weights(self, batch):
+        return {"loss": jnp.float32(batch["points"].shape[0])}
+
+    def loss_fn(self, params, batch, dropout_rng, normalizers=None, *, flax_mutables):
+        outputs = self.predict_batch(params, batch, flax_mutables=flax_mutables)["outputs"]
+        total = jnp.sum(jnp.square(outputs - batch["answers"]))
+        normalizers = normalizers or self.loss_weights(batch)
+        mean = (flax_mutables["batch_stats"]["mean"] + batch["points"].mean(axis=0)) / 2
+        loss = losses.WeightedMean(total, normalizers["loss"])
+        return loss.compute(), ({"loss": loss}, {"batch_stats": {"mean": mean}})
+
+    def predict_batch_with_aux(self, params, batch, rng=None, *, flax_mutables):
+        mean = flax_mutables["batch_stats"]["mean"][None]
+        return {"outputs": (batch["points"] - mean) @ params["kernel"]}, {}
+
+    def score_batch(self, params, batch):
+        raise AssertionError("training scores nothing")
+
+    def describe(self, feature_lengths, batch_shapes):
+        return {"lengths": feature_lengths, "features": sorted(batch_shapes)}
+
+    def summary_images(self, batch, predict):
+        grey = np.clip(255 * predict()["outputs"], 0, 255).astype(np.uint8)  # [examples, 4]
+        assert len(grey) == len(batch["points"]) == 8
+        return {"outputs": np.repeat(grey[:, None, :, None], 3, axis=-1)}
+
+
+# `Counting` asks nothing of its model; the loop asks what a model says of itself.
+COUNTED = Points(optimizer_def=None)
+COUNTED.describe = models.BaseModel.describe.__get__(COUNTED)
+COUNTED.summary_images = models.BaseModel.summary_images.__get__(COUNTED)
 
 
 @pytest.fixture
 def small_train(tmp_path, monkeypatch):
-    """Trains a `Loop` in this process."""
-    monkeypatch.setattr(Loop, "broken", ())
+    """Trains a `Counting` in this process, or what else is given."""
+    monkeypatch.setattr(Counting, "broken", ())
     monkeypatch.setattr(input_pipeline, "TrainStream", Stream)
     monkeypatch.setattr(input_pipeline, "check_vocabulary", lambda cfg, vocab_size: None)
     monkeypatch.setattr(
         input_pipeline, "example_names", lambda cfg, batch: [f"task: {batch}_{n}.png" for n in range(20)]
     )
-    cfg = types.SimpleNamespace(batch_size=20, mixture_or_task_name="task")
+    cfg = types.SimpleNamespace(
+        batch_size=20, mixture_or_task_name="task", task_feature_lengths={"points": 3}
+    )
 
-    def run(total_steps=5, save=None, eval_cfg=None, **kwargs):
+    def run(total_steps=5, save=None, eval_cfg=None, model=COUNTED, trainer_cls=Counting, **kwargs):
         train.train(
-            model=types.SimpleNamespace(vocab_size=0),
+            model=model,
             model_dir=str(tmp_path),
             train_dataset_cfg=cfg,
             train_eval_dataset_cfg=eval_cfg,
             partitioner=partitioning.PjitPartitioner(),
             checkpoint_cfg=checkpoints.CheckpointConfig(save),
             total_steps=total_steps,
-            trainer_cls=Loop,
+            trainer_cls=trainer_cls,
             **kwargs,
         )
 
@@ -375,7 +426,7 @@ def checkpoint_names(folder):
 @pytest.mark.parametrize("log_period", [1, 50])
 @pytest.mark.parametrize("broken", [("loss",), ("gradient_norm", "loss")])
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, small_train, broken, log_period):
-    monkeypatch.setattr(Loop, "broken", broken)
+    monkeypatch.setattr(Counting, "broken", broken)
     period = 2 if log_period > 1 else 1
     message = (
         rf"^{' and '.join(broken)} not finite at step 3. Its 20 examples, all in"
@@ -390,10 +441,6 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, small_
 
 
 def test_the_best_checkpoints_are_those_of_the_validation_data(tmp_path, small_train, monkeypatch):
-    monkeypatch.setattr(train._Evaluation, "_pictures", lambda *args: np.zeros((1, 4, 4, 3), np.uint8))
-    monkeypatch.setattr(
-        Stream, "batches", lambda *args: itertools.repeat({"heatmap_weights": np.zeros((1, 0))})
-    )
     save = checkpoints.SaveCheckpointConfig(period=1, keep=1, keep_best=1)
     kwargs = {"total_steps": 8, "save": save, "eval_cfg": small_train.cfg}
     with pytest.raises(errors.UserError, match="checkpoints, 1 steps, must be a multiple .*, 2 steps"):
@@ -427,6 +474,135 @@ def test_what_can_not_be_written_is_named(tmp_path, small_train, monkeypatch, fi
     monkeypatch.setattr(gin_utils, "write_operative_config", refuse)
     with pytest.raises(errors.UserError, match=f"{tmp_path}/{file} can't be written: Permission denied"):
         small_train()
+
+
+class PointsStream(Stream):
+    """Batches of 20 points, each of its own."""
+
+    batch_shapes = {
+        "points": jax.ShapeDtypeStruct((20, 3), np.float32),
+        "answers": jax.ShapeDtypeStruct((20, 4), np.float32),
+    }
+
+    def batches(self, position):
+        for step in itertools.count(position.get("step", 0)):
+            rng = np.random.default_rng(step)
+            points = rng.normal(1, 1, (20, 3)).astype(np.float32)
+            yield {"points": points, "answers": points @ np.eye(3, 4, dtype=np.float32)}
+
+
+@pytest.fixture
+def train_points(small_train, monkeypatch):
+    """Trains `Points` by the real trainer."""
+    monkeypatch.setattr(input_pipeline, "TrainStream", PointsStream)
+    monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: None)
+
+    def run(**kwargs):
+        model = Points(optimizers.adamw(lambda step: 0.01))
+        small_train(model=model, trainer_cls=trainer_lib.Trainer, eval_steps=2, **kwargs)
+
+    run.cfg = small_train.cfg
+    return run
+
+
+def test_a_model_of_other_inputs_trains_evaluates_and_continues(tmp_path, train_points):
+    save = checkpoints.SaveCheckpointConfig(period=30, keep=None)
+    for total_steps in (30, 60):
+        train_points(total_steps=total_steps, save=save, eval_cfg=train_points.cfg, eval_period=30)
+    assert checkpoint_names(tmp_path) == ["checkpoint_30", "checkpoint_60"]
+    assert json.loads((tmp_path / "model.json").read_text()) == {
+        "lengths": {"points": 3},
+        "features": ["answers", "points"],
+        "training": {"task": "task", "batch_size": 20, "initial_checkpoint": None},
+    }
+    events = event_accumulator.EventAccumulator(str(tmp_path / "training_eval/task"), {"tensors": 0}).Reload()
+    losses_by_step = {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")}
+    assert 0 < losses_by_step[60] < losses_by_step[30]
+    assert [event.step for event in events.Tensors("outputs")] == [30, 60]
+    # One run of 60 steps ends with the same state, bit by bit: batch statistics go on, too.
+    shutil.rmtree(tmp_path / "checkpoint_30")
+    shutil.move(tmp_path / "checkpoint_60", tmp_path / "in_two_parts/checkpoint_60")
+    train_points(total_steps=60, save=save)
+    whole, parts = (saved_arrays(tmp_path / name) for name in ("checkpoint_60", "in_two_parts/checkpoint_60"))
+    assert "flax_mutables/batch_stats/mean" in whole
+    assert whole.keys() == parts.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, parts[name], err_msg=str(name))
+
+
+def saved_arrays(checkpoint):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(array)
+        for path, array in jax.tree_util.tree_leaves_with_path(
+            ocp.StandardCheckpointHandler().restore(checkpoint / "state")
+        )
+    }
+
+
+@pytest.fixture
+def fetches(monkeypatch):
+    """Counts, by kind, how often the main thread waits for an array or copies one to the host."""
+    counts = collections.Counter()
+    array_type = type(jnp.zeros(()))
+
+    outermost = [True]
+
+    def counted(name, original):
+        def call(*args, **kwargs):
+            if threading.current_thread() is not threading.main_thread() or not outermost[0]:
+                return original(*args, **kwargs)
+            counts[name] += 1
+            outermost[0] = False  # What it calls in turn is the same fetch.
+            try:
+                return original(*args, **kwargs)
+            finally:
+                outermost[0] = True
+
+        return call
+
+    for name in ("__array__", "__float__", "__int__", "__bool__", "block_until_ready", "item", "tolist"):
+        monkeypatch.setattr(array_type, name, counted(name, getattr(array_type, name)))
+    for name in ("device_get", "block_until_ready"):
+        monkeypatch.setattr(jax, name, counted(f"jax.{name}", getattr(jax, name)))
+    monkeypatch.setattr(array_type, "_value", property(counted("_value", array_type._value.fget)))
+    return counts
+
+
+def test_nothing_in_the_loop_waits_for_the_device(train_points, fetches, monkeypatch):
+    def run(steps, **kwargs):
+        fetches.clear()
+        train_points(total_steps=steps, **kwargs)
+        return dict(fetches)
+
+    # Beginning, end and one line of the log: as many fetches for many steps as for few.
+    short, long = run(4, log_period=1000), run(40, log_period=1000)
+    assert short == long
+    assert short["jax.device_get"] == 1
+    # A line of the log takes one fetch more.
+    assert run(40, log_period=10)["jax.device_get"] == 4
+
+    # The spy sees what waits.
+    train_step = trainer_lib.Trainer.train_step
+
+    def waiting(*args):
+        state, metrics = train_step(*args)
+        float(metrics["loss"].total)
+        return state, metrics
+
+    monkeypatch.setattr(trainer_lib.Trainer, "train_step", waiting)
+    assert run(40, log_period=1000)["__float__"] == long.get("__float__", 0) + 40
+
+
+def test_a_step_that_copies_to_the_device_by_itself_is_refused(train_points, monkeypatch):
+    train_step = trainer_lib.Trainer.train_step
+
+    def careless(self, state, batch):
+        jnp.asarray(batch["points"]) + np.ones((20, 3), np.float32)
+        return train_step(self, state, batch)
+
+    monkeypatch.setattr(trainer_lib.Trainer, "train_step", careless)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train_points(total_steps=2)
 
 
 @pytest.fixture

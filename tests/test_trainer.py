@@ -12,7 +12,8 @@ from flax import traverse_util
 from flax.linen.partitioning import AxisMetadata
 from jax.sharding import Mesh, PartitionSpec
 
-from richhf_jax import losses, models, optimizers, partitioning, trainer
+from richhf_jax import losses, models, optimizers, partitioning
+from richhf_jax import trainer as trainer_lib
 
 NAMES = [("dense", "bias"), ("dense", "kernel")]
 
@@ -23,10 +24,10 @@ def _quick(quick_compilation):
 
 
 class Affine(models.BaseModel):
-    """image @ kernel + bias, with a weighted squared error; a metric shows what the seed draws."""
+    """points @ kernel + bias, with a weighted squared error; a metric shows what the seed draws."""
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
-        kernel = jax.random.normal(rng, (input_shapes["image"][1], 4))
+        kernel = jax.random.normal(rng, (input_shapes["points"][1], 4))
         axes = {"kernel_axes": AxisMetadata(("embed", "mlp")), "bias_axes": AxisMetadata(("mlp",))}
         return {"params": {"dense": {"kernel": kernel, "bias": jnp.ones(4)}}, "params_axes": {"dense": axes}}
 
@@ -48,7 +49,7 @@ class Affine(models.BaseModel):
 
     def predict_batch_with_aux(self, params, batch, rng=None):
         dense = params["dense"]
-        return {"y": batch["image"] @ dense["kernel"] + dense["bias"][None]}, {}
+        return {"y": batch["points"] @ dense["kernel"] + dense["bias"][None]}, {}
 
     def score_batch(self, params, batch):
         raise AssertionError("training scores nothing")
@@ -57,9 +58,9 @@ class Affine(models.BaseModel):
 @pytest.fixture
 def batch(rng):
     """Eight examples; the even ones, which two microbatches have together, weigh next to nothing."""
-    image, targets = rng.normal(size=(8, 3)), rng.normal(size=(8, 4))
+    points, targets = rng.normal(size=(8, 3)), rng.normal(size=(8, 4))
     weights = np.array([[0, 5, 0, 1, 0, 2, 0.5, 1]]).T
-    values = {"image": image, "targets": targets, "weights": weights}
+    values = {"points": points, "targets": targets, "weights": weights}
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
@@ -68,7 +69,7 @@ def make_trainer(model, batch, devices=2, num_partitions=1, **kwargs):
     if devices == 1:
         partitioner.mesh = Mesh(partitioner.mesh.devices[:1], partitioner.mesh.axis_names)
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in batch.items()}
-    return trainer.Trainer(model, partitioner, shapes, **kwargs)
+    return trainer_lib.Trainer(model, partitioner, shapes, **kwargs)
 
 
 LAYOUTS = [
@@ -83,19 +84,19 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_step_by_numpy_whatever_the_layout(batch, layout):
-    loop = make_trainer(Affine(optax.sgd(0.1)), batch, **layout)
-    state = loop.init_state()
+    trainer = make_trainer(Affine(optax.sgd(0.1)), batch, **layout)
+    state = trainer.init_state()
     kernel, bias = (np.asarray(state.params["dense"][name], np.float64) for name in ("kernel", "bias"))
-    state, metrics = loop.train_step(state, batch)
+    state, metrics = trainer.train_step(state, batch)
 
-    error = batch["image"] @ kernel + bias - batch["targets"]
+    error = batch["points"] @ kernel + bias - batch["targets"]
     share = batch["weights"] / batch["weights"].sum()
     # The mean is over four outputs.
     bias_gradient = (2 * share * error / 4).sum(axis=0)
-    kernel_gradient = batch["image"].T @ (2 * share * error / 4)
+    kernel_gradient = batch["points"].T @ (2 * share * error / 4)
     np.testing.assert_allclose(state.params["dense"]["kernel"], kernel - 0.1 * kernel_gradient, rtol=1e-4)
     np.testing.assert_allclose(state.params["dense"]["bias"], bias - 0.1 * bias_gradient, rtol=1e-4)
-    found = trainer.summarize([metrics])
+    found = trainer_lib.summarize([metrics])
     loss = (share * error**2).sum() / 4
     norm = np.sqrt((kernel_gradient**2).sum() + (bias_gradient**2).sum())
     for name, expected in (("loss", loss), ("error", loss), ("gradient_norm", norm)):
@@ -110,10 +111,10 @@ def test_microbatches_must_divide_the_batch(batch):
 @pytest.mark.parametrize("use_hardware_rng", [False, True])
 def test_every_step_and_microbatch_draws_its_own_dropout(batch, use_hardware_rng):
     def draws(steps, **kwargs):
-        loop = make_trainer(Affine(optax.sgd(0.1)), batch, use_hardware_rng=use_hardware_rng, **kwargs)
-        state, found = loop.init_state(), []
+        trainer = make_trainer(Affine(optax.sgd(0.1)), batch, use_hardware_rng=use_hardware_rng, **kwargs)
+        state, found = trainer.init_state(), []
         for _ in range(steps):
-            state, metrics = loop.train_step(state, batch)
+            state, metrics = trainer.train_step(state, batch)
             found.append(float(metrics["drawn"].total))
         return found
 
@@ -130,27 +131,27 @@ def test_every_step_and_microbatch_draws_its_own_dropout(batch, use_hardware_rng
 @pytest.mark.parametrize(("use_hardware_rng", "impl"), [(False, "threefry2x32"), (True, "unsafe_rbg")])
 def test_initial_parameters_follow_from_seed_and_generator(batch, use_hardware_rng, impl):
     model = Affine(optax.sgd(0.1))
-    loop = make_trainer(model, batch, random_seed=3, use_hardware_rng=use_hardware_rng, devices=1)
+    trainer = make_trainer(model, batch, random_seed=3, use_hardware_rng=use_hardware_rng, devices=1)
     init_rng, _ = jax.random.split(jax.random.key(3, impl=impl))
     shapes = {name: value.shape for name, value in batch.items()}
     expected = jax.jit(lambda: model.get_initial_variables(init_rng, shapes)["params"])()
-    found = loop.init_state().params
+    found = trainer.init_state().params
     np.testing.assert_array_equal(found["dense"]["kernel"], expected["dense"]["kernel"])
 
 
 def test_the_old_state_is_given_away(batch):
-    loop = make_trainer(Affine(optimizers.adamw(lambda step: 0.1)), batch)
-    old = loop.init_state()
-    new, _ = loop.train_step(old, batch)
+    trainer = make_trainer(Affine(optimizers.adamw(lambda step: 0.1)), batch)
+    old = trainer.init_state()
+    new, _ = trainer.train_step(old, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
 def test_evaluation_weighs_batches_by_their_labels(batch):
-    loop = make_trainer(Affine(optax.sgd(0.1)), batch)
-    params = loop.init_state().params
+    trainer = make_trainer(Affine(optax.sgd(0.1)), batch)
+    state = trainer.init_state()
     other = batch | {"weights": np.ones_like(batch["weights"])}
-    one, two, both = (loop.evaluate(params, batches) for batches in ([batch], [other], [batch, other]))
+    one, two, both = (trainer.evaluate(state, batches) for batches in ([batch], [other], [batch, other]))
     weights = batch["weights"].sum(), other["weights"].sum()
     np.testing.assert_allclose(
         both["error"], np.average([one["error"], two["error"]], weights=weights), rtol=1e-5
@@ -159,30 +160,30 @@ def test_evaluation_weighs_batches_by_their_labels(batch):
 
 
 def test_predictions(batch):
-    loop = make_trainer(Affine(optax.sgd(0.1)), batch)
-    params = loop.init_state().params
-    expected = batch["image"] @ np.asarray(params["dense"]["kernel"]) + 1
-    np.testing.assert_allclose(loop.predict(params, batch)["y"], expected, rtol=1e-5, atol=1e-6)
+    trainer = make_trainer(Affine(optax.sgd(0.1)), batch)
+    state = trainer.init_state()
+    expected = batch["points"] @ np.asarray(state.params["dense"]["kernel"]) + 1
+    np.testing.assert_allclose(trainer.predict(state, batch)["y"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_and_moments_are_laid_out_as_the_rules_say(batch):
-    loop = make_trainer(Affine(optimizers.adamw(lambda step: 0.1)), batch, num_partitions=2)
-    state, _ = loop.train_step(loop.init_state(), batch)
+    trainer = make_trainer(Affine(optimizers.adamw(lambda step: 0.1)), batch, num_partitions=2)
+    state, _ = trainer.train_step(trainer.init_state(), batch)
     for tree in (state.params, *(optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))):
         kernel = tree["dense"]["kernel"]
         assert kernel.sharding.spec == PartitionSpec(None, "model")
         assert kernel.addressable_shards[0].data.shape == (3, 2)
     assert state.step.sharding.is_fully_replicated
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), loop.abstract_state
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), trainer.abstract_state
     )
 
 
 @pytest.mark.parametrize("given", [[], NAMES[:1], NAMES], ids=len)
 def test_given_parameters_are_kept_and_the_others_are_fresh(batch, given):
-    loop = make_trainer(Affine(optimizers.adamw(lambda step: 0.1)), batch)
-    fresh = traverse_util.flatten_dict(loop.init_state().params)
-    state = loop.init_state({name: jnp.full_like(fresh[name], 7) for name in given})
+    trainer = make_trainer(Affine(optimizers.adamw(lambda step: 0.1)), batch)
+    fresh = traverse_util.flatten_dict(trainer.init_state().params)
+    state = trainer.init_state({name: jnp.full_like(fresh[name], 7) for name in given})
     assert int(state.step) == 0
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state.opt_state))
     for name, value in traverse_util.flatten_dict(state.params).items():
@@ -197,13 +198,82 @@ def test_summaries_merge_sums_and_leave_out_what_nothing_weighed():
         {"loss": mean(3.0, 1.0), "score": mean(1.0, 2.0), "none": mean(0.0, 0.0), "rare": mean(0.0, 0.0)},
         {"loss": mean(5.0, 1.0), "score": mean(9.0, 8.0), "none": mean(0.0, 0.0), "rare": mean(6.0, 2.0)},
     ]
-    assert trainer.summarize(steps) == {"loss": 4.0, "score": 1.0, "rare": 3.0}
+    assert trainer_lib.summarize(steps) == {"loss": 4.0, "score": 1.0, "rare": 3.0}
 
 
 def test_logical_axes_of_parameters():
     axes = {"a": {"kernel_axes": AxisMetadata(("embed", "mlp")), "bias_axes": AxisMetadata((None,))}}
     expected = {"a": {"kernel": PartitionSpec("embed", "mlp"), "bias": PartitionSpec(None)}}
-    assert trainer.axes_by_param(axes) == expected
+    assert trainer_lib.axes_by_param(axes) == expected
+
+
+class Centred(Affine):
+    """Subtracts a running mean of the points, its batch statistics: the mean moves halfway at each batch."""
+
+    def get_initial_variables(self, rng, input_shapes, input_types=None):
+        variables = super().get_initial_variables(rng, input_shapes)
+        return variables | {"batch_stats": {"norm": {"mean": jnp.zeros(input_shapes["points"][1])}}}
+
+    def loss_fn(self, params, batch, dropout_rng, normalizers=None, *, flax_mutables):
+        mean = flax_mutables["batch_stats"]["norm"]["mean"]
+        centred = dict(batch) | {"points": batch["points"] - mean[None]}
+        loss, metrics = super().loss_fn(params, centred, dropout_rng, normalizers)
+        mean = (mean + batch["points"].mean(axis=0)) / 2
+        return loss, (metrics, {"batch_stats": {"norm": {"mean": mean}}})
+
+    def predict_batch_with_aux(self, params, batch, rng=None, flax_mutables=None):
+        # Within the loss, the points are centred already.
+        mean = flax_mutables["batch_stats"]["norm"]["mean"][None] if flax_mutables else 0.0
+        centred = dict(batch) | {"points": batch["points"] - mean}
+        return super().predict_batch_with_aux(params, centred, rng)
+
+
+def mean_of(state):
+    return np.asarray(state.flax_mutables["batch_stats"]["norm"]["mean"])
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_mutable_collections_change_with_each_part_of_a_batch(batch, count):
+    trainer = make_trainer(Centred(optax.sgd(0.1)), batch, num_microbatches=count)
+    state = trainer.init_state()
+    assert not mean_of(state).any()
+    expected = np.zeros(3)
+    for _ in range(2):
+        state, _ = trainer.train_step(state, batch)
+        # Of two microbatches, the even examples are the first.
+        for part in (batch["points"],) if count is None else (batch["points"][::2], batch["points"][1::2]):
+            expected = (expected + part.mean(axis=0)) / 2
+    np.testing.assert_allclose(mean_of(state), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_and_prediction_use_the_mutable_collections(batch):
+    trainer = make_trainer(Centred(optax.sgd(0.1)), batch)
+    state, _ = trainer.train_step(trainer.init_state(), batch)
+    kernel, bias = (np.asarray(state.params["dense"][name]) for name in ("kernel", "bias"))
+    expected = (batch["points"] - mean_of(state)) @ kernel + bias
+    np.testing.assert_allclose(trainer.predict(state, batch)["y"], expected, rtol=1e-5, atol=1e-6)
+    share = batch["weights"] / batch["weights"].sum()
+    error = (share * (expected - batch["targets"]) ** 2).sum() / 4
+    assert trainer.evaluate(state, [batch])["error"] == pytest.approx(error, rel=1e-5)
+
+
+def test_given_mutable_collections_are_kept(batch):
+    trainer = make_trainer(Centred(optax.sgd(0.1)), batch)
+    state = trainer.init_state(given_mutables={("batch_stats", "norm", "mean"): jnp.full(3, 7.0)})
+    np.testing.assert_array_equal(mean_of(state), [7, 7, 7])
+    assert state.params["dense"]["kernel"].shape == (3, 4)
+
+
+def test_mutable_collections_are_laid_out_as_their_axes_say(batch):
+    class Wide(Centred):
+        def get_initial_variables(self, rng, input_shapes, input_types=None):
+            variables = super().get_initial_variables(rng, input_shapes)
+            axes = {"norm": {"wide_axes": AxisMetadata(("mlp",))}}
+            return variables | {"other": {"norm": {"wide": jnp.zeros(8)}}, "other_axes": axes}
+
+    state = make_trainer(Wide(optax.sgd(0.1)), batch, num_partitions=2).abstract_state
+    assert state.flax_mutables["other"]["norm"]["wide"].sharding.spec == PartitionSpec("model")
+    assert state.flax_mutables["batch_stats"]["norm"]["mean"].sharding.spec == PartitionSpec()
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +311,9 @@ def microbatch_trainer(rahf_model, rahf_batch):
 
 
 def test_rahf_takes_the_same_step_on_another_mesh(rahf_model, rahf_batch, rahf_params, microbatch_trainer):
-    def step(loop):
-        state, metrics = loop.train_step(loop.init_state(rahf_params), rahf_batch)
-        return traverse_util.flatten_dict(jax.device_get(state.params)), trainer.summarize([metrics])
+    def step(trainer):
+        state, metrics = trainer.train_step(trainer.init_state(rahf_params), rahf_batch)
+        return traverse_util.flatten_dict(jax.device_get(state.params)), trainer_lib.summarize([metrics])
 
     found, metrics = step(microbatch_trainer)
     expected, expected_metrics = step(make_trainer(rahf_model, rahf_batch, num_partitions=2))
@@ -262,6 +332,6 @@ def test_rahf_learns_one_batch(microbatch_trainer, rahf_batch, rahf_params):
     for _ in range(60):
         state, step_metrics = microbatch_trainer.train_step(state, rahf_batch)
         metrics.append(step_metrics)
-    first, last = trainer.summarize(metrics[:1]), trainer.summarize(metrics[-1:])
+    first, last = trainer_lib.summarize(metrics[:1]), trainer_lib.summarize(metrics[-1:])
     for name in ("loss/heatmap", "loss/score", "loss/keywords"):
         assert last[name] < 0.3 * first[name], f"{name}: {first[name]} -> {last[name]}"

@@ -1,5 +1,6 @@
 """Speed, progress lines and scalars of a training."""
 
+import functools
 import re
 import types
 
@@ -9,7 +10,7 @@ import pytest
 from absl import logging
 from tensorboard.backend.event_processing import event_accumulator
 
-from richhf_jax import losses, training_log
+from richhf_jax import losses, models, training_log
 from richhf_jax.costs import chips
 
 
@@ -67,16 +68,17 @@ def test_seconds_at_the_chips_peak():
     lowered = jax.jit(lambda a, b: a @ b).lower(
         np.zeros((64, 32), np.float32), np.zeros((32, 16), np.float32)
     )
-    loop = types.SimpleNamespace(lower={"eval": lowered}.get)
+    trainer = types.SimpleNamespace(lower={"eval": lowered}.get)
     chip = types.SimpleNamespace(device_kind="TPU v5 lite")
     forward = 2 * 64 * 32 * 16
     peak = chips.spec("TPU v5 lite").peak_flops
-    assert training_log.step_seconds_at_peak(loop, [chip] * 8) == pytest.approx(3 * forward / (8 * peak))
-    assert training_log.step_seconds_at_peak(loop, jax.devices()) is None
+    assert training_log.step_seconds_at_peak(trainer, [chip] * 8) == pytest.approx(3 * forward / (8 * peak))
+    assert training_log.step_seconds_at_peak(trainer, jax.devices()) is None
 
 
 def test_progress_lines_and_scalars(tmp_path, caplog):
-    log = training_log.TrainingLog(str(tmp_path), 7, 2, 16, 2, 0.001, describe_step=str)
+    progress_metrics = functools.partial(models.RahfModel.progress_metrics, None)
+    log = training_log.TrainingLog(str(tmp_path), 7, 2, 16, 2, 0.001, str, progress_metrics)
     ones = np.ones((), np.float32)
     logging.set_verbosity(logging.INFO)
     with caplog.at_level("INFO", logger="absl"):

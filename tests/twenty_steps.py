@@ -13,7 +13,8 @@ import sys
 import jax
 import numpy as np
 
-from richhf_jax import gin_utils, multihost, partitioning, trainer
+from richhf_jax import gin_utils, multihost, partitioning
+from richhf_jax import trainer as trainer_lib
 
 STEPS = 20
 LAYOUTS = {
@@ -34,25 +35,25 @@ def losses(batches: dict[str, np.ndarray], devices: int, layout: dict) -> list[f
     partitioner = partitioning.PjitPartitioner(num_cpu_devices=devices, **layout)
     size = len(batches["image"]) // STEPS
     shapes = {name: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for name, v in batches.items()}
-    loop = trainer.Trainer(gin_utils.macro("MODEL"), partitioner, shapes)
+    trainer = trainer_lib.Trainer(gin_utils.macro("MODEL"), partitioner, shapes)
     part = partitioner.get_data_layout(size)
     rows = size // part.num_shards
     # Random numbers by numpy: the network's own initialisers take seconds to compile.
     rng = np.random.default_rng(4)
-    params = jax.tree_util.tree_flatten_with_path(loop.abstract_state.params)[0]
+    params = jax.tree_util.tree_flatten_with_path(trainer.abstract_state.params)[0]
     given = {}
     for path, leaf in params:
         value = rng.normal(0, 0.5 * np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(leaf.dtype)
         name = tuple(key.key for key in path)
         given[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, value.__getitem__)
-    state = loop.init_state(given)
+    state = trainer.init_state(given)
     metrics = []
     for step in range(STEPS):
         first = step * size + part.shard_id * rows
         batch = {name: value[first : first + rows] for name, value in batches.items()}
-        state, of_step = loop.train_step(state, batch)
+        state, of_step = trainer.train_step(state, batch)
         metrics.append(of_step)
-    return [trainer.summarize([of_step])["loss"] for of_step in metrics]
+    return [trainer_lib.summarize([of_step])["loss"] for of_step in metrics]
 
 
 def main(folder: str, index: str | None = None, address: str | None = None) -> None:

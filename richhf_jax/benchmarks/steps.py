@@ -37,7 +37,8 @@ import numpy as np
 import tqdm
 from flax import traverse_util
 
-from richhf_jax import errors, feedback, gin_utils, models, partitioning, trainer
+from richhf_jax import errors, feedback, gin_utils, models, partitioning
+from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import chips, counter
 from richhf_jax.network import rahf
 
@@ -129,12 +130,12 @@ class OurSteps:
         batch_size = batch["image"].shape[0]
         self._partitioner.get_data_layout(batch_size)
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
-        loop = trainer.Trainer(self._model, self._partitioner, shapes)
+        trainer = trainer_lib.Trainer(self._model, self._partitioner, shapes)
         if self._state is None:
             # Not the network's own initialisers: they take minutes to compile on a CPU.
-            self._state = loop.init_state(_random_params(loop.abstract_state.params))
-        self._step, self._compiled = step, loop.lower(step).compile()
-        flops = counter.model_flops(loop.lower("eval"), training=step == "train")
+            self._state = trainer.init_state(_random_params(trainer.abstract_state.params))
+        self._step, self._compiled = step, trainer.lower(step).compile()
+        flops = counter.model_flops(trainer.lower("eval"), training=step == "train")
         self.flops_per_image = flops / batch_size
 
     def run(self, batch: Batch) -> None:

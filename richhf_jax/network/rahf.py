@@ -7,6 +7,9 @@
 One example is one image with several prompts: the ViT runs once an image, the encoder once a prompt.
 """
 
+import dataclasses
+from typing import Any
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -139,6 +142,15 @@ class Rahf(nn.Module):
         else:
             self.heatmap_head = heatmap_head()
             self.score_head = score_head()
+
+    def describe(self) -> dict[str, Any]:
+        """Names every setting of the network; JSON-able. `model_description` reads it."""
+        configs = ("t5_config", "vit_config", "heads_config")
+        return {
+            "variant": self.variant,
+            "decoder_sees_image": self.decoder_sees_image,
+            **{name: _fields(getattr(self, name)) for name in configs},
+        }
 
     @property
     def smallest_slots(self) -> feedback.Slots:
@@ -314,6 +326,13 @@ class Rahf(nn.Module):
             )
             outputs["logits"] = logits.reshape(batch, texts, target_length, -1)
         return outputs
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if "dtype" in fields:  # A name, or a type of numpy or jax.
+        fields["dtype"] = jnp.dtype(fields["dtype"]).name
+    return fields
 
 
 def _patches_in(box: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:

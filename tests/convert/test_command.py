@@ -16,7 +16,7 @@ import torch
 import transformers
 from flax import traverse_util
 
-from richhf_jax import checkpoints, errors, gin_utils, model_description
+from richhf_jax import checkpoints, errors, gin_utils, model_description, train_state
 from richhf_jax.convert import __main__ as command
 from richhf_jax.convert import layers, own, writers, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Tensor
@@ -85,7 +85,8 @@ def restored(directory, model):
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in command.model_shapes(model).items()
     }
-    found = checkpoints.restore_matching(str(directory), traverse_util.unflatten_dict(wanted, sep="/"))
+    wanted = train_state.InferenceState(traverse_util.unflatten_dict(wanted, sep="/"))
+    found, _ = checkpoints.restore_matching(str(directory), wanted)
     return {"/".join(name): np.asarray(array) for name, array in found.items()}
 
 
