@@ -577,9 +577,8 @@ def test_nothing_in_the_loop_waits_for_the_device(train_points, fetches, monkeyp
     # Beginning, end and one line of the log: as many fetches for many steps as for few.
     short, long = run(4, log_period=1000), run(40, log_period=1000)
     assert short == long
-    assert short["jax.device_get"] == 1
-    # A line of the log takes one fetch more.
-    assert run(40, log_period=10)["jax.device_get"] == 4
+    # Only a line of the log fetches.
+    assert run(40, log_period=10)["jax.device_get"] == 4 * short["jax.device_get"] > 0
 
     # The spy sees what waits.
     train_step = trainer_lib.Trainer.train_step

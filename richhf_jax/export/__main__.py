@@ -16,6 +16,7 @@ Each has model.json, vocabulary.model and MODEL_CARD.md beside it, so that `Rahf
 import argparse
 import importlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -82,15 +83,15 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     """
     new_directories.check_is_new(out, "--out")
     path = forward.checkpoint_path(checkpoint)
-    loaded = forward.RahfPredictor.from_checkpoint(path, dtype=dtype)
-    params = jax.device_get(program.flat(loaded.params))
+    description = model_description.read(os.path.dirname(path), dtype)
+    params = jax.device_get(program.flat(forward.load_params(path, description)))
     step = re.search(r"checkpoint_(\d+)$", path)
-    job = Job(loaded.description, params, int(step[1]) if step else 0)
+    job = Job(description, params, int(step[1]) if step else 0)
     with new_directories.new_directory(out) as directory:
         FORMATS[to](directory, job)
-        loaded.description.write(directory)
+        description.write(directory)
         num_parameters = sum(array.size for array in params.values())
-        card.write(directory, loaded.description, path, num_parameters, to, job.step)
+        card.write(directory, description, path, num_parameters, to, job.step)
     for place in sorted(pathlib.Path(out).iterdir()):
         print(place)
 
