@@ -29,6 +29,9 @@ ARCHITECTURE = ROOT / "docs/architecture.md"
 MAX_README_LINES = 120
 # A page's two most wanted commands stand in its first lines.
 OPENING_LINES = 12
+# What programs set themselves: gin files where none is given, and a value that a plan doesn't need.
+OWN_GIN_FILES = {"richhf_jax.convert.__main__": ["models/rahf_base.gin"]}
+OWN_BINDINGS = {"richhf_jax.precompile": ["MODEL_DIR = None"]}
 # Knows every macro and function that a setting in prose may name.
 ANY_RUN = (
     "python -m richhf_jax.infer --gin_file=experiments/quickstart.gin --gin_file=partitioning/v5e_16.gin"
@@ -100,7 +103,7 @@ def broken_anchors(page: pathlib.Path) -> list[str]:
 
 def commands(text: str) -> list[str]:
     """Returns the commands of ours in a text: lines of code blocks, and code spans that have arguments."""
-    text = re.sub(r"\\\n\s*", " ", text)
+    text = re.sub(r"\s*\\\n\s*", " ", text)
     start = r"(?:python -m richhf_jax|bash launch/)"
     lines = re.findall(rf"^ *({start}.*)", text, re.MULTILINE)
     return [*lines, *re.findall(rf"`({start}[^`\n]* [^`\n]*)`", text)]
@@ -109,6 +112,34 @@ def commands(text: str) -> list[str]:
 def settings(text: str) -> list[str]:
     """Returns the gin settings that stand alone in a code span; those =VALUE are placeholders."""
     return [span for span in re.findall(r"`(--gin\.[^`\n]+)`", text) if "=VALUE" not in span]
+
+
+def opening_commands(text: str) -> list[str]:
+    """Returns the commands in a page's first lines."""
+    return commands("\n".join(text.splitlines()[:OPENING_LINES]))
+
+
+def front_page_problems(text: str, pages: Sequence[str]) -> list[str]:
+    """Returns why a README is no front page: it is long, or doesn't link to one of the pages in docs/."""
+    lines = len(text.splitlines())
+    problems = [f"{lines} lines, at most {MAX_README_LINES}"] if lines > MAX_README_LINES else []
+    return problems + [
+        f"no link to docs/{page}" for page in pages if f"docs/{page}" not in link_targets(text)
+    ]
+
+
+def wrongly_named_parts(text: str, root: pathlib.Path) -> list[str]:
+    """Returns modules and folders of the package that a text doesn't name, and those that it names wrongly.
+
+    Modules within folders needn't be named; the folders must stand first in a table's row.
+    """
+    package = root / "richhf_jax"
+    spine = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    modules = {path.name for top in (package, root / "tests") for path in top.rglob("*.py")}
+    named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", text))
+    wings = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    named_wings = set(re.findall(r"^\| `richhf_jax/(\w+/)` \|", text, re.MULTILINE))
+    return sorted((spine - named) | (named - modules) | (wings ^ named_wings))
 
 
 class Parsed(BaseException):
@@ -163,12 +194,14 @@ def _gin_refusal(module: ModuleType, arguments: Sequence[str]) -> str | None:
         unexpected = values([module.__name__, *gin_utils.rewrite_gin_args(arguments)])[1:]
         if unexpected:
             return f"unexpected argument {unexpected[0]!r}"
-        has_default = module.__name__ == "richhf_jax.convert.__main__"
-        if not values.gin_file and not has_default:
+        files = values.gin_file or OWN_GIN_FILES.get(module.__name__)
+        if not files:
             return "no --gin_file"
+        bindings = [*OWN_BINDINGS.get(module.__name__, []), *values.gin_bindings]
         gin.clear_config()
-        paths = [*values.gin_search_paths, *gin_utils.DEFAULT_SEARCH_PATHS]
-        gin_utils.parse_gin_flags(paths, values.gin_file, values.gin_bindings)
+        gin_utils.parse_gin_flags(
+            [*values.gin_search_paths, *gin_utils.DEFAULT_SEARCH_PATHS], files, bindings
+        )
     except (flags.Error, errors.UserError) as error:
         return str(error)
     return None
@@ -274,7 +307,7 @@ TPU = "bash launch/tpu_vm.sh --name=a --gin_file=experiments/quickstart.gin --gi
         ("python -m richhf_jax.predict --checkpoint=a --out=b c.png --shard=4/4", "no INDEX/COUNT"),
         (
             "python -m richhf_jax.predict --checkpoint=a --out=b c.png --nope",
-            "unrecognized arguments: --nope",
+            "unrecognized",
         ),
         ("python -m richhf_jax.benchmarks.steps --gin.REMAT_POLICY=full", None),
         (f"{TRAIN} --profile_steps=1:2 --gin.train.eval_steps=3", None),
@@ -319,21 +352,41 @@ def test_page(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_opens_with_its_two_most_wanted_commands(page):
-    opening = page.read_text().splitlines()[:OPENING_LINES]
-    assert len(commands("\n".join(opening))) >= 2
+    assert len(opening_commands(page.read_text())) >= 2
+
+
+def test_opening_commands():
+    first, second = "bash launch/test.sh", "python -m richhf_jax.train"
+    assert opening_commands("\n".join(["# A", first, *[""] * 9, second])) == [first, second]
+    assert opening_commands("\n".join(["# A", first, *[""] * 10, second])) == [first]
 
 
 def test_the_readme_is_a_front_page_that_links_to_every_page():
-    text = README.read_text()
-    assert len(text.splitlines()) <= MAX_README_LINES
-    assert {f"docs/{page.name}" for page in PAGES} <= link_targets(text)
+    assert front_page_problems(README.read_text(), [page.name for page in PAGES]) == []
+
+
+def test_front_page_problems():
+    assert front_page_problems("[a](docs/a.md)\n" * MAX_README_LINES, ["a.md"]) == []
+    assert front_page_problems("docs/b.md\n" * (MAX_README_LINES + 1), ["a.md", "b.md"]) == [
+        "121 lines, at most 120",
+        "no link to docs/a.md",
+        "no link to docs/b.md",
+    ]
 
 
 def test_the_architecture_names_the_house():
-    text = ARCHITECTURE.read_text()
-    package = ROOT / "richhf_jax"
-    named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", text))
-    assert {path.name for path in package.glob("*.py")} - {"__init__.py"} <= named
-    assert named <= {path.name for top in ("richhf_jax", "tests") for path in (ROOT / top).rglob("*.py")}
-    wings = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert wings == set(re.findall(r"^\| `richhf_jax/(\w+)/` \|", text, re.MULTILINE))
+    assert wrongly_named_parts(ARCHITECTURE.read_text(), ROOT) == []
+
+
+def test_wrongly_named_parts(repository):
+    for name in ("richhf_jax/__init__.py", "richhf_jax/datasets/__init__.py", "tests/test_a.py"):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).touch()
+    right = "`train.py` `tests/test_a.py`\n| `richhf_jax/datasets/` | data |\n"
+    assert wrongly_named_parts(right, repository) == []
+    assert wrongly_named_parts("`nope.py`\n| `richhf_jax/data/` | |", repository) == [
+        "data/",
+        "datasets/",
+        "nope.py",
+        "train.py",
+    ]
