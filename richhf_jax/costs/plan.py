@@ -59,7 +59,7 @@ def make(
 
     Returns:
       Bytes are of one chip and one step, so are "flops_per_chip" and the collectives; "fits" and the roofline
-      are None where the chip isn't known. README, section Memory plan, explains each.
+      are None where the chip isn't known. docs/accelerators.md, section Memory plan, explains each.
     """
     chip = chips.spec(step.device_kind)
     num_chips = math.prod(step.mesh.values())

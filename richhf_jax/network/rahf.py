@@ -296,7 +296,7 @@ class Rahf(nn.Module):
         image_box: jax.Array | None = None,
         enable_dropout: bool = True,
     ) -> dict[str, jax.Array]:
-        """All outputs of a training batch (shapes as in the README); kinds with count 0 are absent.
+        """All outputs of a training batch (shapes as in docs/architecture.md); kinds with count 0 are absent.
 
         `image_box` as for `encode`.
 
