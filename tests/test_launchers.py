@@ -82,7 +82,9 @@ class Fakes:
         for tool in TOOLS:
             (folder / "bin" / tool).write_text(FAKE_TOOL)
             (folder / "bin" / tool).chmod(0o755)
-        self.env = os.environ | {"FAKES": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+        # Not the environment that $VENV names: the jobs use that of the repository.
+        kept = {name: value for name, value in os.environ.items() if name != "VENV"}
+        self.env = kept | {"FAKES": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
 
     def run(self, command: list[str], **kwargs) -> subprocess.CompletedProcess:
         kwargs.setdefault("env", self.env)
