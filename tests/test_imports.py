@@ -78,7 +78,7 @@ MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"export.__main__"}) | {
     "benchmarks",
     "gin_utils",
     "split_predictions",
-    "export",  # its saved_model.py and tf_vocabulary.py alone, see below
+    "export",  # its saved_model.py alone, see below
     "training_log",  # clu's writers import it
 }
 NEVER_IMPORT_JAX = {

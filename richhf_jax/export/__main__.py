@@ -4,8 +4,8 @@
 
     stablehlo    rahf.stablehlo: all outputs in one program, for CPU, GPU and TPU and any number of images;
                  its parameters are in model.safetensors
-    savedmodel   saved_model/: a TensorFlow SavedModel that takes image bytes and prompts, or arrays
-                 (pip install -e '.[export]')
+    savedmodel   saved_model/: a TensorFlow SavedModel that takes image bytes and prompts, or arrays; it has
+                 tensorflow-text's operations, as TensorFlow Serving does (pip install -e '.[export]')
     safetensors  model.safetensors
     orbax        checkpoint_<step>/ without optimizer state
 
@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -46,8 +46,7 @@ class Job(NamedTuple):
 def _write_stablehlo(directory: pathlib.Path, job: Job) -> None:
     stablehlo.write(directory, job.description, job.params)
     weights.write_safetensors(directory, job.params)
-    (directory / INTERFACE).write_text(json.dumps(program.interface(job.description), indent=2) + "\n")
-    shutil.copy(_HERE / "example_stablehlo.py", directory / "example.py")
+    _write_guide(directory, program.interface(job.description), "example_stablehlo.py")
 
 
 def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
@@ -57,7 +56,14 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
     except ModuleNotFoundError as error:
         raise errors.UserError(f"a SavedModel needs {error.name}: pip install -e '.[export]'") from error
     saved_model.write(directory, job.description, job.params)
-    shutil.copy(_HERE / "example_saved_model.py", directory / "example.py")
+    interface = program.interface(job.description) | {"requires": list(saved_model.REQUIRES)}
+    _write_guide(directory, interface, "example_saved_model.py")
+
+
+def _write_guide(directory: pathlib.Path, interface: dict[str, Any], example: str) -> None:
+    """Writes what a program and its author need to know: interface.json and example.py."""
+    (directory / INTERFACE).write_text(json.dumps(interface, indent=2) + "\n")
+    shutil.copy(_HERE / example, directory / "example.py")
 
 
 FORMATS: dict[str, Callable[[pathlib.Path, Job], None]] = {
