@@ -12,6 +12,8 @@ import google_crc32c
 
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
+_HEADER_BYTES, _FOOTER_BYTES = _LENGTH.size + _CHECKSUM.size, _CHECKSUM.size
+_CUT_OFF = "cut off: the file ends within this record"
 # Of what is read at once: a length may be wrong.
 _CHUNK_BYTES = 1 << 20
 
@@ -33,23 +35,53 @@ def read(file: BinaryIO) -> Iterator[bytes | RecordError]:
       Records in order; in place of one whose data is garbled, the error. Where a length is garbled or the
       file is cut off, the error is the last.
     """
-    while header := _read_up_to(file, _LENGTH.size + _CHECKSUM.size):
-        length = header[: _LENGTH.size]
-        if len(header) < _LENGTH.size + _CHECKSUM.size:
-            yield RecordError("cut off: the file ends within this record")
+    while header := _read_up_to(file, _HEADER_BYTES):
+        try:
+            size = _data_size(header)
+        except RecordError as error:
+            yield error
             return
-        if header != length + _checksum(length):
-            yield RecordError("its length is garbled; this record and the rest of the file are lost")
-            return
-        (size,) = _LENGTH.unpack(length)
-        data = _read_up_to(file, size + _CHECKSUM.size)
-        if len(data) < size + _CHECKSUM.size:
-            yield RecordError("cut off: the file ends within this record")
+        data = _read_up_to(file, size + _FOOTER_BYTES)
+        if len(data) < size + _FOOTER_BYTES:
+            yield RecordError(_CUT_OFF)
             return
         if data[size:] != _checksum(data[:size]):
             yield RecordError("garbled: its checksum is wrong")
         else:
             yield data[:size]
+
+
+def offsets(file: BinaryIO, end: int) -> Iterator[int]:
+    """Scans a file of `end` bytes, header by header.
+
+    Yields:
+      Where each record starts.
+
+    Raises:
+      RecordError: the next record's length is garbled, or the file ends within that record.
+    """
+    start = 0
+    while start < end:
+        file.seek(start)
+        behind = start + _HEADER_BYTES + _data_size(file.read(_HEADER_BYTES)) + _FOOTER_BYTES
+        if behind > end:
+            raise RecordError(_CUT_OFF)
+        yield start
+        start = behind
+
+
+def _data_size(header: bytes) -> int:
+    """Reads a record's header -> bytes of its data.
+
+    Raises:
+      RecordError: the header isn't whole, or garbled.
+    """
+    if len(header) < _HEADER_BYTES:
+        raise RecordError(_CUT_OFF)
+    length = header[: _LENGTH.size]
+    if header != length + _checksum(length):
+        raise RecordError("its length is garbled; this record and the rest of the file are lost")
+    return _LENGTH.unpack(length)[0]
 
 
 def _read_up_to(file: BinaryIO, size: int) -> bytes:

@@ -86,9 +86,7 @@ class PromptReader:
     def tokens(self, prompts: tf.Tensor) -> tf.Tensor:
         """String [batch] -> int32 [batch, prompts, length]."""
         texts = tf.constant(self._tasks)[None] + prompts[:, None]
-        tokens, _ = preprocessors.encode(
-            tf.reshape(texts, [-1]), self._lengths["inputs"], self._vocabulary
-        )
+        tokens, _ = preprocessors.encode(tf.reshape(texts, [-1]), self._lengths["inputs"], self._vocabulary)
         return tf.reshape(tokens, [-1, len(self._tasks), self._lengths["inputs"]])
 
     def words(self, prompts: tf.Tensor) -> Words:

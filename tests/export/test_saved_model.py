@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tensorflow as tf
 
-from richhf_jax import model_description
+from richhf_jax import feedback, model_description
 from richhf_jax.export import saved_model
 from richhf_jax.predict import forward
 from tasks import vocabulary
@@ -27,8 +27,10 @@ FRAGMENTS = [
 WORDS = [
     "cat", "dogs", "yellow", "star", "café", "naïve", "Straße", "red", "running", "jumper", "über", "東京",
 ]
+PROMPTS = [
+    "", " ", "▁", " ▁ ", "\u200b", "\t", "x" * 300, "猫" * 50, "a red cat " * 30, "🦊 猫 on a\tred  star \n",
+]
 # fmt: on
-PROMPTS = ["", " ", "▁", " ▁ ", "\u200b", "x" * 300, "a red cat " * 30, "🦊 猫 on a\tred  star \n", "\t", "猫" * 50]
 
 
 def train(**options) -> bytes:
@@ -106,7 +108,7 @@ class _Served(tf.Module):
         self.resources = reader.resources
         signature = [tf.TensorSpec([None], tf.string)]
         self.encode = tf.function(
-            lambda prompts: (reader.tokens(prompts), reader.words(prompts)[1:]), input_signature=signature
+            lambda prompts: (reader.tokens(prompts), reader.words(prompts)[2:]), input_signature=signature
         )
 
 
@@ -114,9 +116,9 @@ def test_ids_are_those_of_sentencepiece(description, tmp_path):
     tf.saved_model.save(_Served(description), str(tmp_path / "saved"))
     served = tf.saved_model.load(str(tmp_path / "saved"))
     prompts = [*PROMPTS, *random_texts(1000)]
-    tokens, (numbers, pieces, piece_numbers) = served.encode(tf.constant(prompts))
+    tokens, (pieces, piece_numbers) = served.encode(tf.constant(prompts))
     encoder = forward.PromptEncoder(description)
-    tasks = saved_model.feedback.task_prompts(description.network.variant, "")
+    tasks = feedback.task_prompts(description.network.variant, "")
     most_cut = 0
     for i, prompt in enumerate(prompts):
         expected, cut = encoder.encode([task + prompt for task in tasks])
