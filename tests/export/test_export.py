@@ -182,7 +182,7 @@ def test_a_saved_model_says_which_packages_it_needs(case):
     message = run_elsewhere(
         f"try:\n  {load}\nexcept Exception as error: print(error)", case.folder, blocked=TEXT_LIBRARIES
     )
-    assert "SentencepieceOp" in message  # The packages that it names are no more than it needs.
+    assert "Sentencepiece" in message  # The packages that it names are no more than it needs.
 
 
 @pytest.mark.parametrize("name", ["stablehlo", "savedmodel"])
