@@ -1,14 +1,16 @@
-"""TFRecord files from and to any file object, checksums included. Free of TensorFlow.
+"""TFRecord files from and to any file object, with their checksums; the examples in them. Free of TensorFlow.
 
 A record: uint64 length, uint32 checksum of these 8 bytes; the data; uint32 checksum of the data.
 https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
 import struct
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import google_crc32c
+from google.protobuf import message
+from tensorflow_datasets.proto import tf_example_pb2
 
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
@@ -68,6 +70,30 @@ def offsets(file: BinaryIO, end: int) -> Iterator[int]:
             raise RecordError(_CUT_OFF)
         yield start
         start = behind
+
+
+def serialize_example(values: Mapping[str, str | float | bytes]) -> bytes:
+    """Makes a tf.train.Example with one value a feature; the same bytes for the same values."""
+    example = tf_example_pb2.Example()
+    for name, value in values.items():
+        feature = example.features.feature[name]
+        if isinstance(value, float):
+            feature.float_list.value.append(value)
+        else:
+            feature.bytes_list.value.append(value.encode() if isinstance(value, str) else value)
+    return example.SerializeToString(deterministic=True)
+
+
+def parse_example(data: bytes) -> Mapping[str, Any]:
+    """Reads a serialised tf.train.Example -> its features (tf.train.Feature) by name.
+
+    Raises:
+      RecordError: it is none.
+    """
+    try:
+        return tf_example_pb2.Example.FromString(data).features.feature
+    except message.DecodeError as error:
+        raise RecordError("no tf.train.Example") from error
 
 
 def _data_size(header: bytes) -> int:
