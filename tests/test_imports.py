@@ -58,6 +58,7 @@ PROJECT_IMPORTS = {
         "preprocessors",
     },
     "benchmarks": {"datasets", "network"},
+    "torch_twin": {"network"},
     "gin_utils": {"multihost"},
 }
 ENTRY_POINTS = {
@@ -78,7 +79,7 @@ MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"export.__main__"}) | {
     "benchmarks",
     "gin_utils",
     "split_predictions",
-    "export",  # its saved_model.py and tf_vocabulary.py alone, see below
+    "export",  # its saved_model.py alone, see below
     "training_log",  # clu's writers import it
 }
 NEVER_IMPORT_JAX = {
@@ -97,15 +98,16 @@ NEVER_IMPORT_JAX = {
 }
 CORE = (set(PROJECT_IMPORTS) | ENTRY_POINTS) - MAY_IMPORT_TENSORFLOW
 
-SOURCES = sorted([*(ROOT / "richhf_jax").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
+BESIDE = {"tasks", "torch_twin"}  # the packages beside richhf_jax
+SOURCES = sorted(path for name in ("richhf_jax", *BESIDE) for path in (ROOT / name).rglob("*.py"))
 
 
 def unit(path: pathlib.Path) -> str:
-    """The table's name for a file: its module, folder (`network`, `datasets`), entry point or `tasks`."""
+    """The table's name for a file: its module, folder (`network`, `datasets`), entry point or package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     if (entry_point := ".".join(parts[1:])) in ENTRY_POINTS:
         return entry_point
-    return parts[0] if parts[0] == "tasks" else parts[1]
+    return parts[0] if parts[0] in BESIDE else parts[1]
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -124,7 +126,7 @@ def broken_rules(name: str, imports: set[str]) -> list[str]:
     """What is wrong with the imports of the unit `name`."""
     top_level = {module.split(".")[0] for module in imports}
     project = {module.split(".")[1] for module in imports if module.startswith("richhf_jax.")}
-    project |= top_level & {"tasks"}
+    project |= top_level & BESIDE
     if name in ENTRY_POINTS:
         allowed = set(PROJECT_IMPORTS)
     elif name in PROJECT_IMPORTS:

@@ -37,7 +37,7 @@ def wheel(tmp_path_factory):
     source.mkdir()
     for name in names:
         shutil.copy(ROOT / name, source)
-    for name in ("richhf_jax", "tasks"):
+    for name in ("richhf_jax", "tasks", "torch_twin"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [
@@ -81,7 +81,7 @@ def test_the_wheel_holds_templates_vocabulary_and_examples(wheel):
     for name in ("pages/templates/report.html", "export/MODEL_CARD.md", "export/example_stablehlo.py"):
         assert f"richhf_jax/{name}" in names
     assert "tasks/sentencepiece_small.model" in names
-    assert not [name for name in names if name.startswith(("tests/", "gin/"))]
+    assert not [name for name in names if name.startswith(("tests/", "gin/", "torch_twin/"))]
 
 
 def test_it_scores_an_image_with_the_cores_packages_alone(wheel, model_dir, tmp_path):

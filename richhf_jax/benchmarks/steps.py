@@ -242,10 +242,13 @@ def measure_variant(
 
 def _torch_steps(module: rahf.Rahf) -> Any:
     try:
-        from richhf_jax.benchmarks import torch_steps
+        from torch_twin import steps as twin_steps
     except ModuleNotFoundError as error:
-        raise errors.UserError(f"--torch: {error}; install it with: pip install torch") from error
-    return torch_steps.TorchSteps(module, PROMPT_LENGTH, TARGET_LENGTH)
+        fix = "install it with: pip install torch"
+        if error.name == "torch_twin":
+            fix = "the PyTorch model is only in the repository: give the command in a checkout of it"
+        raise errors.UserError(f"--torch: {error}; {fix}") from error
+    return twin_steps.TorchSteps(module, PROMPT_LENGTH, TARGET_LENGTH)
 
 
 def describe(row: Mapping[str, Any]) -> str:

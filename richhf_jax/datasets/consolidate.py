@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from richhf_jax import errors, feedback
-from richhf_jax.datasets import ratings
+from richhf_jax.datasets import ratings, tfrecord
 
 EPILOG = f"""\
 Schema of RAW.jsonl
@@ -149,20 +149,11 @@ def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: path
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
-    import tensorflow as tf  # Takes seconds; only this function needs it.
-
-    def feature(value):
-        if isinstance(value, float):
-            return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
-        value = value.encode() if isinstance(value, str) else value
-        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         partial = pathlib.Path(folder) / path.name
-        with tf.io.TFRecordWriter(str(partial)) as writer:
+        with partial.open("wb") as file:
             for record in records:
-                features = tf.train.Features(feature={name: feature(v) for name, v in record.items()})
-                writer.write(tf.train.Example(features=features).SerializeToString(deterministic=True))
+                tfrecord.write(file, tfrecord.serialize_example(record))
         os.replace(partial, path)
 
 
@@ -213,7 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="at a bad line: stop and write nothing (default), or leave the line out and list it",
     )
     options = parser.parse_args(arguments)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
     try:
         summary = consolidate_file(options.raw, options.out, options.on_error)
     except errors.UserError as error:

@@ -10,7 +10,6 @@ there is none, or one of other files, they are scanned. For data that something 
 import argparse
 import concurrent.futures
 import io
-import struct
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -19,11 +18,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from richhf_jax.datasets import tfrecord
+
 INDEX_NAME = "record_offsets.npz"
-# TFRecord: uint64 length, uint32 CRC of the length; the data; uint32 CRC of the data.
-# https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
-_LENGTH = struct.Struct("<Q")
-_HEADER_BYTES, _FOOTER_BYTES = 12, 4
 # They wait for a bucket's answers.
 _THREADS = 32
 
@@ -32,21 +29,18 @@ def record_offsets(path: str) -> np.ndarray:
     """Scans a TFRecord file (local or gs://), header by header -> int64 [records], where each one starts.
 
     Raises:
-      ValueError: the file ends within a record.
+      ValueError: the file ends within a record, or a record's length is garbled.
     """
     path = epath.Path(path)
-    size = path.stat().length
     offsets = []
-    position = 0
-    with path.open("rb") as file:
-        while position < size:
-            offsets.append(position)
-            file.seek(position)
-            header = file.read(_HEADER_BYTES)
-            length = _LENGTH.unpack(header[: _LENGTH.size])[0] if len(header) == _HEADER_BYTES else size
-            position += _HEADER_BYTES + length + _FOOTER_BYTES
-    if position > size:
-        raise ValueError(f"{path}: record {len(offsets) - 1} is cut off; build the data set again")
+    try:
+        with path.open("rb") as file:
+            for offset in tfrecord.offsets(file, _size(path)):
+                offsets.append(offset)
+    except tfrecord.RecordError as error:
+        raise ValueError(
+            f"{path}: record {len(offsets)} is cut off or garbled ({error}); build the data set again"
+        ) from error
     return np.array(offsets, np.int64)
 
 

@@ -4,8 +4,8 @@
 
     stablehlo    rahf.stablehlo: all outputs in one program, for CPU, GPU and TPU and any number of images;
                  its parameters are in model.safetensors
-    savedmodel   saved_model/: a TensorFlow SavedModel that takes image bytes and prompts, or arrays
-                 (pip install -e '.[export]')
+    savedmodel   saved_model/: a TensorFlow SavedModel that takes image bytes and prompts, or arrays; it has
+                 tensorflow-text's operations, as TensorFlow Serving does (pip install -e '.[export]')
     safetensors  model.safetensors
     orbax        checkpoint_<step>/ without optimizer state
 
@@ -16,13 +16,12 @@ Each has model.json, vocabulary.model and MODEL_CARD.md beside it, so that `Rahf
 import argparse
 import importlib
 import json
-import os
 import pathlib
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -30,7 +29,7 @@ from absl import logging
 from richhf_jax import errors, model_description
 from richhf_jax.convert import writers as new_directories
 from richhf_jax.export import card, program, stablehlo, weights
-from richhf_jax.predict import forward
+from richhf_jax.predict import forward, predictor
 
 INTERFACE = "interface.json"
 _HERE = pathlib.Path(__file__).parent
@@ -47,8 +46,7 @@ class Job(NamedTuple):
 def _write_stablehlo(directory: pathlib.Path, job: Job) -> None:
     stablehlo.write(directory, job.description, job.params)
     weights.write_safetensors(directory, job.params)
-    (directory / INTERFACE).write_text(json.dumps(program.interface(job.description), indent=2) + "\n")
-    shutil.copy(_HERE / "example_stablehlo.py", directory / "example.py")
+    _write_guide(directory, program.interface(job.description), "example_stablehlo.py")
 
 
 def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
@@ -58,7 +56,14 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
     except ModuleNotFoundError as error:
         raise errors.UserError(f"a SavedModel needs {error.name}: pip install -e '.[export]'") from error
     saved_model.write(directory, job.description, job.params)
-    shutil.copy(_HERE / "example_saved_model.py", directory / "example.py")
+    interface = program.interface(job.description) | {"requires": list(saved_model.REQUIRES)}
+    _write_guide(directory, interface, "example_saved_model.py")
+
+
+def _write_guide(directory: pathlib.Path, interface: dict[str, Any], example: str) -> None:
+    """Writes what a program and its author need to know: interface.json and example.py."""
+    (directory / INTERFACE).write_text(json.dumps(interface, indent=2) + "\n")
+    shutil.copy(_HERE / example, directory / "example.py")
 
 
 FORMATS: dict[str, Callable[[pathlib.Path, Job], None]] = {
@@ -83,15 +88,15 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     """
     new_directories.check_is_new(out, "--out")
     path = forward.checkpoint_path(checkpoint)
-    description = model_description.read(os.path.dirname(path), dtype)
-    params = jax.device_get(program.flat(forward.load_params(path, description)))
+    loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
+    params = jax.device_get(program.flat(loaded.params))
     step = re.search(r"checkpoint_(\d+)$", path)
-    job = Job(description, params, int(step[1]) if step else 0)
+    job = Job(loaded.description, params, int(step[1]) if step else 0)
     with new_directories.new_directory(out) as directory:
         FORMATS[to](directory, job)
-        description.write(directory)
+        loaded.description.write(directory)
         num_parameters = sum(array.size for array in params.values())
-        card.write(directory, description, path, num_parameters, to, job.step)
+        card.write(directory, loaded.description, path, num_parameters, to, job.step)
     for place in sorted(pathlib.Path(out).iterdir()):
         print(place)
 

@@ -1,12 +1,13 @@
 """Scores an image by the SavedModel, without richhf_jax: python example.py IMAGE PROMPT.
 
-pip install tensorflow
+pip install tensorflow-text
 """
 
 import pathlib
 import sys
 
 import tensorflow as tf
+import tensorflow_text  # noqa: F401  Loading needs its operations.
 
 model = tf.saved_model.load(str(pathlib.Path(__file__).parent / "saved_model"))
 

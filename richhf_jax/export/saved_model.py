@@ -1,7 +1,10 @@
-"""A TensorFlow SavedModel with two signatures, of TensorFlow's own operations alone.
+"""Writes a TensorFlow SavedModel with two signatures.
 
-serving_default   image bytes and prompts in: what training reads them with is part of the graph
-arrays            the arrays of `program.input_shapes` in
+serving_default   takes image bytes and prompts: what training reads them with is part of the graph
+arrays            takes the arrays of `program.input_shapes`
+
+Prompts are encoded by tensorflow-text's operations. TensorFlow Serving links them; Python has them after
+`import tensorflow_text`, without which the model doesn't load.
 """
 
 import pathlib
@@ -10,12 +13,16 @@ from typing import NamedTuple
 
 import orbax.export as orbax_export
 import tensorflow as tf
+import tensorflow_text
 
 from richhf_jax import augmentation, feedback, preprocessors
-from richhf_jax.export import program, stablehlo, tf_vocabulary
+from richhf_jax.export import program, stablehlo
 from richhf_jax.model_description import ModelDescription
+from richhf_jax.predict import forward
 
 FOLDER = "saved_model"
+# What a program that loads it must have installed, and must import.
+REQUIRES = ("tensorflow", "tensorflow-text")
 
 
 def write(directory: pathlib.Path, description: ModelDescription, params: program.Arrays) -> None:
@@ -31,25 +38,94 @@ def write(directory: pathlib.Path, description: ModelDescription, params: progra
         name: tf.TensorSpec([None, *shape.shape[1:]], tf.as_dtype(shape.dtype), name=name)
         for name, shape in shapes.items()
     }
-    manager = orbax_export.ExportManager(module, [orbax_export.ServingConfig("arrays", [arrays])])
+    reader = PromptReader(description)
+    config = orbax_export.ServingConfig("arrays", [arrays], extra_trackable_resources=reader.resources)
+    manager = orbax_export.ExportManager(module, [config])
     (predict,) = module.methods.values()
-    serve = _of_strings(description, predict)
+    serve = _of_strings(description, reader, predict)
     manager.save(str(directory / FOLDER), signature_overrides={"serving_default": serve})
 
 
-def _of_strings(description: ModelDescription, predict: Callable) -> Callable:
-    """The function of strings, and its words among the outputs: string and values [batch, words]."""
-    reader = _Reader(description)
+class Words(NamedTuple):
+    """The words of some prompts.
+
+    Attributes:
+      texts: string [batch, words], "" behind a prompt's last.
+      numbers: int32 [batch, words], 0 for a word that the vocabulary writes as nothing.
+      pieces: int32 [batch, target length], 0 = padding.
+      piece_numbers: int32 [batch, target length], the number of each piece's word.
+    """
+
+    texts: tf.Tensor
+    numbers: tf.Tensor
+    pieces: tf.Tensor
+    piece_numbers: tf.Tensor
+
+
+class _Vocabulary(NamedTuple):
+    """The part of a seqio.Vocabulary that `preprocessors.encode` uses."""
+
+    encode_tf: Callable[[tf.Tensor], tf.RaggedTensor]
+    eos_id: int
+
+
+class PromptReader:
+    """Encodes prompts in the graph, as training does.
+
+    Attributes:
+      resources: what a SavedModel must keep for it.
+    """
+
+    def __init__(self, description: ModelDescription):
+        self.resources = tensorflow_text.SentencepieceTokenizer(description.vocabulary)
+        eos_id = forward.load_vocabulary(description.vocabulary).eos_id()
+        self._vocabulary = _Vocabulary(self.resources.tokenize, eos_id)
+        self._lengths = description.feature_lengths
+        self._tasks = feedback.task_prompts(description.network.variant, "")
+
+    def tokens(self, prompts: tf.Tensor) -> tf.Tensor:
+        """String [batch] -> int32 [batch, prompts, length]."""
+        texts = tf.constant(self._tasks)[None] + prompts[:, None]
+        tokens, _ = preprocessors.encode(tf.reshape(texts, [-1]), self._lengths["inputs"], self._vocabulary)
+        return tf.reshape(tokens, [-1, len(self._tasks), self._lengths["inputs"]])
+
+    def words(self, prompts: tf.Tensor) -> Words:
+        """Finds in each prompt, string [batch], what `keywords.keyword_pieces` finds."""
+        words = preprocessors.tokenize_prompt(prompts)
+        pieces = words.with_values(self._vocabulary.encode_tf(words.values))
+        written = tf.cast(pieces.row_lengths(axis=2) > 0, tf.int32).to_tensor()
+        numbers = tf.cumsum(written, axis=1) * written
+        of_words = tf.RaggedTensor.from_tensor(numbers, lengths=words.row_lengths())
+        flat = pieces.merge_dims(1, 2)
+        piece_numbers = tf.repeat(of_words.flat_values, pieces.values.row_lengths())
+        shape = [None, self._lengths["targets"]]
+        return Words(
+            words.to_tensor(),
+            numbers,
+            flat.to_tensor(shape=shape),
+            flat.with_values(piece_numbers).to_tensor(shape=shape),
+        )
+
+
+def _of_strings(description: ModelDescription, reader: PromptReader, predict: Callable) -> Callable:
+    """Returns the function of strings; the words and, of each, the values [batch, words] are outputs."""
+    length = description.feature_lengths["targets"]
 
     @tf.function(
         input_signature=[tf.TensorSpec([None], tf.string, name=n) for n in ("image_bytes", "prompts")]
     )
     def serve(image_bytes, prompts):
         words = reader.words(prompts)
-        outputs = dict(predict(reader.inputs(image_bytes, prompts, words)))
+        inputs = {
+            **_read_images(image_bytes, description),
+            "encoder_input_tokens": reader.tokens(prompts),
+            "word_pieces": words.pieces,
+            "word_numbers": words.piece_numbers,
+        }
+        outputs = dict(predict(inputs))
         # Of a word without number, or that there was no room for, nothing is known.
-        column = tf.clip_by_value(words.numbers - 1, 0, description.feature_lengths["targets"] - 1)
-        known = (words.numbers > 0) & (words.numbers <= description.feature_lengths["targets"])
+        column = tf.clip_by_value(words.numbers - 1, 0, length - 1)
+        known = (words.numbers > 0) & (words.numbers <= length)
         by_number = outputs.pop("misaligned_probability"), outputs.pop("misaligned")
         probability, misaligned = (tf.gather(values, column, batch_dims=1) for values in by_number)
         return outputs | {
@@ -61,60 +137,15 @@ def _of_strings(description: ModelDescription, predict: Callable) -> Callable:
     return serve
 
 
-class _Words(NamedTuple):
-    """The words of some prompts.
+def _read_images(image_bytes: tf.Tensor, description: ModelDescription) -> dict[str, tf.Tensor]:
+    """Decodes and fits images as training does: string [batch] -> see `program.input_shapes`."""
+    side = description.feature_lengths["image"]
+    specs = {"image": tf.TensorSpec([side, side, 3], tf.uint8)}
+    if description.fit == "letterbox":
+        specs["image_box"] = tf.TensorSpec([4], tf.int32)
 
-    Attributes:
-      texts: string [batch, words], "" behind a prompt's last.
-      numbers: int32 [batch, words], 0 for a word that the vocabulary writes as nothing.
-      pieces, piece_numbers: ragged int32 [batch, pieces], and the number of each one's word.
-    """
+    def show(data):
+        shown = augmentation.show(data, [], side, seed=None, augment=False, fit=description.fit)
+        return {name: shown[name] for name in specs}
 
-    texts: tf.Tensor
-    numbers: tf.Tensor
-    pieces: tf.RaggedTensor
-    piece_numbers: tf.RaggedTensor
-
-
-class _Reader:
-    """Image bytes and prompts -> the program's inputs, as training makes them."""
-
-    def __init__(self, description: ModelDescription):
-        self._vocabulary = tf_vocabulary.StockVocabulary(description.vocabulary)
-        self._lengths = description.feature_lengths
-        self._fit = description.fit
-        self._tasks = feedback.task_prompts(description.network.variant, "")
-
-    def inputs(self, image_bytes: tf.Tensor, prompts: tf.Tensor, words: _Words) -> dict[str, tf.Tensor]:
-        """string [batch], string [batch] -> see `program.input_shapes`."""
-        length, target_length = self._lengths["inputs"], self._lengths["targets"]
-        texts = tf.constant(self._tasks)[None] + prompts[:, None]
-        tokens, _ = preprocessors.encode(tf.reshape(texts, [-1]), length, self._vocabulary)
-        return {
-            **self._pictures(image_bytes),
-            "encoder_input_tokens": tf.reshape(tokens, [-1, len(self._tasks), length]),
-            "word_pieces": words.pieces.to_tensor(shape=[None, target_length]),
-            "word_numbers": words.piece_numbers.to_tensor(shape=[None, target_length]),
-        }
-
-    def _pictures(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        side = self._lengths["image"]
-        names = ("image", "image_box") if self._fit == "letterbox" else ("image",)
-        specs = {"image": tf.TensorSpec([side, side, 3], tf.uint8), "image_box": tf.TensorSpec([4], tf.int32)}
-
-        def show(data):
-            shown = augmentation.show(data, [], side, seed=None, augment=False, fit=self._fit)
-            return {name: shown[name] for name in names}
-
-        return tf.map_fn(show, image_bytes, fn_output_signature={name: specs[name] for name in names})
-
-    def words(self, prompts: tf.Tensor) -> _Words:
-        """What `keywords.keyword_pieces` finds in each prompt: string [batch]."""
-        words = preprocessors.tokenize_prompt(prompts)
-        pieces = words.with_values(self._vocabulary.encode_tf(words.values))
-        written = (pieces.row_lengths(axis=2) > 0).to_tensor()
-        numbers = tf.cumsum(tf.cast(written, tf.int32), axis=1) * tf.cast(written, tf.int32)
-        of_words = tf.RaggedTensor.from_tensor(numbers, lengths=words.row_lengths())
-        flat = pieces.merge_dims(1, 2)
-        piece_numbers = tf.repeat(of_words.flat_values, pieces.values.row_lengths())
-        return _Words(words.to_tensor(), numbers, flat, flat.with_values(piece_numbers))
+    return tf.map_fn(show, image_bytes, fn_output_signature=specs)

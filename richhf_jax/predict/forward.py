@@ -96,7 +96,7 @@ class PromptEncoder:
         words = [word for word in _SPACES.split(text) if word]
         ends = np.cumsum([len(pieces) for pieces in self._vocabulary.encode(words)])
         kept = max(int(np.sum(ends <= room)), 1)
-        return " ".join(words[:kept]), len(words) - kept
+        return " ".join(words[:kept]) if kept < len(words) else text, len(words) - kept
 
     def keyword_pieces(self, prompt: str) -> keywords.KeywordPieces:
         """A prompt's words for the decoder."""

@@ -1,13 +1,15 @@
 import json
 import pathlib
+import sys
 
 import jax
 import pytest
 import torch
 
 from richhf_jax import errors, feedback
-from richhf_jax.benchmarks import steps, torch_steps
+from richhf_jax.benchmarks import steps
 from richhf_jax.costs import chips
+from torch_twin import steps as twin_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -62,7 +64,8 @@ def test_both_steps_of_both(preset, tmp_path, capsys):
 
 def num_parameters(preset):
     model = steps.make_model(preset, "augmented_prompt")
-    shapes = {name: array.shape for name, array in steps.random_batch(model.module, steps.ALL, 1).items()}
+    batch = steps.random_batch(model.module, feedback.ALL_SLOTS, 1)
+    shapes = {name: array.shape for name, array in batch.items()}
     variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
@@ -70,13 +73,14 @@ def num_parameters(preset):
 @pytest.mark.usefixtures("quick_torch")
 def test_training_with_torch_lowers_its_loss(preset):
     module = steps.make_model(preset, "multi_head").module
-    batch = steps.random_batch(module, steps.ALL, 2)
-    contender = torch_steps.TorchSteps(module, steps.PROMPT_LENGTH, steps.TARGET_LENGTH)
+    batch = steps.random_batch(module, feedback.ALL_SLOTS, 2)
+    contender = twin_steps.TorchSteps(module, steps.PROMPT_LENGTH, steps.TARGET_LENGTH)
     contender.prepare("train", batch)
 
     def loss():
         with torch.no_grad():
-            return contender._network.loss({k: torch.from_numpy(v) for k, v in batch.items()}, steps.ALL)
+            tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+            return contender._network.loss(tensors, feedback.ALL_SLOTS)
 
     before = loss()
     for _ in range(3):
@@ -133,6 +137,13 @@ def test_mistakes(arguments, message, preset):
         steps.main([f"--preset={preset}", *arguments])
 
 
+def test_without_the_twin_the_fix_is_named(preset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_twin", None)  # As in an installed wheel.
+    monkeypatch.delitem(sys.modules, "torch_twin.steps")
+    with pytest.raises(SystemExit, match="--torch: .*give the command in a checkout"):
+        steps.main([f"--preset={preset}", "--torch"])
+
+
 def test_memory_that_does_not_suffice(preset, monkeypatch):
     def prepare(self, step, batch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate 1 byte")
@@ -145,4 +156,4 @@ def test_memory_that_does_not_suffice(preset, monkeypatch):
 
 def test_a_training_example_of_the_augmented_prompt():
     assert steps.TRAIN_SLOTS["augmented_prompt"] == feedback.Slots(heatmaps=1, scores=2, texts=1)
-    assert sum(steps.ALL) == 7
+    assert sum(feedback.ALL_SLOTS) == 7

@@ -1,3 +1,5 @@
+import pathlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -29,6 +31,15 @@ def test_torn_file_is_named(tmp_path, kept):
     write(path, [b"", b"12345", b"x" * 100])
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"a\.tfrecord: record 2 is cut off"):
+        records.record_offsets(str(path))
+
+
+def test_a_garbled_length_is_named(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    data = bytearray(pathlib.Path(write(path, [b"", b"12345", b"x" * 100])).read_bytes())
+    data[16] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.tfrecord: record 1 is .*its length is garbled"):
         records.record_offsets(str(path))
 
 

@@ -56,3 +56,16 @@ def test_behind_a_garbled_length_nothing_is_read():
     first, reason = reasons(data)
     assert first == b""
     assert "rest of the file" in reason
+
+
+def test_examples_are_tensorflows():
+    values = {"text": "猫", "number": 0.5, "image": b"\xff\0"}
+    data = tfrecord.serialize_example(values)
+    features = tf.train.Example.FromString(data).features.feature
+    assert features["text"].bytes_list.value == ["猫".encode()]
+    assert features["number"].float_list.value == [0.5]
+    assert features["image"].bytes_list.value == [b"\xff\0"]
+    assert data == tfrecord.serialize_example(dict(reversed(values.items())))
+    assert tfrecord.parse_example(data)["number"].float_list.value == [0.5]
+    with pytest.raises(tfrecord.RecordError, match="no tf.train.Example"):
+        tfrecord.parse_example(b"\xff\xff")

@@ -38,7 +38,8 @@ class Blocker:
             raise ModuleNotFoundError('blocked: ' + name, name=name)
 sys.meta_path.insert(0, Blocker())
 """
-TEXT_LIBRARIES = ("tensorflow_text", "seqio", "gin")
+TRAINING_LIBRARIES = ("seqio", "gin")
+TEXT_LIBRARIES = ("tensorflow_text", *TRAINING_LIBRARIES)
 
 
 def run_elsewhere(code: str, folder: pathlib.Path, *arguments: str, blocked: tuple = ()) -> str:
@@ -136,7 +137,7 @@ def test_the_program_with_the_parameters_of_each_format(case, load):
 
 
 SAVED_MODEL = """
-import json, numpy as np, tensorflow as tf
+import json, numpy as np, tensorflow as tf, tensorflow_text
 model = tf.saved_model.load('savedmodel/saved_model')
 assert sorted(model.signatures) == ['arrays', 'serving_default']
 inputs = {name: tf.constant(value) for name, value in np.load('inputs.npz').items()}
@@ -153,7 +154,7 @@ def test_a_saved_model_serves_arrays_and_strings(case):
     for i, image in enumerate(case.images):
         (case.folder / f"{i}.png").write_bytes(png(image))
     (case.folder / "prompts.json").write_text(json.dumps(PROMPTS))
-    run_elsewhere(SAVED_MODEL, case.folder, blocked=("jax", "flax", *TEXT_LIBRARIES))
+    run_elsewhere(SAVED_MODEL, case.folder, blocked=("jax", "flax", *TRAINING_LIBRARIES))
     assert_outputs(case, case.folder / "outputs.npz")
     with np.load(case.folder / "strings.npz", allow_pickle=True) as found:
         for i, record in enumerate(case.records):
@@ -172,6 +173,29 @@ def test_a_saved_model_serves_arrays_and_strings(case):
         assert 0 < decided[3].sum() < decided.shape[1]  # The long prompt's last words aren't.
 
 
+UNKNOWN_OPERATIONS = """
+import json, tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.framework import op_def_registry
+saved = saved_model_pb2.SavedModel.FromString(open('savedmodel/saved_model/saved_model.pb', 'rb').read())
+(graph,) = (meta.graph_def for meta in saved.meta_graphs)
+nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+functions = {function.signature.name for function in graph.library.function}
+ops = {node.op for node in nodes} - functions
+print(json.dumps(sorted(name for name in ops if op_def_registry.get(name) is None)))
+"""
+
+
+def test_a_saved_model_says_which_packages_it_needs(case):
+    interface = json.loads((case.folder / "savedmodel/interface.json").read_text())
+    assert interface.pop("requires") == ["tensorflow", "tensorflow-text"]
+    assert interface == json.loads((case.folder / "stablehlo/interface.json").read_text())
+    assert "import tensorflow_text" in (case.folder / "savedmodel/MODEL_CARD.md").read_text()
+    # TensorFlow Serving links tensorflow-text's operations, no others that TensorFlow lacks.
+    unknown = json.loads(run_elsewhere(UNKNOWN_OPERATIONS, case.folder, blocked=TEXT_LIBRARIES))
+    assert unknown == ["SentencepieceOp", "SentencepieceTokenizeOp"]
+
+
 @pytest.mark.parametrize("name", ["stablehlo", "savedmodel"])
 def test_the_example_scores_an_image(case, name):
     # Of the square's height, so that its letterbox needs no resampling, in which Pillow rounds otherwise.
@@ -180,7 +204,7 @@ def test_the_example_scores_an_image(case, name):
     (case.folder / "image.png").write_bytes(png(image))
     code = (case.folder / name / "example.py").read_text()
     code = code.replace("__file__", repr(str(case.folder / name / "example.py")))
-    blocked = TEXT_LIBRARIES + (("tensorflow",) if name == "stablehlo" else ("jax",))
+    blocked = ("tensorflow", *TEXT_LIBRARIES) if name == "stablehlo" else ("jax", *TRAINING_LIBRARIES)
     printed = run_elsewhere(code, case.folder, "image.png", PROMPTS[0], blocked=blocked)
     expected = case.predictor(image, PROMPTS[0])
     if name == "stablehlo":

@@ -103,13 +103,10 @@ def parse(data: bytes, where: str) -> Record:
     Raises:
       errors.UserError: it is no Example, or a field has another type.
     """
-    import tensorflow as tf
-    from google.protobuf import message
-
     try:
-        features = tf.train.Example.FromString(data).features.feature
-    except message.DecodeError as error:
-        raise errors.UserError(f"{where} is no tf.train.Example") from error
+        features = tfrecord.parse_example(data)
+    except tfrecord.RecordError as error:
+        raise errors.UserError(f"{where} is {error}") from error
     record = {}
     texts = (feedback.FILENAME_FIELD, feedback.KEYWORDS_FIELD)
     for field in (*texts, *feedback.SCORE_FIELDS.values(), *feedback.HEATMAP_FIELDS.values()):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from PIL import Image
-from tensorflow_datasets.proto import tf_example_pb2
 
 from richhf_jax import errors, feedback
 from richhf_jax.datasets import tfrecord
@@ -135,7 +134,12 @@ def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
                 reason = " ".join(str(error).split())  # Some have several lines.
                 bad.append({"file": job.shard.url, "record": sample.key, "reason": reason})
             if verdict == KEPT:
-                tfrecord.write(file, _example(f"{shard_name}/{sample.key}", image, caption))
+                values = {
+                    feedback.FILENAME_FIELD: f"{shard_name}/{sample.key}",
+                    feedback.IMAGE_FIELD: image,
+                    feedback.PROMPT_FIELD: caption,
+                }
+                tfrecord.write(file, tfrecord.serialize_example(values))
             counts[verdict] += 1
         size = file.tell()
     return State(size=job.shard.size, bytes=size, counts=dict(counts), errors=bad)
@@ -184,18 +188,6 @@ def _text(sample: shards.Sample, names: tuple[str, ...], what: str) -> str:
         return (value if isinstance(value, bytes) else value.encode()).decode()
     except (AttributeError, UnicodeError):
         raise ValueError(f"the {what} isn't UTF-8 text") from None
-
-
-def _example(filename: str, image: bytes, caption: str) -> bytes:
-    example = tf_example_pb2.Example()
-    values = {
-        feedback.FILENAME_FIELD: filename.encode(),
-        feedback.IMAGE_FIELD: image,
-        feedback.PROMPT_FIELD: caption.encode(),
-    }
-    for name, value in values.items():
-        example.features.feature[name].bytes_list.value.append(value)
-    return example.SerializeToString(deterministic=True)
 
 
 @contextlib.contextmanager

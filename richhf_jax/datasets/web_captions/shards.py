@@ -23,8 +23,6 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from google.protobuf import message
-from tensorflow_datasets.proto import tf_example_pb2
 
 from richhf_jax import errors
 from richhf_jax.datasets import tfrecord
@@ -171,13 +169,12 @@ class _Source(io.RawIOBase):
 def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
     for number, record in enumerate(tfrecord.read(file)):
         key = str(number)
-        if isinstance(record, tfrecord.RecordError):
-            yield Sample(key, problem=str(record))
-            continue
         try:
-            features = tf_example_pb2.Example.FromString(record).features.feature
-        except message.DecodeError:
-            yield Sample(key, problem="no tf.train.Example")
+            if isinstance(record, tfrecord.RecordError):
+                raise record
+            features = tfrecord.parse_example(record)
+        except tfrecord.RecordError as error:
+            yield Sample(key, problem=str(error))
             continue
         values = {name: features[name].bytes_list.value for name in wanted if name in features}
         yield Sample(key, {name: value[0] for name, value in values.items() if value})

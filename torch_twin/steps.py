@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from richhf_jax import feedback
-from richhf_jax.benchmarks import torch_rahf
 from richhf_jax.network import rahf
+from torch_twin import network as twin
 
 Batch = Mapping[str, np.ndarray]
 
@@ -30,7 +30,7 @@ class TorchSteps:
             torch.set_float32_matmul_precision("high")  # TensorFloat32, as jax has it by default.
         self._module = module
         self._dtype = getattr(torch, np.dtype(module.t5_config.dtype).name)
-        network = torch_rahf.Rahf(module, prompt_length, target_length)
+        network = twin.Rahf(module, prompt_length, target_length)
         self._network = network.to(self._device, memory_format=torch.channels_last)
         self._run: Callable[[dict[str, torch.Tensor]], None] | None = None
 
@@ -80,7 +80,7 @@ class TorchSteps:
     def _predict_step(self, batch: Batch, slots: feedback.Slots) -> Callable:
         network = self._network
         texts = batch["image"].shape[0] * slots.texts
-        decoder = torch_rahf.GreedyDecoder(network, self._module.t5_config, texts, self._dtype)
+        decoder = twin.GreedyDecoder(network, self._module.t5_config, texts, self._dtype)
         decoder = decoder.to(self._device)
 
         def outputs(tensors):

@@ -9,7 +9,7 @@ import torch
 from flax import traverse_util
 
 from richhf_jax import errors, feedback
-from richhf_jax.benchmarks import torch_rahf
+from torch_twin import network
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -68,7 +68,7 @@ def both(request, make_model, make_batch, random_values):
     params = random_values(
         jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))["params"]
     )
-    twin = torch_rahf.Rahf(model.module, prompt_length=6, target_length=5)
+    twin = network.Rahf(model.module, prompt_length=6, target_length=5)
     flat = traverse_util.flatten_dict(params)
     state = {torch_name(path): torch_value(path, value) for path, value in flat.items()}
     twin.load_state_dict(state)  # Strict: the names are all of them, and every shape fits.
@@ -113,7 +113,7 @@ def test_greedy_decoding(both):
     texts_alone = batch | {"heatmap_weights": none, "score_weights": none}
     expected = jax.jit(model.predict_batch)(params, texts_alone)["tokens"]
     tensors = as_torch(batch)
-    decoder = torch_rahf.GreedyDecoder(twin, model.module.t5_config, 4 * slots.texts, torch.float32)
+    decoder = network.GreedyDecoder(twin, model.module.t5_config, 4 * slots.texts, torch.float32)
     with torch.no_grad():
         encoded, valid = twin.encode(tensors["image"], tensors["encoder_input_tokens"])
         for _ in range(2):  # Nothing is left of the first time.
@@ -127,4 +127,4 @@ def test_greedy_decoding(both):
 def test_what_it_cannot_build_is_named(make_model):
     module = make_model("multi_head", "t5.T5Config.logits_via_embedding = True").module
     with pytest.raises(errors.UserError, match="no logits by the token table: leave out --torch"):
-        torch_rahf.Rahf(module, 6, 5)
+        network.Rahf(module, 6, 5)
