@@ -4,7 +4,6 @@ Only sizes and steps are smaller (see SMALL). The fixtures tell one story, which
 """
 
 import collections
-import dataclasses
 import errno
 import html
 import itertools
