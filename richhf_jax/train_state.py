@@ -23,6 +23,11 @@ class InferenceState:
     params: Any
     flax_mutables: Any = flax.struct.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, state: "TrainState | InferenceState") -> "InferenceState":
+        """Takes the parts of a state, of arrays, shapes or shardings."""
+        return cls(state.params, state.flax_mutables)
+
 
 @flax.struct.dataclass
 class TrainState:

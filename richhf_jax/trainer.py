@@ -14,8 +14,9 @@ from richhf_jax import losses, models, partitioning
 from richhf_jax import train_state as train_state_lib
 
 TrainState = train_state_lib.TrainState
+InferenceState = train_state_lib.InferenceState
 # What evaluation and prediction take: they look at the parameters and the mutable collections alone.
-AnyState = TrainState | train_state_lib.InferenceState
+AnyState = TrainState | InferenceState
 Metrics = models.Metrics
 
 
@@ -81,7 +82,7 @@ class Trainer:
             self._state_sharding,
         )
         state, batch, everywhere = self._state_sharding, partitioner.batch_sharding, partitioner.replicated
-        inference = _inference_state(state)
+        inference = InferenceState.of(state)
         self._steps = {
             "train": partitioner.partition(
                 self._train, (state, batch), (state, everywhere), donate_argnums=(0,)
@@ -135,14 +136,14 @@ class Trainer:
 
     def evaluate(self, state: AnyState, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """Returns the metrics over all batches."""
-        state = _inference_state(state)
+        state = InferenceState.of(state)
         return summarize(
             [self._steps["eval"](state, self._partitioner.shard_batch(batch)) for batch in batches]
         )
 
     def predict(self, state: AnyState, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Returns predictions for a batch; see the model's `predict_batch`."""
-        return self._steps["predict"](_inference_state(state), self._partitioner.shard_batch(batch))
+        return self._steps["predict"](InferenceState.of(state), self._partitioner.shard_batch(batch))
 
     def lower(self, step: str) -> jax.stages.Lowered:
         """Lowers a step, "train", "eval" or "predict", for ahead-of-time compilation: nothing is computed."""
@@ -151,7 +152,7 @@ class Trainer:
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
             for name, array in self._batch_shapes.items()
         }
-        state = self.abstract_state if step == "train" else _inference_state(self.abstract_state)
+        state = self.abstract_state if step == "train" else InferenceState.of(self.abstract_state)
         return self._steps[step].lower(state, batch)
 
     def _train(self, state: TrainState, batch: models.Batch) -> tuple[TrainState, Metrics]:
@@ -200,11 +201,7 @@ class Trainer:
         return *total, mutables
 
 
-def _inference_state(state: AnyState) -> train_state_lib.InferenceState:
-    return train_state_lib.InferenceState(state.params, state.flax_mutables)
-
-
-def _mutables(state: train_state_lib.InferenceState) -> dict[str, Any]:
+def _mutables(state: InferenceState) -> dict[str, Any]:
     """A model's keyword argument for its mutable collections; a model that has none need not know of it."""
     return {"flax_mutables": state.flax_mutables} if state.flax_mutables else {}
 

@@ -145,7 +145,7 @@ class OurSteps:
             self._state, metrics = self._compiled(self._state, arrays)
             jax.block_until_ready((self._state, metrics))
         else:
-            jax.block_until_ready(self._compiled(self._state.params, arrays))
+            jax.block_until_ready(self._compiled(trainer_lib.InferenceState.of(self._state), arrays))
 
     def peak_bytes(self) -> int:
         """What the program takes on a device: arguments, results and temporaries."""
