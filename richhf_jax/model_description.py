@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from richhf_jax import errors, feedback, pixels
+from richhf_jax import errors, feedback, pixels, writing
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
@@ -51,9 +51,9 @@ class ModelDescription:
             "misalignment_threshold": self.misalignment_threshold,
             "training": dict(self.training),
         }
-        (directory / FILE).write_text(json.dumps(content, indent=2) + "\n")
         if self.vocabulary is not None:
-            (directory / VOCABULARY_FILE).write_bytes(self.vocabulary)
+            writing.write(directory / VOCABULARY_FILE, self.vocabulary)
+        writing.write(directory / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescription:

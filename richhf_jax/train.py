@@ -7,7 +7,6 @@ Ctrl-C or SIGTERM saves a checkpoint and exits with 0.
 
 import contextlib
 import dataclasses
-import errno
 import os
 import signal
 import time
@@ -32,6 +31,7 @@ from richhf_jax import (
     partitioning,
     trainer,
     training_log,
+    writing,
 )
 
 _PROFILE_STEPS = flags.DEFINE_string(
@@ -43,8 +43,11 @@ _PROFILE_STEPS = flags.DEFINE_string(
 _NUM_SUMMARY_IMAGES = 8
 # How many of a broken step's examples a message lists.
 _NUM_NAMED_EXAMPLES = 16
-# No room, or no right to write: nobody's mistake in the program.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# Raised by TensorFlow and clu where they can't write.
+_LIBRARIES_ERRORS = (tf.errors.OpError, asynclib.AsyncError)
+_CHECKPOINTS_STAY = (
+    "Complete checkpoints stay; make room or give the right to write, then continue by the same command"
+)
 
 
 def train(
@@ -87,7 +90,11 @@ def train(
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
     input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_explained_disk_errors(model_dir))
+        stack.enter_context(
+            writing.explained_disk_errors(
+                model_dir, _CHECKPOINTS_STAY, _LIBRARIES_ERRORS, only=writing.NO_ROOM_OR_RIGHT
+            )
+        )
         # Closed last, also when something fails: a checkpoint may still be on its way to the disk.
         checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint_cfg.save))
         stream = input_pipeline.TrainStream(train_dataset_cfg, partitioner.get_data_layout)
@@ -258,22 +265,6 @@ def _describe_step(
         f"Last good checkpoint: {checkpointer.last_complete()}. Lower the learning rate or mend the examples;"
         " the same command starts again from there"
     )
-
-
-@contextlib.contextmanager
-def _explained_disk_errors(model_dir: str) -> Iterator[None]:
-    """Turns what Python, TensorFlow and clu raise when they can't write to MODEL_DIR into a UserError."""
-    try:
-        yield
-    except (OSError, tf.errors.OpError, asynclib.AsyncError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
-            raise
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        path = getattr(error, "filename", None) or model_dir
-        raise errors.UserError(
-            f"{path} can't be written: {reason}. Complete checkpoints stay; make room or give the right to"
-            " write, then continue by the same command"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -16,13 +16,12 @@ import math
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from richhf_jax import errors, feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import ratings
 
 EPILOG = f"""\
@@ -157,13 +156,10 @@ def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: path
         value = value.encode() if isinstance(value, str) else value
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        partial = pathlib.Path(folder) / path.name
-        with tf.io.TFRecordWriter(str(partial)) as writer:
-            for record in records:
-                features = tf.train.Features(feature={name: feature(v) for name, v in record.items()})
-                writer.write(tf.train.Example(features=features).SerializeToString(deterministic=True))
-        os.replace(partial, path)
+    with writing.atomic(path) as new, tf.io.TFRecordWriter(str(new)) as writer:
+        for record in records:
+            features = tf.train.Features(feature={name: feature(v) for name, v in record.items()})
+            writer.write(tf.train.Example(features=features).SerializeToString(deterministic=True))
 
 
 def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop") -> Summary:
@@ -178,7 +174,7 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
       errors.UserError: a bad line (unless skipped), no good line, or a file that can't be read or written.
     """
     good, skipped = [], []
-    try:
+    with writing.explained_disk_errors(out, f"Nothing written. {writing.FIX}"):
         with raw.open("rb") as lines:
             for number, rating in ratings.read_ratings(lines):
                 if isinstance(rating, ratings.Rating):
@@ -191,8 +187,6 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
             raise errors.UserError("\n".join([*skipped, f"{raw}: no good line. Nothing written."]))
         groups = group_by_image(good)
         write_tfrecord(map(consolidate, groups), out)
-    except OSError as error:
-        raise errors.UserError(f"{error.filename}: {error.strerror}. Nothing written.") from error
     return Summary(collections.Counter(map(len, groups)), lines=len(good), skipped=skipped)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from richhf_jax import writing
+
 INDEX_NAME = "record_offsets.npz"
 # TFRecord: uint64 length, uint32 CRC of the length; the data; uint32 CRC of the data.
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
@@ -78,10 +80,7 @@ def write_index(folder: epath.PathLike) -> None:
         counts=np.array([len(part) for part in offsets], np.int64),
         offsets=np.concatenate(offsets),
     )
-    # The index appears complete or not at all.
-    partial = folder / f"{INDEX_NAME}.partial"
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(folder / INDEX_NAME)
+    writing.write(folder / INDEX_NAME, buffer.getvalue())
 
 
 def locate(parts: Sequence[tuple[str, int, int]]) -> tuple[np.ndarray, np.ndarray]:
