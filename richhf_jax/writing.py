@@ -45,7 +45,7 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
       OSError: it can't be written. The error names `path`.
     """
     final = epath.Path(path if _is_url(path) else os.path.realpath(path))
-    if not _is_url(path) and final.exists() and not final.is_file():
+    if not _is_url(path) and os.path.exists(final) and not os.path.isfile(final):
         yield final
         return
     new = final.with_name(f".{final.name}.new")
