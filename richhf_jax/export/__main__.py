@@ -29,7 +29,7 @@ from absl import logging
 
 from richhf_jax import errors, model_description, writing
 from richhf_jax.export import card, program, stablehlo, weights
-from richhf_jax.predict import forward
+from richhf_jax.predict import forward, predictor
 
 INTERFACE = "interface.json"
 _HERE = pathlib.Path(__file__).parent
@@ -82,7 +82,7 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     """
     writing.check_is_new(out, "--out")
     path = forward.checkpoint_path(checkpoint)
-    loaded = forward.RahfPredictor.from_checkpoint(path, dtype=dtype)
+    loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
     params = jax.device_get(program.flat(loaded.params))
     step = re.search(r"checkpoint_(\d+)$", path)
     job = Job(loaded.description, params, int(step[1]) if step else 0)
