@@ -19,13 +19,11 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 from richhf_jax import train_state as train_state_lib
 
 _STATE, _POSITION, _METRICS = "state", "data_position", "metrics"
 _NAME = re.compile(r"checkpoint_(\d+)")
-# The last file and the code that a line of TensorStore's names.
-_TENSORSTORE_OS_ERROR = re.compile(r".*\"(?P<file>[^\"]+)\".*os_error_code='(?P<code>\d+)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +131,9 @@ class Checkpointer:
         try:
             self._manager = _Manager(self._directory, options=options, item_names=(_STATE, _POSITION))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{model_dir} can't be used as MODEL_DIR: {_reason(error)}") from error
+            raise CheckpointError(
+                f"{model_dir} can't be used as MODEL_DIR: {writing.reason(error)}"
+            ) from error
 
     def save(
         self,
@@ -199,7 +199,7 @@ class Checkpointer:
         # Of many kinds: Python's own for small files, ValueError for arrays, wrapped or not.
         except Exception as error:
             raise CheckpointError(
-                f"{self._directory}: a checkpoint can't be written: {_reason(error)}\n"
+                f"{self._directory}: a checkpoint can't be written: {writing.reason(error)}\n"
                 f"Last complete checkpoint: {self.last_complete()}. Make room or give the right to write,"
                 " then continue by the same command"
             ) from error
@@ -290,16 +290,6 @@ def _preservation_policy(cfg: SaveCheckpointConfig | None) -> preservation_polic
     return preservation_policy.AnyPreservationPolicy([newest, best])
 
 
-def _reason(error: BaseException) -> str:
-    """What is wrong, in one line; in the operating system's words where they are known."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    first = str(error).partition("\n")[0]
-    if found := _TENSORSTORE_OS_ERROR.search(first):
-        return f"{os.strerror(int(found['code']))}: {found['file']}"
-    return f"{type(error).__name__}: {first}"
-
-
 def _any_process(reason: str | None) -> bool:
     """Whether any process has a reason. All must call it."""
     return bool(np.any(multihost_utils.process_allgather(np.array(reason is not None))))
@@ -320,7 +310,7 @@ def _damage(directory: epath.Path) -> str | None:
             ocp.JsonCheckpointHandler().restore(directory / _POSITION)
     # Orbax and TensorStore raise all kinds of exceptions at broken files.
     except Exception as error:
-        return _reason(error)
+        return writing.reason(error)
     return None
 
 
@@ -375,7 +365,7 @@ def _read(
         position = ocp.JsonCheckpointHandler().restore(directory / _POSITION)
         return (dataclasses.replace(abstract_state, **parts), position), None
     except Exception as error:  # As in `_damage`.
-        return None, _reason(error)
+        return None, writing.reason(error)
 
 
 def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any = None) -> None:

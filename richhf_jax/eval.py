@@ -27,6 +27,7 @@ from richhf_jax import (
     partitioning,
     postprocessors,
     split_predictions,
+    writing,
 )
 from richhf_jax.feedback import RichFeedback
 from richhf_jax.pages import report
@@ -83,7 +84,7 @@ def evaluate(
       The model's metrics, as in metrics.json; nothing in another process than 0.
 
     Raises:
-      errors.UserError: there is no checkpoint, or it doesn't fit the model.
+      errors.UserError: there is no checkpoint, or it doesn't fit the model; the results can't be written.
     """
     trainer, state, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
     batches = split_predictions.whole_split(trainer, state, dataset_cfg, partitioner, constrained_keywords)
@@ -95,18 +96,19 @@ def evaluate(
     rows = [report.Row(name, _measure(task, targets, answers)) for name, answers in systems]
     place = ("inference_eval", dataset_cfg.mixture_or_task_name, dataset_cfg.split, str(step))
     directory = epath.Path(output_dir).joinpath(*place)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "metrics.json", rows[0].metrics)
-    _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
     lines = [json.dumps(prediction.to_dict()) + "\n" for prediction in predictions]
-    (directory / "predictions.jsonl").write_text("".join(lines))
     gallery = [
         report.GalleryItem(*item)
         for item in itertools.islice(zip(images, targets, predictions, strict=True), gallery_size)
     ]
     curves = {stage: _read_curves(path) for stage, path in (curve_dirs or {}).items() if path}
     details = {"task": task.name, "split": dataset_cfg.split, "step": step, "images": len(targets)}
-    report.write_report(directory / "report.html", title, rows, curves, gallery, details)
+    with writing.explained_disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_json(directory / "metrics.json", rows[0].metrics)
+        _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
+        writing.write(directory / "predictions.jsonl", "".join(lines))
+        report.write_report(directory / "report.html", title, rows, curves, gallery, details)
     print(report.format_tables(rows))
     print(f"\nresults in {directory}")
     return rows[0].metrics
@@ -153,7 +155,7 @@ def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True))
+    writing.write(path, json.dumps(content, indent=2, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Searched after the working directory and --gin_search_paths.
@@ -174,7 +174,7 @@ def write_operative_config(path: epath.PathLike) -> None:
     """Writes every gin value used so far to a file that gin can parse again."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(gin.operative_config_str())
+    writing.write(path, gin.operative_config_str())
 
 
 def macro(name: str) -> Any:

@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,8 +33,21 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from richhf_jax import checkpoints, errors, gin_utils, input_pipeline, models, partitioning, split_predictions
+from richhf_jax import (
+    checkpoints,
+    errors,
+    gin_utils,
+    input_pipeline,
+    models,
+    partitioning,
+    split_predictions,
+    writing,
+)
 from richhf_jax.pages import overlay
+
+_WRITTEN_STAYS = (
+    "What is written stays; make room or give the right to write, then continue by the same command"
+)
 
 
 def infer(
@@ -195,16 +209,8 @@ class _Output:
         if not self._run_path.exists():
             return
         earlier = json.loads(self._run_path.read_text())
-        changes = [
-            f"{name} was {earlier.get(name)!r} and is {value!r}"
-            for name, value in self._run.items()
-            if earlier.get(name) != value
-        ]
-        if changes:
-            raise errors.UserError(
-                f"{self._run_path}: the folder has results of another run: {', '.join(changes)}. Give another"
-                " INFER_OUTPUT_DIR, or delete this one"
-            )
+        fix = "Give another INFER_OUTPUT_DIR, or delete this one"
+        writing.check_same_run(self.path.parent, earlier, self._run, fix)
 
     def count_chunks(self) -> int:
         """How many are there, without a gap."""
@@ -214,9 +220,9 @@ class _Output:
         """Raises:
         errors.UserError: it can't be written.
         """
-        with self._writing() as incomplete:
-            incomplete.write_text("".join(lines))
-            incomplete.replace(self._chunk(number))
+        with self._writing():
+            os.sync()  # The heatmaps that the lines name, at once.
+            writing.write(self._chunk(number), "".join(lines))
 
     def finish(self, lines: Iterable[str]) -> None:
         """Writes the file: all chunks, and the lines behind them.
@@ -224,13 +230,13 @@ class _Output:
         Raises:
           errors.UserError: it can't be written.
         """
-        with self._writing() as incomplete:
-            with incomplete.open("wb") as file:
+        with self._writing():
+            os.sync()
+            with writing.atomic(self.path) as new, new.open("wb") as file:
                 for number in range(self.count_chunks()):
                     with self._chunk(number).open("rb") as chunk:
                         shutil.copyfileobj(chunk, file)
                 file.write("".join(lines).encode())
-            incomplete.replace(self.path)
             self._temporary.rmtree()
 
     def write_heatmaps(self, batch: int, pairs: Sequence[split_predictions.Pair]) -> list[dict[str, str]]:
@@ -264,20 +270,16 @@ class _Output:
         return self._temporary / f"{self.path.name}-chunk{number:05}"
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[epath.Path]:
-        """A path to write to before the file gets its name; the folder belongs to this run from then on."""
-        incomplete = self._temporary / "incomplete"
-        try:
+    def _writing(self) -> Iterator[None]:
+        """Explains disk errors, and makes the folder this run's before anything is written there."""
+        with writing.explained_disk_errors(self.path.parent, _WRITTEN_STAYS):
             self._temporary.mkdir(parents=True, exist_ok=True)
             if not self._run_path.exists():
-                incomplete.write_text(json.dumps(self._run, indent=2) + "\n")
-                incomplete.replace(self._run_path)
-            yield incomplete
-        except OSError as error:
-            raise errors.UserError(
-                f"{self.path.parent} can't be written: {error.strerror or error}\nMake room or give the right"
-                " to write, then continue by the same command"
-            ) from error
+                # Other processes may write the same file now: each writes one of its own and moves it there.
+                own = self._temporary / self._run_path.name
+                writing.write(own, json.dumps(self._run, indent=2) + "\n")
+                writing.move(own, self._run_path)
+            yield
 
 
 def _write_png(path: epath.Path, heatmap: np.ndarray) -> None:

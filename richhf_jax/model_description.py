@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from richhf_jax import errors, feedback, models, pixels
+from richhf_jax import errors, feedback, models, pixels, writing
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
@@ -55,9 +55,9 @@ def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: byt
       vocabulary: a SentencePiece model; None: no file.
     """
     directory = epath.Path(directory)
-    (directory / FILE).write_text(json.dumps(content, indent=2) + "\n")
     if vocabulary is not None:
-        (directory / VOCABULARY_FILE).write_bytes(vocabulary)
+        writing.write(directory / VOCABULARY_FILE, vocabulary)
+    writing.write(directory / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescription:

@@ -24,9 +24,8 @@ import gin
 import jax
 import numpy as np
 from absl import flags, logging
-from etils import epath
 
-from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning
+from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning, writing
 from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import counter, plan
 from tasks import vocabulary
@@ -218,19 +217,11 @@ def main() -> None:
         plans[step] = plan_step(step, devices)
         print(plan.table(plans[step]), flush=True)
     if _JSON.value:
-        _write(epath.Path(_JSON.value), plans if len(plans) > 1 else plans[_STEP.value])
+        content = plans if len(plans) > 1 else plans[_STEP.value]
+        with writing.explained_disk_errors(_JSON.value):
+            writing.write(_JSON.value, json.dumps(content, indent=2))
     if any(one["fits"] is False for one in plans.values()):
         sys.exit(1)
-
-
-def _write(path: epath.Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        unfinished.write_text(json.dumps(content, indent=2))
-        unfinished.replace(path)
-    except OSError as error:
-        raise errors.UserError(f"--json={path}: can't write there: {error}") from error
 
 
 if __name__ == "__main__":

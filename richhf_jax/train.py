@@ -7,7 +7,6 @@ Ctrl-C or SIGTERM saves a checkpoint and exits with 0.
 
 import contextlib
 import dataclasses
-import errno
 import os
 import signal
 import time
@@ -31,6 +30,7 @@ from richhf_jax import (
     models,
     partitioning,
     training_log,
+    writing,
 )
 from richhf_jax import trainer as trainer_lib
 
@@ -43,8 +43,11 @@ _PROFILE_STEPS = flags.DEFINE_string(
 _NUM_SUMMARY_IMAGES = 8
 # How many of a broken step's examples a message lists.
 _NUM_NAMED_EXAMPLES = 16
-# No room, or no right to write: nobody's mistake in the program.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# Raised by TensorFlow and clu where they can't write.
+_LIBRARIES_ERRORS = (tf.errors.OpError, asynclib.AsyncError)
+_CHECKPOINTS_STAY = (
+    "Complete checkpoints stay; make room or give the right to write, then continue by the same command"
+)
 
 
 def train(
@@ -89,7 +92,11 @@ def train(
     if model.vocab_size is not None:
         input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_explained_disk_errors(model_dir))
+        stack.enter_context(
+            writing.explained_disk_errors(
+                model_dir, _CHECKPOINTS_STAY, _LIBRARIES_ERRORS, only=writing.NO_ROOM_OR_RIGHT
+            )
+        )
         # Closed last, also when something fails: a checkpoint may still be on its way to the disk.
         checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint_cfg.save))
         stream = _stream(model, train_dataset_cfg, partitioner)
@@ -265,29 +272,13 @@ def _describe_step(
     names = input_pipeline.example_names(cfg, step - 1)
     path = epath.Path(model_dir) / f"examples_of_step_{step}.txt"
     if jax.process_index() == 0:
-        path.write_text("\n".join([*names, ""]))
+        writing.write(path, "\n".join([*names, ""]))
     more = " ..." if len(names) > _NUM_NAMED_EXAMPLES else ""
     return (
         f"Its {len(names)} examples, all in {path}: {', '.join(names[:_NUM_NAMED_EXAMPLES])}{more}\n"
         f"Last good checkpoint: {checkpointer.last_complete()}. Lower the learning rate or mend the examples;"
         " the same command starts again from there"
     )
-
-
-@contextlib.contextmanager
-def _explained_disk_errors(model_dir: str) -> Iterator[None]:
-    """Turns what Python, TensorFlow and clu raise when they can't write to MODEL_DIR into a UserError."""
-    try:
-        yield
-    except (OSError, tf.errors.OpError, asynclib.AsyncError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
-            raise
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        path = getattr(error, "filename", None) or model_dir
-        raise errors.UserError(
-            f"{path} can't be written: {reason}. Complete checkpoints stay; make room or give the right to"
-            " write, then continue by the same command"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -386,7 +377,7 @@ def _write_model_info(path: str, params: Any) -> None:
         for p, leaf in leaves
     ]
     total = sum(leaf.size for _, leaf in leaves)
-    epath.Path(path).write_text("\n".join([*lines, f"total number of parameters: {total}", ""]))
+    writing.write(path, "\n".join([*lines, f"total number of parameters: {total}", ""]))
     logging.info("%d parameters", total)
 
 

@@ -13,7 +13,7 @@ import tempfile
 
 import sentencepiece
 
-from richhf_jax import feedback, preprocessors
+from richhf_jax import feedback, preprocessors, writing
 from richhf_jax.datasets import prompts
 from tasks import vocabulary
 
@@ -81,8 +81,7 @@ def _train(corpus: list[str], model: io.BytesIO, rules_path: str) -> None:
 def main(argv: list[str]) -> None:
     """Writes the model to the path given, or over the shipped one."""
     path = argv[1] if len(argv) > 1 else vocabulary.SMALL_MODEL
-    with open(path, "wb") as file:
-        file.write(train())
+    writing.write(path, train())
     print(f"wrote {path}")
 
 

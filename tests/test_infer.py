@@ -217,10 +217,10 @@ def test_processes_continue_from_the_same_batch(monkeypatch, tmp_path, process, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cfg": changed(batch_size=4)}, "batch_size was 3 and is 4. Give another INFER_OUTPUT_DIR"),
-        ({"cfg": changed(split="validation")}, "split was 'test' and is 'validation'"),
-        ({"num_shards": 2}, "files was 1 and is 2"),
-        ({"write_heatmaps": True}, "write_heatmaps was False and is True"),
+        ({"cfg": changed(batch_size=4)}, "batch_size was 3, now it is 4. Give another INFER_OUTPUT_DIR"),
+        ({"cfg": changed(split="validation")}, "split was 'test', now it is 'validation'"),
+        ({"num_shards": 2}, "files was 1, now it is 2"),
+        ({"write_heatmaps": True}, "write_heatmaps was False, now it is True"),
         ({"cfg": changed(mixture_or_task_name="nope")}, "there is no task 'nope'"),
         (
             {"cfg": changed(mixture_or_task_name="synthetic_pretrain")},
@@ -251,7 +251,9 @@ def test_no_checkpoint(run, tmp_path):
 
 def test_a_folder_that_can_not_be_written(run, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(errors.UserError, match="out can't be written: .*\nMake room or give the right"):
+    with pytest.raises(
+        errors.UserError, match="out/.*: Not a directory. What is written stays; make room or give the right"
+    ):
         run()
 
 

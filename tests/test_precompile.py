@@ -288,7 +288,7 @@ def test_main_exits_with_1_where_it_does_not_fit(command_line, monkeypatch, tmp_
 
 
 def test_main_says_what_is_missing(command_line, monkeypatch, tmp_path):
-    with pytest.raises(errors.UserError, match="plan.json: can't write there"):
+    with pytest.raises(errors.UserError, match="plan.json: No such file or directory. Make the folder"):
         command_line(monkeypatch, fits=True, json=str(tmp_path / "no" / "plan.json"))
     gin.clear_config()
     with pytest.raises(errors.UserError, match="give an experiment's"):

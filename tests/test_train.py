@@ -471,7 +471,9 @@ def test_what_can_not_be_written_is_named(tmp_path, small_train, monkeypatch, fi
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / file))
 
     monkeypatch.setattr(gin_utils, "write_operative_config", refuse)
-    with pytest.raises(errors.UserError, match=f"{tmp_path}/{file} can't be written: Permission denied"):
+    with pytest.raises(
+        errors.UserError, match=f"{tmp_path}/{file}: Permission denied. Complete checkpoints stay; make room"
+    ):
         small_train()
 
 

@@ -30,7 +30,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 import tasks  # noqa: F401 (registers them)
-from richhf_jax import augmentation, feedback, input_pipeline
+from richhf_jax import augmentation, feedback, input_pipeline, writing
 from richhf_jax.benchmarks import noisy_scenes
 from richhf_jax.datasets.rich_hf_18k import builder
 
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{figures['seconds']:.0f} s, memory +{figures['memory_growth_bytes'] / 2**20:.0f} MiB at most"
     )
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        writing.write(options.json, json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

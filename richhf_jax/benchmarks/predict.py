@@ -28,7 +28,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors, gin_utils, model_description
+from richhf_jax import errors, gin_utils, model_description, writing
 from richhf_jax.predict import forward, pipeline, predictor
 from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
 from tasks import vocabulary
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = [f"{found[name]:.1f} ({found[name] / found['bare']:.2f})" for name in names]
         print(f"{case:22}" + "".join(f"{cell:>14}" for cell in cells))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        writing.write(options.json, json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

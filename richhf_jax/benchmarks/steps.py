@@ -37,7 +37,7 @@ import numpy as np
 import tqdm
 from flax import traverse_util
 
-from richhf_jax import errors, feedback, gin_utils, models, partitioning
+from richhf_jax import errors, feedback, gin_utils, models, partitioning, writing
 from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import chips, counter
 from richhf_jax.network import rahf
@@ -315,9 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except errors.UserError as error:
         sys.exit(f"richhf_jax.benchmarks.steps: {error}")
     if options.json:
-        options.json.write_text(
-            json.dumps({**_setting(options, model.module), "steps": rows}, indent=2) + "\n"
-        )
+        content = {**_setting(options, model.module), "steps": rows}
+        writing.write(options.json, json.dumps(content, indent=2) + "\n")
 
 
 def _setting(options: argparse.Namespace, module: rahf.Rahf) -> dict[str, Any]:

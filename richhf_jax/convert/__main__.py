@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import safetensors
 from absl import flags
 from flax import traverse_util
 
-from richhf_jax import gin_utils
+from richhf_jax import gin_utils, writing
 from richhf_jax.convert import huggingface, layers, mapping, own, rahf_pytorch, t5x, vit_npz, writers
 from richhf_jax.convert.source import ConvertError, Source
 from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
@@ -187,8 +188,9 @@ def convert(
 
     Raises:
       ConvertError: see the functions that this calls. Nothing is written then.
+      errors.UserError: `to` isn't new, or can't be written.
     """
-    writers.check_is_new(to)
+    writing.check_is_new(to, "--to")
     sources = [find_format(path).open(path) for path in paths]
     configs = {name: getattr(model.module, name) for name in ("t5_config", "vit_config")}
     shapes = model_shapes(model)
@@ -198,7 +200,10 @@ def convert(
     notes = mapping.check_settings(configs, sources)
     table = mapping.format_table(conversion, sources, notes)
     print(table)
-    with writers.new_directory(to) as directory:
+    with (
+        writing.explained_disk_errors(to, also=(safetensors.SafetensorError,)),
+        writing.new_directory(to, "--to") as directory,
+    ):
         for line in _WRITERS[output](directory, conversion.tensors, configs):
             print(line)
         (directory / "conversion.txt").write_text(table + "\n")

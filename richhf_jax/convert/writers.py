@@ -1,10 +1,7 @@
 """Writes parameters: as a checkpoint of ours, as one .safetensors file, as Hugging Face directories."""
 
-import contextlib
 import json
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,36 +16,6 @@ from richhf_jax.convert.source import ConvertError, Tensor
 
 WEIGHTS = "model.safetensors"
 _POSITIONS = "vit/position_embedding/embedding"
-
-
-@contextlib.contextmanager
-def new_directory(path: str) -> Iterator[pathlib.Path]:
-    """A directory to write to, which becomes `path` at the end; after an error nothing is left of it.
-
-    Raises:
-      ConvertError: there is something at `path` already.
-    """
-    final = pathlib.Path(path).absolute()
-    check_is_new(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that it is on the same disk and renaming moves nothing.
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is for the user alone.
-        temporary.replace(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def check_is_new(path: str, flag: str = "--to") -> None:
-    """Raises ConvertError where `path`, which a flag gave, isn't local, a file, or not empty."""
-    if "://" in path:
-        raise ConvertError(f"{flag}={path}: a local directory is needed; copy the files when they are there")
-    place = pathlib.Path(path)
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ConvertError(f"{place} is not empty: name a new directory with {flag}")
 
 
 def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:

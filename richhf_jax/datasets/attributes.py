@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 from richhf_jax.inputs import images as image_files
 
 CATEGORIES = ("human", "animal", "object", "indoor scene", "outdoor scene")
@@ -276,7 +276,7 @@ def make_table(
     """
     report = Report()
     errors_path = errors_of(out)
-    try:
+    with writing.explained_disk_errors(out, f"What is written stays. {writing.FIX}"):
         # Images that failed before are tried again: the list is of this run.
         with out.open("a", encoding="utf-8") as table, errors_path.open("w", encoding="utf-8") as failures:
             good = _decoded(images, failures, report)
@@ -288,8 +288,6 @@ def make_table(
                 report.add(rows)
         if not report.undecodable:
             errors_path.unlink()
-    except OSError as error:
-        raise errors.UserError(f"{error.filename or out}: {error.strerror or error}") from None
     return report
 
 

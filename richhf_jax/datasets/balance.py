@@ -25,10 +25,8 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -36,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 from richhf_jax.datasets.attributes import CATEGORIES
 
 COLUMNS = ID, PHOTOREALISTIC, CATEGORY = ("id", "photorealistic", "category")
@@ -280,13 +278,8 @@ def write(subset: Subset, out: pathlib.Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows((i, str(real).lower(), category) for i, real, category in subset.rows)
-    try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-            partial = pathlib.Path(folder) / out.name
-            partial.write_text(text.getvalue())
-            os.replace(partial, out)
-    except OSError as error:
-        raise errors.UserError(f"{out}: {error.strerror}. Nothing written.") from None
+    with writing.explained_disk_errors(out, f"Nothing written. {writing.FIX}"):
+        writing.write(out, text.getvalue())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

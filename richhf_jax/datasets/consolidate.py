@@ -13,16 +13,14 @@ import dataclasses
 import errno
 import io
 import math
-import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from richhf_jax import errors, feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import ratings, tfrecord
 
 EPILOG = f"""\
@@ -149,12 +147,9 @@ def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: path
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        partial = pathlib.Path(folder) / path.name
-        with partial.open("wb") as file:
-            for record in records:
-                tfrecord.write(file, tfrecord.serialize_example(record))
-        os.replace(partial, path)
+    with writing.atomic(path) as new, new.open("wb") as file:
+        for record in records:
+            tfrecord.write(file, tfrecord.serialize_example(record))
 
 
 def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop") -> Summary:
@@ -169,7 +164,7 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
       errors.UserError: a bad line (unless skipped), no good line, or a file that can't be read or written.
     """
     good, skipped = [], []
-    try:
+    with writing.explained_disk_errors(out, f"Nothing written. {writing.FIX}"):
         with raw.open("rb") as lines:
             for number, rating in ratings.read_ratings(lines):
                 if isinstance(rating, ratings.Rating):
@@ -182,8 +177,6 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
             raise errors.UserError("\n".join([*skipped, f"{raw}: no good line. Nothing written."]))
         groups = group_by_image(good)
         write_tfrecord(map(consolidate, groups), out)
-    except OSError as error:
-        raise errors.UserError(f"{error.filename}: {error.strerror}. Nothing written.") from error
     return Summary(collections.Counter(map(len, groups)), lines=len(good), skipped=skipped)
 
 

@@ -10,10 +10,11 @@ the constants below. Their answers are the raw ratings of `ratings.py`.
 import argparse
 import math
 import pathlib
+import sys
 
 import numpy as np
 
-from richhf_jax import feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import prompts, ratings, scenes
 
 TOOL_VERSION = "simulated-raters-1"
@@ -149,12 +150,16 @@ def main() -> None:
     options = parser.parse_args()
     config = scenes.CONFIGS[options.config]
     try:
-        with options.out.open("w") as out:
+        with (
+            writing.explained_disk_errors(options.out),
+            writing.atomic(options.out) as new,
+            new.open("w") as out,
+        ):
             for index in range(options.num):
                 name = scenes.filename("train", index)
                 out.writelines(f"{line}\n" for line in raw_lines(config, name, scenes.truth(name, config)))
-    except OSError as error:
-        parser.error(f"--out: {error}")
+    except errors.UserError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from richhf_jax import writing
 from richhf_jax.datasets import tfrecord
 
 INDEX_NAME = "record_offsets.npz"
@@ -72,10 +73,7 @@ def write_index(folder: epath.PathLike) -> None:
         counts=np.array([len(part) for part in offsets], np.int64),
         offsets=np.concatenate(offsets),
     )
-    # The index appears complete or not at all.
-    partial = folder / f"{INDEX_NAME}.partial"
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(folder / INDEX_NAME)
+    writing.write(folder / INDEX_NAME, buffer.getvalue())
 
 
 def locate(parts: Sequence[tuple[str, int, int]]) -> tuple[np.ndarray, np.ndarray]:

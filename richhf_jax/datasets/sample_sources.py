@@ -20,7 +20,6 @@ import argparse
 import csv
 import dataclasses
 import datetime
-import errno
 import hashlib
 import io
 import json
@@ -28,7 +27,6 @@ import os
 import pathlib
 import sys
 import tarfile
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 
@@ -37,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from richhf_jax import errors, feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import consolidate, raters, scenes
 
 MIN_EXAMPLES = 6
@@ -358,22 +356,14 @@ def write(out: pathlib.Path, examples: int = 24, image_size: int = 64) -> None:
         samples = make_samples(examples, image_size)
     except ValueError as error:
         raise errors.UserError(f"{error}. Nothing written.") from None
-    try:
-        if out.is_dir() and any(out.iterdir()):
-            raise errors.UserError(f"{out}: there is something in this folder; give a new one")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            partial = pathlib.Path(temporary) / out.name
-            write_raw(partial / "raw", samples)
-            write_labels(partial / "labels", samples)
-            write_pick_a_pic(partial / "pick_a_pic/data", samples)
-            write_joined(partial / "joined", samples)
-            write_images(partial, samples)
-            write_web(partial / "web", make_web_pairs(examples, image_size))
-            os.replace(partial, out)
-    except OSError as error:
-        reason = error.strerror if error.errno != errno.ENOTDIR else "it is no folder"
-        raise errors.UserError(f"{out}: {reason}. Nothing written.") from error
+    nothing = f"Nothing written. {writing.FIX}"
+    with writing.explained_disk_errors(out, nothing), writing.new_directory(out, "--out") as folder:
+        write_raw(folder / "raw", samples)
+        write_labels(folder / "labels", samples)
+        write_pick_a_pic(folder / "pick_a_pic/data", samples)
+        write_joined(folder / "joined", samples)
+        write_images(folder, samples)
+        write_web(folder / "web", make_web_pairs(examples, image_size))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import safetensors
 from absl import logging
 
-from richhf_jax import errors, model_description
-from richhf_jax.convert import writers as new_directories
+from richhf_jax import errors, model_description, writing
 from richhf_jax.export import card, program, stablehlo, weights
 from richhf_jax.predict import forward, predictor
 
@@ -86,13 +86,13 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     Raises:
       errors.UserError: as `RahfPredictor.from_checkpoint`; the directory isn't new; TensorFlow is missing.
     """
-    new_directories.check_is_new(out, "--out")
+    writing.check_is_new(out, "--out")
     path = forward.checkpoint_path(checkpoint)
     loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
     params = jax.device_get(program.flat(loaded.params))
     step = re.search(r"checkpoint_(\d+)$", path)
     job = Job(loaded.description, params, int(step[1]) if step else 0)
-    with new_directories.new_directory(out) as directory:
+    with writing.new_directory(out, "--out") as directory:
         FORMATS[to](directory, job)
         loaded.description.write(directory)
         num_parameters = sum(array.size for array in params.values())
@@ -119,13 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)  # Orbax warns of files that a checkpoint needn't have.
     try:
-        export(options.checkpoint, options.to, options.out, options.dtype)
+        with writing.explained_disk_errors(options.out, also=(safetensors.SafetensorError,)):
+            export(options.checkpoint, options.to, options.out, options.dtype)
     except errors.UserError as error:
         sys.exit(f"export: {error}")
-    except OSError as error:
-        if error.strerror is None:
-            raise
-        sys.exit(f"export: {error.filename or options.out}: {error.strerror}")
 
 
 if __name__ == "__main__":

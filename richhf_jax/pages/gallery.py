@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from richhf_jax import feedback
+from richhf_jax import feedback, writing
 from richhf_jax.feedback import RichFeedback
 from richhf_jax.pages import overlay
 
@@ -75,7 +75,7 @@ def write_gallery(
       details: facts about the predictions, in a line below the title.
     """
     page = render("predictions.html", [_view(card) for card in cards], title=title, details=details)
-    epath.Path(path).write_text(page)
+    writing.write(path, page)
 
 
 def card_pictures(image: np.ndarray, heatmaps: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, bytes]]:

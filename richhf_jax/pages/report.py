@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from richhf_jax import feedback
+from richhf_jax import feedback, writing
 from richhf_jax.pages.gallery import GalleryItem, item_view, render
 
 
@@ -152,7 +152,7 @@ def write_report(
         stages={stage: charts for stage, lines in curves.items() if (charts := _charts(lines))},
         details=details,
     )
-    epath.Path(path).write_text(page)
+    writing.write(path, page)
 
 
 # Tables.

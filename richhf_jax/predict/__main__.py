@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import tqdm
 from absl import logging
 
-from richhf_jax import errors, inputs
+from richhf_jax import errors, inputs, writing
 from richhf_jax.predict import forward, pipeline
 from richhf_jax.predict.files import ERRORS, HEATMAP_FORMATS, PREDICTIONS, PredictionFiles
 from richhf_jax.predict.predictor import RahfPredictor
@@ -27,6 +27,7 @@ from richhf_jax.predict.predictor import RahfPredictor
 SOME_FAILED = 3
 _STOPPED = 130  # As shells say of Ctrl-C.
 _SHOWN_FAILURES = 3
+_WRITTEN_STAYS = "What is written stays; when that is mended, the same command continues"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,10 +87,7 @@ def _summary(options: argparse.Namespace, files: PredictionFiles) -> int:
 
 def _check_out(out: str, places: Sequence[str]) -> None:
     """Raises errors.UserError where nothing can be written, or the output would be read as input."""
-    if "://" in out:
-        raise errors.UserError(
-            f"--out={out}: a local directory is needed; copy the files when they are there"
-        )
+    writing.check_is_local(out, "--out")
     for place in places:
         if os.path.isdir(place) and pathlib.Path(out).resolve().is_relative_to(pathlib.Path(place).resolve()):
             raise errors.UserError(f"--out={out} lies in {place}, which is an input: name another place")
@@ -152,17 +150,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns of files that a checkpoint needn't have.
+    options = parse(arguments)
     try:
-        sys.exit(run(parse(arguments)))
+        with writing.explained_disk_errors(options.out, _WRITTEN_STAYS):
+            sys.exit(run(options))
     except errors.UserError as error:
         sys.exit(f"predict: {error}")
-    except OSError as error:
-        if error.filename is None and error.strerror is None:
-            raise
-        sys.exit(
-            f"predict: {error.filename or 'the output'}: {error.strerror}; what is written stays, the same"
-            " command continues"
-        )
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(_STOPPED)

@@ -5,8 +5,9 @@
     OUT/heatmaps/ID.KIND.png, or OUT/heatmaps.npz; OUT/overlays/ID.KIND.png; OUT/report.html
     OUT/run.json            what was asked for, and how far the run is
 
-What a batch of records gave is written first, then run.json is replaced, in one step. A run that continues
-cuts the two .jsonl files to the sizes in run.json; other files it writes again, with the same bytes.
+What a batch of records gave is written and brought to the disk, its pictures too; then run.json is replaced,
+in one step. So all that run.json tells of is there, also after a power cut. A run that continues cuts the two
+.jsonl files to the sizes in run.json; other files it writes again, with the same bytes.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 from richhf_jax.pages import gallery, overlay
 from richhf_jax.predict.predictor import Prediction
 
@@ -39,7 +40,6 @@ MAX_CARDS = 5000
 # Of a file name; most file systems take 255 bytes.
 _MAX_NAME = 200
 _MAX_PATH = 1000
-_NEW_STATE = f"{STATE}.new"
 _PARTS, _PICTURES = "heatmaps.parts", "report"
 _PNG = b"\x89PNG"
 
@@ -103,8 +103,8 @@ class PredictionFiles:
           with_report: whether to write a page.
 
         Raises:
-          errors.UserError: the directory holds something else, a run with other arguments, or can't be
-            written.
+          errors.UserError: the directory holds something else, or a run with other arguments.
+          OSError: it can't be written.
         """
         self._out = pathlib.Path(out)
         self._arguments = dict(arguments) | {
@@ -113,7 +113,7 @@ class PredictionFiles:
             "report": with_report,
         }
         self._heatmaps, self._overlays, self._with_report = heatmaps, overlays, with_report
-        with contextlib.ExitStack() as stack, _explained(out):
+        with contextlib.ExitStack() as stack:
             self._out.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, _locked(self._out))
             self.progress = self._read_state() or Progress(first)
@@ -133,7 +133,7 @@ class PredictionFiles:
     def _read_state(self) -> Progress | None:
         path = self._out / STATE
         if not path.exists():
-            if entries := sorted({entry.name for entry in self._out.iterdir()} - {_NEW_STATE}):
+            if entries := sorted({entry.name for entry in self._out.iterdir()} - {f".{STATE}.new"}):
                 raise errors.UserError(
                     f"{self._out} holds {entries[0]!r}, but no run to continue: name a new --out"
                 )
@@ -145,20 +145,15 @@ class PredictionFiles:
             raise errors.UserError(f"{path} is damaged ({error}): name a new --out") from error
         if not progress.predictions:  # Nothing to lose: it begins anew, maybe with other arguments.
             return None
-        for name, value in self._arguments.items():
-            if (was := arguments.get(name)) != value:
-                fix = f"--checkpoint={was}" if name == "checkpoint" else "the same command"
-                raise errors.UserError(
-                    f"{self._out} holds a run with other arguments: {name} was {was!r}, now it is {value!r}."
-                    f" Give {fix} to continue, or another --out"
-                )
+        was = arguments.get("checkpoint")
+        again = "the same command" if was == self._arguments["checkpoint"] else f"--checkpoint={was}"
+        fix = f"Give {again} to continue, or another --out"
+        writing.check_same_run(self._out, arguments, self._arguments, fix)
         return progress
 
     def _write_state(self) -> None:
         state = {"arguments": self._arguments, "progress": dataclasses.asdict(self.progress)}
-        temporary = self._out / _NEW_STATE
-        temporary.write_text(json.dumps(state, indent=2) + "\n")
-        temporary.replace(self._out / STATE)
+        writing.write(self._out / STATE, json.dumps(state, indent=2) + "\n")
 
     def _open(self, name: str, size: int) -> BinaryIO:
         path = self._out / name
@@ -213,6 +208,9 @@ class PredictionFiles:
             file = self._files[name]
             file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
             file.flush()
+        os.sync()  # The pictures and their folders: one call is cheaper than thousands of fsync.
+        for file in self._files.values():
+            os.fsync(file.fileno())  # This one, unlike sync, tells of errors.
         self.progress = dataclasses.replace(
             self.progress,
             position=position,
@@ -238,7 +236,7 @@ class PredictionFiles:
             shutil.rmtree(self._out / _PICTURES, ignore_errors=True)
 
     def _join_parts(self) -> None:
-        with zipfile.ZipFile(self._out / HEATMAPS_FILE, "w") as joined:
+        with writing.atomic(self._out / HEATMAPS_FILE) as new, zipfile.ZipFile(new, "w") as joined:
             for path in sorted((self._out / _PARTS).glob("*.npz")):
                 with zipfile.ZipFile(path) as part:
                     for info in part.infolist():
@@ -279,15 +277,6 @@ class PredictionFiles:
         heatmaps = {kind: (peak, uri(f"{number}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
         image = uri(f"{number}.png", f"{number}.jpg")
         return gallery.Card(line, tuple(line["image_size"]), image, heatmaps)
-
-
-@contextlib.contextmanager
-def _explained(out: str) -> Iterator[None]:
-    """Turns what Python raises when it can't write into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise errors.UserError(f"{error.filename or out} can't be written: {error.strerror}") from error
 
 
 def _locked(directory: pathlib.Path) -> int:

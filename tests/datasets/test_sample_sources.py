@@ -187,8 +187,8 @@ def test_bad_sizes(tmp_path, changes, message):
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(errors.UserError, match="there is something in this folder; give a new one"):
+    with pytest.raises(errors.UserError, match="is not empty: name a new directory with --out"):
         sample_sources.write(tmp_path)
-    with pytest.raises(errors.UserError, match=r"mine\.txt: it is no folder. Nothing written"):
+    with pytest.raises(errors.UserError, match=r"mine\.txt is no directory: name a new one with --out"):
         sample_sources.write(tmp_path / "mine.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from tests.test_gallery import Page, item, page_of_items, policy, record, urls
+from tests.pages.test_gallery import Page, item, page_of_items, policy, record, urls
 
 from richhf_jax import feedback
 from richhf_jax.pages import gallery, report

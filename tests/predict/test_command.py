@@ -351,7 +351,7 @@ def test_lost_lines_are_told(score, table, tmp_path):
 
 def test_a_run_that_was_killed_at_its_very_start(score, table, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/run.json.new").write_text("{")
+    (tmp_path / "out/.run.json.new").write_text("{")
     assert score(table)[0] == predict.SOME_FAILED
 
 
@@ -409,6 +409,29 @@ def test_mistakes_are_one_message(score, table, tmp_path, model_dir):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_run_json_tells_of_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    calls = []
+
+    def spy(name, describe):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args: [calls.append((name, describe(*args))), call(*args)])
+
+    with prediction_files.PredictionFiles(str(tmp_path), {"checkpoint": "c"}, 0) as files:
+        # The pictures and the lines are all written when they are brought to the disk.
+        spy("sync", lambda: len(lines(tmp_path / "errors.jsonl")))
+        spy("fsync", lambda descriptor: pathlib.Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        spy("replace", lambda source, target: pathlib.Path(target).name)
+        files.commit(1, [prediction_files.Failure("a", "a reason")])
+    assert calls == [
+        ("sync", 1),
+        ("fsync", "predictions.jsonl"),
+        ("fsync", "errors.jsonl"),
+        ("fsync", ".run.json.new"),
+        ("replace", "run.json"),
+        ("fsync", tmp_path.name),
+    ]
+
+
 @pytest.fixture
 def stopped(score, tmp_path, monkeypatch):
     """The images of a run of six in batches of two, which a full disk stopped in the second batch."""
@@ -433,7 +456,10 @@ def stopped(score, tmp_path, monkeypatch):
         patch.setattr(prediction_files.PredictionFiles, "_save", fail)
         patch.setattr(futures.ThreadPoolExecutor, "shutdown", shutdown_late)
         code, _ = score(folder, "--prompt=a red cat", "--batch-size=2")
-    assert "No space left on device; what is written stays, the same command continues" in code
+    assert (
+        "No space left on device. What is written stays; when that is mended, the same command continues"
+        in code
+    )
     return folder
 
 

@@ -14,13 +14,12 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import sentencepiece
 from etils import epath
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 from richhf_jax.datasets.describe import sources, text
 from richhf_jax.datasets.describe.statistics import Record, Statistics
 
@@ -52,21 +51,15 @@ def describe(records: Iterator[Record], statistics: Statistics) -> dict:
     return summary
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
-    """The file appears complete or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            partial = pathlib.Path(folder) / path.name
-            partial.write_bytes(data)
-            os.replace(partial, path)
-    except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror}. Not written.") from None
+def _write(path: pathlib.Path, content: str | bytes) -> None:
+    with writing.explained_disk_errors(path):
+        writing.write(path, content)
 
 
 def _outputs(options: argparse.Namespace, title: str, summary: dict) -> None:
     if options.json:
         content = {"source": title} | summary
-        _write(options.json, json.dumps(content, ensure_ascii=False, indent=1).encode())
+        _write(options.json, json.dumps(content, ensure_ascii=False, indent=1))
     if options.png:
         from richhf_jax.datasets.describe import figure  # matplotlib, where a picture is asked for.
 
@@ -74,7 +67,7 @@ def _outputs(options: argparse.Namespace, title: str, summary: dict) -> None:
     if options.html:
         from richhf_jax.datasets.describe import page
 
-        _write(options.html, page.make_page(title, summary).encode())
+        _write(options.html, page.make_page(title, summary))
 
 
 def _parser() -> argparse.ArgumentParser:

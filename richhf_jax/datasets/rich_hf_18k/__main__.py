@@ -41,7 +41,7 @@ import pyarrow as pa
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 from richhf_jax.datasets import records
 from richhf_jax.datasets.rich_hf_18k import join, labels, report, sources
 from richhf_jax.datasets.rich_hf_18k.builder import RichHf18k
@@ -164,15 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Unlike arrow's own, it gives memory back at once: 160 MB less where a row group's images take 96 MB.
     pa.set_memory_pool(pa.system_memory_pool())
     try:
-        build(options)
+        with writing.explained_disk_errors(options.data_dir):
+            build(options)
     except errors.UserError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on behind the last finished shard.")
-    except OSError as error:  # A full disk, a folder that can't be written.
-        sys.exit(
-            f"{error.filename or options.data_dir}: {error.strerror or error}. Give the command again after."
-        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
-from richhf_jax import errors, feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets.rich_hf_18k.labels import write_json
 from richhf_jax.datasets.rich_hf_18k.sources import BadShard, Row, Shard, Source
 from richhf_jax.inputs import images
@@ -172,8 +171,7 @@ def _read_shard(source, shard: Shard, splits, missing: set[str], state: State, w
     left, prompts = set(missing), {}
     name = shard.name.replace("/", "--").removesuffix(".parquet")
     path = work_dir / "parts" / f"{name}.parquet"
-    partial = path.with_suffix(".new")
-    with _PartWriter(partial) as writer:
+    with writing.atomic(path) as new, _PartWriter(new) as writer:
         try:
             for row in source.rows(shard, splits, left, bar.update):
                 if row.uid not in left:
@@ -188,7 +186,6 @@ def _read_shard(source, shard: Shard, splits, missing: set[str], state: State, w
         except BadShard as error:
             notes.bad = str(error)
         writer.finish(notes)
-    os.replace(partial, path)
     missing &= left
     state.prompts.update(prompts)
     state.notes[shard.name] = notes

@@ -8,14 +8,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
 import tqdm
 
-from richhf_jax import errors, feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import consolidate, tfrecord
 from richhf_jax.inputs import images
 
@@ -161,7 +160,7 @@ def prepare(
         # The index goes first and comes last: what it says is always what the files hold.
         path.unlink(missing_ok=True)
         for split in SPLITS:
-            os.replace(pathlib.Path(temporary) / f"{split}.tfrecord", folder / f"{split}.tfrecord")
+            writing.move(pathlib.Path(temporary) / f"{split}.tfrecord", folder / f"{split}.tfrecord")
     write_json(path, dataclasses.asdict(new))
     return new
 
@@ -216,6 +215,4 @@ def _digest(path: pathlib.Path) -> str:
 
 def write_json(path: pathlib.Path, content) -> None:
     """Writes a JSON file, which appears complete or not at all."""
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    writing.write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

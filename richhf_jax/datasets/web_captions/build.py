@@ -27,7 +27,7 @@ from concurrent.futures import process
 
 import tqdm
 
-from richhf_jax import errors, feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import records
 from richhf_jax.datasets.web_captions import convert, shards
 
@@ -84,7 +84,7 @@ def build(
         "shards": {split: [shard.url for shard in found] for split, found in inputs.items()},
         "options": json.loads(json.dumps(dataclasses.asdict(options))),  # Tuples become lists.
     }
-    try:
+    with writing.explained_disk_errors(folder):
         if folder.exists():
             _check_plan(folder, plan)
             shutil.rmtree(folder / "shards", ignore_errors=True)  # There if it was killed at the very end.
@@ -93,7 +93,7 @@ def build(
         if (partial / BUILD_NAME).exists():
             _check_plan(partial, plan)
         else:
-            _write_text(partial / BUILD_NAME, json.dumps(plan))
+            writing.write(partial / BUILD_NAME, json.dumps(plan))
         jobs = {
             split: _jobs(split, found, partial, options, skip_bad_shards) for split, found in inputs.items()
         }
@@ -101,10 +101,7 @@ def build(
         _write_errors(partial, jobs, failed)
         if failed:
             raise errors.UserError(_failure(failed, partial))
-        report = _finish(partial, folder, jobs, plan)
-    except OSError as error:
-        raise errors.UserError(f"{error.filename}: {error.strerror}") from error
-    return report
+        return _finish(partial, folder, jobs, plan)
 
 
 def _check_plan(folder: pathlib.Path, plan: dict) -> None:
@@ -227,7 +224,7 @@ def _write_errors(
             lines.append({"file": job.shard.url, "record": "", "reason": reason})
         else:
             lines += convert.read_state(job).errors
-    _write_text(folder / ERRORS_NAME, "".join(f"{json.dumps(line)}\n" for line in lines))
+    writing.write(folder / ERRORS_NAME, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _finish(
@@ -269,14 +266,8 @@ def _finish(
     # By this TFDS finds the folder where no configuration is named.
     config = folder.parents[1] / ".config"
     config.mkdir(exist_ok=True)
-    _write_text(config / "metadata.json", json.dumps({"default_config_name": CONFIG}))
-    _write_text(partial / BUILD_NAME, json.dumps({**plan, "counts": counts}))
-    os.replace(partial, folder)
+    writing.write(config / "metadata.json", json.dumps({"default_config_name": CONFIG}))
+    writing.write(partial / BUILD_NAME, json.dumps({**plan, "counts": counts}))
+    writing.move(partial, folder)
     shutil.rmtree(folder / "shards")
     return report
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -1,18 +1,16 @@
 """One input shard -> one TFRecord file of a TFDS data set. Free of TensorFlow, for many processes."""
 
 import collections
-import contextlib
 import dataclasses
 import io
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 
-from richhf_jax import errors, feedback
+from richhf_jax import feedback, writing
 from richhf_jax.datasets import tfrecord
 from richhf_jax.datasets.web_captions import shards
 from richhf_jax.inputs import images
@@ -96,7 +94,7 @@ def convert(job: Job, count: Callable[[int], None]) -> str:
     Raises:
       errors.UserError: the output can't be written.
     """
-    try:
+    with writing.explained_disk_errors(job.out):
         try:
             state = _write(job, _read(job, count))
             if state.counts.keys() == {BAD}:
@@ -108,10 +106,7 @@ def convert(job: Job, count: Callable[[int], None]) -> str:
             if not job.skip_bad:
                 return str(error)
             state = _write(job, iter([shards.Sample("", problem=str(error))]))
-        with _complete(job.state) as file:
-            file.write(json.dumps(dataclasses.asdict(state)).encode())
-    except OSError as error:
-        raise errors.UserError(f"{error.filename or job.out}: {error.strerror}") from error
+        writing.write(job.state, json.dumps(dataclasses.asdict(state)))
     return ""
 
 
@@ -125,7 +120,7 @@ def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
     """Writes the good samples to the job's output."""
     counts, bad = collections.Counter(), []
     shard_name = job.shard.url.rpartition("/")[-1]
-    with _complete(job.out) as file:
+    with writing.atomic(job.out) as new, new.open("wb") as file:
         for sample in samples:
             try:
                 verdict, image, caption = judge(sample, job.options)
@@ -188,12 +183,3 @@ def _text(sample: shards.Sample, names: tuple[str, ...], what: str) -> str:
         return (value if isinstance(value, bytes) else value.encode()).decode()
     except (AttributeError, UnicodeError):
         raise ValueError(f"the {what} isn't UTF-8 text") from None
-
-
-@contextlib.contextmanager
-def _complete(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `path` at the end."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-    os.replace(partial, path)
