@@ -13,103 +13,56 @@ from richhf_jax import feedback
 
 ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
 
-# What each module may import of the project besides `errors` and `feedback`. Only what stands above
-# it, so imports point one way. A new module needs a line here.
-PROJECT_IMPORTS = {
-    "errors": set(),
-    "feedback": set(),
-    "writing": set(),
-    "network": set(),
-    "costs": set(),
-    "multihost": set(),
-    "losses": set(),
-    "decoding": set(),
-    "keywords": set(),
-    "inputs": set(),
-    "pixels": set(),
-    "optimizers": set(),
-    "partitioning": set(),
-    "train_state": set(),
-    "models": {"losses", "decoding"},
-    "checkpoints": {"train_state", "writing"},
-    "trainer": {"losses", "models", "partitioning", "train_state"},
-    "training_log": {"costs", "trainer"},
-    "datasets": {"inputs", "writing"},
-    "metrics": {"datasets"},
-    "pages": {"writing"},
-    "augmentation": set(),
-    "preprocessors": {"augmentation"},
-    "postprocessors": set(),
-    "feature_converters": {"preprocessors"},
-    "input_pipeline": {"datasets", "feature_converters", "partitioning", "preprocessors"},
-    # `input_pipeline` for its DatasetConfig, which baselines are given.
-    "tasks": {"datasets", "input_pipeline", "metrics", "preprocessors", "postprocessors", "writing"},
-    "model_description": {"network", "pixels", "writing"},
-    "predict": {
-        *("checkpoints", "inputs", "keywords", "model_description", "models"),
-        *("pages", "partitioning", "pixels", "writing"),
-    },
-    "split_predictions": {
-        *("checkpoints", "input_pipeline", "keywords", "models"),
-        *("partitioning", "postprocessors", "trainer"),
-    },
-    "convert": {"checkpoints", "model_description", "writing"},
-    "export": {
-        *("augmentation", "checkpoints", "convert", "keywords", "model_description", "predict"),
-        *("preprocessors", "writing"),
-    },
-    "benchmarks": {"datasets", "network"},
-    "torch_twin": {"network"},
-    "gin_utils": {"multihost", "writing"},
-}
+# A line a room: a module of the spine, a folder, or an entry point. It says what the room imports of the project
+# besides `errors` and `feedback`, and behind the bar which heavy libraries. A line may name only rooms that stand
+# above it, so imports point one way. What is allowed is what is used: a line that allows more fails, too.
+RULES = """
+errors             |
+feedback           |
+network            | jax
+costs              | jax
+multihost          | jax
+losses             | jax
+decoding           | jax
+keywords           |
+inputs             |
+pixels             |
+writing            |
+"""
+
+
+def parse(rules: str) -> dict[str, tuple[set[str], set[str]]]:
+    """Room -> what it imports of the project, and of `HEAVY`."""
+    rows = (re.fullmatch(r"(\S+) *(.*?) *\| *(.*)", line) for line in rules.strip().splitlines())
+    return {row[1]: (set(row[2].split()), set(row[3].split())) for row in rows}
+
+
+HOUSE = parse(RULES)
+# May import any room of the project: they stand on top.
 ENTRY_POINTS = {
     *("train", "eval", "infer", "precompile", "export.__main__", "convert.__main__"),
     *("benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
 }
-
-TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
-JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-MAY_IMPORT_TENSORFLOW = (ENTRY_POINTS - {"export.__main__"}) | {
-    "augmentation",
-    "preprocessors",
-    "postprocessors",
-    "feature_converters",
-    "input_pipeline",
-    "datasets",
-    "tasks",
-    "benchmarks",
-    "gin_utils",
-    "split_predictions",
-    "export",  # its saved_model.py alone, see below
-    "training_log",  # clu's writers import it
+HEAVY = {
+    "jax": {"jax", "jaxlib", "flax", "optax", "orbax"},
+    "tensorflow": {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"},
+    "torch": {"torch", "transformers", "diffusers"},
 }
-NEVER_IMPORT_JAX = {
-    "errors",
-    "feedback",
-    "writing",
-    "keywords",
-    "metrics",
-    "pages",
-    "inputs",
-    "pixels",
-    "datasets",
-    "augmentation",
-    "preprocessors",
-    "postprocessors",
-    "tasks",
-}
-CORE = (set(PROJECT_IMPORTS) | ENTRY_POINTS) - MAY_IMPORT_TENSORFLOW
+# What needs numpy alone.
+BARE = {"errors", "feedback"}
+CORE = {room for room, (_, heavy) in HOUSE.items() if "tensorflow" not in heavy}
 
-BESIDE = {"tasks", "torch_twin"}  # the packages beside richhf_jax
-SOURCES = sorted(path for name in ("richhf_jax", *BESIDE) for path in (ROOT / name).rglob("*.py"))
+SOURCES = sorted(
+    [path for folder in ("richhf_jax", "tasks", "torch_twin") for path in (ROOT / folder).rglob("*.py")]
+)
 
 
-def unit(path: pathlib.Path) -> str:
-    """The table's name for a file: its module, folder (`network`, `datasets`), entry point or package."""
+def room(path: pathlib.Path) -> str:
+    """The line of a file: its module, folder (`network`, `datasets`), entry point, `tasks` or `torch_twin`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     if (entry_point := ".".join(parts[1:])) in ENTRY_POINTS:
         return entry_point
-    return parts[0] if parts[0] in BESIDE else parts[1]
+    return parts[1] if parts[0] == "richhf_jax" else parts[0]
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -124,24 +77,32 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-def broken_rules(name: str, imports: set[str]) -> list[str]:
-    """What is wrong with the imports of the unit `name`."""
+def used(name: str, imports: set[str]) -> tuple[set[str], set[str]]:
+    """What a room imports of the project besides `errors` and `feedback`, and which heavy libraries."""
     top_level = {module.split(".")[0] for module in imports}
     project = {module.split(".")[1] for module in imports if module.startswith("richhf_jax.")}
-    project |= top_level & BESIDE
-    if name in ENTRY_POINTS:
-        allowed = set(PROJECT_IMPORTS)
-    elif name in PROJECT_IMPORTS:
-        shared = {"errors", "feedback"} if name not in ("errors", "feedback", "network") else {"feedback"}
-        allowed = PROJECT_IMPORTS[name] | shared
-    else:
+    # The package itself gives `RahfPredictor` and `RichFeedback`, and its version.
+    project = {"predict" if module == "RahfPredictor" else module for module in project}
+    project |= top_level & {"tasks", "torch_twin"}
+    heavy = {library for library, names in HEAVY.items() if names & top_level}
+    return project - {name.split(".")[0], "errors", "feedback", "RichFeedback", "__version__"}, heavy
+
+
+def broken_rules(name: str, imports: set[str]) -> list[str]:
+    """What is wrong with the imports of a file in the room `name`."""
+    if name not in HOUSE:
         return [f"{name} has no line in the table of {pathlib.Path(__file__).name}"]
-    broken = [f"{name} may not import {other}" for other in sorted(project - allowed - {name})]
-    if name not in MAY_IMPORT_TENSORFLOW:
-        broken += [f"{name} may not import {module}" for module in sorted(top_level & TENSORFLOW)]
-    if name in NEVER_IMPORT_JAX:
-        broken += [f"{name} may not import {module}" for module in sorted(top_level & JAX)]
-    if name in ("errors", "feedback"):
+    allowed, allowed_heavy = HOUSE[name]
+    project, heavy = used(name, imports)
+    if name not in ENTRY_POINTS:
+        project -= allowed
+        # Networks say what a user did wrong by ValueError: they know nothing of commands.
+        project |= {"errors"} & {module.split(".")[1] for module in imports if name == "network" and "." in module}
+    else:
+        project -= set(HOUSE)
+    broken = [f"{name} may not import {other}" for other in sorted(project | (heavy - allowed_heavy))]
+    if name in BARE:
+        top_level = {module.split(".")[0] for module in imports}
         third_party = top_level - sys.stdlib_module_names - {"numpy", "richhf_jax"}
         broken += [f"{name} may not import {module}" for module in sorted(third_party)]
     return broken
@@ -153,12 +114,25 @@ def test_imports_follow_the_table(path):
     if path == ROOT / "richhf_jax/__init__.py":
         assert imports == {"importlib", "typing.Any"}
     else:
-        assert broken_rules(unit(path), imports) == []
+        assert broken_rules(room(path), imports) == []
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_what_is_allowed_is_what_is_used(name):
+    project, heavy = set(), set()
+    for path in SOURCES:
+        if path != ROOT / "richhf_jax/__init__.py" and room(path) == name:
+            more_project, more_heavy = used(name, imported(ast.parse(path.read_text())))
+            project |= more_project
+            heavy |= more_heavy
+    if name in ENTRY_POINTS:
+        project = set()
+    assert HOUSE[name] == (project, heavy)
 
 
 def test_the_table_points_one_way():
     above = set()
-    for name, allowed in PROJECT_IMPORTS.items():
+    for name, (allowed, _) in HOUSE.items():
         assert allowed <= above, name
         above.add(name)
 
@@ -169,7 +143,10 @@ def test_the_table_points_one_way():
         ("models", "from richhf_jax.network import t5", "models may not import network"),
         ("network", "from richhf_jax import errors", "network may not import errors"),
         ("metrics", "import jax.numpy as jnp", "metrics may not import jax"),
-        ("trainer", "def f():\n    import seqio", "trainer may not import seqio"),
+        ("trainer", "def f():\n    import seqio", "trainer may not import tensorflow"),
+        ("predict", "import gin", "predict may not import tensorflow"),
+        ("pages", "import orbax.checkpoint", "pages may not import jax"),
+        ("models", "import torch", "models may not import torch"),
         ("losses", "import tasks.vocabulary", "losses may not import tasks"),
         ("feedback", "import scipy", "feedback may not import scipy"),
         ("train", "from richhf_jax import eval", "train may not import eval"),
@@ -198,14 +175,15 @@ def test_the_core_imports_without_the_train_extra():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in SOURCES
-        if path != ROOT / "richhf_jax/__init__.py" and unit(path) in CORE
+        if path != ROOT / "richhf_jax/__init__.py" and room(path) in CORE - {"torch_twin"}
     ]
     assert "richhf_jax.models" in modules
+    blocked = HEAVY["tensorflow"] | HEAVY["torch"]
     run_python(
         "import importlib, sys\n"
         "class Blocker:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {TENSORFLOW}:\n"
+        f"        if name.split('.')[0] in {blocked}:\n"
         "            raise ModuleNotFoundError(f'blocked: {name}', name=name)\n"
         "sys.meta_path.insert(0, Blocker())\n"
         f"for module in {modules}:\n"
@@ -268,7 +246,7 @@ def test_vocabulary_in_a_literal(literal, found):
 def test_vocabulary_is_written_in_feedback_alone():
     found = []
     for path in SOURCES:
-        if unit(path) == "feedback":
+        if room(path) == "feedback":
             continue
         for node in literals(ast.parse(path.read_text())):
             where = f"{path.relative_to(ROOT)}:{node.lineno}"
