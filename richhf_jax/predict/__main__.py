@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     """The command, its options parsed. Returns the exit code."""
     _check_out(options.out, options.inputs)
     path = forward.checkpoint_path(options.checkpoint)
-    total = inputs.count(options.inputs, options.prompt)
+    given = inputs.Inputs(options.inputs, options.prompt)
+    total = len(given)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
     # Before there are files: a model that doesn't load leaves none.
     predictor = RahfPredictor.from_checkpoint(
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     arguments = {
         "checkpoint": path,
         "inputs": [os.path.abspath(place) for place in options.inputs],
-        "names_and_files": inputs.fingerprint(options.inputs),
+        "names_and_files": given.fingerprint(),
         "records": total,
         "prompt": options.prompt,
         "shard": f"{options.shard[0]}/{options.shard[1]}",
@@ -54,18 +55,22 @@ def run(options: argparse.Namespace) -> int:
         options.out, arguments, first, options.heatmaps, options.overlay, options.report
     ) as files:
         if files.progress.position < last:
-            _score_rest(predictor, options, files, first, last)
+            _score_rest(predictor, given, options, files, range(first, last))
         files.finish("Rich feedback")
         return _summary(options, files)
 
 
 def _score_rest(
-    predictor: RahfPredictor, options: argparse.Namespace, files: PredictionFiles, first: int, last: int
+    predictor: RahfPredictor,
+    given: inputs.Inputs,
+    options: argparse.Namespace,
+    files: PredictionFiles,
+    shard: range,
 ) -> None:
     begin = files.progress.position
-    records = pipeline.numbered(options.inputs, options.prompt, begin, last)
+    records = pipeline.numbered(given, begin, shard.stop)
     shown = {"desc": "scoring", "unit": " images", "mininterval": 1, "smoothing": 0.05}
-    with tqdm.tqdm(total=last - first, initial=begin - first, **shown) as bar:
+    with tqdm.tqdm(total=len(shard), initial=begin - shard.start, **shown) as bar:
         pipeline.score(predictor, records, files, bar, options.threads)
 
 
