@@ -21,6 +21,7 @@ PROJECT_IMPORTS = {
     "network": set(),
     "costs": set(),
     "multihost": set(),
+    "compilation_cache": set(),
     "losses": set(),
     "decoding": set(),
     "keywords": set(),
@@ -45,7 +46,7 @@ PROJECT_IMPORTS = {
     "tasks": {"datasets", "input_pipeline", "metrics", "preprocessors", "postprocessors"},
     "model_description": {"network", "pixels"},
     "predict": {
-        *("checkpoints", "inputs", "keywords", "model_description", "models"),
+        *("checkpoints", "compilation_cache", "inputs", "keywords", "model_description", "models"),
         *("pages", "partitioning", "pixels"),
     },
     "split_predictions": {
@@ -58,7 +59,7 @@ PROJECT_IMPORTS = {
         "preprocessors",
     },
     "benchmarks": {"datasets", "network"},
-    "gin_utils": {"multihost"},
+    "gin_utils": {"compilation_cache", "multihost"},
 }
 ENTRY_POINTS = {
     *("train", "eval", "infer", "precompile", "export.__main__", "convert.__main__"),

@@ -5,8 +5,8 @@
     .csv .jsonl .parquet      columns `image` (a path; in parquet also bytes), `prompt`, optionally `id`
     .tar                      pairs <key>.<image extension> and <key>.txt
 
-A folder is listed once, and its names stay in memory. A table or a tar is streamed twice, to count its records
-and to give them; a tar's keys stay in memory while their other half is still to come.
+A folder is listed once, and its names stay in memory. A table or a tar is streamed twice, to count its
+records and to give them; a tar's keys stay in memory while their other half is still to come.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Inputs:
                 yield from place.read()
 
     def fingerprint(self) -> str:
-        """Returns another text where records would be other ones: by folders' names, files' sizes and times."""
+        """Tells folders apart by the names in them, and files by size and time of change: 16 characters."""
         digest = hashlib.sha256()
         for place in self._places:
             if place.status is None:

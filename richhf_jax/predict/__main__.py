@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import tqdm
 from absl import logging
 
-from richhf_jax import errors, inputs
+from richhf_jax import compilation_cache, errors, inputs
 from richhf_jax.predict import forward, pipeline
 from richhf_jax.predict.files import ERRORS, HEATMAP_FORMATS, PREDICTIONS, PredictionFiles
 from richhf_jax.predict.predictor import RahfPredictor
@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
     given = inputs.Inputs(options.inputs, options.prompt)
     total = len(given)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
+    compilation_cache.configure(options.compilation_cache)
     # Before there are files: a model that doesn't load leaves none.
     predictor = RahfPredictor.from_checkpoint(
         path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
@@ -150,6 +151,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=pipeline.default_threads(),
         metavar="N",
         help="that read, decode and write; default %(default)s",
+    )
+    add(
+        *("--no-compilation-cache",),
+        dest="compilation_cache",
+        action="store_false",
+        help="compile anew; without it, compiled programs are kept in ~/.cache/richhf_jax/compiled (in"
+        " $XDG_CACHE_HOME, if that is set; or in $JAX_COMPILATION_CACHE_DIR itself)",
     )
     return parser.parse_args(arguments)
 
