@@ -36,14 +36,14 @@ def configure(enabled: bool) -> None:
         return
     if jax.config.jax_compilation_cache_dir or jax.distributed.is_initialized():
         return
-    folder = _folder()
     try:
+        folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # Can it be written?
             pass
         _delete_oldest(folder)
-    except OSError as error:
-        logging.warning("compiled programs aren't kept: %s: %s", folder, error.strerror)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home.
+        logging.warning("compiled programs aren't kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if _MIN_SECONDS_SETTING.upper() not in os.environ:
@@ -52,7 +52,7 @@ def configure(enabled: bool) -> None:
 
 
 def _folder() -> pathlib.Path:
-    """The place of the XDG Base Directory Specification, which ignores relative paths."""
+    """Returns the place by the XDG Base Directory Specification, which ignores relative paths."""
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     base = base if base.is_absolute() else pathlib.Path("~/.cache").expanduser()
     return base / "richhf_jax" / "compiled"

@@ -156,8 +156,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         *("--no-compilation-cache",),
         dest="compilation_cache",
         action="store_false",
-        help="compile anew; without it, compiled programs are kept in ~/.cache/richhf_jax/compiled (in"
-        " $XDG_CACHE_HOME, if that is set; or in $JAX_COMPILATION_CACHE_DIR itself)",
+        help="compile anew, and keep nothing; by default, compiled programs are kept in"
+        " ~/.cache/richhf_jax/compiled (in $XDG_CACHE_HOME, if that is set; or in $JAX_COMPILATION_CACHE_DIR"
+        " itself)",
     )
     return parser.parse_args(arguments)
 
