@@ -159,4 +159,4 @@ def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    gin_utils.run(evaluate)
+    gin_utils.run(evaluate, compilation_cache=True)

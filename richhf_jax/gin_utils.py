@@ -61,6 +61,12 @@ _INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout_seconds", 100, "Seconds after which a process that is silent counts as lost."
 )
+_COMPILATION_CACHE = flags.DEFINE_bool(
+    "compilation_cache",
+    True,
+    "Keep compiled programs in ~/.cache/richhf_jax/compiled (in $XDG_CACHE_HOME, if that is set; or in"
+    " $JAX_COMPILATION_CACHE_DIR itself) for the next run; several processes: in the latter alone.",
+)
 # Those that say what the model is, and all.
 MODEL_FLAGS = (_GIN_FILE, _GIN_BINDINGS, _GIN_SEARCH_PATHS)
 _PROCESS_FLAGS = (
@@ -188,7 +194,7 @@ def macro(name: str) -> Any:
     return gin.get_configurable(f"{name}/gin.macro")()
 
 
-def run(main: Callable[..., Any]) -> None:
+def run(main: Callable[..., Any], compilation_cache: bool = False) -> None:
     """Parses the flags and gin files, calls `main` with its arguments from gin, and exits.
 
     `main` is registered with gin under its module's import path, so that a gin file can say
@@ -196,8 +202,10 @@ def run(main: Callable[..., Any]) -> None:
 
     Args:
       main: a plain function (not yet registered with gin), all of whose arguments gin gives.
+      compilation_cache: whether the program has the flag --compilation_cache, which is on by default.
     """
-    run_program(lambda: _configure_and_call(main), _FLAGS)
+    cache_flags = (_COMPILATION_CACHE,) if compilation_cache else ()
+    run_program(lambda: _configure_and_call(main, compilation_cache), (*_FLAGS, *cache_flags))
 
 
 def run_program(main: Callable[[], Any], gin_flags: Sequence[flags.FlagHolder] = MODEL_FLAGS) -> None:
@@ -263,7 +271,7 @@ def configure(default_files: Sequence[str] = ()) -> Sequence[str]:
     return files
 
 
-def _configure_and_call(main: Callable[..., Any]) -> None:
+def _configure_and_call(main: Callable[..., Any], has_cache: bool) -> None:
     configured = _register(main)
     configure()
     _check_arguments(main)
@@ -275,9 +283,11 @@ def _configure_and_call(main: Callable[..., Any]) -> None:
         import seqio
 
         seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
-    from richhf_jax import multihost
+    from richhf_jax import compilation_cache, multihost
 
     with multihost.session(*(flag.value for flag in _PROCESS_FLAGS)):
+        if has_cache:
+            compilation_cache.configure(_COMPILATION_CACHE.value)
         try:
             configured()
         except RuntimeError as error:

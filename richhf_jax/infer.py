@@ -287,4 +287,4 @@ def _write_png(path: epath.Path, heatmap: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    gin_utils.run(infer)
+    gin_utils.run(infer, compilation_cache=True)

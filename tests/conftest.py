@@ -6,6 +6,7 @@ Warnings are errors, too: see pyproject.toml.
 import os
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Not the user's. It goes with this object, at the end.
+_COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 
 
 @pytest.fixture

@@ -148,6 +148,23 @@ def test_help_lists_the_flags(folder):
         assert flag in output
 
 
+def test_a_program_may_have_a_compilation_cache(folder, monkeypatch):
+    flag = "--[no]compilation_cache"
+    assert flag not in run(folder, "--help").stdout
+    program = folder / "program/greet.py"
+    program.write_text(
+        PROGRAM.replace("run(greet)", "run(greet, compilation_cache=True)").replace(
+            'print("greeting"', 'import jax; print(jax.config.jax_compilation_cache_dir, "greeting"'
+        )
+    )
+    assert flag in run(folder, "--help").stdout
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    given = ("--gin_file=config.gin", "--gin.MODEL_DIR=out")
+    assert run(folder, *given, "--nocompilation_cache").stdout == "None greeting out 4 2 7\n"
+    assert run(folder, *given).stdout == f"{folder}/richhf_jax/compiled greeting out 4 2 7\n"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

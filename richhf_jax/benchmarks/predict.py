@@ -28,7 +28,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors, gin_utils, model_description, writing
+from richhf_jax import errors, gin_utils, inputs, model_description, writing
 from richhf_jax.predict import forward, pipeline, predictor
 from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
 from tasks import vocabulary
@@ -62,10 +62,9 @@ class Case:
         params = jax.tree.map(_random(np.random.default_rng(0)), forward.abstract_params(description))
         self.predictor = predictor.RahfPredictor(description, params, batch_size)
         self._folder = folder
-        self._inputs = folder / "images"
-        _write_images(self._inputs, images, side)
-        records = list(pipeline.numbered([str(self._inputs)], None, 0, images))
-        self.pairs = [one.record.load() for one in records]
+        _write_images(folder / "images", images, side)
+        self._inputs = inputs.Inputs([str(folder / "images")])
+        self.pairs = [record.load() for record in self._inputs]
         size = self.predictor.batch_size
         prepared = [self.predictor.prepare(*pair) for pair in self.pairs]
         self._batches = [
@@ -86,7 +85,7 @@ class Case:
         out = self._folder / f"out{next(self._numbers)}"
         with PredictionFiles(str(out), {"checkpoint": "random"}, 0, heatmaps) as files:
             begin = time.perf_counter()
-            records = pipeline.numbered([str(self._inputs)], None, 0, len(self.pairs))
+            records = pipeline.numbered(self._inputs, 0, len(self.pairs))
             pipeline.score(
                 self.predictor, records, files, tqdm.tqdm(disable=True), pipeline.default_threads()
             )

@@ -5,9 +5,12 @@
     .csv .jsonl .parquet      columns `image` (a path; in parquet also bytes), `prompt`, optionally `id`
     .tar                      pairs <key>.<image extension> and <key>.txt
 
-Nothing is held but names: of a folder those in it, of a tar those whose other half is still to come.
+A folder is listed once, and its names stay in memory. A table or a tar is streamed twice, to count its
+records and to give them; a tar's keys stay in memory while their other half is still to come.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -17,7 +20,7 @@ from richhf_jax import errors
 from richhf_jax.inputs import archives, files, parquet, tables
 from richhf_jax.inputs.record import IMAGE_EXTENSIONS, InputError, Record, checked_prompt
 
-__all__ = ["IMAGE_EXTENSIONS", "InputError", "Record", "count", "fingerprint", "records"]
+__all__ = ["IMAGE_EXTENSIONS", "InputError", "Inputs", "Record"]
 
 _READERS = {
     ".csv": tables.csv_records,
@@ -27,68 +30,79 @@ _READERS = {
 }
 
 
-def records(inputs: Sequence[str], prompt: str | None = None) -> Iterator[Record]:
-    """Streams the records of all inputs, in this order; what can't be read is a record that doesn't load.
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """An image, folder, table or tar.
 
-    Args:
-      inputs: paths of images, folders, tables and tars.
-      prompt: of images that are named, and of those in folders that have no sidecar.
-
-    Raises:
-      errors.UserError: before the first record, if an input doesn't exist, can't be opened, is of an unknown
-        kind, lacks a column or is empty, or if it has prompts of its own and `prompt` would be ignored.
+    Attributes:
+      path: as the user gave it.
+      read: starts to give the records, from the first on.
+      count: how many there are.
+      status: the file's; None of a folder.
     """
-    readers = [_reader(path, prompt) for path in inputs]
-    for path, reader in zip(inputs, readers, strict=True):  # A mistake in the last costs no hours of scoring.
-        if next(_stream(path, reader), None) is None:
-            raise _empty(path)
-    for path, reader in zip(inputs, readers, strict=True):
-        yield from _stream(path, reader)
+
+    path: str
+    read: Callable[[], Iterator[Record]]
+    count: int
+    status: os.stat_result | None
 
 
-def count(inputs: Sequence[str], prompt: str | None = None) -> int:
-    """How many records there are, without reading images; of parquet, only the footer is read.
+class Inputs:
+    """The records of all places, in order; an image that can't be read is a record that doesn't load.
 
-    Raises:
-      errors.UserError: as `records` does.
+    `len()` tells how many there are. Iterating gives them from the first on, each time.
     """
-    total = 0
-    for path, reader in [(path, _reader(path, prompt)) for path in inputs]:
-        is_parquet = reader.func is parquet.parquet_records
-        found = parquet.count_rows(path) if is_parquet else sum(1 for _ in _stream(path, reader))
-        if not found:
-            raise _empty(path)
-        total += found
-    return total
+
+    def __init__(self, paths: Sequence[str], prompt: str | None = None):
+        """Lists the folders and counts the records of the others; of parquet, only the footer is read.
+
+        Args:
+          paths: of images, folders, tables and tars.
+          prompt: of images that are named, and of those in folders that have no sidecar.
+
+        Raises:
+          errors.UserError: a place doesn't exist, can't be opened, is of an unknown kind, lacks a column or
+            is empty, or it has prompts of its own and `prompt` would be ignored.
+        """
+        if prompt is not None:
+            try:
+                prompt = checked_prompt(prompt, "--prompt")
+            except InputError as error:
+                raise errors.UserError(str(error)) from error
+        for path in paths:  # A mistake in the last costs no reading of the others.
+            _check_kind(path, prompt)
+        self._places = [_listed(path, prompt) for path in paths]
+
+    def __len__(self) -> int:
+        return sum(place.count for place in self._places)
+
+    def __iter__(self) -> Iterator[Record]:
+        """Raises errors.UserError where a table or tar can no longer be read."""
+        for place in self._places:
+            with _explained(place.path):
+                yield from place.read()
+
+    def fingerprint(self) -> str:
+        """Tells folders apart by the names in them, and files by size and time of change: 16 characters."""
+        digest = hashlib.sha256()
+        for place in self._places:
+            if place.status is None:
+                for record in place.read():
+                    digest.update(f"{record.id}\n".encode())
+            else:
+                digest.update(f"{place.status.st_size} {place.status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
 
 
-def fingerprint(inputs: Sequence[str]) -> str:
-    """Changes where records would be other ones: a folder's names, or a file's size or time of change."""
-    digest = hashlib.sha256()
-    for path in inputs:
-        if os.path.isdir(path):
-            for record in _stream(path, _reader(path, None)):
-                digest.update(f"{record.id}\n".encode())
-        else:
-            status = os.stat(path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _reader(path: str, prompt: str | None) -> functools.partial:
-    """What gives the input's records when it is called."""
-    if prompt is not None:
-        try:
-            prompt = checked_prompt(prompt, "--prompt")
-        except InputError as error:
-            raise errors.UserError(str(error)) from error
+def _check_kind(path: str, prompt: str | None) -> None:
+    """Raises errors.UserError where the path alone tells that there are no records to read."""
     if os.path.isdir(path):
-        return functools.partial(files.folder_records, path, prompt)
+        return
     if not os.path.exists(path):
         raise errors.UserError(f"{path}: no such file or folder")
-    extension = os.path.splitext(path)[1].lower()
+    extension = _extension(path)
     if extension in IMAGE_EXTENSIONS:
-        return functools.partial(files.image_records, path, prompt)
+        return
     if extension in (".gz", ".tgz"):
         raise archives.compressed(path)
     if extension not in _READERS:
@@ -96,12 +110,36 @@ def _reader(path: str, prompt: str | None) -> functools.partial:
         raise errors.UserError(f"{path}: unknown kind of file; taken are folders and {kinds}")
     if prompt is not None:
         raise errors.UserError(f"{path}: has prompts of its own, --prompt would be ignored; leave it out")
-    return functools.partial(_READERS[extension], path)
 
 
-def _stream(path: str, reader: Callable[[], Iterator[Record]]) -> Iterator[Record]:
+def _listed(path: str, prompt: str | None) -> _Place:
+    """A place whose kind is known, with its records counted."""
+    with _explained(path):
+        if os.path.isdir(path):
+            names = list(files.folder_names(path))
+            place = _Place(
+                path, functools.partial(files.folder_records, path, names, prompt), len(names), None
+            )
+        elif _extension(path) in IMAGE_EXTENSIONS:
+            place = _Place(path, functools.partial(files.image_records, path, prompt), 1, os.stat(path))
+        else:
+            status, read = os.stat(path), functools.partial(_READERS[_extension(path)], path)
+            is_parquet = read.func is parquet.parquet_records
+            count = parquet.count_rows(path) if is_parquet else sum(1 for _ in read())
+            place = _Place(path, read, count, status)
+    if not place.count:
+        raise _empty(path)
+    return place
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
     try:
-        yield from reader()
+        yield
     except OSError as error:
         raise errors.UserError(f"{path}: {error.strerror or error}") from error
 

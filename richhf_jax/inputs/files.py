@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from richhf_jax.inputs.record import (
     IMAGE_EXTENSIONS,
@@ -21,19 +21,19 @@ def image_records(path: str, prompt: str | None) -> Iterator[Record]:
     yield Record(printable(os.path.basename(path)), functools.partial(_load_file, path, prompt, None))
 
 
-def folder_records(
-    root: str, prompt: str | None, inner: str = "", above: frozenset = frozenset()
-) -> Iterator[Record]:
-    """The images in a folder, recursively, by path; a sidecar goes before `prompt`.
+def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> Iterator[str | Record]:
+    """The paths of a folder's images, relative to it, recursively and sorted.
 
     Args:
-      root: the folder that the user named; ids are relative to it.
-      prompt: of images that have no sidecar.
+      root: the folder that the user named.
       inner: '', or 'a/b/' for the images in root/a/b alone.
       above: the folders that this one is in, by device and inode.
 
+    Yields:
+      A path; or, for a folder in `root` that can't be read, a record that doesn't load.
+
     Raises:
-      OSError: `root` can't be read. A folder in it that can't is a record that doesn't load.
+      OSError: `root` can't be read.
     """
     path = os.path.join(root, inner)
     try:
@@ -50,10 +50,26 @@ def folder_records(
         return
     for name in names:
         if name.endswith("/"):
-            yield from folder_records(root, prompt, inner + name, above | {here})
+            yield from folder_names(root, inner + name, above | {here})
         else:
-            load = functools.partial(_load_file, os.path.join(path, name), None, prompt)
-            yield Record(printable(inner + name), load)
+            yield inner + name
+
+
+def folder_records(root: str, names: Iterable[str | Record], prompt: str | None) -> Iterator[Record]:
+    """The images of a folder; a sidecar goes before `prompt`.
+
+    Args:
+      root: the folder.
+      names: as `folder_names` gives them.
+      prompt: of images that have no sidecar.
+    """
+    for name in names:
+        if isinstance(name, Record):
+            yield name
+        else:
+            yield Record(
+                printable(name), functools.partial(_load_file, os.path.join(root, name), None, prompt)
+            )
 
 
 def _wanted(entry: os.DirEntry) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import tqdm
 from absl import logging
 
-from richhf_jax import errors, inputs, writing
+from richhf_jax import compilation_cache, errors, inputs, writing
 from richhf_jax.predict import forward, pipeline
 from richhf_jax.predict.files import ERRORS, HEATMAP_FORMATS, PREDICTIONS, PredictionFiles
 from richhf_jax.predict.predictor import RahfPredictor
@@ -34,8 +34,10 @@ def run(options: argparse.Namespace) -> int:
     """The command, its options parsed. Returns the exit code."""
     _check_out(options.out, options.inputs)
     path = forward.checkpoint_path(options.checkpoint)
-    total = inputs.count(options.inputs, options.prompt)
+    given = inputs.Inputs(options.inputs, options.prompt)
+    total = len(given)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
+    compilation_cache.configure(options.compilation_cache)
     # Before there are files: a model that doesn't load leaves none.
     predictor = RahfPredictor.from_checkpoint(
         path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     arguments = {
         "checkpoint": path,
         "inputs": [os.path.abspath(place) for place in options.inputs],
-        "names_and_files": inputs.fingerprint(options.inputs),
+        "names_and_files": given.fingerprint(),
         "records": total,
         "prompt": options.prompt,
         "shard": f"{options.shard[0]}/{options.shard[1]}",
@@ -55,18 +57,22 @@ def run(options: argparse.Namespace) -> int:
         options.out, arguments, first, options.heatmaps, options.overlay, options.report
     ) as files:
         if files.progress.position < last:
-            _score_rest(predictor, options, files, first, last)
+            _score_rest(predictor, given, options, files, range(first, last))
         files.finish("Rich feedback")
         return _summary(options, files)
 
 
 def _score_rest(
-    predictor: RahfPredictor, options: argparse.Namespace, files: PredictionFiles, first: int, last: int
+    predictor: RahfPredictor,
+    given: inputs.Inputs,
+    options: argparse.Namespace,
+    files: PredictionFiles,
+    shard: range,
 ) -> None:
     begin = files.progress.position
-    records = pipeline.numbered(options.inputs, options.prompt, begin, last)
+    records = pipeline.numbered(given, begin, shard.stop)
     shown = {"desc": "scoring", "unit": " images", "mininterval": 1, "smoothing": 0.05}
-    with tqdm.tqdm(total=last - first, initial=begin - first, **shown) as bar:
+    with tqdm.tqdm(total=len(shard), initial=begin - shard.start, **shown) as bar:
         pipeline.score(predictor, records, files, bar, options.threads)
 
 
@@ -143,6 +149,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=pipeline.default_threads(),
         metavar="N",
         help="that read, decode and write; default %(default)s",
+    )
+    add(
+        *("--no-compilation-cache",),
+        dest="compilation_cache",
+        action="store_false",
+        help="compile anew, and keep nothing; by default, compiled programs are kept in"
+        " ~/.cache/richhf_jax/compiled (in $XDG_CACHE_HOME, if that is set; or in $JAX_COMPILATION_CACHE_DIR"
+        " itself)",
     )
     return parser.parse_args(arguments)
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -33,10 +33,10 @@ class Numbered:
     again: bool
 
 
-def numbered(paths: Sequence[str], prompt: str | None, first: int, last: int) -> Iterator[Numbered]:
+def numbered(records: Iterable[inputs.Record], first: int, last: int) -> Iterator[Numbered]:
     """The records from position `first` to before `last`; those before are looked at for their ids alone."""
     ids: set[str] = set()
-    for position, record in enumerate(itertools.islice(inputs.records(paths, prompt), last)):
+    for position, record in enumerate(itertools.islice(records, last)):
         again = record.id in ids
         ids.add(record.id)
         if position >= first:

@@ -50,24 +50,20 @@ def loaded(record):
 
 
 def read(*paths, prompt=None):
-    """id -> what is loaded, in order. The second time, and count(), tell the same."""
-    paths = [str(path) for path in paths]
-    records = list(inputs.records(paths, prompt))
+    """id -> what is loaded, in order. The second time, and len(), tell the same."""
+    given = inputs.Inputs([str(path) for path in paths], prompt)
+    records = list(given)
     found = {record.id: loaded(record) for record in records}
     assert len(found) == len(records)
-    assert [record.id for record in inputs.records(paths, prompt)] == list(found)
-    assert inputs.count(paths, prompt) == len(found)
+    assert [record.id for record in given] == list(found)
+    assert len(given) == len(found)
     for name in found:
         name.encode()
     return found
 
 
 def user_error(*paths, prompt=None):
-    """The message for the user, which records() gives before the first record, and count() too."""
-    paths = [str(path) for path in paths]
+    """The message for the user, before there is a record."""
     with pytest.raises(errors.UserError) as caught:
-        next(inputs.records(paths, prompt))
-    with pytest.raises(errors.UserError) as counted:
-        inputs.count(paths, prompt)
-    assert str(counted.value) == str(caught.value)
+        inputs.Inputs([str(path) for path in paths], prompt)
     return str(caught.value)

@@ -62,7 +62,7 @@ def test_halves_in_a_tar(tmp_path):
 
 def test_a_key_that_comes_twice_in_a_tar(tmp_path):
     write_tar(tmp_path / "t.tar", [("a.jpg", b"A"), ("a.png", b"P"), ("a.txt", b"a")])
-    records = list(inputs.records([str(tmp_path / "t.tar")]))
+    records = list(inputs.Inputs([str(tmp_path / "t.tar")]))
     assert [(record.id, loaded(record)) for record in records] == [
         ("a", f"{tmp_path}/t.tar, a: both .jpg and .png are there"),
         ("a", (b"A", "a")),
@@ -132,7 +132,7 @@ def test_a_tar_holds_no_more_than_the_halves(tmp_path):
     )
     tracemalloc.start()
     try:
-        assert sum(1 for _ in inputs.records([str(path)])) == len(numbers)
+        assert sum(1 for _ in inputs.Inputs([str(path)])) == len(numbers)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

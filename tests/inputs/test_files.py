@@ -94,7 +94,7 @@ def test_a_large_folder_costs_little(tmp_path):
         (tmp_path / f"{number:07}.jpg").touch()
     tracemalloc.start()
     try:
-        found = sum(1 for _ in inputs.records([str(tmp_path)], "p"))
+        found = sum(1 for _ in inputs.Inputs([str(tmp_path)], "p"))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -1,6 +1,7 @@
-"""What `records` and `count` do with all kinds of inputs."""
+"""All kinds of inputs together: which are refused, and how often each is read."""
 
 import gzip
+import os
 import tarfile
 from concurrent import futures
 
@@ -25,8 +26,9 @@ def test_records_read_nothing(tmp_path, monkeypatch):
     for module in (files, tables):
         monkeypatch.setattr(module, "read_bytes", None)
     paths = [str(tmp_path), str(tmp_path / "t.jsonl")]
-    assert [record.id for record in inputs.records(paths)] == ["a.jpg", "b.jpg", "a.jpg"]
-    assert inputs.count(paths) == 3
+    given = inputs.Inputs(paths)
+    assert [record.id for record in given] == ["a.jpg", "b.jpg", "a.jpg"]
+    assert len(given) == 3
 
 
 def test_inputs_that_are_none(tmp_path):
@@ -54,6 +56,26 @@ def test_an_input_without_permission(tmp_path, monkeypatch):
     assert user_error(tmp_path / "a.csv") == f"{tmp_path}/a.csv: Permission denied"
 
 
+def test_a_fingerprint_is_the_same_in_every_version(tmp_path):
+    """Else a run that an older version began can't be continued."""
+    write(tmp_path, {"in/b.jpg": b"A", "in/sub/a.png": b"B", "t.csv": "image,prompt\n in/b.jpg,p\n"})
+    os.utime(tmp_path / "t.csv", ns=(0, 1_700_000_000_123_456_789))
+    folder, table = str(tmp_path / "in"), str(tmp_path / "t.csv")
+    assert inputs.Inputs([folder], "p").fingerprint() == "2db128bc7f00a30e"
+    assert inputs.Inputs([folder, table]).fingerprint() == "f732ff5ad2e2beb4"
+    (tmp_path / "in/b.jpg").rename(tmp_path / "in/c.jpg")
+    assert inputs.Inputs([folder, table]).fingerprint() != "f732ff5ad2e2beb4"
+
+
+def test_a_folder_that_changes_is_read_as_it_was_listed(tmp_path):
+    write(tmp_path, {"a.jpg": b"A", "c.jpg": b"C"})
+    given = inputs.Inputs([str(tmp_path)], "p")
+    fingerprint = given.fingerprint()
+    write(tmp_path, {"b.jpg": b"B"})
+    assert [record.id for record in given] == ["a.jpg", "c.jpg"]
+    assert (len(given), given.fingerprint()) == (2, fingerprint)
+
+
 def test_several_inputs_in_order(tmp_path):
     write(tmp_path, {"b.jpg": b"B", "in/a.jpg": b"A", "in/c.jpg": b"C"})
     assert list(read(tmp_path / "in", tmp_path / "b.jpg", prompt="p")) == ["a.jpg", "c.jpg", "b.jpg"]
@@ -65,6 +87,6 @@ def test_records_load_in_many_threads(tmp_path):
     write_tar(tmp_path / "t.tar", members)
     expected = [(image, f"p{row}") for row, image in enumerate(images)]
     expected += [(f"{n} jpg".encode(), f"{n} txt") for n in range(400)]
-    records = list(inputs.records([str(tmp_path / "t.parquet"), str(tmp_path / "t.tar")]))
+    records = list(inputs.Inputs([str(tmp_path / "t.parquet"), str(tmp_path / "t.tar")]))
     with futures.ThreadPoolExecutor(16) as threads:
         assert list(threads.map(lambda record: record.load(), records)) == expected

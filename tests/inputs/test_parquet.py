@@ -103,7 +103,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
 
 def test_parquet_rows_in_any_order(tmp_path):
     images = numbered(tmp_path / "t.parquet", rows=300, row_group_size=130)
-    records = list(inputs.records([str(tmp_path / "t.parquet")]))
+    records = list(inputs.Inputs([str(tmp_path / "t.parquet")]))
     order = list(range(300))
     random.Random(0).shuffle(order)
     for row in [*order, *reversed(range(300)), 299, 0, 129, 130]:
@@ -127,7 +127,7 @@ def reads(monkeypatch):
 
 def test_parquet_images_are_read_once_and_forwards(tmp_path, reads):
     images = numbered(tmp_path / "t.parquet", rows=300, row_group_size=100)
-    records = list(inputs.records([str(tmp_path / "t.parquet")]))
+    records = list(inputs.Inputs([str(tmp_path / "t.parquet")]))
     assert sum(rows for columns, _, rows in reads if "image" in columns) == 0
     near = [row ^ 7 for row in range(200, 296)]  # As threads may come: up to seven rows out of order.
     assert [records[row].load()[0] for row in near] == [images[row] for row in near]
@@ -150,7 +150,7 @@ def test_a_thread_that_is_kept_waiting_costs_no_second_read(tmp_path, reads, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(parquet.threading, "Lock", UnfairLock)
-        records = list(inputs.records([str(tmp_path / "t.parquet")]))
+        records = list(inputs.Inputs([str(tmp_path / "t.parquet")]))
     with futures.ThreadPoolExecutor(1) as threads:
         late = threads.submit(records[3].load)
         assert arrived.wait(60)
@@ -164,7 +164,7 @@ def test_a_thread_that_is_kept_waiting_costs_no_second_read(tmp_path, reads, mon
 def test_parquet_counts_by_its_footer_alone(tmp_path, monkeypatch):
     numbered(tmp_path / "t.parquet", rows=300, row_group_size=100)
     monkeypatch.setattr(parquet, "_batches", None)
-    assert inputs.count([str(tmp_path / "t.parquet")]) == 300
+    assert len(inputs.Inputs([str(tmp_path / "t.parquet")])) == 300
 
 
 def test_a_broken_row_group_loses_no_other(tmp_path):
@@ -205,11 +205,10 @@ def test_without_pyarrow_only_parquet_is_missing(tmp_path):
         "import sys; sys.modules['pyarrow'] = None\n"
         "from richhf_jax import errors, inputs\n"
         "assert not {'tensorflow', 'jax', 'numpy', 'gin'} & set(sys.modules)\n"
-        "assert next(inputs.records(['a.jpg'], 'p')).load() == (b'A', 'p')\n"
-        "for call in (inputs.count, lambda paths: next(inputs.records(paths))):\n"
-        "    try: call(['t.parquet'])\n"
-        "    except errors.UserError as error: assert 'pip install pyarrow' in str(error)\n"
-        "    else: raise AssertionError\n"
+        "assert next(iter(inputs.Inputs(['a.jpg'], 'p'))).load() == (b'A', 'p')\n"
+        "try: inputs.Inputs(['t.parquet'])\n"
+        "except errors.UserError as error: assert 'pip install pyarrow' in str(error)\n"
+        "else: raise AssertionError\n"
     )
     root = pathlib.Path(inputs.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}

@@ -71,7 +71,7 @@ def test_a_quote_that_is_never_closed_costs_no_more_than_its_row(tmp_path, monke
     rows = "a.jpg,p\n" * 50_000
     write(tmp_path, {"t.csv": f'image,prompt\na.jpg,"p\n{rows}'})
     try:
-        found = [record.id for record in inputs.records([str(tmp_path / "t.csv")])]
+        found = [record.id for record in inputs.Inputs([str(tmp_path / "t.csv")])]
     finally:
         csv.field_size_limit(before)
     assert found[0] == "t.csv:2"

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from tests.pages.test_gallery import Page, item, page_of_items, policy, record, urls
 
 from richhf_jax import feedback
 from richhf_jax.pages import gallery, report
+from tests.pages.test_gallery import Page, item, page_of_items, policy, record, urls
 
 ROWS = [
     report.Row("model", {"score/plcc/overall": 0.91234, "keywords/precision": 0.5, "keywords/f1": 0.25}),

@@ -1,5 +1,6 @@
 """The command: right predictions in order, named errors, and the same bytes whenever it was killed."""
 
+import collections
 import io
 import json
 import os
@@ -248,6 +249,29 @@ def test_one_image_with_its_prompt(score, table, tmp_path):
     ]  # fmt: skip
     assert (line["id"], line["prompt"], line["image_size"]) == ("1.png", "a red cat", [16, 12])
     assert [token["text"] for token in line["tokens"]] == ["a", "red", "cat"]
+
+
+def test_each_folder_is_listed_once_and_each_table_read_twice(score, table, tmp_path, monkeypatch):
+    folder = table.parent
+    (folder / "inner").mkdir()
+    (folder / "0.png").rename(folder / "inner/0.png")
+    listed, opened = collections.Counter(), collections.Counter()
+    scandir = os.scandir
+
+    def counted_scandir(path="."):
+        listed[os.path.normpath(path)] += 1
+        return scandir(path)
+
+    def counted_open(path, *options, **more):
+        opened[path] += 1
+        return open(path, *options, **more)
+
+    monkeypatch.setattr(os, "scandir", counted_scandir)
+    monkeypatch.setattr("richhf_jax.inputs.tables.open", counted_open, raising=False)
+    assert score(folder, "--prompt=a cat")[0] == 0
+    assert score(table, out=tmp_path / "again")[0] == predict.SOME_FAILED
+    assert [listed[str(path)] for path in (folder, folder / "inner")] == [1, 1]
+    assert opened == {str(table): 2}  # To count the rows, and to give them.
 
 
 def test_a_duplicate_id_and_ids_that_are_no_file_names(score, table, tmp_path):
