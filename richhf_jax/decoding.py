@@ -12,6 +12,9 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int, Int32, PRNGKeyArray, Real
+
+from richhf_jax.shapes import Array
 
 PAD_ID = 0
 # Below every score, yet finite, so that sums and ratios of it are no NaN.
@@ -27,25 +30,25 @@ class DecodingState:
       cache: the decoder's key-value cache.
     """
 
-    cur_token: jax.Array
+    cur_token: Int32[Array, "sequences 1"]
     cache: Any
 
 
-TokensToLogits = Callable[[DecodingState], tuple[jax.Array, Any]]
+TokensToLogits = Callable[[DecodingState], tuple[Array, Any]]
 
 
 def temperature_sample(
-    inputs: jax.Array,
+    inputs: Int[Array, "batch length"],
     cache: Any,
     tokens_to_logits: TokensToLogits,
     eos_id: int = 1,
-    decode_rng: jax.Array | None = None,
+    decode_rng: PRNGKeyArray | None = None,
     num_decodes: int = 1,
     temperature: float = 1.0,
     topk: int = 1,
     topp: float = 0.0,
     cache_offset: int = 0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int32[Array, "batch {num_decodes} length"], Float32[Array, "batch {num_decodes}"]]:
     """Draws each token from the model's distribution; with the default `topk`, takes the most probable one.
 
     Args:
@@ -109,7 +112,7 @@ def temperature_sample(
     return tokens, jnp.take_along_axis(log_probs, order, axis=-1)
 
 
-def _most_probable(logits: jax.Array, topk: int) -> jax.Array:
+def _most_probable(logits: Array, topk: int) -> Array:
     """[batch, vocab] with all but the `topk` highest at `NEG_INF`; 0 keeps all."""
     if not topk:
         return logits
@@ -117,7 +120,7 @@ def _most_probable(logits: jax.Array, topk: int) -> jax.Array:
     return jnp.where(logits < lowest, NEG_INF, logits)
 
 
-def _nucleus(logits: jax.Array, topp: float) -> jax.Array:
+def _nucleus(logits: Array, topp: float) -> Array:
     """[batch, vocab] with `NEG_INF` but for the fewest highest of probability `topp`; 0 keeps all."""
     if not topp:
         return logits
@@ -129,7 +132,7 @@ def _nucleus(logits: jax.Array, topp: float) -> jax.Array:
     return jnp.where(logits < lowest, NEG_INF, logits)
 
 
-def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
+def brevity_penalty(alpha: float, length: Real[Array, "*shape"] | int) -> Float32[Array, "*shape"]:
     """By what a sequence's log-probability is divided: ((5 + length) / 6) ** alpha, as in T5X.
 
     Wu et al., "Google's Neural Machine Translation System", https://arxiv.org/abs/1609.08144, equation 14.
@@ -137,7 +140,7 @@ def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
     return jnp.power((5.0 + length) / 6.0, alpha)
 
 
-def length_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
+def length_penalty(alpha: float, length: Real[Array, "*shape"] | int) -> Float32[Array, "*shape"]:
     """The same in transformers, whose `length_penalty` is our alpha: length ** alpha."""
     return jnp.power(1.0 * length, alpha)
 
@@ -152,26 +155,26 @@ class _Beams:
         brevity penalty (finished); `NEG_INF` where there is none yet.
     """
 
-    tokens: jax.Array
-    scores: jax.Array
+    tokens: Int32[Array, "batch beams length"]
+    scores: Float32[Array, "batch beams"]
 
-    def best(self, count: int) -> tuple["_Beams", jax.Array]:
+    def best(self, count: int) -> tuple["_Beams", Array]:
         """The `count` beams of the highest scores, and which they were: [batch, count]."""
         scores, beams = jax.lax.top_k(self.scores, count)
         return _Beams(jnp.take_along_axis(self.tokens, beams[..., None], axis=1), scores), beams
 
 
 def beam_search(
-    inputs: jax.Array,
+    inputs: Int[Array, "batch length"],
     cache: Any,
     tokens_to_logits: TokensToLogits,
     eos_id: int = 1,
-    decode_rng: jax.Array | None = None,
+    decode_rng: PRNGKeyArray | None = None,
     num_decodes: int = 4,
     alpha: float = 0.6,
-    penalty_fn: Callable[[float, jax.Array | int], jax.Array] = brevity_penalty,
+    penalty_fn: Callable[[float, Array | int], Array] = brevity_penalty,
     cache_offset: int = 0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int32[Array, "batch {num_decodes} length"], Float32[Array, "batch {num_decodes}"]]:
     """Keeps the `num_decodes` most probable beginnings of a sequence at every step.
 
     A sequence that ends, or is cut, competes with the finished ones by its log-probability over the penalty
@@ -234,12 +237,17 @@ def beam_search(
 
 
 def constrained_decode(
-    inputs: jax.Array,
+    inputs: Int[Array, "batch length"],
     cache: Any,
     tokens_to_logits: TokensToLogits,
-    text: jax.Array,
+    text: Int[Array, "batch 2 positions"],
     threshold: float = 0.5,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[
+    Int32[Array, "batch length"],
+    Float32[Array, " batch"],
+    Float32[Array, "batch positions"],
+    Bool[Array, "batch positions"],
+]:
     """Copies a given text and decides only which of its optional stretches to write.
 
     Of the text "a_0 cat_0", where each "_0" is optional, and the decisions to leave out the first
@@ -306,8 +314,11 @@ def constrained_decode(
 
 
 def optional_suffixes(
-    pieces: jax.Array, words: jax.Array, suffix: jax.Array, eos_id: int = 1
-) -> tuple[jax.Array, jax.Array]:
+    pieces: Int[Array, "batch length"],
+    words: Int[Array, "batch length"],
+    suffix: Int[Array, "batch suffix_pieces"],
+    eos_id: int = 1,
+) -> tuple[Int32[Array, "batch 2 length*(1+suffix_pieces)"], Int32[Array, "batch length"]]:
     """Words in pieces -> the text in which each word may have a suffix, for `constrained_decode`.
 
     Of the words "a yellow" with two pieces for "yellow", and a suffix "_0" of one piece
@@ -349,7 +360,7 @@ def optional_suffixes(
     return jnp.stack([text, skip_to], axis=1), decided_at
 
 
-def _at(table: jax.Array, columns: jax.Array) -> jax.Array:
+def _at(table: Array, columns: Array) -> Array:
     """One element of each row: [batch, n], int [batch] -> [batch]."""
     return jnp.take_along_axis(table, columns[:, None], axis=-1)[:, 0]
 
@@ -359,13 +370,13 @@ def cache_expand(cache: Any, num_decodes: int, cache_offset: int = 0) -> Any:
     return _map_cache(lambda leaf: jnp.repeat(leaf, num_decodes, axis=cache_offset), cache, cache_offset)
 
 
-def _gather_beams(cache: Any, parents: jax.Array, cache_offset: int) -> Any:
+def _gather_beams(cache: Any, parents: Array, cache_offset: int) -> Any:
     """The cache of each new beam's parent; `parents` is int32 [batch, beams]."""
     batch, beams = parents.shape
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
     return _map_cache(lambda leaf: jnp.take(leaf, rows, axis=cache_offset), cache, cache_offset)
 
 
-def _map_cache(fn: Callable[[jax.Array], jax.Array], cache: Any, cache_offset: int) -> Any:
+def _map_cache(fn: Callable[[Array], Array], cache: Any, cache_offset: int) -> Any:
     """`fn` of every array that has a batch axis; a cache's index has none."""
     return jax.tree.map(lambda leaf: fn(leaf) if leaf.ndim > cache_offset else leaf, cache)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int32
 
 from richhf_jax import errors, feedback
 
@@ -26,9 +27,9 @@ class KeywordPieces(NamedTuple):
         writes it as nothing, or there is no room for it.
     """
 
-    pieces: np.ndarray
-    words: np.ndarray
-    numbers: np.ndarray
+    pieces: Int32[np.ndarray, " length"]
+    words: Int32[np.ndarray, " length"]
+    numbers: Int32[np.ndarray, " tokens"]
 
 
 def keyword_pieces(prompt: str, encode: Encode, length: int) -> KeywordPieces:
@@ -65,7 +66,7 @@ def keyword_pieces(prompt: str, encode: Encode, length: int) -> KeywordPieces:
 
 def features(
     prompts: Sequence[KeywordPieces], rows: int, length: int, suffix: Sequence[int]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Int32[np.ndarray, "{rows} ..."]]:
     """Prompts -> the features of a batch that make `models.RahfModel` decode by constraint.
 
     Args:
@@ -88,7 +89,10 @@ def features(
 
 
 def tokens(
-    prompt: str, numbers: np.ndarray, probability: np.ndarray, misaligned: np.ndarray
+    prompt: str,
+    numbers: Int32[np.ndarray, " tokens"],
+    probability: Float[np.ndarray, " length"],
+    misaligned: Bool[np.ndarray, " length"],
 ) -> tuple[feedback.Token, ...]:
     """What the decoder decided -> the prompt's tokens, each with its label.
 

@@ -4,6 +4,9 @@ import flax
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
+from jaxtyping import Float, Float32, Int, Real, ScalarLike
+
+from richhf_jax.shapes import Array
 
 
 @flax.struct.dataclass
@@ -17,21 +20,21 @@ class WeightedMean(clu_metrics.Metric):
       weight: sum of weights, float32 scalar.
     """
 
-    total: jax.Array
-    weight: jax.Array
+    total: Float[Array, ""] | float
+    weight: Float[Array, ""] | float
 
     def merge(self, other: "WeightedMean") -> "WeightedMean":
         return WeightedMean(self.total + other.total, self.weight + other.weight)
 
-    def compute(self) -> jax.Array:
+    def compute(self) -> Float[Array, ""] | float:
         """The mean; NaN where nothing was weighed."""
         return self.total / self.weight
 
 
 @jax.custom_vjp
 def cross_entropy_with_logits(
-    logits: jax.Array, targets: jax.Array, z_loss: float
-) -> tuple[jax.Array, jax.Array]:
+    logits: Float[Array, "*positions vocab"], targets: Float[Array, "*positions vocab"], z_loss: ScalarLike
+) -> tuple[Float[Array, "*positions"], Float[Array, "*positions"]]:
     """Cross entropy and T5X's auxiliary z-loss, z_loss * log(Z)^2, with a stable gradient.
 
     The z-loss keeps the logits from drifting away from 0, where bfloat16 rounds coarsely.
@@ -70,13 +73,13 @@ cross_entropy_with_logits.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def compute_weighted_cross_entropy(
-    logits: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array | None = None,
+    logits: Float[Array, "*positions vocab"],
+    targets: Int[Array, "*positions"],
+    weights: Real[Array, "*positions"] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    loss_normalizing_factor: jax.Array | float | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    loss_normalizing_factor: ScalarLike | None = None,
+) -> tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, ""]]:
     """Summed teacher-forced cross entropy, as T5X's function of this name.
 
     Args:
@@ -111,8 +114,11 @@ def compute_weighted_cross_entropy(
 
 
 def weighted_squared_error(
-    predictions: jax.Array, targets: jax.Array, weights: jax.Array, image_box: jax.Array | None = None
-) -> jax.Array:
+    predictions: Float[Array, "batch slots *pixels"],
+    targets: Float[Array, "batch slots *pixels"],
+    weights: Float[Array, "batch slots"],
+    image_box: Int[Array, "batch 4"] | None = None,
+) -> Float32[Array, ""]:
     """Mean squared error of each example, weighed and summed.
 
     Args:

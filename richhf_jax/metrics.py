@@ -15,9 +15,10 @@ No metric is ever NaN. What a formula leaves open is decided here once:
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool, Real
 from scipy import ndimage, stats
 
 from richhf_jax import feedback
@@ -26,32 +27,37 @@ from richhf_jax.feedback import RichFeedback
 # The regulariser of KLD in the reference code of the MIT/Tuebingen saliency benchmark (MATLAB's eps).
 KLD_EPSILON = 2.2204e-16
 
+Scores = Sequence[float] | Real[np.ndarray, " examples"]
+Heatmap = Real[np.ndarray, "height width"]
 
+
+@runtime_checkable
 class ObjectTruth(Protocol):
     """An object of a synthetic scene: its pixels (bool [height, width]), whether it belies the prompt."""
 
-    mask: np.ndarray
+    mask: Bool[np.ndarray, "height width"]
     misaligned: bool
 
 
+@runtime_checkable
 class SceneTruth(Protocol):
     """What is really in a synthetic scene, known from its construction. Regions are bool [height, width]."""
 
     objects: Sequence[ObjectTruth]
-    artifact_region: np.ndarray
-    misaligned_region: np.ndarray
-    object_mask: np.ndarray
+    artifact_region: Bool[np.ndarray, "height width"]
+    misaligned_region: Bool[np.ndarray, "height width"]
+    object_mask: Bool[np.ndarray, "height width"]
 
 
 # Scores: two equally long lists of floats.
 
 
-def plcc(targets: Sequence[float], predictions: Sequence[float]) -> float:
+def plcc(targets: Scores, predictions: Scores) -> float:
     """Pearson's linear correlation in [-1, 1]; 0 where either list is constant (or a single value)."""
     return _correlation(np.asarray(targets, np.float64), np.asarray(predictions, np.float64))
 
 
-def srcc(targets: Sequence[float], predictions: Sequence[float]) -> float:
+def srcc(targets: Scores, predictions: Scores) -> float:
     """Spearman's rank correlation in [-1, 1]: PLCC of the ranks; tied values share their mean rank."""
     return _correlation(stats.rankdata(targets), stats.rankdata(predictions))
 
@@ -64,23 +70,23 @@ def mse(targets: Any, predictions: Any) -> float:
 # Heatmaps: two maps [height, width] of non-negative floats; target > 0 somewhere.
 
 
-def cc(target: np.ndarray, prediction: np.ndarray) -> float:
+def cc(target: Heatmap, prediction: Heatmap) -> float:
     """Correlation coefficient of two maps in [-1, 1]; 0 where either is constant."""
     return _correlation(np.asarray(target, np.float64).ravel(), np.asarray(prediction, np.float64).ravel())
 
 
-def kld(target: np.ndarray, prediction: np.ndarray) -> float:
+def kld(target: Heatmap, prediction: Heatmap) -> float:
     """Kullback-Leibler divergence of the target's distribution from the prediction's, in nats; 0 is best."""
     target, prediction = _distribution(target), _distribution(prediction)
     return float(np.sum(target * np.log(KLD_EPSILON + target / (KLD_EPSILON + prediction))))
 
 
-def sim(target: np.ndarray, prediction: np.ndarray) -> float:
+def sim(target: Heatmap, prediction: Heatmap) -> float:
     """Similarity: the histogram intersection of the two maps' distributions, in [0, 1]."""
     return float(np.sum(np.minimum(_distribution(target), _distribution(prediction))))
 
 
-def nss(target: np.ndarray, prediction: np.ndarray) -> float:
+def nss(target: Heatmap, prediction: Heatmap) -> float:
     """Normalised scanpath saliency: the standardised prediction's mean over the fixated pixels.
 
     In units of the prediction's standard deviation; 0 for a constant prediction.
@@ -91,7 +97,7 @@ def nss(target: np.ndarray, prediction: np.ndarray) -> float:
     return float((np.mean(prediction[target > 0]) - np.mean(prediction)) / np.std(prediction))
 
 
-def auc_judd(target: np.ndarray, prediction: np.ndarray) -> float:
+def auc_judd(target: Heatmap, prediction: Heatmap) -> float:
     """Area under the ROC curve of telling fixated from other pixels, thresholds at the fixated values.
 
     The curve runs from (0, 0) over one point per distinct predicted value of a fixated pixel to (1, 1),

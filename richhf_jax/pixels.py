@@ -4,11 +4,14 @@ Equal, to the pixel, to what `augmentation.show` makes of a picture in training 
 """
 
 import numpy as np
+from jaxtyping import Int, Int32, UInt8
 
 FITS = ("resize", "letterbox")
 
 
-def square(image: np.ndarray, side: int, fit: str) -> tuple[np.ndarray, np.ndarray]:
+def square(
+    image: UInt8[np.ndarray, "height width 3"], side: int, fit: str
+) -> tuple[UInt8[np.ndarray, "{side} {side} 3"], Int32[np.ndarray, " 4"]]:
     """Brings a picture to the model's square.
 
     Args:
@@ -22,14 +25,14 @@ def square(image: np.ndarray, side: int, fit: str) -> tuple[np.ndarray, np.ndarr
     """
     size = np.array(image.shape[:2])
     box = np.array([0, 0, side, side], np.int32) if fit == "resize" else letterbox(size, side)
-    top, left, bottom, right = box
+    top, left, bottom, right = box.tolist()
     shown = resample(image, (bottom - top, right - left))
     if fit == "resize":
         return shown, box
     return np.pad(shown, ((top, side - bottom), (left, side - right), (0, 0))), box
 
 
-def letterbox(size: np.ndarray, side: int) -> np.ndarray:
+def letterbox(size: Int[np.ndarray, " 2"], side: int) -> Int32[np.ndarray, " 4"]:
     """A picture's height and width -> int32 [4], its box in the middle of the square, with its aspect.
 
     >>> letterbox(np.array([100, 200]), 64).tolist()
@@ -40,7 +43,9 @@ def letterbox(size: np.ndarray, side: int) -> np.ndarray:
     return np.concatenate([starts, starts + sizes])
 
 
-def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resample(
+    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} channels"]:
     """uint8 [height, width, channels] -> [*size, channels]: linear; averages where it shrinks.
 
     The arithmetic of TensorFlow's `ScaleAndTranslate` with a triangle kernel, in its order and in float32:

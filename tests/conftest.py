@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 
+import jaxtyping
 import numpy as np
 import pytest
 from absl import logging
@@ -17,6 +18,20 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# Every call of these modules' functions is checked against its annotations, shapes included. Here and not by
+# pytest's --jaxtyping-packages: the workers of pytest-xdist would not see it. An int may stand for a float.
+CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords")
+jaxtyping.install_import_hook(
+    [f"richhf_jax.{name}" for name in CHECKED],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
+    """Lets a test see what a function itself says of shapes that don't fit."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

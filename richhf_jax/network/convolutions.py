@@ -11,25 +11,34 @@ cycles.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def cut(x: Array, strips: int) -> Array:
+def cut(
+    x: Float[Array, "batch height width channels"], strips: int
+) -> Float[Array, "batch*{strips} height//{strips} width channels"]:
     """[batch, height, width, channels] -> strips of its rows; `strips` must divide the height."""
     batch, height, *rest = x.shape
     return x.reshape(batch * strips, height // strips, *rest)
 
 
-def join(x: Array, strips: int) -> Array:
+def join(
+    x: Float[Array, "rows height width channels"], strips: int
+) -> Float[Array, "rows//{strips} height*{strips} width channels"]:
     """The reverse of `cut`; also of strips that a deconvolution has enlarged."""
     rows, height, *rest = x.shape
     return x.reshape(rows // strips, height * strips, *rest)
 
 
-def conv(x: Array, kernel: Array, strips: int = 1) -> Array:
+def conv(
+    x: Float[Array, "rows height width channels"],
+    kernel: Float[Array, "side side channels filters"],
+    strips: int = 1,
+) -> Float[Array, "rows height width filters"]:
     """A convolution of stride 1 with zeros beyond the borders: the map keeps its size.
 
     Args:
@@ -44,7 +53,12 @@ def conv(x: Array, kernel: Array, strips: int = 1) -> Array:
     return _convolve_strips(x, kernel, ((side - 1) // 2, side // 2), 1, strips)
 
 
-def deconv(x: Array, kernel: Array, padding: str = "SAME", strips: int = 1) -> Array:
+def deconv(
+    x: Float[Array, "rows height width channels"],
+    kernel: Float[Array, "3 3 channels filters"],
+    padding: str = "SAME",
+    strips: int = 1,
+) -> Float[Array, "rows 2*height 2*width filters"]:
     """A stride-2 transposed convolution with a 3x3 kernel; doubles height and width.
 
     In one dimension, with taps k0 k1 k2, and 0 beyond the borders:
@@ -80,7 +94,11 @@ def deconv(x: Array, kernel: Array, padding: str = "SAME", strips: int = 1) -> A
     )
 
 
-def subpixel_deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
+def subpixel_deconv(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "3 3 channels filters"],
+    padding: str = "SAME",
+) -> Float[Array, "batch 2*height 2*width filters"]:
     """`deconv` without products with zeros.
 
     Each of the four parities of output rows and columns is a convolution of the input with its own 4, 2, 2 or

@@ -16,10 +16,10 @@ from flax import linen as nn
 from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Float32
 
 from richhf_jax.network import convolutions, layers
-
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 # ('conv' | 'deconv', filters, kernel side), or with what follows it; or ('residual', layers, what follows).
 Layer = tuple
@@ -82,7 +82,9 @@ class Conv(nn.Module):
     kernel_axes: tuple[str | None, ...] = ("height", "width", "embed", "mlp")
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch _ _ {self.filters}"]:
         """[batch, height, width, channels] -> [batch, height, width, filters], or twice the height and width.
 
         Raises:
@@ -201,7 +203,9 @@ class Layers(nn.Module):
     strips: int = 1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
         """[batch, height, width, channels] -> the same shape."""
         return _apply_layers(self, self.layers, self.style, x, self.strips)[0]
 
@@ -243,7 +247,9 @@ class HeatmapHead(nn.Module):
     output_bias_init: float = 0.0
 
     @nn.compact
-    def __call__(self, features: Array) -> Array:
+    def __call__(
+        self, features: Float[Array, "batch rows columns embed"]
+    ) -> Float32[Array, "batch height width"]:
         """Feature map [batch, height, width, embed] -> heatmap [batch, H, W], float32 in [0, 1].
 
         H and W are height and width times 2 for each 'deconv', the output layer included.
@@ -286,7 +292,7 @@ class ScoreHead(nn.Module):
     style: Style = Style()
 
     @nn.compact
-    def __call__(self, features: Array) -> Array:
+    def __call__(self, features: Float[Array, "batch rows columns embed"]) -> Float32[Array, " batch"]:
         """Feature map [batch, height, width, embed] -> score [batch], float32 in [0, 1]."""
         conv_layers = [("conv", *layer) for layer in self.conv_layers]
         x = convolutions.join(*_apply_layers(self, conv_layers, self.style, features))

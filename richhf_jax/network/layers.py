@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+from jaxtyping import Float, Int, Int32, PRNGKeyArray, Real, Shaped
 
-Array = jax.Array
+from richhf_jax.shapes import Array
+
 DType = Any
 Initializer = Callable[..., Array]
 Activation = str | Callable[[Array], Array]
@@ -43,7 +45,7 @@ def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
+def gathered(kernel: Float[Array, "*axes"], axes: tuple[str | None, ...]) -> Float[Array, "*axes"]:
     """A kernel whose "embed" axis, if the rules split it ("fully sharded"), is whole on every chip.
 
     Left to itself, XLA multiplies part by part while the parts go round ("windowed einsum"): for base
@@ -80,7 +82,7 @@ class DenseGeneral(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         features = _as_tuple(self.features)
         inputs = jnp.asarray(inputs, self.dtype)
         axis = tuple(a % inputs.ndim for a in _as_tuple(self.axis))
@@ -126,7 +128,7 @@ class Embed(nn.Module):
             "embedding", self.embedding_init, shape, jnp.float32, axes=("vocab", "embed")
         )
 
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Real[Array, "*ids"]) -> Float[Array, "*ids embed"]:
         """Integer ids [...] -> vectors [..., embed].
 
         Raises:
@@ -142,7 +144,7 @@ class Embed(nn.Module):
             return jnp.dot(jax.nn.one_hot(inputs, self.num_embeddings, dtype=self.dtype), table)
         return with_sharding_constraint(table[inputs], ("batch", "length", "embed"))
 
-    def attend(self, query: Array) -> Array:
+    def attend(self, query: Float[Array, "*rows embed"]) -> Float[Array, "*rows vocab"]:
         """Vectors [..., embed] -> their products with every embedding [..., vocab], for tied logits."""
         return jnp.dot(query, jnp.asarray(self.embedding, self.attend_dtype or self.dtype).T)
 
@@ -155,7 +157,7 @@ class LayerNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
         x = jnp.asarray(x, jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         x = jnp.asarray(x * jax.lax.rsqrt(mean_square + self.epsilon), self.dtype)
@@ -170,7 +172,7 @@ class CenteredLayerNorm(nn.Module):
     dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
         x = jnp.asarray(x, jnp.float32)
         features = x.shape[-1:]
         scale = param_with_axes("scale", nn.initializers.ones, features, jnp.float32, axes=("embed",))
@@ -201,7 +203,9 @@ class MlpBlock(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array, *, deterministic: bool = False) -> Array:
+    def __call__(
+        self, inputs: Float[Array, "batch length embed"], *, deterministic: bool = False
+    ) -> Float[Array, "batch length embed"]:
         """[batch, length, embed] -> the same shape."""
         dense = functools.partial(
             DenseGeneral, dtype=self.dtype, kernel_init=self.kernel_init, use_bias=self.use_bias
@@ -249,8 +253,12 @@ class RelativePositionBiases(nn.Module):
 
     @nn.compact
     def __call__(
-        self, qlen: int, klen: int, bidirectional: bool = True, positions: np.ndarray | None = None
-    ) -> Array:
+        self,
+        qlen: int,
+        klen: int,
+        bidirectional: bool = True,
+        positions: Int[np.ndarray, " length"] | None = None,
+    ) -> Float[Array, "1 heads {qlen} {klen}"]:
         """-> biases [1, heads, qlen, klen].
 
         Args:
@@ -276,8 +284,11 @@ class RelativePositionBiases(nn.Module):
 
 
 def relative_position_bucket(
-    relative_position: np.ndarray, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128
-) -> np.ndarray:
+    relative_position: Int[np.ndarray, "*pairs"],
+    bidirectional: bool = True,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> Int32[np.ndarray, "*pairs"]:
     """The bucket of each relative position (key's position - query's position), int32 of the same shape.
 
     When bidirectional, keys after the query use the upper half of the buckets; when not, they all fall in
@@ -303,16 +314,16 @@ def relative_position_bucket(
 
 
 def dot_product_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None = None,
-    dropout_rng: Array | None = None,
+    query: Float[Array, "batch q_length heads kv"],
+    key: Float[Array, "batch kv_length heads kv"],
+    value: Float[Array, "batch kv_length heads value_width"],
+    bias: Float[Array, "#batch #heads #q_length #kv_length"] | None = None,
+    dropout_rng: PRNGKeyArray | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: DType = jnp.float32,
     float32_logits: bool = False,
-) -> Array:
+) -> Float[Array, "batch q_length heads value_width"]:
     """softmax(query . key + bias) . value. The logits are not scaled here (T5's initialiser does it).
 
     Args:
@@ -373,15 +384,15 @@ class MultiHeadDotProductAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs_q: Array,
-        inputs_kv: Array,
-        mask: Array | None = None,
-        bias: Array | None = None,
+        inputs_q: Float[Array, "queries q_length embed"],
+        inputs_kv: Float[Array, "batch kv_length kv_embed"],
+        mask: Shaped[Array, "#batch #heads _ #kv_length"] | None = None,
+        bias: Float[Array, "#batch #heads _ _"] | None = None,
         *,
         decode: bool = False,
         keep_kv: bool = False,
         deterministic: bool = False,
-    ) -> Array:
+    ) -> Float[Array, "queries q_length embed"]:
         """Attention of `inputs_q` to `inputs_kv`.
 
         With `decode`, the first call (an `init`) takes inputs of the longest length and sets up an empty
@@ -494,18 +505,18 @@ class MultiHeadDotProductAttention(nn.Module):
         return key, value, combine_masks(mask, seen), bias
 
 
-def mask_to_bias(mask: Array, dtype: DType) -> Array:
+def mask_to_bias(mask: Shaped[Array, "*pairs"], dtype: DType) -> Float[Array, "*pairs"]:
     """A mask -> what is added to the logits: 0 where it is > 0, `MASKED_LOGIT` elsewhere."""
     return jnp.where(mask > 0, 0.0, MASKED_LOGIT).astype(dtype)
 
 
 def make_attention_mask(
-    query_input: Array,
-    key_input: Array,
+    query_input: Shaped[Array, "batch q_length"],
+    key_input: Shaped[Array, "batch kv_length"],
     pairwise_fn: Callable = jnp.multiply,
     extra_batch_dims: int = 0,
     dtype: DType = jnp.float32,
-) -> Array:
+) -> Shaped[Array, "*ones batch 1 q_length kv_length"]:
     """Which query may see which key: `pairwise_fn` of each pair.
 
     Example: two positions of text and one of padding, with `query_input` = `key_input` = [[1, 1, 0]]:
@@ -529,7 +540,9 @@ def make_attention_mask(
     return jnp.expand_dims(mask, tuple(range(extra_batch_dims))).astype(dtype)
 
 
-def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: DType = jnp.float32) -> Array:
+def make_causal_mask(
+    x: Shaped[Array, "batch length"], extra_batch_dims: int = 0, dtype: DType = jnp.float32
+) -> Shaped[Array, "*ones batch 1 length length"]:
     """Each position may see itself and those before it. Only the shape of `x` counts, not its values.
 
     Example: `x` of shape [1, 3]:
@@ -550,7 +563,9 @@ def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: DType = jnp.flo
     return make_attention_mask(positions, positions, jnp.greater_equal, extra_batch_dims, dtype)
 
 
-def combine_masks(*masks: Array | None, dtype: DType = jnp.float32) -> Array | None:
+def combine_masks(
+    *masks: Shaped[Array, "..."] | None, dtype: DType = jnp.float32
+) -> Shaped[Array, "..."] | None:
     """Masks -> 1 where all of them allow it. None stands for "all allowed"; None if all are None.
 
     Example: [[[[1, 1, 0]]]] and None and [[[[0, 1, 1]]]] give [[[[0, 1, 0]]]].
@@ -562,7 +577,7 @@ def combine_masks(*masks: Array | None, dtype: DType = jnp.float32) -> Array | N
     return functools.reduce(jnp.logical_and, masks).astype(dtype) if masks else None
 
 
-def combine_biases(*masks: Array | None) -> Array | None:
+def combine_biases(*masks: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
     """The sum of attention biases; None stands for zero. None if all are None.
 
     Example: [[[[0, -1e10]]]] and None and [[[[1, 2]]]] give [[[[1, -1e10 + 2]]]].
@@ -582,11 +597,11 @@ def _same_rank(arrays: Sequence[Array | None]) -> list[Array]:
 
 
 def make_decoder_mask(
-    decoder_target_tokens: Array,
+    decoder_target_tokens: Int[Array, "batch length"],
     dtype: DType,
-    decoder_causal_attention: Array | None = None,
-    decoder_segment_ids: Array | None = None,
-) -> Array:
+    decoder_causal_attention: Int[Array, "batch length"] | None = None,
+    decoder_segment_ids: Int[Array, "batch length"] | None = None,
+) -> Shaped[Array, "batch 1 length length"]:
     """The decoder's self-attention mask: causal, and neither from nor to padding (token 0).
 
     Example: the target "a cat_0" as tokens [[5, 7, 1, 0]] (1 ends it, 0 pads it):

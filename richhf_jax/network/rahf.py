@@ -11,9 +11,11 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from richhf_jax import feedback
 from richhf_jax.network import heads, layers, t5, vit
+from richhf_jax.shapes import Array
 
 
 @flax.struct.dataclass
@@ -52,8 +54,8 @@ class Encoded:
       class_tokens: 1 where a class token stands before the patches, else 0.
     """
 
-    tokens: jax.Array
-    valid: jax.Array
+    tokens: Float[Array, "batch prompts length embed"]
+    valid: Bool[Array, "batch prompts length"]
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     class_tokens: int = flax.struct.field(pytree_node=False)
 
@@ -62,7 +64,7 @@ class Encoded:
         """Tokens before the text's."""
         return self.class_tokens + self.grid[0] * self.grid[1]
 
-    def feature_maps(self, first: int, count: int) -> jax.Array:
+    def feature_maps(self, first: int, count: int) -> Float[Array, "maps rows columns embed"]:
         """The patches of some prompts as maps: [batch * count, rows, columns, embed]."""
         patches = self.tokens[:, first : first + count, self.class_tokens : self.image_tokens]
         return patches.reshape(-1, *self.grid, patches.shape[-1])
@@ -154,9 +156,9 @@ class Rahf(nn.Module):
 
     def encode(
         self,
-        image: jax.Array,
-        encoder_input_tokens: jax.Array,
-        image_box: jax.Array | None = None,
+        image: UInt8[Array, "batch height width 3"],
+        encoder_input_tokens: Int[Array, "batch prompts length"],
+        image_box: Int[Array, "batch 4"] | None = None,
         enable_dropout: bool = False,
     ) -> Encoded:
         """Fuses each prompt with the image.
@@ -201,13 +203,13 @@ class Rahf(nn.Module):
     def decode(
         self,
         encoded: Encoded,
-        decoder_input_tokens: jax.Array,
-        decoder_target_tokens: jax.Array,
+        decoder_input_tokens: Int[Array, "sequences target_length"],
+        decoder_target_tokens: Int[Array, "sequences target_length"],
         *,
         enable_dropout: bool = False,
         decode: bool = False,
         max_decode_length: int | None = None,
-    ) -> jax.Array:
+    ) -> Float32[Array, "sequences target_length vocab"]:
         """Teacher-forced logits, or one cached step with `decode=True`.
 
         Args:
@@ -240,7 +242,9 @@ class Rahf(nn.Module):
         )
         return logits.astype(jnp.float32)
 
-    def heatmaps(self, encoded: Encoded, slots: feedback.Slots) -> jax.Array:
+    def heatmaps(
+        self, encoded: Encoded, slots: feedback.Slots
+    ) -> Float32[Array, "batch heatmaps height width"]:
         """Encoded prompts -> float32 [batch, heatmaps, height, width] in [0, 1]."""
         if self.variant == feedback.MULTI_HEAD:
             features = encoded.feature_maps(0, 1)
@@ -249,7 +253,7 @@ class Rahf(nn.Module):
         heatmaps = self.heatmap_head(encoded.feature_maps(0, slots.heatmaps))
         return heatmaps.reshape(-1, slots.heatmaps, *heatmaps.shape[1:])
 
-    def scores(self, encoded: Encoded, slots: feedback.Slots) -> jax.Array:
+    def scores(self, encoded: Encoded, slots: feedback.Slots) -> Float32[Array, "batch scores"]:
         """Encoded prompts -> float32 [batch, scores] in [0, 1]."""
         if self.variant == feedback.MULTI_HEAD:
             features = encoded.feature_maps(0, 1)
@@ -258,12 +262,12 @@ class Rahf(nn.Module):
         scores = self.score_head(encoded.feature_maps(slots.heatmaps, slots.scores))
         return scores.reshape(-1, slots.scores)
 
-    def score(self, encoded: Encoded, kind: str) -> jax.Array:
+    def score(self, encoded: Encoded, kind: str) -> Float32[Array, " batch"]:
         """One kind's score of prompts that ask for it: float32 [batch]. No other head is computed."""
         head = self.score_head[kind] if self.variant == feedback.MULTI_HEAD else self.score_head
         return head(encoded.feature_maps(0, 1))
 
-    def _each(self, equal_heads: list[nn.Module], features: jax.Array) -> jax.Array:
+    def _each(self, equal_heads: list[nn.Module], features: Array) -> Array:
         """What each head makes of the features: [batch, heads, ...]."""
         if len(equal_heads) == 1 or self.is_initializing() or not self.heads_config.scan_layers:
             return jnp.stack([head(features) for head in equal_heads], axis=1)
@@ -274,16 +278,16 @@ class Rahf(nn.Module):
 
     def __call__(
         self,
-        image: jax.Array,
-        encoder_input_tokens: jax.Array,
-        decoder_input_tokens: jax.Array,
-        decoder_target_tokens: jax.Array,
+        image: UInt8[Array, "batch height width 3"],
+        encoder_input_tokens: Int[Array, "batch prompts length"],
+        decoder_input_tokens: Int[Array, "batch texts target_length"],
+        decoder_target_tokens: Int[Array, "batch texts target_length"],
         *,
         num_heatmaps: int,
         num_scores: int,
-        image_box: jax.Array | None = None,
+        image_box: Int[Array, "batch 4"] | None = None,
         enable_dropout: bool = True,
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Float32[Array, "batch ..."]]:
         """All outputs of a training batch (shapes as in the README); kinds with count 0 are absent.
 
         `image_box` as for `encode`.
@@ -316,7 +320,7 @@ class Rahf(nn.Module):
         return outputs
 
 
-def _patches_in(box: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
+def _patches_in(box: Array, grid: tuple[int, int], patch_size: int) -> Array:
     """Which patches hold a pixel of the box: [batch, 4] -> bool [batch, rows * columns], row by row."""
 
     def overlap(count, first, end):  # [batch] each -> [batch, count]

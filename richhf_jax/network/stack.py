@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 from flax.linen import partitioning
+from jaxtyping import Float
 
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 # What is kept of a layer's activations for the backward pass, by T5X's names (`t5x/examples/scalable_t5`).
 # "none" recomputes nothing; "minimal" keeps the products with weights; "full" keeps a layer's input alone.
@@ -22,8 +23,8 @@ def apply_layers(
     config,
     num_layers: int,
     call: Callable[[nn.Module, Array], Array],
-    x: Array,
-) -> Array:
+    x: Float[Array, "batch length embed"],
+) -> Float[Array, "batch length embed"]:
     """Runs `num_layers` of `layer_cls(config)` one after the other, within the caller's compact method.
 
     Unscanned, their parameters stand under layers_0, layers_1, ...; scanned, under `layers`, each array with

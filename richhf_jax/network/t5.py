@@ -9,15 +9,14 @@ layers are handed the module and each calls it.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jaxtyping import Float, Int, Shaped
 
 from richhf_jax.network import layers, stack
-
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 
 @struct.dataclass
@@ -61,7 +60,9 @@ class T5Config:
 IMAGE_POSITIONS = ("running", "after_text", "one_point")
 
 
-def encoder_positions(image_tokens: int, text_tokens: int, image_positions: str = "running") -> np.ndarray:
+def encoder_positions(
+    image_tokens: int, text_tokens: int, image_positions: str = "running"
+) -> Int[np.ndarray, " {image_tokens}+{text_tokens}"]:
     """The place of every encoder token in T5's relative positions; text always counts 0, 1, 2, ...
 
     - "running": one sequence, the image before the text. A patch and the one below it are as far apart as a
@@ -139,11 +140,11 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: Array,
-        encoder_bias: Array,
-        encoder_mask: Array | None = None,
+        inputs: Float[Array, "batch length embed"],
+        encoder_bias: Float[Array, "1 heads length length"],
+        encoder_mask: Shaped[Array, "batch 1 length length"] | None = None,
         deterministic: bool = False,
-    ) -> Array:
+    ) -> Float[Array, "batch length embed"]:
         """[batch, length, embed] -> the same shape.
 
         Args:
@@ -170,14 +171,14 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: Array,
-        encoded: Array,
-        decoder_bias: Array,
-        decoder_mask: Array | None = None,
-        encoder_decoder_mask: Array | None = None,
+        inputs: Float[Array, "sequences length embed"],
+        encoded: Float[Array, "batch encoded_length embed"],
+        decoder_bias: Float[Array, "1 heads longest longest"],
+        decoder_mask: Shaped[Array, "sequences 1 length length"] | None = None,
+        encoder_decoder_mask: Shaped[Array, "batch 1 _ encoded_length"] | None = None,
         deterministic: bool = False,
         decode: bool = False,
-    ) -> Array:
+    ) -> Float[Array, "sequences length embed"]:
         """[batch, length, embed] -> the same shape.
 
         Args:
@@ -213,12 +214,12 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs_embeddings: Array,
-        encoder_mask: Array | None = None,
+        inputs_embeddings: Float[Array, "batch length embed"],
+        encoder_mask: Shaped[Array, "batch 1 length length"] | None = None,
         *,
         image_tokens: int = 0,
         deterministic: bool = False,
-    ) -> Array:
+    ) -> Float[Array, "batch length embed"]:
         """Embeddings -> their encodings.
 
         Args:
@@ -264,15 +265,15 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        encoded: Array,
-        decoder_input_tokens: Array,
-        decoder_positions: Array | None = None,
-        decoder_mask: Array | None = None,
-        encoder_decoder_mask: Array | None = None,
+        encoded: Float[Array, "batch encoded_length embed"],
+        decoder_input_tokens: Int[Array, "sequences length"],
+        decoder_positions: Int[Array, "sequences length"] | None = None,
+        decoder_mask: Shaped[Array, "sequences 1 length length"] | None = None,
+        encoder_decoder_mask: Shaped[Array, "batch 1 _ encoded_length"] | None = None,
         deterministic: bool = False,
         decode: bool = False,
         max_decode_length: int | None = None,
-    ) -> Array:
+    ) -> Float[Array, "sequences length vocab"]:
         """Tokens -> logits of the next token at each position.
 
         Args:

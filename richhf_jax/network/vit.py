@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+from jaxtyping import Bool, Float, Shaped
 
 from richhf_jax.network import layers, stack
-
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 
 @struct.dataclass
@@ -70,7 +70,9 @@ class StemLayer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch -(-height//2) -(-width//2) {self.features}"]:
         """[batch, height, width, channels] -> [batch, height / 2, width / 2, features]."""
         kernel = param_with_axes(
             "kernel",
@@ -98,7 +100,9 @@ class PatchEmbedding(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height//{self.patch_size} width//{self.patch_size} {self.features}"]:
         """[batch, height, width, channels] -> [batch, height / patch_size, width / patch_size, embed].
 
         Raises:
@@ -130,7 +134,9 @@ class PositionEmbedding(nn.Module):
     grid: tuple[int, int]
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch height width embed"]
+    ) -> Float[Array, "batch height width embed"]:
         """[batch, height, width, embed] -> the same shape; height and width in patches."""
         height, width, features = x.shape[1:]
         init = nn.initializers.normal(1 / math.sqrt(features))
@@ -151,7 +157,13 @@ class Attention(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None, *, deterministic: bool) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        mask: Shaped[Array, "batch 1 1 length"] | None = None,
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "batch length embed"]:
         """[batch, length, embed] -> the same shape. `mask` [batch, 1, 1, length]: > 0 for what is seen."""
         cfg = self.config
         head_dim = cfg.emb_dim // cfg.num_heads
@@ -184,7 +196,13 @@ class ViTLayer(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, inputs: Array, mask: Array | None = None, *, deterministic: bool) -> Array:
+    def __call__(
+        self,
+        inputs: Float[Array, "batch length embed"],
+        mask: Shaped[Array, "batch 1 1 length"] | None = None,
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "batch length embed"]:
         """[batch, length, embed] -> the same shape; `mask` as for `Attention`."""
         cfg = self.config
         norm = functools.partial(_norm, cfg)
@@ -212,8 +230,12 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, patch_mask: Array | None = None, *, deterministic: bool = False
-    ) -> Array:
+        self,
+        images: Float[Array, "batch height width 3"],
+        patch_mask: Bool[Array, "batch patches"] | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> Float[Array, "batch image_tokens embed"]:
         """Images -> one vector a token.
 
         Args:
