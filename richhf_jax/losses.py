@@ -1,4 +1,4 @@
-"""Losses in float32, and the weighted mean in which metrics travel."""
+"""Losses in float32, and the weighted mean that metrics are kept as."""
 
 import flax
 import jax
@@ -13,11 +13,11 @@ from richhf_jax.shapes import Array
 class WeightedMean(clu_metrics.Metric):
     """A mean kept as its two sums, so that means over parts of a batch merge exactly.
 
-    One of clu's metrics, as T5X's trainer takes no other.
+    It is a clu metric because T5X's trainer accepts no other.
 
     Attributes:
-      total: sum of weight x value, float32 scalar.
-      weight: sum of weights, float32 scalar.
+      total: sum of weight x value.
+      weight: sum of weights.
     """
 
     total: Float[Array, ""] | float
@@ -27,7 +27,7 @@ class WeightedMean(clu_metrics.Metric):
         return WeightedMean(self.total + other.total, self.weight + other.weight)
 
     def compute(self) -> Float[Array, ""] | float:
-        """The mean; NaN where nothing was weighed."""
+        """Returns the mean; NaN where the weights sum to 0."""
         return self.total / self.weight
 
 
@@ -35,17 +35,17 @@ class WeightedMean(clu_metrics.Metric):
 def cross_entropy_with_logits(
     logits: Float[Array, "*positions vocab"], targets: Float[Array, "*positions vocab"], z_loss: ScalarLike
 ) -> tuple[Float[Array, "*positions"], Float[Array, "*positions"]]:
-    """Cross entropy and T5X's auxiliary z-loss, z_loss * log(Z)^2, with a stable gradient.
+    """Computes the cross entropy and T5X's z-loss, z_loss * log(Z)^2, with a stable gradient.
 
-    The z-loss keeps the logits from drifting away from 0, where bfloat16 rounds coarsely.
+    The z-loss keeps the logits close to 0; far from it, bfloat16 rounds coarsely.
 
     Args:
-      logits: float [..., vocab].
-      targets: float [..., vocab], one distribution a position (one-hot, or smoothed).
-      z_loss: weight of the auxiliary loss.
+      logits: unnormalised log-probabilities.
+      targets: one distribution for each position (one-hot, or smoothed).
+      z_loss: weight of the z-loss.
 
     Returns:
-      (loss with the z-loss added, z-loss), both [...].
+      (loss with the z-loss added, z-loss).
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     auxiliary = z_loss * jnp.square(log_z)
@@ -80,19 +80,19 @@ def compute_weighted_cross_entropy(
     z_loss: float = 0.0,
     loss_normalizing_factor: ScalarLike | None = None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, ""]]:
-    """Summed teacher-forced cross entropy, as T5X's function of this name.
+    """Sums the teacher-forced cross entropy, as T5X's function of this name does.
 
     Args:
-      logits: float [..., length, vocab].
-      targets: int [..., length].
-      weights: None or float [..., length].
-      label_smoothing: probability spread over the other pieces. The entropy of the smoothed target
+      logits: unnormalised log-probabilities.
+      targets: the right token at each position.
+      weights: weight of each position; None: 1.
+      label_smoothing: probability spread over the other tokens. The entropy of the smoothed target
         is subtracted, so a perfect prediction has loss 0.
-      z_loss: weight of the auxiliary z-loss.
+      z_loss: weight of the z-loss.
       loss_normalizing_factor: divides both losses; None leaves them summed.
 
     Returns:
-      (loss, z-loss, sum of weights), scalars.
+      (loss with the z-loss added, z-loss, sum of weights).
 
     Raises:
       ValueError: logits and targets disagree in rank.
@@ -119,16 +119,13 @@ def weighted_squared_error(
     weights: Float[Array, "batch slots"],
     image_box: Int[Array, "batch 4"] | None = None,
 ) -> Float32[Array, ""]:
-    """Mean squared error of each example, weighed and summed.
+    """Sums weight x mean squared error over batch and slots.
 
     Args:
-      predictions, targets: float [batch, slots] (scores) or [batch, slots, height, width] (heatmaps).
-      weights: float [batch, slots]; 0 takes a slot out.
-      image_box: None or int32 [batch, 4], heatmaps alone: first row and column of the image and those behind
-        its last; pixels outside, a letterbox's, take no part.
-
-    Returns:
-      float32 scalar: sum over batch and slots of weight x mean over pixels of the squared error.
+      predictions, targets: scores, or heatmaps (`pixels` is height and width), whose error is averaged.
+      weights: weight of each slot; 0 takes a slot out.
+      image_box: for letterboxed heatmaps: first row and column of the image, and those after its last. Pixels
+        outside are left out. None: all pixels count.
     """
     error = jnp.square(predictions.astype(jnp.float32) - targets)
     if image_box is None:
