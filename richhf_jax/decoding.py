@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Bool, Float32, Int, Int32, PRNGKeyArray, Real
 
 from richhf_jax.shapes import Array
@@ -21,7 +21,7 @@ PAD_ID = 0
 NEG_INF = -1.0e7
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class DecodingState:
     """The input of the step function, as in T5X.
 
@@ -144,7 +144,7 @@ def length_penalty(alpha: float, length: Real[Array, "*shape"] | int) -> Float32
     return jnp.power(1.0 * length, alpha)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class _Beams:
     """Sequences of one kind, live or finished.
 

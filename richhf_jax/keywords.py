@@ -62,7 +62,7 @@ def keyword_pieces(prompt: str, encode: Encode, length: int) -> KeywordPieces:
     result = np.zeros((2, length), np.int32)
     count = min(len(pieces), length)
     result[:, :count] = pieces[:count], words[:count]
-    return KeywordPieces(*result, np.array(numbers, np.int32))
+    return KeywordPieces(result[0], result[1], np.array(numbers, np.int32))
 
 
 def features(

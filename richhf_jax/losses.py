@@ -1,15 +1,15 @@
 """Losses in float32, and the weighted mean that metrics are kept as."""
 
-import flax
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
+from flax import struct
 from jaxtyping import Float, Float32, Int, Real, ScalarLike
 
 from richhf_jax.shapes import Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class WeightedMean(clu_metrics.Metric):
     """A mean kept as its two sums, so that means over parts of a batch merge exactly.
 

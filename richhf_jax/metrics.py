@@ -147,7 +147,7 @@ def rich_feedback_metrics(
         names the record.
     """
     _check_pairs(targets, predictions)
-    results = {}
+    results: dict[str, float] = {}
     for kind in feedback.SCORES:
         results |= _score_metrics(kind, targets, predictions)
     for kind in feedback.HEATMAPS:
@@ -181,7 +181,7 @@ def synthetic_metrics(
         if any(heatmap.shape != truth.object_mask.shape for heatmap in target.heatmaps.values()):
             raise ValueError(f"record {target.id!r}: the scene's truth is of {truth.object_mask.shape}")
     regions = {feedback.IMPLAUSIBILITY: "artifact_region", feedback.MISALIGNMENT: "misaligned_region"}
-    results = {}
+    results: dict[str, float] = {}
     for kind, region in regions.items():
         pairs = [(truths[i], heatmap) for i, _, heatmap in _pairs("heatmaps", kind, targets, predictions)]
         flawed = np.array([getattr(truth, region).any() for truth, _ in pairs], bool)
@@ -344,7 +344,7 @@ def _wrong_object_metrics(pairs) -> dict[str, float]:
         passed.append(all(wrong > heatmap[o.mask].mean() for o in objects if not o.misaligned))
         chances.append(1 / len(objects))
     prefix = "synthetic/wrong_object"
-    results = {f"{prefix}/num_images": len(passed)}
+    results: dict[str, float] = {f"{prefix}/num_images": len(passed)}
     if passed:
         results |= {f"{prefix}/accuracy": float(np.mean(passed)), f"{prefix}/chance": float(np.mean(chances))}
     return results

@@ -1,7 +1,7 @@
 """Learning-rate schedules from T5X's factor strings; AdamW and Muon."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ def create_learning_rate_scheduler(
     steps_per_cycle: int = 100_000,
     step_offset: int = 0,
     min_learning_rate: float = 1e-8,
-) -> Callable[[jax.Array], jax.Array]:
+) -> optax.Schedule:
     """Makes a schedule, the product of the named factors, as T5X's function of this name does.
 
     Factors:
@@ -65,7 +65,7 @@ def create_learning_rate_scheduler(
             f"unknown learning-rate factor {unknown[0]!r} in {factors!r}; known: {', '.join(terms)}"
         )
 
-    def learning_rate(step: jax.Array) -> jax.Array:
+    def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.maximum(0, step - step_offset)
         rate = jnp.ones((), jnp.float32)
         for name in names:
@@ -76,7 +76,7 @@ def create_learning_rate_scheduler(
 
 
 def adamw(
-    learning_rate_fn: Callable[[jax.Array], jax.Array],
+    learning_rate_fn: optax.Schedule,
     beta1: float = 0.9,
     beta2: float = 0.999,
     weight_decay: float = 0.0,
@@ -103,7 +103,7 @@ def adamw(
 
 
 def muon(
-    learning_rate_fn: Callable[[jax.Array], jax.Array],
+    learning_rate_fn: optax.Schedule,
     beta: float = 0.95,
     adam_beta2: float = 0.999,
     weight_decay: float = 0.0,

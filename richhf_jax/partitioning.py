@@ -24,6 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from richhf_jax import errors
 
+# A jax.Device. jaxlib has no annotations, so type checkers don't know the class.
+Device = Any
 LogicalAxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 MESH_AXES = REPLICA_AXIS, DATA_AXIS, MODEL_AXIS = ("replica", "data", "model")
@@ -91,13 +93,13 @@ def _simulate_cpu_devices(count: int) -> None:
         logging.info("jax runs already, with %d devices; %d were asked for", jax.device_count(), count)
 
 
-def _num_slices(devices: Sequence[jax.Device]) -> int:
+def _num_slices(devices: Sequence[Device]) -> int:
     """Counts the TPU slices, or GPU machines, among the devices."""
     return len({getattr(device, "slice_index", 0) or 0 for device in devices})
 
 
 def make_mesh(
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     num_partitions: int = 1,
     ici_mesh_shape: Sequence[int] | None = None,
     dcn_mesh_shape: Sequence[int] | None = None,
@@ -159,7 +161,7 @@ class PjitPartitioner:
         ici_mesh_shape: Sequence[int] | None = None,
         dcn_mesh_shape: Sequence[int] | None = None,
         num_cpu_devices: int | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Device] | None = None,
         compiler_options: Mapping[str, str] | None = None,
     ):
         """Args:
@@ -220,13 +222,13 @@ class PjitPartitioner:
         """
         taken = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
         return np.concatenate(
-            [np.arange(*part) for part in sorted({i[0].indices(batch_size) for i in taken})]
+            [np.arange(*part) for part in sorted({i[0].indices(batch_size) for i in taken if i})]
         )
 
     def sharding(self, logical_axes: Sequence[str | None]) -> NamedSharding:
         """Returns the sharding of an array with these logical axes."""
         spec = flax_partitioning.logical_to_mesh_axes(tuple(logical_axes), self.rules)
-        return NamedSharding(self.mesh, spec)
+        return NamedSharding(self.mesh, spec or PartitionSpec())
 
     def state_sharding(self, axes_tree: Any, abstract_state: Any) -> Any:
         """Returns the sharding of each array of a state.

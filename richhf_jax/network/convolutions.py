@@ -149,5 +149,10 @@ def _convolve_strips(x: Array, kernel: Array, pads: tuple[int, int], dilation: i
 
 def _convolve(x: Array, kernel: Array, pads: tuple, dilation: int = 1) -> Array:
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), pads, lhs_dilation=(dilation, dilation), dimension_numbers=_LAYOUT
+        jnp.asarray(x),
+        jnp.asarray(kernel),
+        (1, 1),
+        pads,
+        lhs_dilation=(dilation, dilation),
+        dimension_numbers=_LAYOUT,
     )

@@ -80,7 +80,7 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     strips: int = 1
     bias_init: Any = nn.initializers.zeros
-    kernel_axes: tuple[str | None, ...] = ("height", "width", "embed", "mlp")
+    kernel_axes: layers.Axes = ("height", "width", "embed", "mlp")
 
     @nn.compact
     def __call__(

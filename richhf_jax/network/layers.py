@@ -24,6 +24,8 @@ from jaxtyping import Float, Int, Int32, PRNGKeyArray, Real, Shaped
 from richhf_jax.shapes import Array
 
 DType = Any
+# Logical axes, each a str or None. Flax's functions take both, but their annotations know no None.
+Axes = tuple[Any, ...]
 Initializer = Callable[..., Array]
 Activation = str | Callable[[Array], Array]
 
@@ -45,7 +47,7 @@ def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def gathered(kernel: Float[Array, "*axes"], axes: tuple[str | None, ...]) -> Float[Array, "*axes"]:
+def gathered(kernel: Float[Array, "*axes"], axes: Axes) -> Float[Array, "*axes"]:
     """Gathers a kernel's "embed" axis on every chip, where the rules split it ("fully sharded").
 
     Without this, XLA multiplies part by part while the parts travel from chip to chip ("windowed einsum").
@@ -78,7 +80,7 @@ class DenseGeneral(nn.Module):
     axis: int | Sequence[int] = -1
     dtype: DType = jnp.float32
     kernel_init: Initializer = _dense_init
-    kernel_axes: tuple[str | None, ...] = ()
+    kernel_axes: Axes = ()
     use_bias: bool = False
 
     @nn.compact
@@ -338,7 +340,7 @@ def dot_product_attention(
       float32_logits: computes the logits and the softmax in float32 whatever the inputs' type.
 
     Raises:
-      ValueError: the shapes do not fit each other.
+      ValueError: the shapes do not fit each other, or dropout has no `dropout_rng`.
     """
     batch, _, heads, kv = query.shape
     kv_length = key.shape[1]
@@ -353,6 +355,8 @@ def dot_product_attention(
         logits = logits + bias.astype(logits.dtype)
     weights = jax.nn.softmax(logits).astype(dtype)
     if dropout_rate > 0.0 and not deterministic:
+        if dropout_rng is None:
+            raise ValueError("dropout needs a dropout_rng")
         keep_rate = 1.0 - dropout_rate
         keep = jax.random.bernoulli(dropout_rng, keep_rate, (batch, heads, 1, kv_length))
         weights = weights * (keep.astype(dtype) / jnp.asarray(keep_rate, dtype))
@@ -564,8 +568,8 @@ def combine_masks(
     Raises:
       ValueError: the ranks differ.
     """
-    masks = _same_rank(masks)
-    return functools.reduce(jnp.logical_and, masks).astype(dtype) if masks else None
+    given = _same_rank(masks)
+    return functools.reduce(jnp.logical_and, given).astype(dtype) if given else None
 
 
 def combine_biases(*masks: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
@@ -616,7 +620,7 @@ def make_decoder_mask(
         prefix = make_attention_mask(decoder_causal_attention, decoder_causal_attention, dtype=dtype)
         order = jnp.logical_or(order, prefix)
     is_text = decoder_target_tokens > 0
-    same_segment = None
+    masks = [order, make_attention_mask(is_text, is_text)]
     if decoder_segment_ids is not None:
-        same_segment = make_attention_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
-    return combine_masks(order, make_attention_mask(is_text, is_text), same_segment, dtype=dtype)
+        masks.append(make_attention_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal))
+    return functools.reduce(jnp.logical_and, masks).astype(dtype)

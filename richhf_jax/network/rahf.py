@@ -7,10 +7,12 @@
 One example is one image with several prompts. The ViT runs once for an image, the encoder once for a prompt.
 """
 
-import flax
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from richhf_jax import feedback
@@ -18,7 +20,7 @@ from richhf_jax.network import heads, layers, t5, vit
 from richhf_jax.shapes import Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class HeadsConfig:
     """The heads' layers, as data.
 
@@ -43,7 +45,7 @@ class HeadsConfig:
     row_strips: int = 1
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Encoded:
     """Prompts fused with their image.
 
@@ -56,8 +58,8 @@ class Encoded:
 
     tokens: Float[Array, "batch prompts length embed"]
     valid: Bool[Array, "batch prompts length"]
-    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
-    class_tokens: int = flax.struct.field(pytree_node=False)
+    grid: tuple[int, int] = struct.field(pytree_node=False)
+    class_tokens: int = struct.field(pytree_node=False)
 
     @property
     def image_tokens(self) -> int:
@@ -136,8 +138,8 @@ class Rahf(nn.Module):
             return score_cls(head.score_conv_layers, head.score_dense_layers, style)
 
         if self.variant == feedback.MULTI_HEAD:
-            self.heatmap_head = {kind: heatmap_head() for kind in feedback.HEATMAPS}
-            self.score_head = {kind: score_head() for kind in feedback.SCORES}
+            self.heatmap_head: Any = {kind: heatmap_head() for kind in feedback.HEATMAPS}
+            self.score_head: Any = {kind: score_head() for kind in feedback.SCORES}
         else:
             self.heatmap_head = heatmap_head()
             self.score_head = score_head()
@@ -171,8 +173,9 @@ class Rahf(nn.Module):
           enable_dropout: turns dropout on, which needs the rng "dropout".
         """
         batch, prompts, length = encoder_input_tokens.shape
-        grid = tuple(side // self.vit_config.patch_size for side in image.shape[1:3])
-        patch_mask = None if image_box is None else _patches_in(image_box, grid, self.vit_config.patch_size)
+        patch_size = self.vit_config.patch_size
+        grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
+        patch_mask = None if image_box is None else _patches_in(image_box, grid, patch_size)
         # uint8 -> [-1, 1]
         pixels = image.astype(self.vit_config.dtype) / 127.5 - 1.0
         vision = self.vit(pixels, patch_mask, deterministic=not enable_dropout)
