@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Bool, Float32, Int, Int32, PRNGKeyArray, Real
+from jaxtyping import Bool, Float32, Int, Int32, PRNGKeyArray, Real, ScalarLike
 
 from richhf_jax.shapes import Array
 
@@ -131,7 +131,7 @@ def _nucleus(logits: Array, topp: float) -> Array:
     return jnp.where(logits < lowest, NEG_INF, logits)
 
 
-def brevity_penalty(alpha: float, length: Real[Array, "*shape"] | int) -> Float32[Array, "*shape"]:
+def brevity_penalty(alpha: ScalarLike, length: Real[Array, "*shape"] | int) -> Float32[Array, "*shape"]:
     """Divisor of a sequence's log-probability: ((5 + length) / 6) ** alpha, as in T5X.
 
     Wu et al., "Google's Neural Machine Translation System", https://arxiv.org/abs/1609.08144, equation 14.
@@ -139,7 +139,7 @@ def brevity_penalty(alpha: float, length: Real[Array, "*shape"] | int) -> Float3
     return jnp.power((5.0 + length) / 6.0, alpha)
 
 
-def length_penalty(alpha: float, length: Real[Array, "*shape"] | int) -> Float32[Array, "*shape"]:
+def length_penalty(alpha: ScalarLike, length: Real[Array, "*shape"] | int) -> Float32[Array, "*shape"]:
     """Divisor of a sequence's log-probability in transformers: length ** alpha (its `length_penalty`)."""
     return jnp.power(1.0 * length, alpha)
 
@@ -170,8 +170,8 @@ def beam_search(
     eos_id: int = 1,
     decode_rng: PRNGKeyArray | None = None,
     num_decodes: int = 4,
-    alpha: float = 0.6,
-    penalty_fn: Callable[[float, Array | int], Array] = brevity_penalty,
+    alpha: ScalarLike = 0.6,
+    penalty_fn: Callable[[ScalarLike, Array | int], Array] = brevity_penalty,
     cache_offset: int = 0,
 ) -> tuple[Int32[Array, "batch {num_decodes} length"], Float32[Array, "batch {num_decodes}"]]:
     """Keeps the `num_decodes` most probable beginnings of a sequence at every step.

@@ -1,5 +1,7 @@
 """Losses in float32, and the weighted mean that metrics are kept as."""
 
+from typing import no_type_check
+
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
@@ -9,6 +11,8 @@ from jaxtyping import Float, Float32, Int, Real, ScalarLike
 from richhf_jax.shapes import Array
 
 
+# Unchecked, because jax also makes means of shapes and shardings.
+@no_type_check
 @struct.dataclass
 class WeightedMean(clu_metrics.Metric):
     """A mean kept as its two sums, so that means over parts of a batch merge exactly.
@@ -20,13 +24,13 @@ class WeightedMean(clu_metrics.Metric):
       weight: sum of weights.
     """
 
-    total: Float[Array, ""] | float
-    weight: Float[Array, ""] | float
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
 
     def merge(self, other: "WeightedMean") -> "WeightedMean":
         return WeightedMean(self.total + other.total, self.weight + other.weight)
 
-    def compute(self) -> Float[Array, ""] | float:
+    def compute(self) -> Float[Array, ""]:
         """Returns the mean; NaN where the weights sum to 0."""
         return self.total / self.weight
 

@@ -19,8 +19,8 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# Every call of these modules' functions is checked against its annotations, shapes included. Here and not by
-# pytest's --jaxtyping-packages: the workers of pytest-xdist would not see it. An int may stand for a float.
+# Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
+# a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
 CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords")
 jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Real
 
 from richhf_jax import feedback
 from richhf_jax.network import heads, layers, t5, vit
@@ -158,7 +158,7 @@ class Rahf(nn.Module):
 
     def encode(
         self,
-        image: UInt8[Array, "batch height width 3"],
+        image: Real[Array, "batch height width 3"],
         encoder_input_tokens: Int[Array, "batch prompts length"],
         image_box: Int[Array, "batch 4"] | None = None,
         enable_dropout: bool = False,
@@ -166,7 +166,7 @@ class Rahf(nn.Module):
         """Fuses each prompt with the image.
 
         Args:
-          image: pixels from 0 to 255.
+          image: pixels from 0 to 255: uint8, or float where a gradient is wanted.
           encoder_input_tokens: the prompts; 0 = padding.
           image_box: place of a letterboxed image: its first row and column, and those after its last. Pixels
             in patches wholly outside it change no output. None: the image fills its square.
@@ -281,7 +281,7 @@ class Rahf(nn.Module):
 
     def __call__(
         self,
-        image: UInt8[Array, "batch height width 3"],
+        image: Real[Array, "batch height width 3"],
         encoder_input_tokens: Int[Array, "batch prompts length"],
         decoder_input_tokens: Int[Array, "batch texts target_length"],
         decoder_target_tokens: Int[Array, "batch texts target_length"],
