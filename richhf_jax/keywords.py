@@ -1,18 +1,19 @@
-"""The prompt as `decoding.constrained_decode` copies it, and what the decoder decided -> labelled tokens.
+"""Prompts for `decoding.constrained_decode`, and labelled tokens from its decisions.
 
-Runs on the host, without TensorFlow or jax: evaluation and prediction use the same.
+This code runs on the host, without TensorFlow or jax, in evaluation and prediction alike.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int32
 
 from richhf_jax import errors, feedback
 
 Encode = Callable[[str], Sequence[int]]
 
-# Any word: what a marked one has more is the suffix in the vocabulary's pieces.
+# Any word. The pieces that a marked word has in addition are the suffix.
 _A_WORD = "a"
 
 
@@ -20,38 +21,39 @@ class KeywordPieces(NamedTuple):
     """A prompt's words in the vocabulary's pieces.
 
     Attributes:
-      pieces: int32 [length], 0 = padding.
-      words: int32 [length], the number (from 1) of the word that a piece is of; 0 = padding.
-      numbers: int32 [tokens], for each token of the prompt the number of its word; 0 where the vocabulary
-        writes it as nothing, or there is no room for it.
+      pieces: the pieces; 0 = padding.
+      words: for each piece the number (from 1) of its word; 0 = padding.
+      numbers: for each token of the prompt the number of its word; 0 where the vocabulary writes the token as
+        nothing, or where there is no room for it.
     """
 
-    pieces: np.ndarray
-    words: np.ndarray
-    numbers: np.ndarray
+    pieces: Int32[np.ndarray, " length"]
+    words: Int32[np.ndarray, " length"]
+    numbers: Int32[np.ndarray, " tokens"]
 
 
 def keyword_pieces(prompt: str, encode: Encode, length: int) -> KeywordPieces:
     """Prepares a prompt for the decoder.
 
-    Of 'a yellow, cat', where the vocabulary has two pieces for "yellow", and a length of 6
+    Example: 'a yellow, cat' with two pieces for "yellow", and a length of 6:
+
         pieces   a  yel  low  cat  0  0
         words    1    2    2    3  0  0
         numbers  1    2         3
 
-    A word is written in the same pieces as in any text, since SentencePiece splits at spaces first; its
-    suffix in those that it has behind the word "a". Few vocabularies join a suffix to some words' last
-    piece (or unknown characters to one piece): in these a marked word is spelt as no training text has it.
-    A token that the vocabulary writes as nothing (a zero-width space, where it drops these) isn't decided.
+    A word has the same pieces as in any text, because SentencePiece splits at spaces first. Its suffix has
+    the pieces that it has after the word "a". A few vocabularies join a suffix to some words' last piece (or
+    unknown characters to one piece); with these, a marked word is spelt unlike in training. A token that the
+    vocabulary writes as nothing (a zero-width space, if the vocabulary drops it) isn't decided.
 
     Args:
-      prompt: as people see it.
-      encode: the vocabulary's: text -> ids, without EOS.
-      length: what the decoder writes at most, EOS included. Pieces beyond are left out.
+      prompt: the prompt as people see it.
+      encode: the vocabulary's function from text to ids, without EOS.
+      length: most pieces that the decoder writes, EOS included. Pieces beyond are left out.
     """
     pieces, words, numbers = [], [], []
     for token in feedback.tokenize_prompt(prompt):
-        # A long prompt's last words needn't be encoded: there is no room for them.
+        # Words that there is no room for needn't be encoded.
         plain = list(encode(token)) if len(pieces) < length else []
         number = words[-1] + 1 if words else 1
         pieces += plain
@@ -60,18 +62,18 @@ def keyword_pieces(prompt: str, encode: Encode, length: int) -> KeywordPieces:
     result = np.zeros((2, length), np.int32)
     count = min(len(pieces), length)
     result[:, :count] = pieces[:count], words[:count]
-    return KeywordPieces(*result, np.array(numbers, np.int32))
+    return KeywordPieces(result[0], result[1], np.array(numbers, np.int32))
 
 
 def features(
     prompts: Sequence[KeywordPieces], rows: int, length: int, suffix: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Prompts -> the features of a batch that make `models.RahfModel` decode by constraint.
+) -> dict[str, Int32[np.ndarray, "{rows} ..."]]:
+    """Makes the features of a batch that let `models.RahfModel` decode by constraint.
 
     Args:
-      prompts: prepared for this length.
-      rows: of the batch; those without a prompt are padding, and end at once.
-      length: what the decoder writes at most.
+      prompts: the prompts, prepared for this length.
+      rows: rows of the batch; those without a prompt are padding, and end at once.
+      length: most pieces that the decoder writes.
       suffix: see `suffix_pieces`.
 
     Returns:
@@ -88,17 +90,21 @@ def features(
 
 
 def tokens(
-    prompt: str, numbers: np.ndarray, probability: np.ndarray, misaligned: np.ndarray
+    prompt: str,
+    numbers: Int32[np.ndarray, " tokens"],
+    probability: Float[np.ndarray, " length"],
+    misaligned: Bool[np.ndarray, " length"],
 ) -> tuple[feedback.Token, ...]:
-    """What the decoder decided -> the prompt's tokens, each with its label.
+    """Labels the prompt's tokens by the decoder's decisions.
 
-    A token's `probability` is the model's that the suffix follows, given that either the suffix follows or
-    the text goes on without it, and given what it decided for the words before. A token that wasn't decided,
-    because the decoder's length ended before, is aligned and has no probability.
+    A token's `probability` is the model's probability that the suffix follows. It is conditional: either the
+    suffix follows or the text goes on without it, and the words before are written as decided. A token that
+    the decoder's length didn't reach is aligned and has no probability.
 
     Args:
-      prompt, numbers: as given to `keyword_pieces`, and what it made.
-      probability, misaligned: float32 and bool [length], by number of the word; NaN where it wasn't decided.
+      prompt: the prompt given to `keyword_pieces`.
+      numbers: `KeywordPieces.numbers`.
+      probability, misaligned: the decisions, by number of the word; NaN where there was none.
     """
     found = []
     for token, number in zip(feedback.tokenize_prompt(prompt), numbers, strict=True):
@@ -111,10 +117,10 @@ def tokens(
 
 
 def suffix_pieces(encode: Encode) -> list[int]:
-    """The suffix of a misaligned word in the vocabulary's pieces.
+    """Returns the suffix of a misaligned word in the vocabulary's pieces.
 
     Raises:
-      errors.UserError: the vocabulary has no way to write it.
+      errors.UserError: the vocabulary can't write it.
     """
     plain, marked = list(encode(_A_WORD)), list(encode(_A_WORD + feedback.MISALIGNED_SUFFIX))
     suffix = marked[len(plain) :]

@@ -1,48 +1,55 @@
-"""Losses in float32, and the weighted mean in which metrics travel."""
+"""Losses in float32, and the weighted mean that metrics are kept as."""
 
-import flax
+from typing import no_type_check
+
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
+from flax import struct
+from jaxtyping import Float, Float32, Int, Real, ScalarLike
+
+from richhf_jax.shapes import Array
 
 
-@flax.struct.dataclass
+# Unchecked, because jax also makes means of shapes and shardings.
+@no_type_check
+@struct.dataclass
 class WeightedMean(clu_metrics.Metric):
     """A mean kept as its two sums, so that means over parts of a batch merge exactly.
 
-    One of clu's metrics, as T5X's trainer takes no other.
+    It is a clu metric because T5X's trainer accepts no other.
 
     Attributes:
-      total: sum of weight x value, float32 scalar.
-      weight: sum of weights, float32 scalar.
+      total: sum of weight x value.
+      weight: sum of weights.
     """
 
-    total: jax.Array
-    weight: jax.Array
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
 
     def merge(self, other: "WeightedMean") -> "WeightedMean":
         return WeightedMean(self.total + other.total, self.weight + other.weight)
 
-    def compute(self) -> jax.Array:
-        """The mean; NaN where nothing was weighed."""
+    def compute(self) -> Float[Array, ""]:
+        """Returns the mean; NaN where the weights sum to 0."""
         return self.total / self.weight
 
 
 @jax.custom_vjp
 def cross_entropy_with_logits(
-    logits: jax.Array, targets: jax.Array, z_loss: float
-) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy and T5X's auxiliary z-loss, z_loss * log(Z)^2, with a stable gradient.
+    logits: Float[Array, "*positions vocab"], targets: Float[Array, "*positions vocab"], z_loss: ScalarLike
+) -> tuple[Float[Array, "*positions"], Float[Array, "*positions"]]:
+    """Computes the cross entropy and T5X's z-loss, z_loss * log(Z)^2, with a stable gradient.
 
-    The z-loss keeps the logits from drifting away from 0, where bfloat16 rounds coarsely.
+    The z-loss keeps the logits close to 0; far from it, bfloat16 rounds coarsely.
 
     Args:
-      logits: float [..., vocab].
-      targets: float [..., vocab], one distribution a position (one-hot, or smoothed).
-      z_loss: weight of the auxiliary loss.
+      logits: unnormalised log-probabilities.
+      targets: one distribution for each position (one-hot, or smoothed).
+      z_loss: weight of the z-loss.
 
     Returns:
-      (loss with the z-loss added, z-loss), both [...].
+      (loss with the z-loss added, z-loss).
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     auxiliary = z_loss * jnp.square(log_z)
@@ -70,26 +77,26 @@ cross_entropy_with_logits.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def compute_weighted_cross_entropy(
-    logits: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array | None = None,
+    logits: Float[Array, "*positions vocab"],
+    targets: Int[Array, "*positions"],
+    weights: Real[Array, "*positions"] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    loss_normalizing_factor: jax.Array | float | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Summed teacher-forced cross entropy, as T5X's function of this name.
+    loss_normalizing_factor: ScalarLike | None = None,
+) -> tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, ""]]:
+    """Sums the teacher-forced cross entropy, as T5X's function of this name does.
 
     Args:
-      logits: float [..., length, vocab].
-      targets: int [..., length].
-      weights: None or float [..., length].
-      label_smoothing: probability spread over the other pieces. The entropy of the smoothed target
+      logits: unnormalised log-probabilities.
+      targets: the right token at each position.
+      weights: weight of each position; None: 1.
+      label_smoothing: probability spread over the other tokens. The entropy of the smoothed target
         is subtracted, so a perfect prediction has loss 0.
-      z_loss: weight of the auxiliary z-loss.
+      z_loss: weight of the z-loss.
       loss_normalizing_factor: divides both losses; None leaves them summed.
 
     Returns:
-      (loss, z-loss, sum of weights), scalars.
+      (loss with the z-loss added, z-loss, sum of weights).
 
     Raises:
       ValueError: logits and targets disagree in rank.
@@ -111,18 +118,18 @@ def compute_weighted_cross_entropy(
 
 
 def weighted_squared_error(
-    predictions: jax.Array, targets: jax.Array, weights: jax.Array, image_box: jax.Array | None = None
-) -> jax.Array:
-    """Mean squared error of each example, weighed and summed.
+    predictions: Float[Array, "batch slots *pixels"],
+    targets: Float[Array, "batch slots *pixels"],
+    weights: Float[Array, "batch slots"],
+    image_box: Int[Array, "batch 4"] | None = None,
+) -> Float32[Array, ""]:
+    """Sums weight x mean squared error over batch and slots.
 
     Args:
-      predictions, targets: float [batch, slots] (scores) or [batch, slots, height, width] (heatmaps).
-      weights: float [batch, slots]; 0 takes a slot out.
-      image_box: None or int32 [batch, 4], heatmaps alone: first row and column of the image and those behind
-        its last; pixels outside, a letterbox's, take no part.
-
-    Returns:
-      float32 scalar: sum over batch and slots of weight x mean over pixels of the squared error.
+      predictions, targets: scores, or heatmaps (`pixels` is height and width), whose error is averaged.
+      weights: weight of each slot; 0 takes a slot out.
+      image_box: for letterboxed heatmaps: first row and column of the image, and those after its last. Pixels
+        outside are left out. None: all pixels count.
     """
     error = jnp.square(predictions.astype(jnp.float32) - targets)
     if image_box is None:

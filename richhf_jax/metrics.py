@@ -1,89 +1,95 @@
-"""The paper's evaluation protocol (section 4.2), numpy and scipy alone.
+"""The paper's evaluation protocol (section 4.2), by numpy and scipy alone.
 
 Scores: PLCC, SRCC and MSE over the split. Heatmaps: the saliency metrics of Bylinskii et al., "What do
 different evaluation metrics tell us about saliency models?" (https://arxiv.org/abs/1604.03605), where a
 pixel whose ground truth is above 0 counts as a fixation. Keywords: precision, recall and F1 of the
 misaligned words, pooled over the tokens of all samples.
 
-No metric is ever NaN. What a formula leaves open is decided here once:
+No metric is ever NaN. Where a formula is undefined, these rules hold:
 
 - a constant map or a constant list of scores orders nothing: CC, NSS, PLCC and SRCC are 0, AUC-Judd is 0.5;
-- a map that is 0 everywhere says nothing about the place: KLD and SIM take it as the uniform distribution;
+- a map that is 0 everywhere prefers no place: KLD and SIM take it as the uniform distribution;
 - 0/0 in precision, recall and F1 is 0;
-- a metric without a single sample to be computed on (`mse_empty` where no ground truth is empty, a score that
-  no prediction gives) is left out of the result.
+- a metric without any sample (`mse_empty` where no ground truth is empty, a score that no prediction has) is
+  left out of the result.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool, Real
 from scipy import ndimage, stats
 
 from richhf_jax import feedback
 from richhf_jax.feedback import RichFeedback
 
-# The regulariser of KLD in the reference code of the MIT/Tuebingen saliency benchmark (MATLAB's eps).
+# Regulariser of KLD in the reference code of the MIT/Tuebingen saliency benchmark (MATLAB's eps).
 KLD_EPSILON = 2.2204e-16
 
+Scores = Sequence[float] | Real[np.ndarray, " examples"]
+Heatmap = Real[np.ndarray, "height width"]
 
+
+@runtime_checkable
 class ObjectTruth(Protocol):
-    """An object of a synthetic scene: its pixels (bool [height, width]), whether it belies the prompt."""
+    """An object of a synthetic scene: its pixels, and whether it contradicts the prompt."""
 
-    mask: np.ndarray
+    mask: Bool[np.ndarray, "height width"]
     misaligned: bool
 
 
+@runtime_checkable
 class SceneTruth(Protocol):
-    """What is really in a synthetic scene, known from its construction. Regions are bool [height, width]."""
+    """The true contents of a synthetic scene, known from its construction."""
 
     objects: Sequence[ObjectTruth]
-    artifact_region: np.ndarray
-    misaligned_region: np.ndarray
-    object_mask: np.ndarray
+    artifact_region: Bool[np.ndarray, "height width"]
+    misaligned_region: Bool[np.ndarray, "height width"]
+    object_mask: Bool[np.ndarray, "height width"]
 
 
 # Scores: two equally long lists of floats.
 
 
-def plcc(targets: Sequence[float], predictions: Sequence[float]) -> float:
+def plcc(targets: Scores, predictions: Scores) -> float:
     """Pearson's linear correlation in [-1, 1]; 0 where either list is constant (or a single value)."""
     return _correlation(np.asarray(targets, np.float64), np.asarray(predictions, np.float64))
 
 
-def srcc(targets: Sequence[float], predictions: Sequence[float]) -> float:
+def srcc(targets: Scores, predictions: Scores) -> float:
     """Spearman's rank correlation in [-1, 1]: PLCC of the ranks; tied values share their mean rank."""
     return _correlation(stats.rankdata(targets), stats.rankdata(predictions))
 
 
 def mse(targets: Any, predictions: Any) -> float:
-    """Mean squared error of two arrays of one shape (a list of scores, or a heatmap)."""
+    """Mean squared error of two equally shaped arrays (lists of scores, or heatmaps)."""
     return float(np.mean(np.square(np.asarray(targets, np.float64) - np.asarray(predictions, np.float64))))
 
 
-# Heatmaps: two maps [height, width] of non-negative floats; target > 0 somewhere.
+# Heatmaps: two maps of non-negative numbers; the target is above 0 somewhere.
 
 
-def cc(target: np.ndarray, prediction: np.ndarray) -> float:
+def cc(target: Heatmap, prediction: Heatmap) -> float:
     """Correlation coefficient of two maps in [-1, 1]; 0 where either is constant."""
     return _correlation(np.asarray(target, np.float64).ravel(), np.asarray(prediction, np.float64).ravel())
 
 
-def kld(target: np.ndarray, prediction: np.ndarray) -> float:
+def kld(target: Heatmap, prediction: Heatmap) -> float:
     """Kullback-Leibler divergence of the target's distribution from the prediction's, in nats; 0 is best."""
     target, prediction = _distribution(target), _distribution(prediction)
     return float(np.sum(target * np.log(KLD_EPSILON + target / (KLD_EPSILON + prediction))))
 
 
-def sim(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Similarity: the histogram intersection of the two maps' distributions, in [0, 1]."""
+def sim(target: Heatmap, prediction: Heatmap) -> float:
+    """Similarity in [0, 1]: the histogram intersection of the two maps' distributions."""
     return float(np.sum(np.minimum(_distribution(target), _distribution(prediction))))
 
 
-def nss(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Normalised scanpath saliency: the standardised prediction's mean over the fixated pixels.
+def nss(target: Heatmap, prediction: Heatmap) -> float:
+    """Normalised scanpath saliency: mean of the standardised prediction over the fixated pixels.
 
-    In units of the prediction's standard deviation; 0 for a constant prediction.
+    The unit is the prediction's standard deviation. A constant prediction has 0.
     """
     prediction = np.asarray(prediction, np.float64)
     if np.ptp(prediction) == 0:
@@ -91,14 +97,14 @@ def nss(target: np.ndarray, prediction: np.ndarray) -> float:
     return float((np.mean(prediction[target > 0]) - np.mean(prediction)) / np.std(prediction))
 
 
-def auc_judd(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Area under the ROC curve of telling fixated from other pixels, thresholds at the fixated values.
+def auc_judd(target: Heatmap, prediction: Heatmap) -> float:
+    """Area under the ROC curve of telling fixated from other pixels, with thresholds at the fixated values.
 
-    The curve runs from (0, 0) over one point per distinct predicted value of a fixated pixel to (1, 1),
-    joined by straight lines. The published code takes the fixations one by one and adds random noise so
-    that no two values are equal; here tied pixels pass the threshold together, which needs no noise,
-    gives a constant map 0.5, and is that code's result exactly where nothing is tied. 0.5 where every
-    pixel is fixated.
+    The curve runs in straight lines from (0, 0) to (1, 1), with one point for each distinct predicted value
+    of a fixated pixel. The published code takes the fixations one by one, and adds random noise so that no
+    two values are equal. Here tied pixels pass a threshold together. That needs no noise, gives a constant
+    map 0.5, and equals the published code exactly where nothing is tied. Where every pixel is fixated, the
+    result is 0.5, too.
     """
     fixated = np.asarray(target) > 0
     prediction = np.asarray(prediction)
@@ -122,14 +128,15 @@ _SALIENCY_METRICS = {"cc": cc, "kld": kld, "sim": sim, "nss": nss, "auc_judd": a
 def rich_feedback_metrics(
     targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]
 ) -> dict[str, float]:
-    """Every metric of the protocol over a split.
+    """Computes every metric of the protocol over a split.
 
-    A kind is measured on the records whose target has it; a kind that no prediction has is left out. MSE of a
-    heatmap is over all records, `mse_empty` over those with an empty ground truth, the others over the rest.
+    A kind is measured on the records whose target has it; a kind that no prediction has is left out. A
+    heatmap's MSE is taken over all records, `mse_empty` over those with an empty ground truth, and the other
+    metrics over the rest.
 
     Args:
-      targets: what people (or the builder's simulated raters) said.
-      predictions: of the same images in the same order; heatmaps as large as the targets'.
+      targets: the feedback of people (or of the builder's simulated raters).
+      predictions: feedback for the same images in the same order; heatmaps have the targets' sizes.
 
     Returns:
       "score/{plcc,srcc,mse}/<kind>", "heatmap/{mse,mse_empty,cc,kld,sim,nss,auc_judd}/<kind>",
@@ -140,7 +147,7 @@ def rich_feedback_metrics(
         names the record.
     """
     _check_pairs(targets, predictions)
-    results = {}
+    results: dict[str, float] = {}
     for kind in feedback.SCORES:
         results |= _score_metrics(kind, targets, predictions)
     for kind in feedback.HEATMAPS:
@@ -152,17 +159,17 @@ def rich_feedback_metrics(
 def synthetic_metrics(
     targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback], truths: Sequence[SceneTruth]
 ) -> dict[str, float]:
-    """Checks of the heatmaps that need the truth of a synthetic scene.
+    """Checks heatmaps against the truth of synthetic scenes.
 
-    Detection: does a heatmap's maximum tell images with a flawed region from those without (a scene whose
-    only flaw is a missing object has no misaligned region)? Wrong-object test, on images with several
-    objects of which one is misaligned: has that one a higher mean predicted misalignment than every
-    other? A tie is a miss, so a map that marks all objects exactly alike never passes.
+    Detection asks: does a heatmap's maximum tell images with a flawed region from those without? (A scene
+    whose only flaw is a missing object has no misaligned region.) The wrong-object test takes images with
+    several objects, one of them misaligned, and asks: has this one a higher mean predicted misalignment than
+    every other? A tie is a miss, so a map that marks all objects exactly alike never passes.
 
     Returns:
       "synthetic/detection_auc/<kind>": area under the ROC curve, 0.5 is chance.
-      "synthetic/wrong_object/{accuracy,chance,num_images}": share passed, mean of 1 / number of objects, and
-        how many images the test has.
+      "synthetic/wrong_object/{accuracy,chance,num_images}": share of images that pass, mean of
+        1 / number of objects, and number of images tested.
 
     Raises:
       ValueError: targets, predictions and truths do not pair up; the record is named.
@@ -174,7 +181,7 @@ def synthetic_metrics(
         if any(heatmap.shape != truth.object_mask.shape for heatmap in target.heatmaps.values()):
             raise ValueError(f"record {target.id!r}: the scene's truth is of {truth.object_mask.shape}")
     regions = {feedback.IMPLAUSIBILITY: "artifact_region", feedback.MISALIGNMENT: "misaligned_region"}
-    results = {}
+    results: dict[str, float] = {}
     for kind, region in regions.items():
         pairs = [(truths[i], heatmap) for i, _, heatmap in _pairs("heatmaps", kind, targets, predictions)]
         flawed = np.array([getattr(truth, region).any() for truth, _ in pairs], bool)
@@ -192,12 +199,12 @@ def synthetic_metrics(
 def trivial_baseline(
     train_targets: Iterable[RichFeedback], targets: Sequence[RichFeedback]
 ) -> list[RichFeedback]:
-    """The best answer without looking: the mean score, the mean training heatmap, no word flagged.
+    """Predicts without looking at the image: the mean score, the mean training heatmap, no misaligned word.
 
     Args:
-      train_targets: the training split; may be a stream, only sums are kept. Heatmaps of several sizes, as
-        letterboxed images have them, are stretched to that of the first for their mean.
-      targets: the records to answer for; the mean is stretched to the size of each one's heatmap.
+      train_targets: the training split. It may be a stream, since only sums are kept. Heatmaps of other sizes
+        than the first (letterboxed images have such) are stretched to its size before the mean.
+      targets: the records to predict; the mean heatmap is stretched to the size of each one's.
 
     Raises:
       ValueError: there is no training record.
@@ -272,10 +279,10 @@ def training_free_baseline(
 
 
 def _high_frequency_energy(image: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] -> local energy of the fine detail, float32 [height, width] in [0, 1].
+    """Local energy of fine detail: uint8 [height, width, 3] -> float32 [height, width] in [0, 1].
 
-    Detail is what a blur of height/64 removes; its square is pooled over the radius of a rater's disk. One
-    scale for all images: 1 is the energy of a black and white checkerboard of single pixels.
+    Detail is the part that a blur of height/64 removes. Its square is pooled over the radius of a rater's
+    disk. All images share one scale: 1 is the energy of a black and white checkerboard of single pixels.
     """
     height = image.shape[0]
     grey = image.astype(np.float32).mean(axis=-1)
@@ -337,7 +344,7 @@ def _wrong_object_metrics(pairs) -> dict[str, float]:
         passed.append(all(wrong > heatmap[o.mask].mean() for o in objects if not o.misaligned))
         chances.append(1 / len(objects))
     prefix = "synthetic/wrong_object"
-    results = {f"{prefix}/num_images": len(passed)}
+    results: dict[str, float] = {f"{prefix}/num_images": len(passed)}
     if passed:
         results |= {f"{prefix}/accuracy": float(np.mean(passed)), f"{prefix}/chance": float(np.mean(chances))}
     return results
@@ -356,7 +363,7 @@ def _check_pairs(targets: Sequence[RichFeedback], predictions: Sequence[RichFeed
 
 
 def _pairs(field: str, kind: str, targets, predictions) -> list[tuple[int, Any, Any]]:
-    """(index, target's value, predicted value) of the records whose target has the kind."""
+    """Returns (index, target's value, predicted value) of the records whose target has the kind."""
     if not any(kind in getattr(prediction, field) for prediction in predictions):
         return []
     pairs = []
@@ -380,7 +387,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     x, y = x - x.mean(), y - y.mean()
-    # Dividing first keeps the sums of squares of tiny values from underflowing.
+    # The division keeps the sums of squares of tiny values from underflowing.
     x, y = x / np.abs(x).max(), y / np.abs(y).max()
     return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
 
@@ -392,6 +399,6 @@ def _distribution(heatmap: np.ndarray) -> np.ndarray:
 
 
 def _roc_auc(positive: np.ndarray, values: np.ndarray) -> float:
-    """Mann-Whitney: the probability that a positive's value is above a negative's, a tie counting half."""
+    """Probability that a positive's value is above a negative's; a tie counts half (Mann-Whitney)."""
     n = positive.sum()
     return float((stats.rankdata(values)[positive].sum() - n * (n + 1) / 2) / (n * (len(values) - n)))

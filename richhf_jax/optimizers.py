@@ -1,7 +1,7 @@
 """Learning-rate schedules from T5X's factor strings; AdamW and Muon."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-# Newton and Schulz's iteration towards the nearest orthogonal matrix: the coefficients of Muon's authors.
-# Where each step is given its own, optax compiles one loop a matrix, not five copies of its body.
+# Coefficients, by Muon's authors, of the Newton-Schulz iteration towards the nearest orthogonal matrix.
+# Given for each of the 5 steps: optax then compiles one loop for a matrix and not 5 copies of its body.
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
@@ -23,8 +23,8 @@ def create_learning_rate_scheduler(
     steps_per_cycle: int = 100_000,
     step_offset: int = 0,
     min_learning_rate: float = 1e-8,
-) -> Callable[[jax.Array], jax.Array]:
-    """A schedule from factors that are multiplied, as T5X's function of this name.
+) -> optax.Schedule:
+    """Makes a schedule, the product of the named factors, as T5X's function of this name does.
 
     Factors:
       constant: base_learning_rate.
@@ -37,7 +37,7 @@ def create_learning_rate_scheduler(
 
     Args:
       factors: names from above joined by "*".
-      step_offset: subtracted from the step, e.g. the steps of a pretrained checkpoint.
+      step_offset: number subtracted from the step, e.g. the steps of a pretrained checkpoint.
       min_learning_rate: lower bound of the result.
 
     Returns:
@@ -65,7 +65,7 @@ def create_learning_rate_scheduler(
             f"unknown learning-rate factor {unknown[0]!r} in {factors!r}; known: {', '.join(terms)}"
         )
 
-    def learning_rate(step: jax.Array) -> jax.Array:
+    def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.maximum(0, step - step_offset)
         rate = jnp.ones((), jnp.float32)
         for name in names:
@@ -76,21 +76,21 @@ def create_learning_rate_scheduler(
 
 
 def adamw(
-    learning_rate_fn: Callable[[jax.Array], jax.Array],
+    learning_rate_fn: optax.Schedule,
     beta1: float = 0.9,
     beta2: float = 0.999,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = None,
     learning_rate_multipliers: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW in float32. Weight decay acts on matrices and kernels only, not on biases or norm scales.
+    """Makes AdamW in float32. Weight decay acts on matrices and kernels only, not on biases or norm scales.
 
     Args:
       learning_rate_fn: step -> learning rate.
-      weight_decay: share of a weight taken off a step, times the learning rate.
-      max_grad_norm: bound on the gradient's global norm; None leaves it alone.
-      learning_rate_multipliers: part of a parameter's name ("relpos_bias") -> by what its learning rate is
-        multiplied. Adam moves every weight by about the learning rate a step, whatever the weight's scale.
+      weight_decay: each step subtracts this x learning rate x weight.
+      max_grad_norm: upper bound of the gradient's global norm; None sets no bound.
+      learning_rate_multipliers: part of a parameter's name ("relpos_bias") -> factor of its learning rate.
+        Adam moves every weight by about the learning rate a step, whatever the weight's scale.
     """
     optimizer = optax.adamw(
         learning_rate_fn,
@@ -103,7 +103,7 @@ def adamw(
 
 
 def muon(
-    learning_rate_fn: Callable[[jax.Array], jax.Array],
+    learning_rate_fn: optax.Schedule,
     beta: float = 0.95,
     adam_beta2: float = 0.999,
     weight_decay: float = 0.0,
@@ -111,19 +111,20 @@ def muon(
     learning_rate_multipliers: Mapping[str, float] | None = None,
     adam_parameters: Sequence[str] = ("logits_dense", "output"),
 ) -> optax.GradientTransformation:
-    """Muon for the kernels inside the network, AdamW with Nesterov's momentum for all other parameters.
+    """Makes an optimizer: Muon for the kernels inside the network, AdamW with Nesterov momentum for the rest.
 
     Muon (https://kellerjordan.github.io/posts/muon) takes a step along the nearest orthogonal matrix of a
-    kernel's momentum. Its size is made AdamW's (https://arxiv.org/abs/2502.16982): both share one rate.
+    kernel's momentum. The step is scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that
+    both share one learning rate.
 
     Args:
       learning_rate_fn: step -> learning rate.
-      beta: of Muon's momentum.
-      adam_beta2: of AdamW.
+      beta: decay of Muon's momentum.
+      adam_beta2: AdamW's beta2.
       weight_decay: as in `adamw`, on Muon's kernels only.
       max_grad_norm: as in `adamw`.
       learning_rate_multipliers: as in `adamw`.
-      adam_parameters: parts of the names of kernels that are AdamW's all the same: those of the last layers.
+      adam_parameters: kernels with one of these in their names are AdamW's, too: those of the last layers.
     """
 
     def dimension_numbers(params: Any) -> Any:
@@ -164,12 +165,12 @@ def _clipped_and_multiplied(
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """A parameter's name, "decoder/relpos_bias/rel_embedding"."""
+    """Returns a parameter's name, e.g. "decoder/relpos_bias/rel_embedding"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _named(params: Any, part: str = "", ending: str | tuple[str, ...] = "") -> Any:
-    """A tree of bools: whether a parameter's name has `part` in it and this ending, or one of these."""
+    """Returns a tree of bools: True where a name contains `part` and ends with `ending` (or one of these)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: part in _name(path) and _name(path).endswith(ending), params
     )

@@ -1,10 +1,10 @@
-"""Where arrays live: logical axis names -> mesh axes, by rules (T5X's `PjitPartitioner`).
+"""Placement of arrays: rules map logical axis names to mesh axes (T5X's `PjitPartitioner`).
 
 The mesh is replica x data x model, as T5X's is for several slices:
 
-    replica   slices, which only a slow network (DCN) joins, or groups of chips; each holds a whole state
+    replica   slices, joined only by a slow network (DCN), or groups of chips; each holds the whole state
     data      splits the batch, and with `parameter_partitioning_dims=2` also parameters and optimizer state
-    model     splits single layers (tensor parallelism)
+    model     splits each layer (tensor parallelism)
 
 The batch is split over replica x data.
 """
@@ -24,6 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from richhf_jax import errors
 
+# A jax.Device. jaxlib has no annotations, so type checkers don't know the class.
+Device = Any
 LogicalAxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 MESH_AXES = REPLICA_AXIS, DATA_AXIS, MODEL_AXIS = ("replica", "data", "model")
@@ -31,23 +33,23 @@ _BATCH_AXES = (REPLICA_AXIS, DATA_AXIS)
 
 
 class PartitioningError(errors.UserError):
-    """A mesh or a batch that these devices can't have."""
+    """A mesh or a batch that doesn't fit the devices."""
 
 
 def standard_logical_axis_rules(
     parameter_partitioning_dims: int = 1, additional_rules: LogicalAxisRules = ()
 ) -> LogicalAxisRules:
-    """T5X's rules, and those for the axes that the ViT and the heads add.
+    """Returns T5X's rules and those for the axes that the ViT and the heads add.
 
-    Of two rules for one axis, or for one mesh axis, the first that can be followed wins.
+    Where two rules concern one logical axis, or one mesh axis, the first that can be applied wins.
 
     Args:
-      parameter_partitioning_dims: 1: parameters and optimizer state are whole on every chip, but for tensor
-        parallelism. 2: they are split over the data axis, too ("fully sharded").
+      parameter_partitioning_dims: 1: only tensor parallelism splits parameters and optimizer state. 2: the
+        data axis splits them, too ("fully sharded").
       additional_rules: (logical axis, mesh axis or None) put before the standard ones, so they win.
 
     Raises:
-      ValueError: another number of dims.
+      ValueError: `parameter_partitioning_dims` is neither 1 nor 2.
     """
     if parameter_partitioning_dims not in (1, 2):
         raise ValueError(f"parameter_partitioning_dims must be 1 or 2, got {parameter_partitioning_dims}")
@@ -59,8 +61,8 @@ def standard_logical_axis_rules(
         ("joined_kv", MODEL_AXIS),
     ]
     if parameter_partitioning_dims == 2:
-        # A score head's first dense layer has 134 M parameters, its input 65,536 numbers an image: where
-        # the kernel is split over the data axis, the inputs go to the kernel's parts, not the kernel to all.
+        # A score head's first dense layer has 134 M parameters, but only 65,536 inputs an image. So where the
+        # data axis splits the kernel, the inputs travel to its parts, and the kernel stays where it is.
         rules += [("embed", DATA_AXIS), ("dense_features", DATA_AXIS), ("dense_batch", REPLICA_AXIS)]
     rules += [("dense_batch", _BATCH_AXES)]
     replicated = (
@@ -72,11 +74,11 @@ def standard_logical_axis_rules(
 
 @dataclasses.dataclass(frozen=True)
 class DataLayout:
-    """Which part of a batch this process reads (T5X's name).
+    """The part of a batch that this process reads (T5X's name).
 
     Attributes:
-      batch_size: of all processes together.
-      shard_id, num_shards: this process's part.
+      batch_size: examples of all processes together.
+      shard_id, num_shards: this process reads part `shard_id` of `num_shards`.
     """
 
     batch_size: int
@@ -91,28 +93,28 @@ def _simulate_cpu_devices(count: int) -> None:
         logging.info("jax runs already, with %d devices; %d were asked for", jax.device_count(), count)
 
 
-def _num_slices(devices: Sequence[jax.Device]) -> int:
-    """TPU slices, or GPU machines, among the devices."""
+def _num_slices(devices: Sequence[Device]) -> int:
+    """Counts the TPU slices, or GPU machines, among the devices."""
     return len({getattr(device, "slice_index", 0) or 0 for device in devices})
 
 
 def make_mesh(
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     num_partitions: int = 1,
     ici_mesh_shape: Sequence[int] | None = None,
     dcn_mesh_shape: Sequence[int] | None = None,
 ) -> Mesh:
-    """Devices -> a mesh of replica x data x model, neighbours in the hardware being neighbours in the mesh.
+    """Makes a mesh of replica x data x model in which neighbours are neighbours in the hardware, too.
 
     Args:
-      devices: all of them.
+      devices: all devices of the mesh.
       num_partitions: devices on the model axis; each slice is a replica, and its other devices make the data
-        axis. Plays no part where the mesh's shape is given.
+        axis. Ignored where `ici_mesh_shape` is given.
       ici_mesh_shape: (replica, data, model) within a slice.
       dcn_mesh_shape: (replica, data, model) over slices; default: each slice is a replica.
 
     Raises:
-      PartitioningError: the devices can't be laid out so.
+      PartitioningError: the devices don't fill a mesh of this shape.
     """
     slices = _num_slices(devices)
     if ici_mesh_shape is None:
@@ -146,7 +148,7 @@ def make_mesh(
 
 
 class PjitPartitioner:
-    """Lays a program out over a mesh.
+    """Distributes a program over a mesh.
 
     Attributes:
       mesh: all devices, axes "replica", "data" and "model".
@@ -159,19 +161,18 @@ class PjitPartitioner:
         ici_mesh_shape: Sequence[int] | None = None,
         dcn_mesh_shape: Sequence[int] | None = None,
         num_cpu_devices: int | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Device] | None = None,
         compiler_options: Mapping[str, str] | None = None,
     ):
         """Args:
           num_partitions, ici_mesh_shape, dcn_mesh_shape: see `make_mesh`.
           logical_axis_rules: default `standard_logical_axis_rules()`.
-          num_cpu_devices: where there is no accelerator, simulate this many devices. Works before
-            the first jax computation only.
-          devices: default all of this job's; or those of a topology that isn't there, to compile for it.
-          compiler_options: XLA's flags for all steps; those called xla_tpu_... for TPUs alone.
+          num_cpu_devices: simulates this many devices on a CPU. It must be set before the first computation.
+          devices: default all of this job's. To compile for hardware that isn't here, those of its topology.
+          compiler_options: XLA's flags for all steps; those called xla_tpu_... are used on TPUs alone.
 
         Raises:
-          PartitioningError: the devices can't be split so.
+          PartitioningError: see `make_mesh`.
         """
         if num_cpu_devices and devices is None:
             _simulate_cpu_devices(num_cpu_devices)
@@ -187,11 +188,11 @@ class PjitPartitioner:
 
     @property
     def num_data_shards(self) -> int:
-        """Parts that a batch is split into, one for each group of `num_partitions` devices."""
+        """Number of parts that a batch is split into: one for each group of `num_partitions` devices."""
         return self.mesh.shape[REPLICA_AXIS] * self.mesh.shape[DATA_AXIS]
 
     def get_data_layout(self, batch_size: int) -> DataLayout:
-        """How a batch is split over processes. Processes that share a model group read the same part.
+        """Splits a batch over processes. Processes that share a model group read the same part.
 
         Raises:
           PartitioningError: the batch doesn't split evenly over the data-parallel devices.
@@ -215,29 +216,29 @@ class PjitPartitioner:
         return DataLayout(batch_size, parts.index(mine), len(parts))
 
     def own_rows(self, batch_size: int) -> np.ndarray:
-        """Which rows of a whole batch this process's devices take, in the batch's order: int [rows].
+        """Returns the rows of a whole batch that this process's devices take: int [rows], ascending.
 
-        Of a process whose devices lie apart in the mesh, they are not one after the other.
+        They have gaps where the process's devices lie apart in the mesh.
         """
         taken = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
         return np.concatenate(
-            [np.arange(*part) for part in sorted({i[0].indices(batch_size) for i in taken})]
+            [np.arange(*part) for part in sorted({i[0].indices(batch_size) for i in taken if i})]
         )
 
     def sharding(self, logical_axes: Sequence[str | None]) -> NamedSharding:
-        """Logical axes of one array -> its sharding."""
+        """Returns the sharding of an array with these logical axes."""
         spec = flax_partitioning.logical_to_mesh_axes(tuple(logical_axes), self.rules)
-        return NamedSharding(self.mesh, spec)
+        return NamedSharding(self.mesh, spec or PartitionSpec())
 
     def state_sharding(self, axes_tree: Any, abstract_state: Any) -> Any:
-        """Where each array of a state lives.
+        """Returns the sharding of each array of a state.
 
         Args:
           axes_tree: a tree of `PartitionSpec`s of logical axis names.
           abstract_state: a tree like it, of arrays or `ShapeDtypeStruct`s.
 
         Returns:
-          A tree like it, of shardings.
+          A tree of shardings like `axes_tree`.
 
         Raises:
           PartitioningError: an array doesn't split evenly.
@@ -261,7 +262,7 @@ class PjitPartitioner:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Every array of a batch is split along its first axis."""
+        """Sharding of every array of a batch: split along its first axis."""
         return self.sharding(("batch",))
 
     @property
@@ -269,7 +270,7 @@ class PjitPartitioner:
         return self.sharding(())
 
     def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's part of a batch, as numpy -> global arrays on the devices."""
+        """Moves this process's part of a batch (numpy) to its devices and returns the global arrays."""
         return {
             name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
             for name, value in batch.items()
@@ -278,7 +279,7 @@ class PjitPartitioner:
     def partition(
         self, fn: Callable, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()
     ) -> "PartitionedFn":
-        """Compiles `fn` for the mesh, at its first call."""
+        """Returns `fn`, to be compiled for the mesh at its first call."""
         jitted = jax.jit(
             fn,
             in_shardings=in_shardings,
@@ -290,13 +291,13 @@ class PjitPartitioner:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        """Inside, the network's constraints on activations hold."""
+        """Applies the mesh and the rules to the sharding constraints inside the network."""
         with jax.set_mesh(self.mesh), flax_partitioning.axis_rules(self.rules):
             yield
 
 
 class PartitionedFn:
-    """A jitted function that is traced with its mesh and its rules."""
+    """A jitted function that is always traced with its mesh and its rules."""
 
     def __init__(self, jitted: Callable, context: Callable):
         self._jitted = jitted
@@ -307,6 +308,6 @@ class PartitionedFn:
             return self._jitted(*args)
 
     def lower(self, *args) -> jax.stages.Lowered:
-        """For `.compile()` ahead of time; arguments may be `ShapeDtypeStruct`s."""
+        """Lowers the function for `.compile()` ahead of time; arguments may be `ShapeDtypeStruct`s."""
         with self._context():
             return self._jitted.lower(*args)

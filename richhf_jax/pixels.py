@@ -1,36 +1,40 @@
-"""A picture -> the model's square of pixels, without TensorFlow.
+"""Resizing of pictures to the model's square, without TensorFlow.
 
-Equal, to the pixel, to what `augmentation.show` makes of a picture in training when it doesn't augment.
+The pixels equal those of `augmentation.show` in training without augmentation.
 """
 
 import numpy as np
+from jaxtyping import Int, Int32, UInt8
 
 FITS = ("resize", "letterbox")
 
 
-def square(image: np.ndarray, side: int, fit: str) -> tuple[np.ndarray, np.ndarray]:
+def square(
+    image: UInt8[np.ndarray, "height width 3"], side: int, fit: str
+) -> tuple[UInt8[np.ndarray, "{side} {side} 3"], Int32[np.ndarray, " 4"]]:
     """Brings a picture to the model's square.
 
     Args:
-      image: uint8 [height, width, 3].
-      side: of the square, in pixels.
-      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it.
+      image: the picture.
+      side: side of the square, in pixels.
+      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect and pads with black.
 
     Returns:
-      uint8 [side, side, 3]; and int32 [4], where in it the picture lies: its first row and column, and those
-      behind its last.
+      The square, and the picture's place in it: its first row and column, and those after its last.
     """
     size = np.array(image.shape[:2])
     box = np.array([0, 0, side, side], np.int32) if fit == "resize" else letterbox(size, side)
-    top, left, bottom, right = box
+    top, left, bottom, right = box.tolist()
     shown = resample(image, (bottom - top, right - left))
     if fit == "resize":
         return shown, box
     return np.pad(shown, ((top, side - bottom), (left, side - right), (0, 0))), box
 
 
-def letterbox(size: np.ndarray, side: int) -> np.ndarray:
-    """A picture's height and width -> int32 [4], its box in the middle of the square, with its aspect.
+def letterbox(size: Int[np.ndarray, " 2"], side: int) -> Int32[np.ndarray, " 4"]:
+    """Places a picture of this height and width, with its aspect, in the middle of the square.
+
+    The result is its first row and column, and those after its last.
 
     >>> letterbox(np.array([100, 200]), 64).tolist()
     [16, 0, 48, 64]
@@ -40,11 +44,13 @@ def letterbox(size: np.ndarray, side: int) -> np.ndarray:
     return np.concatenate([starts, starts + sizes])
 
 
-def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width, channels] -> [*size, channels]: linear; averages where it shrinks.
+def resample(
+    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} channels"]:
+    """Resizes a picture linearly, and averages where it shrinks.
 
-    The arithmetic of TensorFlow's `ScaleAndTranslate` with a triangle kernel, in its order and in float32:
-    sums that lie between two levels are rounded as there.
+    The arithmetic is that of TensorFlow's `ScaleAndTranslate` with a triangle kernel, in the same order and
+    in float32, so that sums between two levels are rounded alike.
     """
     if image.shape[:2] == tuple(size):
         return image
@@ -54,20 +60,20 @@ def resample(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _weighted_rows(image: np.ndarray, count: int) -> np.ndarray:
-    """[rows, columns, channels] -> float32 [count, columns, channels]."""
+    """Resizes the rows: [rows, columns, channels] -> float32 [count, columns, channels]."""
     starts, weights = _spans(image.shape[0], count)
     total = np.zeros((count, *image.shape[1:]), np.float32)
     for i, of_each in enumerate(weights):
-        rows = np.minimum(starts + i, image.shape[0] - 1)  # A weight beyond the last is 0.
+        rows = np.minimum(starts + i, image.shape[0] - 1)  # Rows beyond the last have weight 0.
         total += of_each[:, None, None] * image[rows].astype(np.float32, copy=False)
     return total
 
 
 def _spans(rows: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows each of `count` new ones is a mean of: int [count], the first; float32 [span, count]."""
+    """For each of `count` new rows, its first source row, int [count], and weights, float32 [span, count]."""
     one = np.float32(1)
     scale = np.float32(count) / np.float32(rows)
-    width = max(one / scale, one)  # Of the kernel: wider where the picture shrinks.
+    width = max(one / scale, one)  # The kernel is wider where the picture shrinks.
     centres = (np.arange(count, dtype=np.float32) + np.float32(0.5)) * (one / scale)
     half = np.float32(0.5)
     first = np.clip(np.ceil(centres - width - half), 0, rows - 1).astype(np.int64)

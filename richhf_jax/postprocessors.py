@@ -9,7 +9,7 @@ from absl import logging
 from richhf_jax import feedback
 
 
-def rich_feedback(output: Any, example: Mapping[str, np.ndarray], is_target: bool) -> feedback.RichFeedback:
+def rich_feedback(output: Any, example: Mapping[str, Any], is_target: bool) -> feedback.RichFeedback:
     """seqio's `postprocess_fn`: the target from a task example; a model's output is a RichFeedback already.
 
     Args:
@@ -24,7 +24,7 @@ def rich_feedback(output: Any, example: Mapping[str, np.ndarray], is_target: boo
     return target(example) if is_target else output
 
 
-def target(example: Mapping[str, np.ndarray]) -> feedback.RichFeedback:
+def target(example: Mapping[str, Any]) -> feedback.RichFeedback:
     """A task example -> the feedback of people; see `rich_feedback`."""
     name, prompt, labels = (
         example[field].decode()
@@ -41,12 +41,14 @@ def target(example: Mapping[str, np.ndarray]) -> feedback.RichFeedback:
         id=name,
         prompt=prompt,
         scores={kind: float(score) for kind, score, weight in scores if weight},
-        heatmaps={kind: np.float32(in_box(heat, example)) / 255 for kind, heat, weight in heatmaps if weight},
+        heatmaps={
+            kind: in_box(heat, example).astype(np.float32) / 255 for kind, heat, weight in heatmaps if weight
+        },
         tokens=tokens,
     )
 
 
-def in_box(pixels: np.ndarray, example: Mapping[str, np.ndarray]) -> np.ndarray:
+def in_box(pixels: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
     """[height, width, ...] of a task example, without the padding of a letterbox: no metric shall see it."""
     if "image_box" not in example:
         return pixels
@@ -55,7 +57,7 @@ def in_box(pixels: np.ndarray, example: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def prediction(
-    example: Mapping[str, np.ndarray],
+    example: Mapping[str, Any],
     heatmaps: np.ndarray,
     scores: np.ndarray,
     tokens: Sequence[feedback.Token],

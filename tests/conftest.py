@@ -8,6 +8,7 @@ import pathlib
 import sys
 import tempfile
 
+import jaxtyping
 import numpy as np
 import pytest
 from absl import logging
@@ -21,6 +22,20 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Not the user's. It goes with this object, at the end.
 _COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+
+# Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
+# a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
+CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords")
+jaxtyping.install_import_hook(
+    [f"richhf_jax.{name}" for name in CHECKED],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
+    """Lets a test see what a function itself says of shapes that don't fit."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
 RULES = """
 errors             |                |
 feedback           |                |
-network            | jax            |
+shapes             | jax            |
+network            | jax            | shapes
 costs              | jax            |
 multihost          | jax            |
-losses             | jax            |
-decoding           | jax            |
+losses             | jax            | shapes
+decoding           | jax            | shapes
 keywords           |                |
 inputs             |                |
 pixels             |                |

@@ -139,7 +139,7 @@ def test_heatmap_metrics_by_hand():
     assert metrics.cc(target, prediction) == pytest.approx(3 / np.sqrt(10))
     assert metrics.auc_judd(target, prediction) == 1
     # One fixated pixel, above 2 of 3 others: from (0, 0) straight to (1/3, 1), then to (1, 1).
-    assert metrics.auc_judd(np.array([1, 0, 0, 0]), np.array([3, 4, 1, 0])) == pytest.approx(5 / 6)
+    assert metrics.auc_judd(np.array([[1, 0, 0, 0]]), np.array([[3, 4, 1, 0]])) == pytest.approx(5 / 6)
 
 
 def test_perfect_prediction():
@@ -188,7 +188,7 @@ def test_target_that_fixates_every_pixel():
 def test_auc_judd_of_a_full_size_map_is_fast():
     rng = np.random.default_rng(0)
     prediction = rng.uniform(size=(512, 512)).astype(np.float32)
-    target = rng.uniform(size=(512, 512)) < 0.2
+    target = (rng.uniform(size=(512, 512)) < 0.2).astype(np.float32)
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -119,7 +119,8 @@ def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
         "decoder_input_tokens": (1, 1, 8),
     }
     variables = jax.eval_shape(lambda rng: model.get_initial_variables(rng, shapes), jax.random.key(0))
-    return traverse_util.flatten_dict(variables["params"], sep="/")
+    parameters: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
+    return parameters
 
 
 def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -144,11 +145,7 @@ def describe(
       unstacked: whether the parameters are written as of single layers, whatever the model says.
     """
     side = model.module.vit_config.grid[0] * model.module.vit_config.patch_size
-    if vocabulary is None:  # Where `tasks` is, without its imports: TensorFlow among others.
-        vocabulary = (
-            pathlib.Path(importlib.util.find_spec("tasks").origin).parent / "sentencepiece_small.model"
-        )
-    place = pathlib.Path(vocabulary)
+    place = _small_vocabulary() if vocabulary is None else pathlib.Path(vocabulary)
     network = model.module
     if unstacked:
         configs = {name: getattr(network, name) for name in ("t5_config", "vit_config", "heads_config")}
@@ -163,6 +160,15 @@ def describe(
         {"converted_from": ", ".join(paths)},
         place.read_bytes() if place.is_file() else None,
     )
+
+
+def _small_vocabulary() -> pathlib.Path:
+    """Finds the vocabulary beside `tasks`, without importing `tasks` and so TensorFlow."""
+    tasks = importlib.util.find_spec("tasks")
+    # `tasks` is installed with this package.
+    assert tasks is not None
+    assert tasks.origin is not None
+    return pathlib.Path(tasks.origin).parent / "sentencepiece_small.model"
 
 
 def convert(

@@ -251,7 +251,8 @@ def split_positions(
       ConvertError: the rows do not make up such a grid.
     """
     rows, width = positions.shape[1:]
-    grid = grid or (math.isqrt(rows - 1),) * 2
+    side = math.isqrt(rows - 1)
+    grid = grid or (side, side)
     if 1 + grid[0] * grid[1] != rows:
         raise ConvertError(
             f"{positions.origin} has {rows} rows; a class token and {grid} patches take others"

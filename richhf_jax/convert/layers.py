@@ -25,16 +25,16 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a stack lacks a layer, or its layers are not alike.
     """
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    stacks: dict[str, dict[int, Any]] = {}
+    stacks: dict[tuple[str, str], dict[int, Any]] = {}
     result = {}
     for name, value in flat.items():
         if match := _LAYER.fullmatch(name):
-            stacks.setdefault(f"{match[1]}layers/{match[3]}", {})[int(match[2])] = value
+            stacks.setdefault((f"{match[1]}layers", match[3]), {})[int(match[2])] = value
         else:
             result[name] = value
     depths: dict[str, int] = {}
-    for name, layers in stacks.items():
-        stack = name[: _STACKED.fullmatch(name).end(1)]
+    for (stack, parameter), layers in stacks.items():
+        name = f"{stack}/{parameter}"
         depth = depths.setdefault(stack, len(layers))
         if sorted(layers) != list(range(depth)):
             raise ValueError(f"{name} is in the layers {sorted(layers)} of {depth}: all must have it")
@@ -44,7 +44,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `stack_layers`: the tree of a model without `scan_layers`."""
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
     result = {}
     for name, value in flat.items():
         if layers := layer_names(name, value.shape[0] if value.ndim else 0):

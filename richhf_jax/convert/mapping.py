@@ -134,7 +134,7 @@ def _take(
 
 
 def _resampled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return tensor.mapped(shape, lambda table: resample_positions(table, shape[:2]))
+    return tensor.mapped(shape, lambda table: resample_positions(table, (shape[0], shape[1])))
 
 
 def resample_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -151,7 +151,7 @@ def resample_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
       float32 [*grid, D].
     """
     zoom = (grid[0] / table.shape[0], grid[1] / table.shape[1], 1)
-    return scipy.ndimage.zoom(table.astype(np.float32), zoom, order=1)
+    return np.asarray(scipy.ndimage.zoom(table.astype(np.float32), zoom, order=1))
 
 
 def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> list[str]:

@@ -45,9 +45,11 @@ def open_safetensors(path: str) -> Source:
     """Opens what `--format=safetensors` wrote.
 
     Raises:
-      ConvertError: it is damaged, or another's.
+      ConvertError: it is absent, damaged, or another's.
     """
     file = _safetensors_file(path)
+    if file is None:
+        raise ConvertError(f"{path} is no .safetensors file, nor a directory with a model.safetensors")
     metadata = safetensors_files.read_metadata(file)
     if SAFETENSORS_METADATA.items() - metadata.items():
         raise ConvertError(

@@ -100,7 +100,7 @@ def _read_msgpack(index: pathlib.Path) -> tuple[int | None, dict[tuple[str, ...]
         try:
             # Mapped, so that the file isn't in memory beside the arrays that are read out of it.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                tree = serialization.msgpack_restore(content)
+                tree = serialization.msgpack_restore(content)  # pyright: ignore[reportArgumentType]: a buffer
         except Exception as error:  # msgpack's, and whatever else bytes that aren't msgpack lead to.
             raise source.ConvertError(
                 f"{index} is truncated, or not a checkpoint of T5X ({type(error).__name__}: {error})"

@@ -252,7 +252,7 @@ class _Program:
             return self._scalar(frame, operands[0], index, initially)
         if opcode == "get-tuple-element":
             return self._scalar(frame, operands[0], int(instruction.attribute("index")), initially)
-        if opcode == "tuple":
+        if opcode == "tuple" and index is not None:
             return self._scalar(frame, operands[index], None, initially)
         if opcode == "parameter" and frame.caller:
             if frame.loop_body and not initially and not _passes_on(frame.loop_body, index):

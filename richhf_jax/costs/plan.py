@@ -63,7 +63,7 @@ def make(
     """
     chip = chips.spec(step.device_kind)
     num_chips = math.prod(step.mesh.values())
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     costs = counter.analyze(text)
     memory = _memory(compiled)
     fits = None if chip is None else refusal is None and memory["total"] <= chip.hbm_bytes
@@ -96,6 +96,8 @@ def make(
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes a chip; "outputs" without those that take a donated argument's place."""
     stats = compiled.memory_analysis()
+    if stats is None:
+        raise NotImplementedError("the compiler of this backend doesn't say how much memory a program takes")
     memory = {
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,

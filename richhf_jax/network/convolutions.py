@@ -1,72 +1,80 @@
-"""Convolutions of the heads, in the form that each kind of device computes fastest; the numbers are the same.
+"""Convolutions of the heads, in the form that each kind of device computes fastest; the results are the same.
 
 Feature maps are [batch, height, width, channels], kernels [side, side, channels, filters].
 
-Maps may be cut into strips of rows: [batch * strips, height / strips, width, channels], an example's strips
-one after the other. A TPU wants at least eight examples: of fewer, XLA cuts the columns itself, and copies
-the map from one layout to another around each convolution. Maps in strips stay as they are: by XLA's
-estimate, the base size's heatmap head with its gradients, one image on a v5e, takes two thirds of the
-cycles.
+Maps may be cut into strips of rows: [batch * strips, height / strips, width, channels]. An example's strips
+follow each other. Strips help TPUs, which want at least eight examples: with fewer, XLA cuts the columns
+itself and copies the map from one layout to another around each convolution. It leaves maps in strips as
+they are. By XLA's estimate, the base size's heatmap head with its gradients, for one image on a v5e, then
+takes two thirds of the cycles.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def cut(x: Array, strips: int) -> Array:
-    """[batch, height, width, channels] -> strips of its rows; `strips` must divide the height."""
+def cut(
+    x: Float[Array, "batch height width channels"], strips: int
+) -> Float[Array, "batch*{strips} height//{strips} width channels"]:
+    """Cuts maps into strips of rows; `strips` must divide the height."""
     batch, height, *rest = x.shape
     return x.reshape(batch * strips, height // strips, *rest)
 
 
-def join(x: Array, strips: int) -> Array:
-    """The reverse of `cut`; also of strips that a deconvolution has enlarged."""
+def join(
+    x: Float[Array, "rows height width channels"], strips: int
+) -> Float[Array, "rows//{strips} height*{strips} width channels"]:
+    """Joins strips into maps: the reverse of `cut`, also after a deconvolution has enlarged the strips."""
     rows, height, *rest = x.shape
     return x.reshape(rows // strips, height * strips, *rest)
 
 
-def conv(x: Array, kernel: Array, strips: int = 1) -> Array:
-    """A convolution of stride 1 with zeros beyond the borders: the map keeps its size.
+def conv(
+    x: Float[Array, "rows height width channels"],
+    kernel: Float[Array, "side side channels filters"],
+    strips: int = 1,
+) -> Float[Array, "rows height width filters"]:
+    """Convolves with stride 1 and zeros beyond the borders, so that the map keeps its size.
 
     Args:
-      x: [batch * strips, height, width, channels].
-      kernel: [side, side, channels, filters]; of an even side, the extra row and column lie after the pixel.
-      strips: into which `x` is cut.
-
-    Returns:
-      [batch * strips, height, width, filters].
+      x: maps, or their strips.
+      kernel: if its side is even, the extra row and column lie after the pixel.
+      strips: number of strips that a map is cut into.
     """
     side = kernel.shape[0]
     return _convolve_strips(x, kernel, ((side - 1) // 2, side // 2), 1, strips)
 
 
-def deconv(x: Array, kernel: Array, padding: str = "SAME", strips: int = 1) -> Array:
-    """A stride-2 transposed convolution with a 3x3 kernel; doubles height and width.
+def deconv(
+    x: Float[Array, "rows height width channels"],
+    kernel: Float[Array, "3 3 channels filters"],
+    padding: str = "SAME",
+    strips: int = 1,
+) -> Float[Array, "rows 2*height 2*width filters"]:
+    """Doubles height and width: a transposed convolution with stride 2 and a 3x3 kernel.
 
     In one dimension, with taps k0 k1 k2, and 0 beyond the borders:
 
         'SAME':   out[2i] = x[i - 1] k0 + x[i] k2     out[2i + 1] = x[i] k1
         'torch':  out[2i] = x[i] k1                   out[2i + 1] = x[i] k0 + x[i + 1] k2
 
-    and rows and columns alike in two. 'SAME' equals `jax.lax.conv_transpose(x, kernel, (2, 2), 'SAME')`;
-    'torch' equals PyTorch's ConvTranspose2d with padding 1 and output padding 1, whose kernel is stored
-    mirrored: k0 here is its last tap.
+    In two dimensions, rows and columns are treated alike. 'SAME' equals
+    `jax.lax.conv_transpose(x, kernel, (2, 2), 'SAME')`. 'torch' equals PyTorch's ConvTranspose2d with
+    padding 1 and output padding 1, whose kernel is stored mirrored: our k0 is its last tap.
 
-    On accelerators as one convolution, the gradient of a strided one, which compiles faster than four. XLA's
-    CPU backend multiplies with the zeros between its inputs: there by `subpixel_deconv`, of whole maps.
+    Accelerators compute one convolution, which compiles faster than the four of `subpixel_deconv`. XLA's CPU
+    backend would multiply with the zeros between the inputs, so on a CPU whole maps go to `subpixel_deconv`.
 
     Args:
-      x: [batch * strips, height, width, channels].
-      kernel: [3, 3, channels, filters].
+      x: maps, or their strips.
+      kernel: the taps.
       padding: 'SAME' or 'torch'.
-      strips: into which `x` is cut.
-
-    Returns:
-      [batch * strips, 2 height, 2 width, filters].
+      strips: number of strips that a map is cut into.
     """
     pads = {"SAME": (2, 1), "torch": (1, 2)}[padding]
 
@@ -80,15 +88,20 @@ def deconv(x: Array, kernel: Array, padding: str = "SAME", strips: int = 1) -> A
     )
 
 
-def subpixel_deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
-    """`deconv` without products with zeros.
+def subpixel_deconv(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "3 3 channels filters"],
+    padding: str = "SAME",
+) -> Float[Array, "batch 2*height 2*width filters"]:
+    """Computes `deconv` without products with zeros.
 
     Each of the four parities of output rows and columns is a convolution of the input with its own 4, 2, 2 or
-    1 taps, and the four are interleaved: 4 to 6 times faster on 2 CPU cores, forward and backward together.
+    1 taps; the four results are interleaved. On 2 CPU cores this is 4 to 6 times faster, forward and backward
+    together.
     """
     batch, height, width, _ = x.shape
     outer, middle = slice(0, None, 2), slice(1, 2)
-    # The taps of the even and of the odd outputs, and how much zero padding the input needs before and after.
+    # Taps of the even and of the odd outputs, and rows of zeros that the input needs before and after it.
     even, odd = {
         "SAME": ((outer, (1, 0)), (middle, (0, 0))),
         "torch": ((middle, (0, 0)), (outer, (0, 1))),
@@ -105,15 +118,16 @@ def subpixel_deconv(x: Array, kernel: Array, padding: str = "SAME") -> Array:
 
 
 def _convolve_strips(x: Array, kernel: Array, pads: tuple[int, int], dilation: int, strips: int) -> Array:
-    """A convolution of strips, each with the rows of its neighbours that it needs.
+    """Convolves strips, each with the rows of its neighbours that it needs.
 
-    For two strips of the rows a b c d, and a kernel of side 3: 0 a b c and b c d 0.
+    Two strips of the rows a b c d, and a kernel of side 3, read the rows 0 a b c and b c d 0.
 
     Args:
       x: [batch * strips, height, width, channels].
       kernel: [side, side, channels, filters].
-      pads: zeros before and after the dilated rows of a map, and its columns.
-      dilation: distance of the rows, and columns, with zeros in between.
+      pads: zeros before and after a map's dilated rows, and as many for its columns.
+      dilation: distance between two rows, or columns, of the dilated map; zeros lie between them.
+      strips: number of strips that a map is cut into.
 
     Returns:
       [batch * strips, dilation * height, dilation * width, filters].
@@ -121,7 +135,7 @@ def _convolve_strips(x: Array, kernel: Array, pads: tuple[int, int], dilation: i
     if strips == 1:
         return _convolve(x, kernel, (pads, pads), dilation)
     height, side = x.shape[1], kernel.shape[0]
-    first, last = -pads[0], dilation * height - 1 + side - 1 - pads[0]  # what a strip reads, in dilated rows
+    first, last = -pads[0], dilation * height - 1 + side - 1 - pads[0]  # the dilated rows that a strip reads
     above, below = -first // dilation, last // dilation - (height - 1)
     of_map = x.reshape(-1, strips, *x.shape[1:])
     none = (0, 0)
@@ -135,5 +149,10 @@ def _convolve_strips(x: Array, kernel: Array, pads: tuple[int, int], dilation: i
 
 def _convolve(x: Array, kernel: Array, pads: tuple, dilation: int = 1) -> Array:
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), pads, lhs_dilation=(dilation, dilation), dimension_numbers=_LAYOUT
+        jnp.asarray(x),
+        jnp.asarray(kernel),
+        (1, 1),
+        pads,
+        lhs_dilation=(dilation, dilation),
+        dimension_numbers=_LAYOUT,
     )

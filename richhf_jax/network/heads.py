@@ -1,8 +1,8 @@
 """The heads: from the encoded image to a heatmap or a score. Their layers are data, given in gin.
 
-Feature maps are [batch, height, width, channels]. In the logical axes of the kernels,
-[height, width, embed, mlp], `embed` is the channels that come in and `mlp` those that go out, so the
-partitioning rules of the transformers apply to the heads as well.
+Feature maps are [batch, height, width, channels]. The kernels' logical axes are [height, width, embed, mlp]:
+`embed` stands for the input channels and `mlp` for the output channels, so that the partitioning rules of the
+transformers apply to the heads as well.
 """
 
 import functools
@@ -16,15 +16,15 @@ from flax import linen as nn
 from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Float32
 
 from richhf_jax.network import convolutions, layers
+from richhf_jax.shapes import Array
 
-Array = jax.Array
-
-# ('conv' | 'deconv', filters, kernel side), or with what follows it; or ('residual', layers, what follows).
+# ('conv' | 'deconv', filters, kernel side[, steps after it]) or ('residual', layers[, steps after it]).
 Layer = tuple
 
-# The fewest rows of a strip: of less, its neighbours' rows cost more than strips spare.
+# The fewest rows of a strip. Below, recomputing the border rows costs more than the strips save.
 _MIN_ROWS = 16
 _SAVED = "head_convolution"
 _KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_SAVED)
@@ -32,17 +32,18 @@ _KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_SAVED)
 
 @struct.dataclass
 class Style:
-    """What all layers of a head have in common.
+    """Settings that all layers of a head share.
 
     Attributes:
-      norm: 'layer': zero mean and unit variance, then scale and bias. 'rms': divided by the root mean square,
-        then scale. Both over the channels.
-      norm_epsilon: of the norms.
+      norm: 'layer': zero mean and unit variance, then scale and bias. 'rms': division by the root mean
+        square, then scale. Both are taken over the channels.
+      norm_epsilon: epsilon of the norms.
       deconv_padding: 'SAME' or 'torch', see `convolutions.deconv`.
-      dtype: of the computation but for a head's output.
-      scan_layers: equal layers in a row run in one loop, so that XLA compiles one. Their parameters stand as
-        without.
-      row_strips: maps of at least 16 rows for each are cut into so many strips, see `convolutions`; 1: none.
+      dtype: type of the computation, except for a head's output.
+      scan_layers: runs equal layers in a row in one loop, so that XLA compiles one. Their parameters are
+        named and shaped as without.
+      row_strips: number of strips that a map is cut into where each gets at least 16 rows, see
+        `convolutions`; 1 cuts nothing.
     """
 
     norm: str = "layer"
@@ -53,7 +54,7 @@ class Style:
     row_strips: int = 1
 
     def strips(self, height: int) -> int:
-        """Into how many strips a map of this height is cut."""
+        """Number of strips that a map of this height is cut into."""
         enough = height % self.row_strips == 0 and height >= _MIN_ROWS * self.row_strips
         return self.row_strips if enough else 1
 
@@ -64,13 +65,13 @@ class Conv(nn.Module):
     'SAME' padding of an even kernel puts the extra row and column after the image.
 
     Attributes:
-      filters: channels that go out.
+      filters: output channels.
       kernel_size: side of the kernel; 3 where transposed.
       transposed: None, or the padding of `convolutions.deconv`, which doubles height and width.
-      dtype: of the computation.
+      dtype: type of the computation.
+      strips: number of strips that its map is cut into.
       bias_init: initialiser of the bias.
-      kernel_axes: the kernel's logical axes; the bias takes the last.
-      strips: into which its map is cut.
+      kernel_axes: the kernel's logical axes; the bias has the last.
     """
 
     filters: int
@@ -79,14 +80,16 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     strips: int = 1
     bias_init: Any = nn.initializers.zeros
-    kernel_axes: tuple[str | None, ...] = ("height", "width", "embed", "mlp")
+    kernel_axes: layers.Axes = ("height", "width", "embed", "mlp")
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[batch, height, width, channels] -> [batch, height, width, filters], or twice the height and width.
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch _ _ {self.filters}"]:
+        """Convolves maps, or their strips.
 
         Raises:
-          ValueError: a transposed kernel that is not 3x3.
+          ValueError: a transposed kernel is not 3x3.
         """
         k = self.kernel_size
         if self.transposed and k != 3:
@@ -114,13 +117,17 @@ def _norm(style: Style, name: str) -> nn.Module:
 def _apply_layers(
     module: nn.Module, head_layers: Sequence[Layer], style: Style, x: Array, strips: int = 1
 ) -> tuple[Array, int]:
-    """Runs layers on a feature map, within the module's compact method; layer i is named by i.
+    """Runs layers on a feature map, within the module's compact method; i is part of the name of layer i.
 
     Args:
-      strips: into which `x` is cut.
+      module: the module that owns the layers.
+      head_layers: the layers.
+      style: their common settings.
+      x: [batch * strips, height / strips, width, channels].
+      strips: number of strips that a map of `x` is cut into.
 
     Returns:
-      What the layers make of it, and into how many strips that is cut.
+      The last layer's output, and the number of strips that each of its maps is cut into.
     """
     i = 0
     for layer, equal in itertools.groupby(head_layers):
@@ -128,7 +135,7 @@ def _apply_layers(
             strips = style.strips(x.shape[1])
             x = convolutions.cut(x, strips)
         count = len(list(equal))
-        # Of a run of equal layers, the first may have another number of channels coming in.
+        # The first of several equal layers may have another number of input channels than the rest.
         first = 0 if layer[0] == "conv" and x.shape[-1] == layer[1] else 1
         scan = style.scan_layers and count - first > 1 and not module.is_initializing()
         for j in range(i, i + (first if scan else count)):
@@ -142,7 +149,7 @@ def _apply_layers(
 def _scan_equal(
     module: nn.Module, indices: Sequence[int], layer: Layer, style: Style, x: Array, strips: int
 ) -> Array:
-    """The module's layers of these indices, all like `layer`, in one loop."""
+    """Runs the module's layers with these indices, all equal to `layer`, in one loop."""
     params = module.variables["params"]
     names = [name for name in (layer[0], "norm") if f"{name}_{indices[0]}" in params]
     one, its_index = Layers([layer], style, strips, parent=None), 0
@@ -156,7 +163,7 @@ def _scan_equal(
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:
-    """Trees of equal arrays -> one tree, its arrays with a new first axis."""
+    """Stacks trees of equally shaped arrays along a new first axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
@@ -180,20 +187,20 @@ def _apply_layer(i: int, layer: Layer, style: Style, x: Array, strips: int) -> A
 
 
 def _finished(x: Array) -> Array:
-    """Keeps XLA from fusing what follows into what computes `x`.
+    """Keeps XLA from fusing the operations after `x` into the one that computes `x`.
 
-    A norm's sums in a convolution's kernel compile two to three times slower for a TPU (v5e, ahead of time),
-    need more memory, and move a tenth more bytes; a bias there compiles a tenth slower.
+    A norm fused into a convolution compiles two to three times slower for a TPU (v5e, ahead of time), needs
+    more memory, and moves a tenth more bytes. A fused bias compiles a tenth slower.
     """
     return jax.lax.optimization_barrier(x)
 
 
 class Layers(nn.Module):
-    """Layers by themselves: those of a 'residual' layer, or the one that a loop runs.
+    """The layers inside a 'residual' layer, or the one layer that a loop runs.
 
     Attributes:
       layers, style: as for `HeatmapHead`.
-      strips: into which the map is cut.
+      strips: number of strips that the map is cut into.
     """
 
     layers: Sequence[Layer]
@@ -201,15 +208,18 @@ class Layers(nn.Module):
     strips: int = 1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[batch, height, width, channels] -> the same shape."""
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Runs the layers, which keep the map's shape."""
         return _apply_layers(self, self.layers, self.style, x, self.strips)[0]
 
 
 def recomputing_norms(head_cls: type[nn.Module]) -> type[nn.Module]:
-    """The head, of whose activations the convolutions' outputs alone are kept for the backward pass.
+    """Wraps a head so that only the convolutions' outputs are saved for the backward pass.
 
-    In a loop all that isn't recomputed is stored, and the norms' float32 values are several times as large.
+    A loop saves all activations that it does not recompute, and the norms' float32 values take several times
+    the memory of the convolutions' outputs.
     """
     return nn.remat(head_cls, policy=_KEEP_CONVOLUTIONS, prevent_cse=False)
 
@@ -227,14 +237,14 @@ class HeatmapHead(nn.Module):
         ('conv', 192, 3)
 
     Attributes:
-      layers: in order. ('conv', filters, kernel side) keeps the map's size, ('deconv', filters, 3) doubles
-        it; a norm over the channels and a ReLU follow each. A fourth element names what follows instead, in
-        order: ('conv', 768, 3, ('relu', 'norm')). ('residual', (layer, ...), ('relu',)) adds what its layers
-        make of the map to the map; what is named follows the sum.
-      style: norm, padding and computation.
+      layers: the layers in order. ('conv', filters, kernel side) keeps the map's size, ('deconv', filters, 3)
+        doubles it; a norm over the channels and a ReLU follow each. A fourth element names other steps to
+        follow, in order: ('conv', 768, 3, ('relu', 'norm')). ('residual', (layer, ...), ('relu',)) adds the
+        output of its layers to the map; the named steps follow the sum.
+      style: settings that the layers share.
       output_layer: (kind, kernel size) of the last layer, which has one filter and the sigmoid.
-      output_bias_init: the output's bias at the start. Heat is rare: with -3 a new head says 0.05
-        everywhere and not 0.5, which spares it the first steps.
+      output_bias_init: the output's bias at the start. Heat is rare: with -3 a new head predicts 0.05
+        everywhere and not 0.5, which saves it the first steps of training.
     """
 
     layers: Sequence[Layer]
@@ -243,13 +253,13 @@ class HeatmapHead(nn.Module):
     output_bias_init: float = 0.0
 
     @nn.compact
-    def __call__(self, features: Array) -> Array:
-        """Feature map [batch, height, width, embed] -> heatmap [batch, H, W], float32 in [0, 1].
-
-        H and W are height and width times 2 for each 'deconv', the output layer included.
+    def __call__(
+        self, features: Float[Array, "batch rows columns embed"]
+    ) -> Float32[Array, "batch height width"]:
+        """Predicts heatmaps in [0, 1]; each 'deconv', the output layer included, doubles rows and columns.
 
         Raises:
-          ValueError: a layer of another kind, or a deconv whose kernel is not 3x3.
+          ValueError: a layer is of another kind, or a deconv's kernel is not 3x3.
         """
         x, strips = _apply_layers(self, self.layers, self.style, features)
         kind, kernel_size = self.output_layer
@@ -271,14 +281,13 @@ class HeatmapHead(nn.Module):
 class ScoreHead(nn.Module):
     """Convolutions, then dense layers down to one number.
 
-    The paper's kernels are 2x2 with stride 1. It does not name the padding: here 'SAME', so the map keeps
-    its size, and the first dense layer sees height x width x channels values: the head is bound to one
-    image size.
+    The paper's kernels are 2x2 with stride 1. It does not name the padding. We take 'SAME', so the map keeps
+    its size, and the first dense layer sees height x width x channels values: a head fits one image size.
 
     Attributes:
-      conv_layers: (filters, kernel size) each; a norm over the channels and a ReLU follow.
+      conv_layers: (filters, kernel size) of each; a norm over the channels and a ReLU follow.
       dense_layers: widths of the hidden dense layers; a ReLU follows each.
-      style: norm and computation.
+      style: settings that the layers share.
     """
 
     conv_layers: Sequence[tuple[int, int]] = ((768, 2), (384, 2), (128, 2), (64, 2))
@@ -286,12 +295,12 @@ class ScoreHead(nn.Module):
     style: Style = Style()
 
     @nn.compact
-    def __call__(self, features: Array) -> Array:
-        """Feature map [batch, height, width, embed] -> score [batch], float32 in [0, 1]."""
+    def __call__(self, features: Float[Array, "batch rows columns embed"]) -> Float32[Array, " batch"]:
+        """Predicts scores in [0, 1]."""
         conv_layers = [("conv", *layer) for layer in self.conv_layers]
         x = convolutions.join(*_apply_layers(self, conv_layers, self.style, features))
-        # Where the rules split the first dense kernel's rows over the data axis, the features go to the rows'
-        # places; but after the convolutions, which XLA would otherwise split over the image's rows as well.
+        # Where the rules split the first dense kernel's rows over the data axis, the features travel to these
+        # rows. The first constraint keeps XLA from splitting the convolutions over the image's rows, too.
         x = with_sharding_constraint(x, ("batch", "height", "width", "mlp"))
         x = with_sharding_constraint(x.reshape(x.shape[0], -1), ("dense_batch", "dense_features"))
         dtype = self.style.dtype

@@ -1,11 +1,11 @@
-"""Layers and attention masks of the transformers, with the interface of T5X's `examples/t5/layers.py`.
+"""Layers and attention masks of the transformers; the interface is that of T5X's `examples/t5/layers.py`.
 
 Class names, arguments, parameter names and shapes, initialisers, logical axes, the order of operations
-and the dropout pattern are T5X's, so that its checkpoints load and give its outputs. On top come
-`use_bias` of `DenseGeneral` and `MlpBlock`, and `CenteredLayerNorm`: the vision transformer needs them.
+and the dropout pattern are T5X's, so that its checkpoints load and give its outputs. For the vision
+transformer, `DenseGeneral` and `MlpBlock` also take `use_bias`, and there is a `CenteredLayerNorm`.
 
-Parameters are float32 whatever the compute `dtype`. Each names its logical axes, kept in the collection
-`params_axes`: embed, mlp, heads, kv (the width of one head), joined_kv (heads x kv), vocab, relpos_buckets.
+Parameters are float32 whatever the compute `dtype`. The collection `params_axes` holds their logical axes:
+embed, mlp, heads, kv (the width of one head), joined_kv (heads x kv), vocab, relpos_buckets.
 """
 
 import functools
@@ -19,14 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+from jaxtyping import Float, Int, Int32, PRNGKeyArray, Real, Shaped
 
-Array = jax.Array
+from richhf_jax.shapes import Array
+
 DType = Any
+# Logical axes, each a str or None. Flax's functions take both, but their annotations know no None.
+Axes = tuple[Any, ...]
 Initializer = Callable[..., Array]
 Activation = str | Callable[[Array], Array]
 
-# What a masked position adds to its attention logit: far below any logit, yet finite, so that a query with no
-# visible key gets uniform weights and not NaN.
+# Number added to the attention logit of a masked position. It is far below any logit, yet finite: a query
+# with no visible key gets uniform weights and not NaN.
 MASKED_LOGIT = -1e10
 
 _dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -35,7 +39,7 @@ _embed_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis
 
 
 def _along_last(vector: Array, ndim: int) -> Array:
-    """[features] -> [1, ..., 1, features] of `ndim` axes: broadcasting stays explicit."""
+    """Adds axes of size 1, up to `ndim`, for explicit broadcasting: [features] -> [1, ..., 1, features]."""
     return jnp.expand_dims(vector, tuple(range(ndim - 1)))
 
 
@@ -43,32 +47,32 @@ def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
-    """A kernel whose "embed" axis, if the rules split it ("fully sharded"), is whole on every chip.
+def gathered(kernel: Float[Array, "*axes"], axes: Axes) -> Float[Array, "*axes"]:
+    """Gathers a kernel's "embed" axis on every chip, where the rules split it ("fully sharded").
 
-    Left to itself, XLA multiplies part by part while the parts go round ("windowed einsum"): for base
-    on v5e:4x4 that took 1.5 times the FLOPs and 2.5 times the bytes of the transformers, and of convolutions
-    more.
+    Without this, XLA multiplies part by part while the parts travel from chip to chip ("windowed einsum").
+    For base on v5e:4x4 that took 1.5 times the FLOPs and 2.5 times the bytes in the transformers, and still
+    more in the convolutions.
 
     Args:
-      kernel: in the type it is used in, which is what goes over the network.
+      kernel: already of the compute type, because in this type it travels.
       axes: its logical axes.
     """
     return with_sharding_constraint(kernel, tuple(None if axis == "embed" else axis for axis in axes))
 
 
 class DenseGeneral(nn.Module):
-    """A linear map from the axes `axis` of its input to new trailing axes `features`.
+    """A linear map from the input axes `axis` to new trailing axes `features`.
 
-    The kernel is stored as a matrix [product of the input axes, product of `features`], as in T5X; the
-    bias, a vector, is ours.
+    The kernel is stored as a matrix [product of the input axes, product of `features`], as in T5X. The bias
+    is ours.
 
     Attributes:
       features: the sizes of the output axes.
       axis: the input axes that are contracted.
-      dtype: of the computation and the output.
-      kernel_init: initialiser of the matrix, so its fan-in is all of the contracted axes.
-      kernel_axes: the matrix's two logical axes; the bias takes the second.
+      dtype: type of the computation and the output.
+      kernel_init: initialiser of the matrix; its fan-in is the product of the contracted axes.
+      kernel_axes: the matrix's two logical axes; the bias has the second.
       use_bias: adds a bias, zero at the start.
     """
 
@@ -76,11 +80,11 @@ class DenseGeneral(nn.Module):
     axis: int | Sequence[int] = -1
     dtype: DType = jnp.float32
     kernel_init: Initializer = _dense_init
-    kernel_axes: tuple[str | None, ...] = ()
+    kernel_axes: Axes = ()
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         features = _as_tuple(self.features)
         inputs = jnp.asarray(inputs, self.dtype)
         axis = tuple(a % inputs.ndim for a in _as_tuple(self.axis))
@@ -99,17 +103,17 @@ class DenseGeneral(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of vectors, one a token id.
+    """A table with one vector for each token id.
 
     Attributes:
       num_embeddings: the vocabulary's size.
       features: the vectors' width.
-      cast_input_dtype: ids are cast to this first, where given.
-      dtype: of the vectors returned.
-      attend_dtype: of the product in `attend`; `dtype` where not given.
+      cast_input_dtype: type that ids are cast to first; None: they are not.
+      dtype: type of the vectors returned.
+      attend_dtype: type of the product in `attend`; None: `dtype`.
       embedding_init: initialiser of the table [vocab, embed].
-      one_hot: look up by a product with one-hot vectors: to gather from a table sharded over the
-        vocabulary, SPMD would collect the whole table on every device first.
+      one_hot: looks vectors up by a product with one-hot vectors. Where the table is sharded over the
+        vocabulary, a gather would first collect the whole table on every device.
     """
 
     num_embeddings: int
@@ -126,8 +130,8 @@ class Embed(nn.Module):
             "embedding", self.embedding_init, shape, jnp.float32, axes=("vocab", "embed")
         )
 
-    def __call__(self, inputs: Array) -> Array:
-        """Integer ids [...] -> vectors [..., embed].
+    def __call__(self, inputs: Real[Array, "*ids"]) -> Float[Array, "*ids embed"]:
+        """Looks up the vectors of integer ids.
 
         Raises:
           ValueError: the ids are not integers.
@@ -142,20 +146,20 @@ class Embed(nn.Module):
             return jnp.dot(jax.nn.one_hot(inputs, self.num_embeddings, dtype=self.dtype), table)
         return with_sharding_constraint(table[inputs], ("batch", "length", "embed"))
 
-    def attend(self, query: Array) -> Array:
-        """Vectors [..., embed] -> their products with every embedding [..., vocab], for tied logits."""
+    def attend(self, query: Float[Array, "*rows embed"]) -> Float[Array, "*rows vocab"]:
+        """Multiplies vectors with every embedding: tied logits."""
         return jnp.dot(query, jnp.asarray(self.embedding, self.attend_dtype or self.dtype).T)
 
 
 class LayerNorm(nn.Module):
-    """T5's layer norm over the last axis: divides by the root mean square, subtracts and adds nothing."""
+    """T5's layer norm over the last axis: divides by the root mean square and multiplies with a scale."""
 
     epsilon: float = 1e-6
     dtype: DType = jnp.float32
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
         x = jnp.asarray(x, jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         x = jnp.asarray(x * jax.lax.rsqrt(mean_square + self.epsilon), self.dtype)
@@ -170,7 +174,7 @@ class CenteredLayerNorm(nn.Module):
     dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
         x = jnp.asarray(x, jnp.float32)
         features = x.shape[-1:]
         scale = param_with_axes("scale", nn.initializers.ones, features, jnp.float32, axes=("embed",))
@@ -181,16 +185,16 @@ class CenteredLayerNorm(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """The feed-forward block: one hidden layer, or the product of several differently activated ones (gated).
+    """The feed-forward block: one hidden layer, or the product of several with different activations (gated).
 
     Attributes:
       intermediate_dim: width of a hidden layer.
-      activations: one hidden layer each: 'linear', the name of a function in flax.linen, or a function.
-        ('relu',) is T5 1.0's, ('gelu', 'linear') is T5 1.1's gated GELU.
+      activations: the activation of each hidden layer: 'linear', the name of a function in flax.linen, or a
+        function. ('relu',) is T5 1.0's, ('gelu', 'linear') is T5 1.1's gated GELU.
       kernel_init: initialiser of every kernel.
-      intermediate_dropout_rate: of the hidden layer, one draw for all positions.
-      dtype: of the computation.
-      use_bias: biases in all dense layers (ours, for the vision transformer).
+      intermediate_dropout_rate: dropout rate of the hidden layer; one draw serves all positions.
+      dtype: type of the computation.
+      use_bias: adds biases to all dense layers (ours, for the vision transformer).
     """
 
     intermediate_dim: int = 2048
@@ -201,8 +205,10 @@ class MlpBlock(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array, *, deterministic: bool = False) -> Array:
-        """[batch, length, embed] -> the same shape."""
+    def __call__(
+        self, inputs: Float[Array, "batch length embed"], *, deterministic: bool = False
+    ) -> Float[Array, "batch length embed"]:
+        """Transforms each position."""
         dense = functools.partial(
             DenseGeneral, dtype=self.dtype, kernel_init=self.kernel_init, use_bias=self.use_bias
         )
@@ -231,13 +237,15 @@ def _activation_function(activation: Activation) -> Callable[[Array], Array]:
 
 
 class RelativePositionBiases(nn.Module):
-    """T5's relative position biases: one learned number a head and bucket of distances, added to the logits.
+    """T5's relative position biases: a learned number for each head and bucket of distances.
+
+    They are added to the attention logits.
 
     Attributes:
-      num_buckets: how many buckets; when bidirectional, half of them for each side.
+      num_buckets: number of buckets; when bidirectional, half of them for each side.
       max_distance: from this distance on, all positions share the last bucket.
-      num_heads: of the attention.
-      dtype: of the biases returned.
+      num_heads: heads of the attention.
+      dtype: type of the biases returned.
       embedding_init: initialiser of the table [heads, relpos_buckets].
     """
 
@@ -249,14 +257,18 @@ class RelativePositionBiases(nn.Module):
 
     @nn.compact
     def __call__(
-        self, qlen: int, klen: int, bidirectional: bool = True, positions: np.ndarray | None = None
-    ) -> Array:
-        """-> biases [1, heads, qlen, klen].
+        self,
+        qlen: int,
+        klen: int,
+        bidirectional: bool = True,
+        positions: Int[np.ndarray, " length"] | None = None,
+    ) -> Float[Array, "1 heads {qlen} {klen}"]:
+        """Returns the biases.
 
         Args:
-          qlen, klen: how many queries and keys.
+          qlen, klen: number of queries and keys.
           bidirectional: keys after the query have buckets of their own.
-          positions: int [length], where each token stands; 0, 1, 2, ... if not given (ours).
+          positions: position of each token; None: 0, 1, 2, ... (ours).
         """
         table = param_with_axes(
             "rel_embedding",
@@ -269,20 +281,23 @@ class RelativePositionBiases(nn.Module):
             positions = np.arange(max(qlen, klen))
         relative = positions[None, :klen] - positions[:qlen, None]
         buckets = relative_position_bucket(relative, bidirectional, self.num_buckets, self.max_distance)
-        # A product with one-hot vectors: TPUs are far slower at gathering single numbers.
+        # A product with one-hot vectors, because TPUs are far slower at gathering single numbers.
         one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=self.dtype, axis=0)
         biases = jnp.einsum("hn,nqk->hqk", jnp.asarray(table, self.dtype), one_hot)
         return biases[None]
 
 
 def relative_position_bucket(
-    relative_position: np.ndarray, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128
-) -> np.ndarray:
-    """The bucket of each relative position (key's position - query's position), int32 of the same shape.
+    relative_position: Int[np.ndarray, "*pairs"],
+    bidirectional: bool = True,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> Int32[np.ndarray, "*pairs"]:
+    """Returns the bucket of each relative position (key's position - query's position).
 
     When bidirectional, keys after the query use the upper half of the buckets; when not, they all fall in
-    bucket 0. On either side the first half of the buckets holds one distance each, and those after it hold
-    geometrically more, up to `max_distance`.
+    bucket 0. The first half of a side's buckets holds one distance each. The second half holds ranges of
+    distances that grow geometrically up to `max_distance`.
 
     >>> relative_position_bucket(np.array([-200, -16, -8, -1, 0, 1, 8, 16, 200]))
     array([15, 10,  8,  1,  0, 17, 24, 26, 31], dtype=int32)
@@ -295,7 +310,7 @@ def relative_position_bucket(
     else:
         distance = np.maximum(-relative_position, 0)
     exact = num_buckets // 2
-    # In float32, and with its epsilon added as T5 does: distances at a bucket's edge then round up.
+    # In float32 with float32's epsilon added, as in T5: distances at a bucket's edge then round up.
     ratio = distance.astype(np.float32) / np.float32(exact) + np.finfo(np.float32).eps
     far = np.log(ratio) / np.float32(math.log(max_distance / exact)) * np.float32(num_buckets - exact)
     far = np.minimum(exact + far.astype(np.int32), num_buckets - 1)
@@ -303,33 +318,29 @@ def relative_position_bucket(
 
 
 def dot_product_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None = None,
-    dropout_rng: Array | None = None,
+    query: Float[Array, "batch q_length heads kv"],
+    key: Float[Array, "batch kv_length heads kv"],
+    value: Float[Array, "batch kv_length heads value_width"],
+    bias: Float[Array, "#batch #heads #q_length #kv_length"] | None = None,
+    dropout_rng: PRNGKeyArray | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: DType = jnp.float32,
     float32_logits: bool = False,
-) -> Array:
-    """softmax(query . key + bias) . value. The logits are not scaled here (T5's initialiser does it).
+) -> Float[Array, "batch q_length heads value_width"]:
+    """Computes softmax(query . key + bias) . value. The logits are not scaled here: T5's initialiser does it.
 
     Args:
-      query: [batch, q_length, heads, kv].
-      key, value: [batch, kv_length, heads, kv].
-      bias: broadcastable to [batch, heads, q_length, kv_length]: masks, relative positions.
-      dropout_rng: key of the dropout on the attention weights; one draw for all queries, as in T5.
-      dropout_rate: 0 for none.
-      deterministic: no dropout.
-      dtype: of the attention weights after the softmax.
-      float32_logits: compute the logits and the softmax in float32, where the inputs are not.
-
-    Returns:
-      [batch, q_length, heads, kv].
+      query, key, value: of as many heads each.
+      bias: number added to each logit: masks, relative positions.
+      dropout_rng: key of the dropout on the attention weights; one draw serves all queries, as in T5.
+      dropout_rate: share of the weights that is dropped.
+      deterministic: turns dropout off.
+      dtype: type of the attention weights after the softmax.
+      float32_logits: computes the logits and the softmax in float32 whatever the inputs' type.
 
     Raises:
-      ValueError: the shapes do not fit each other.
+      ValueError: the shapes do not fit each other, or dropout has no `dropout_rng`.
     """
     batch, _, heads, kv = query.shape
     kv_length = key.shape[1]
@@ -344,6 +355,8 @@ def dot_product_attention(
         logits = logits + bias.astype(logits.dtype)
     weights = jax.nn.softmax(logits).astype(dtype)
     if dropout_rate > 0.0 and not deterministic:
+        if dropout_rng is None:
+            raise ValueError("dropout needs a dropout_rng")
         keep_rate = 1.0 - dropout_rate
         keep = jax.random.bernoulli(dropout_rng, keep_rate, (batch, heads, 1, kv_length))
         weights = weights * (keep.astype(dtype) / jnp.asarray(keep_rate, dtype))
@@ -356,11 +369,11 @@ class MultiHeadDotProductAttention(nn.Module):
     Attributes:
       num_heads: number of heads.
       head_dim: width of a head.
-      dtype: of the computation.
-      dropout_rate: of the attention weights.
+      dtype: type of the computation.
+      dropout_rate: dropout rate of the attention weights.
       kernel_init: initialiser of the kernels. The query's is divided by sqrt(head_dim): T5 scales the
         logits there and nowhere else.
-      float32_logits: logits and softmax in float32.
+      float32_logits: computes logits and softmax in float32.
     """
 
     num_heads: int
@@ -373,36 +386,33 @@ class MultiHeadDotProductAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs_q: Array,
-        inputs_kv: Array,
-        mask: Array | None = None,
-        bias: Array | None = None,
+        inputs_q: Float[Array, "sequences q_length embed"],
+        inputs_kv: Float[Array, "batch kv_length kv_embed"],
+        mask: Shaped[Array, "#batch #heads _ #kv_length"] | None = None,
+        bias: Float[Array, "#batch #heads _ _"] | None = None,
         *,
         decode: bool = False,
         keep_kv: bool = False,
         deterministic: bool = False,
-    ) -> Array:
-        """Attention of `inputs_q` to `inputs_kv`.
+    ) -> Float[Array, "sequences q_length embed"]:
+        """Lets `inputs_q` attend to `inputs_kv`.
 
         With `decode`, the first call (an `init`) takes inputs of the longest length and sets up an empty
-        cache; each later call takes one position, stores its key and value, and attends to all so far.
+        cache. Each later call takes one position, stores its key and value, and attends to all so far.
 
-        With `keep_kv` (ours), keys and values that no step changes are computed once: a call in which the
-        collection "fixed_kv" is mutable puts them there, and a call that is given it takes them. Its batch
-        may then be a multiple of theirs: several queries in a row share one example's. Without that
-        collection they are computed in each call, as in T5X.
+        With `keep_kv` (ours), keys and values that no step changes are computed once. A call with a mutable
+        collection "fixed_kv" stores them there; a call that is given this collection uses it. `sequences` may
+        then be a multiple of `batch`: successive sequences share one example's keys and values. Without the
+        collection every call computes them, as in T5X.
 
         Args:
-          inputs_q: [batch, q_length, embed].
-          inputs_kv: [batch, kv_length, embed].
+          inputs_q: queries.
+          inputs_kv: the sequence they attend to.
           mask: > 0 where a query may see a key, broadcastable to [batch, heads, q_length, kv_length].
-          bias: added to the logits, of the same shape; with `decode`, that of the longest length.
-          decode: keep and use the cache.
-          keep_kv: keep keys and values, or use those that were kept.
-          deterministic: no dropout.
-
-        Returns:
-          [batch, q_length, embed].
+          bias: number added to each logit, of the same shape; with `decode`, that of the longest length.
+          decode: keeps and uses the cache.
+          keep_kv: keeps keys and values, or uses those that were kept.
+          deterministic: turns dropout off.
 
         Raises:
           ValueError: with `decode`, more than one position was given.
@@ -461,10 +471,10 @@ class MultiHeadDotProductAttention(nn.Module):
         )(attended)
 
     def _extend_cache(self, query, key, value, mask, bias):
-        """Caches this position's key and value -> the keys, values, mask and bias to attend with."""
+        """Caches this position's key and value; returns the keys, values, mask and bias to attend with."""
         is_initialized = self.has_variable("cache", "cached_key")
 
-        # Kept as [batch, heads, kv, length]: length last is what TPUs fuse best with the write below.
+        # Stored as [batch, heads, kv, length]: TPUs fuse the write below best where length comes last.
         def empty(array):
             batch, length, heads, kv = array.shape
             return jnp.zeros((batch, heads, kv, length), array.dtype)
@@ -481,7 +491,7 @@ class MultiHeadDotProductAttention(nn.Module):
                 f"decoding takes one position of shape {(batch, 1, heads, kv)} a step, got {query.shape}"
             )
         index = cache_index.value
-        # Writing by a one-hot product is several times faster on TPU than a scatter. The slot is still zero.
+        # On TPUs, adding a one-hot product (the slot is still zero) is several times faster than a scatter.
         slot = jax.nn.one_hot(index, length, dtype=key.dtype)[None, None, None]
         cached_key.value = cached_key.value + jnp.moveaxis(key, -3, -1) * slot
         cached_value.value = cached_value.value + jnp.moveaxis(value, -3, -1) * slot
@@ -494,19 +504,19 @@ class MultiHeadDotProductAttention(nn.Module):
         return key, value, combine_masks(mask, seen), bias
 
 
-def mask_to_bias(mask: Array, dtype: DType) -> Array:
-    """A mask -> what is added to the logits: 0 where it is > 0, `MASKED_LOGIT` elsewhere."""
+def mask_to_bias(mask: Shaped[Array, "*pairs"], dtype: DType) -> Float[Array, "*pairs"]:
+    """Turns a mask into numbers to add to logits: 0 where the mask is > 0, `MASKED_LOGIT` elsewhere."""
     return jnp.where(mask > 0, 0.0, MASKED_LOGIT).astype(dtype)
 
 
 def make_attention_mask(
-    query_input: Array,
-    key_input: Array,
+    query_input: Shaped[Array, "batch q_length"],
+    key_input: Shaped[Array, "batch kv_length"],
     pairwise_fn: Callable = jnp.multiply,
     extra_batch_dims: int = 0,
     dtype: DType = jnp.float32,
-) -> Array:
-    """Which query may see which key: `pairwise_fn` of each pair.
+) -> Shaped[Array, "*ones batch 1 q_length kv_length"]:
+    """Makes the mask of which query may see which key: `pairwise_fn` of each pair.
 
     Example: two positions of text and one of padding, with `query_input` = `key_input` = [[1, 1, 0]]:
 
@@ -515,22 +525,23 @@ def make_attention_mask(
            [0, 0, 0]]]]
 
     Args:
-      query_input: [batch, q_length].
-      key_input: [batch, kv_length].
+      query_input, key_input: one value for each query and each key.
       pairwise_fn: an elementwise function of two arrays, e.g. `jnp.equal` of segment ids.
-      extra_batch_dims: how many axes of size 1 to put in front.
-      dtype: of the mask.
+      extra_batch_dims: number of axes of size 1 to put in front.
+      dtype: type of the mask.
 
     Returns:
-      [batch, 1, q_length, kv_length]; the 1 is the heads' axis.
+      The mask; its third axis from the right, of size 1, is the heads'.
     """
     mask = pairwise_fn(query_input[..., :, None], key_input[..., None, :])
     mask = jnp.expand_dims(mask, -3)
     return jnp.expand_dims(mask, tuple(range(extra_batch_dims))).astype(dtype)
 
 
-def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: DType = jnp.float32) -> Array:
-    """Each position may see itself and those before it. Only the shape of `x` counts, not its values.
+def make_causal_mask(
+    x: Shaped[Array, "batch length"], extra_batch_dims: int = 0, dtype: DType = jnp.float32
+) -> Shaped[Array, "*ones batch 1 length length"]:
+    """Makes the mask that lets each position see itself and those before it.
 
     Example: `x` of shape [1, 3]:
 
@@ -539,31 +550,30 @@ def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: DType = jnp.flo
            [1, 1, 1]]]]
 
     Args:
-      x: [batch, length].
-      extra_batch_dims: how many axes of size 1 to put in front.
-      dtype: of the mask.
-
-    Returns:
-      [batch, 1, length, length].
+      x: any array; only its shape counts.
+      extra_batch_dims: number of axes of size 1 to put in front.
+      dtype: type of the mask.
     """
     positions = jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape)
     return make_attention_mask(positions, positions, jnp.greater_equal, extra_batch_dims, dtype)
 
 
-def combine_masks(*masks: Array | None, dtype: DType = jnp.float32) -> Array | None:
-    """Masks -> 1 where all of them allow it. None stands for "all allowed"; None if all are None.
+def combine_masks(
+    *masks: Shaped[Array, "..."] | None, dtype: DType = jnp.float32
+) -> Shaped[Array, "..."] | None:
+    """Combines masks: 1 where all of them allow it. None allows everything; the result is None if all are.
 
     Example: [[[[1, 1, 0]]]] and None and [[[[0, 1, 1]]]] give [[[[0, 1, 0]]]].
 
     Raises:
       ValueError: the ranks differ.
     """
-    masks = _same_rank(masks)
-    return functools.reduce(jnp.logical_and, masks).astype(dtype) if masks else None
+    given = _same_rank(masks)
+    return functools.reduce(jnp.logical_and, given).astype(dtype) if given else None
 
 
-def combine_biases(*masks: Array | None) -> Array | None:
-    """The sum of attention biases; None stands for zero. None if all are None.
+def combine_biases(*masks: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
+    """Adds attention biases. None stands for zero; the result is None if all are.
 
     Example: [[[[0, -1e10]]]] and None and [[[[1, 2]]]] give [[[[1, -1e10 + 2]]]].
 
@@ -582,12 +592,12 @@ def _same_rank(arrays: Sequence[Array | None]) -> list[Array]:
 
 
 def make_decoder_mask(
-    decoder_target_tokens: Array,
+    decoder_target_tokens: Int[Array, "batch length"],
     dtype: DType,
-    decoder_causal_attention: Array | None = None,
-    decoder_segment_ids: Array | None = None,
-) -> Array:
-    """The decoder's self-attention mask: causal, and neither from nor to padding (token 0).
+    decoder_causal_attention: Int[Array, "batch length"] | None = None,
+    decoder_segment_ids: Int[Array, "batch length"] | None = None,
+) -> Shaped[Array, "batch 1 length length"]:
+    """Makes the decoder's self-attention mask: causal, and neither from nor to padding (token 0).
 
     Example: the target "a cat_0" as tokens [[5, 7, 1, 0]] (1 ends it, 0 pads it):
 
@@ -600,20 +610,17 @@ def make_decoder_mask(
     With `decoder_segment_ids` [[1, 1, 2, 0]], two examples packed, the third row is [0, 0, 1, 0].
 
     Args:
-      decoder_target_tokens: [batch, length].
-      dtype: of the mask.
-      decoder_causal_attention: 1 for the positions of a prefix that see each other both ways. [batch, length]
-      decoder_segment_ids: the number of the example that a position belongs to. [batch, length]
-
-    Returns:
-      [batch, 1, length, length].
+      decoder_target_tokens: 0 = padding.
+      dtype: type of the mask.
+      decoder_causal_attention: 1 for the positions of a prefix, which see each other both ways.
+      decoder_segment_ids: number of the example that a position belongs to.
     """
     order = make_causal_mask(decoder_target_tokens, dtype=dtype)
     if decoder_causal_attention is not None:
         prefix = make_attention_mask(decoder_causal_attention, decoder_causal_attention, dtype=dtype)
         order = jnp.logical_or(order, prefix)
     is_text = decoder_target_tokens > 0
-    same_segment = None
+    masks = [order, make_attention_mask(is_text, is_text)]
     if decoder_segment_ids is not None:
-        same_segment = make_attention_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
-    return combine_masks(order, make_attention_mask(is_text, is_text), same_segment, dtype=dtype)
+        masks.append(make_attention_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal))
+    return functools.reduce(jnp.logical_and, masks).astype(dtype)

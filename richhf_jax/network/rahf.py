@@ -1,35 +1,37 @@
-"""RAHF: a ViT's image tokens and the prompt's tokens, fused by a T5 encoder, read by three kinds of head.
+"""RAHF: a T5 encoder fuses a ViT's image tokens with the prompt's tokens; three kinds of head read them.
 
     image ── ViT ── image tokens ┐                    ┌ image tokens as a map ── heatmap and score heads
                                  ├─ T5 encoder ───────┤
     prompt ── token embedding ───┘                    └ all tokens ── T5 decoder ── "a yellow_0 cat"
 
-One example is one image with several prompts: the ViT runs once an image, the encoder once a prompt.
+One example is one image with several prompts. The ViT runs once for an image, the encoder once for a prompt.
 """
 
 import dataclasses
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
+from jaxtyping import Bool, Float, Float32, Int, Real
 
 from richhf_jax import feedback
 from richhf_jax.network import heads, layers, t5, vit
+from richhf_jax.shapes import Array
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class HeadsConfig:
     """The heads' layers, as data.
 
     Attributes:
       heatmap_layers, heatmap_output_layer: `layers` and `output_layer` of `heads.HeatmapHead`.
-      heatmap_output_bias: initial bias before the sigmoid; below 0 because most pixels are cold.
+      heatmap_output_bias: initial bias before the sigmoid; below 0, because most pixels are cold.
       score_conv_layers, score_dense_layers: `conv_layers` and `dense_layers` of `heads.ScoreHead`.
       norm, norm_epsilon, deconv_padding, row_strips: as in `heads.Style`.
-      scan_layers: equal heads, and equal layers in a row, run in one loop: compiles several times faster.
-        Their parameters stand as without.
+      scan_layers: runs equal heads, and equal layers in a row, in one loop, which compiles several times
+        faster. Their parameters are named and shaped as without.
     """
 
     heatmap_layers: tuple[heads.Layer, ...]
@@ -44,34 +46,34 @@ class HeadsConfig:
     row_strips: int = 1
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Encoded:
     """Prompts fused with their image.
 
     Attributes:
-      tokens: [batch, prompts, image tokens + length, embed], the image's first.
-      valid: bool [batch, prompts, image tokens + length], False for padding of either.
+      tokens: image tokens followed by text tokens.
+      valid: False for padding of the image or the text.
       grid: rows and columns of patches.
       class_tokens: 1 where a class token stands before the patches, else 0.
     """
 
-    tokens: jax.Array
-    valid: jax.Array
-    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
-    class_tokens: int = flax.struct.field(pytree_node=False)
+    tokens: Float[Array, "batch prompts length embed"]
+    valid: Bool[Array, "batch prompts length"]
+    grid: tuple[int, int] = struct.field(pytree_node=False)
+    class_tokens: int = struct.field(pytree_node=False)
 
     @property
     def image_tokens(self) -> int:
-        """Tokens before the text's."""
+        """Number of image tokens."""
         return self.class_tokens + self.grid[0] * self.grid[1]
 
-    def feature_maps(self, first: int, count: int) -> jax.Array:
-        """The patches of some prompts as maps: [batch * count, rows, columns, embed]."""
+    def feature_maps(self, first: int, count: int) -> Float[Array, "maps rows columns embed"]:
+        """Returns the patches of `count` prompts from `first` on as maps; `maps` is batch * count."""
         patches = self.tokens[:, first : first + count, self.class_tokens : self.image_tokens]
         return patches.reshape(-1, *self.grid, patches.shape[-1])
 
     def last(self, count: int) -> "Encoded":
-        """The last `count` prompts, each an example of its own with one prompt."""
+        """Returns the last `count` prompts, each as an example of its own with one prompt."""
         return jax.tree.map(lambda x: x[:, -count:].reshape(-1, 1, *x.shape[2:]), self)
 
 
@@ -79,10 +81,10 @@ class Rahf(nn.Module):
     """The whole network.
 
     Attributes:
-      variant: "multi_head": a head for each kind, all on the one plain prompt. "augmented_prompt":
-        one heatmap and one score head; prompts carry a task string, and stand in the order heatmap
-        prompts, score prompts, text prompts.
-      decoder_sees_image: False: the text decoder attends to the encoded prompt alone.
+      variant: "multi_head": a head for each kind, all on the one plain prompt. "augmented_prompt": one
+        heatmap and one score head; each prompt has a task string. Heatmap prompts come first, then score
+        prompts, then text prompts.
+      decoder_sees_image: False: the text decoder attends only to the encoded prompt.
     """
 
     t5_config: t5.T5Config
@@ -97,7 +99,7 @@ class Rahf(nn.Module):
         config, head = self.t5_config, self.heads_config
         self.vit = vit.ViT(config=self.vit_config)
         if self.vit_config.emb_dim != config.emb_dim:
-            # One "embed" only: T5X's partitioner takes no axis name twice in an array.
+            # Only one axis is named "embed": T5X's partitioner refuses a name twice in one array.
             self.image_projection = layers.DenseGeneral(
                 config.emb_dim, dtype=config.dtype, kernel_axes=(None, "embed"), use_bias=True
             )
@@ -137,8 +139,8 @@ class Rahf(nn.Module):
             return score_cls(head.score_conv_layers, head.score_dense_layers, style)
 
         if self.variant == feedback.MULTI_HEAD:
-            self.heatmap_head = {kind: heatmap_head() for kind in feedback.HEATMAPS}
-            self.score_head = {kind: score_head() for kind in feedback.SCORES}
+            self.heatmap_head: Any = {kind: heatmap_head() for kind in feedback.HEATMAPS}
+            self.score_head: Any = {kind: score_head() for kind in feedback.SCORES}
         else:
             self.heatmap_head = heatmap_head()
             self.score_head = score_head()
@@ -154,35 +156,36 @@ class Rahf(nn.Module):
 
     @property
     def smallest_slots(self) -> feedback.Slots:
-        """The fewest outputs that touch every parameter: what initialisation needs."""
+        """The fewest outputs that use every parameter; initialisation needs them."""
         if self.variant == feedback.MULTI_HEAD:
             return feedback.ALL_SLOTS
         return feedback.Slots(1, 1, 1)
 
     @property
     def cache_offset(self) -> int:
-        """Axes before the batch axis in the decoder's cache."""
+        """Number of axes before the batch axis in the decoder's cache."""
         return 1 if self.t5_config.scan_layers else 0
 
     def encode(
         self,
-        image: jax.Array,
-        encoder_input_tokens: jax.Array,
-        image_box: jax.Array | None = None,
+        image: Real[Array, "batch height width 3"],
+        encoder_input_tokens: Int[Array, "batch prompts length"],
+        image_box: Int[Array, "batch 4"] | None = None,
         enable_dropout: bool = False,
     ) -> Encoded:
         """Fuses each prompt with the image.
 
         Args:
-          image: uint8 [batch, height, width, 3].
-          encoder_input_tokens: int32 [batch, prompts, length], 0 = padding.
-          image_box: int32 [batch, 4], where a letterboxed image lies: its first row and column, and those
-            after its last. What lies in patches that are all padding changes no output. None: everywhere.
-          enable_dropout: draws need the rng "dropout".
+          image: pixels from 0 to 255: uint8, or float where a gradient is wanted.
+          encoder_input_tokens: the prompts; 0 = padding.
+          image_box: place of a letterboxed image: its first row and column, and those after its last. Pixels
+            in patches wholly outside it change no output. None: the image fills its square.
+          enable_dropout: turns dropout on, which needs the rng "dropout".
         """
         batch, prompts, length = encoder_input_tokens.shape
-        grid = tuple(side // self.vit_config.patch_size for side in image.shape[1:3])
-        patch_mask = None if image_box is None else _patches_in(image_box, grid, self.vit_config.patch_size)
+        patch_size = self.vit_config.patch_size
+        grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
+        patch_mask = None if image_box is None else _patches_in(image_box, grid, patch_size)
         # uint8 -> [-1, 1]
         pixels = image.astype(self.vit_config.dtype) / 127.5 - 1.0
         vision = self.vit(pixels, patch_mask, deterministic=not enable_dropout)
@@ -206,36 +209,36 @@ class Rahf(nn.Module):
         mask = layers.make_attention_mask(flat_valid, flat_valid, dtype=self.t5_config.dtype)
         encoded = self.encoder(fused, mask, image_tokens=image_tokens, deterministic=not enable_dropout)
         encoded = encoded.reshape(batch, prompts, image_tokens + length, embed)
-        if patch_mask is not None:  # The heads then see zeros, as beyond an image's border.
+        if patch_mask is not None:  # The heads see zeros there, as beyond an image's border.
             encoded = jnp.where(valid[..., None], encoded, 0)
         return Encoded(encoded, valid, grid, class_tokens)
 
     def decode(
         self,
         encoded: Encoded,
-        decoder_input_tokens: jax.Array,
-        decoder_target_tokens: jax.Array,
+        decoder_input_tokens: Int[Array, "sequences target_length"],
+        decoder_target_tokens: Int[Array, "sequences target_length"],
         *,
         enable_dropout: bool = False,
         decode: bool = False,
         max_decode_length: int | None = None,
-    ) -> jax.Array:
-        """Teacher-forced logits, or one cached step with `decode=True`.
+    ) -> Float32[Array, "sequences target_length vocab"]:
+        """Computes teacher-forced logits, or with `decode=True` those of one cached step.
 
         Args:
-          encoded: of [batch] examples with one prompt each.
-          decoder_input_tokens, decoder_target_tokens: int32 [batch, target_length]; in a step [batch, 1], or,
-            where the collection "fixed_kv" is given, [batch * decodes, 1].
-
-        Returns:
-          float32 [batch, target_length, vocab], of as many rows as the tokens.
+          encoded: examples with one prompt each.
+          decoder_input_tokens, decoder_target_tokens: a sequence for each example. In a step `target_length`
+            is 1, and where the collection "fixed_kv" is given, each example may have several sequences.
+          enable_dropout: turns dropout on, which needs the rng "dropout".
+          decode: keeps and uses the cache.
+          max_decode_length: the cache's length, needed with `decode`.
         """
         dtype = self.t5_config.dtype
         start = 0 if self.decoder_sees_image else encoded.image_tokens
         tokens, valid = encoded.tokens[:, 0, start:], encoded.valid[:, 0, start:]
         if decode:
             decoder_mask = None
-            # All queries see the same: there may be several of an example, see `layers`' attention.
+            # One query for all: all sequences of an example see the same, see `layers`' attention.
             queries = jnp.ones((valid.shape[0], 1), jnp.int32)
         else:
             decoder_mask = layers.make_decoder_mask(decoder_target_tokens, dtype=dtype)
@@ -252,8 +255,10 @@ class Rahf(nn.Module):
         )
         return logits.astype(jnp.float32)
 
-    def heatmaps(self, encoded: Encoded, slots: feedback.Slots) -> jax.Array:
-        """Encoded prompts -> float32 [batch, heatmaps, height, width] in [0, 1]."""
+    def heatmaps(
+        self, encoded: Encoded, slots: feedback.Slots
+    ) -> Float32[Array, "batch heatmaps height width"]:
+        """Predicts the heatmaps, in [0, 1]."""
         if self.variant == feedback.MULTI_HEAD:
             features = encoded.feature_maps(0, 1)
             kinds = feedback.HEATMAPS[: slots.heatmaps]
@@ -261,8 +266,8 @@ class Rahf(nn.Module):
         heatmaps = self.heatmap_head(encoded.feature_maps(0, slots.heatmaps))
         return heatmaps.reshape(-1, slots.heatmaps, *heatmaps.shape[1:])
 
-    def scores(self, encoded: Encoded, slots: feedback.Slots) -> jax.Array:
-        """Encoded prompts -> float32 [batch, scores] in [0, 1]."""
+    def scores(self, encoded: Encoded, slots: feedback.Slots) -> Float32[Array, "batch scores"]:
+        """Predicts the scores, in [0, 1]."""
         if self.variant == feedback.MULTI_HEAD:
             features = encoded.feature_maps(0, 1)
             kinds = feedback.SCORES[: slots.scores]
@@ -270,13 +275,13 @@ class Rahf(nn.Module):
         scores = self.score_head(encoded.feature_maps(slots.heatmaps, slots.scores))
         return scores.reshape(-1, slots.scores)
 
-    def score(self, encoded: Encoded, kind: str) -> jax.Array:
-        """One kind's score of prompts that ask for it: float32 [batch]. No other head is computed."""
+    def score(self, encoded: Encoded, kind: str) -> Float32[Array, " batch"]:
+        """Predicts one kind's score for prompts that ask for it, and computes no other head."""
         head = self.score_head[kind] if self.variant == feedback.MULTI_HEAD else self.score_head
         return head(encoded.feature_maps(0, 1))
 
-    def _each(self, equal_heads: list[nn.Module], features: jax.Array) -> jax.Array:
-        """What each head makes of the features: [batch, heads, ...]."""
+    def _each(self, equal_heads: list[nn.Module], features: Array) -> Array:
+        """Applies each head to the features: [batch, heads, ...]."""
         if len(equal_heads) == 1 or self.is_initializing() or not self.heads_config.scan_layers:
             return jnp.stack([head(features) for head in equal_heads], axis=1)
         one = equal_heads[0].clone(parent=None, name=None)
@@ -286,19 +291,26 @@ class Rahf(nn.Module):
 
     def __call__(
         self,
-        image: jax.Array,
-        encoder_input_tokens: jax.Array,
-        decoder_input_tokens: jax.Array,
-        decoder_target_tokens: jax.Array,
+        image: Real[Array, "batch height width 3"],
+        encoder_input_tokens: Int[Array, "batch prompts length"],
+        decoder_input_tokens: Int[Array, "batch texts target_length"],
+        decoder_target_tokens: Int[Array, "batch texts target_length"],
         *,
         num_heatmaps: int,
         num_scores: int,
-        image_box: jax.Array | None = None,
+        image_box: Int[Array, "batch 4"] | None = None,
         enable_dropout: bool = True,
-    ) -> dict[str, jax.Array]:
-        """All outputs of a training batch (shapes as in docs/architecture.md); kinds with count 0 are absent.
+    ) -> dict[str, Float32[Array, "batch ..."]]:
+        """Computes all outputs of a training batch.
 
-        `image_box` as for `encode`.
+        Args:
+          image, encoder_input_tokens, image_box, enable_dropout: as for `encode`.
+          decoder_input_tokens, decoder_target_tokens: as for `decode`.
+          num_heatmaps, num_scores: number of outputs of each kind.
+
+        Returns:
+          "heatmaps" [batch, heatmaps, height, width], "scores" [batch, scores] and "logits"
+          [batch, texts, target_length, vocab]; kinds with count 0 are absent.
 
         Raises:
           ValueError: the number of prompts doesn't fit the variant and the slots.
@@ -335,8 +347,8 @@ def _fields(config: Any) -> dict[str, Any]:
     return fields
 
 
-def _patches_in(box: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
-    """Which patches hold a pixel of the box: [batch, 4] -> bool [batch, rows * columns], row by row."""
+def _patches_in(box: Array, grid: tuple[int, int], patch_size: int) -> Array:
+    """Marks the patches with a pixel of the box: [batch, 4] -> bool [batch, rows * columns], row by row."""
 
     def overlap(count, first, end):  # [batch] each -> [batch, count]
         start = jnp.arange(count)[None] * patch_size

@@ -1,15 +1,16 @@
-"""A stack of equal layers, one after the other or in one scanned loop; and what of it is recomputed."""
+"""A stack of equal layers, one after the other or in one scanned loop, with optional recomputation."""
 
 from collections.abc import Callable
 
 import jax
 from flax import linen as nn
 from flax.linen import partitioning
+from jaxtyping import Float
 
-Array = jax.Array
+from richhf_jax.shapes import Array
 
-# What is kept of a layer's activations for the backward pass, by T5X's names (`t5x/examples/scalable_t5`).
-# "none" recomputes nothing; "minimal" keeps the products with weights; "full" keeps a layer's input alone.
+# Policies for the backward pass, by T5X's names (`t5x/examples/scalable_t5`). "none" keeps all activations,
+# "minimal" only the products with weights, "full" only a layer's input; the rest is computed again.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -22,22 +23,22 @@ def apply_layers(
     config,
     num_layers: int,
     call: Callable[[nn.Module, Array], Array],
-    x: Array,
-) -> Array:
+    x: Float[Array, "batch length embed"],
+) -> Float[Array, "batch length embed"]:
     """Runs `num_layers` of `layer_cls(config)` one after the other, within the caller's compact method.
 
     Unscanned, their parameters stand under layers_0, layers_1, ...; scanned, under `layers`, each array with
-    a new leading axis of the logical name "layers" (in a decoder's cache, too), and XLA compiles one layer.
+    a new leading axis of the logical name "layers". So has a decoder's cache. XLA then compiles one layer.
 
     Args:
       layer_cls: a module that takes `config`.
       config: has `scan_layers` (bool) and `remat_policy`, a name of `REMAT_POLICIES`.
-      num_layers: how many.
-      call: (layer, x) -> x; what else the layer needs is in its closure.
-      x: [batch, length, embed].
+      num_layers: number of layers.
+      call: (layer, x) -> x; its closure holds the layer's other arguments.
+      x: the first layer's input.
 
     Returns:
-      [batch, length, embed].
+      The last layer's output.
 
     Raises:
       ValueError: there is no such remat policy.
@@ -45,7 +46,7 @@ def apply_layers(
     if config.remat_policy not in REMAT_POLICIES:
         raise ValueError(f"remat_policy must be one of {list(REMAT_POLICIES)}, got {config.remat_policy!r}")
     if config.remat_policy != "none":
-        # In a loop no other part of the program can share the layer's values: nothing to prevent.
+        # `prevent_cse` keeps XLA from undoing the recomputation; in a loop XLA can't undo it.
         call = nn.remat(call, policy=REMAT_POLICIES[config.remat_policy], prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         for i in range(num_layers):

@@ -1,43 +1,42 @@
 """T5's encoder and decoder stacks: interface and parameter tree of T5X's `examples/t5/network.py`.
 
-Two things differ. Our encoder takes embeddings, not tokens, because what it reads is an image followed by
-a text; the token table (`token_embedder`) belongs to the module that owns both stacks and is handed to the
-decoder. And a stack computes its relative position biases once and hands its layers the array; in T5X the
-layers are handed the module and each calls it.
+Two things differ. First, our encoder takes embeddings and not tokens, because it reads an image followed by
+a text. The module that owns both stacks also owns the token table (`token_embedder`) and gives it to the
+decoder. Second, a stack computes its relative position biases once and passes the array to its layers; T5X
+passes the module, and each layer calls it.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jaxtyping import Float, Int, Shaped
 
 from richhf_jax.network import layers, stack
-
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 
 @struct.dataclass
 class T5Config:
-    """Sizes of the encoder and the decoder. The defaults are T5X's; the names too.
+    """Sizes of the encoder and the decoder, with T5X's names and defaults.
 
     Attributes:
       vocab_size: rows of the token table.
-      dtype: of activations; parameters are float32.
+      dtype: type of activations; parameters are float32.
       emb_dim: width of the model.
-      num_heads: of every attention.
+      num_heads: heads of every attention.
       num_encoder_layers, num_decoder_layers: depth of the stacks.
       head_dim: width of a head.
       mlp_dim: width of the feed-forward block's hidden layer.
       mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
-      dropout_rate: everywhere; one draw for all positions, as in T5.
+      dropout_rate: dropout rate everywhere; one draw serves all positions, as in T5.
       logits_via_embedding: the decoder's logits reuse the token table (T5 1.0).
-      float32_attention_logits: attention's softmax in float32 whatever `dtype`.
-      image_positions: where image tokens stand in the encoder's relative positions, see `encoder_positions`.
-      scan_layers: one scanned loop over the layers: compiles several times faster; see `stack`.
+      float32_attention_logits: computes attention's softmax in float32 whatever `dtype`.
+      image_positions: place of the image tokens in the encoder's relative positions, see `encoder_positions`.
+      scan_layers: runs the layers in one loop, which compiles several times faster, see `stack`.
       remat_policy: what the backward pass recomputes: 'none', 'minimal' or 'full', see `stack`.
     """
 
@@ -61,14 +60,16 @@ class T5Config:
 IMAGE_POSITIONS = ("running", "after_text", "one_point")
 
 
-def encoder_positions(image_tokens: int, text_tokens: int, image_positions: str = "running") -> np.ndarray:
-    """The place of every encoder token in T5's relative positions; text always counts 0, 1, 2, ...
+def encoder_positions(
+    image_tokens: int, text_tokens: int, image_positions: str = "running"
+) -> Int[np.ndarray, " {image_tokens}+{text_tokens}"]:
+    """Returns the place of every encoder token in T5's relative positions; text always counts 0, 1, 2, ...
 
-    - "running": one sequence, the image before the text. A patch and the one below it are as far apart as a
-      row is long; beyond 128 positions all distances share a bucket. Where a patch lies is also in its
-      vector, by the ViT.
-    - "after_text": one sequence, the image after the text's last position (padding included).
-    - "one_point": the whole image stands at the one place before the text, so that T5 sees no order in it.
+    - "running": the image comes before the text, in one sequence. A patch and the one below it are as far
+      apart as a row is long; beyond 128 positions all distances share a bucket. The ViT has also written a
+      patch's place into its vector.
+    - "after_text": the image comes after the text's last position (padding included), in one sequence.
+    - "one_point": all image tokens stand at the one place before the text, so that T5 sees no order in them.
 
     >>> encoder_positions(3, 2, "running")
     array([-3, -2, -1,  0,  1])
@@ -78,7 +79,7 @@ def encoder_positions(image_tokens: int, text_tokens: int, image_positions: str 
     array([-1, -1, -1,  0,  1])
 
     Raises:
-      ValueError: no such `image_positions`.
+      ValueError: `image_positions` is none of these.
     """
     if image_positions not in IMAGE_POSITIONS:
         raise ValueError(f"image_positions must be one of {IMAGE_POSITIONS}, got {image_positions!r}")
@@ -116,7 +117,7 @@ def _mlp(cfg: T5Config) -> layers.MlpBlock:
 
 
 def _dropout(cfg: T5Config) -> nn.Dropout:
-    # Axis -2 is length: the same features are dropped at every position.
+    # Axis -2 is length, so the same features are dropped at every position.
     return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
 
@@ -132,25 +133,25 @@ def _relative_position_biases(cfg: T5Config) -> layers.RelativePositionBiases:
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward block, each normalised before and added to its input after."""
+    """Self-attention and feed-forward block, each with a norm before and a residual connection around it."""
 
     config: T5Config
 
     @nn.compact
     def __call__(
         self,
-        inputs: Array,
-        encoder_bias: Array,
-        encoder_mask: Array | None = None,
+        inputs: Float[Array, "batch length embed"],
+        encoder_bias: Float[Array, "1 heads length length"],
+        encoder_mask: Shaped[Array, "batch 1 length length"] | None = None,
         deterministic: bool = False,
-    ) -> Array:
-        """[batch, length, embed] -> the same shape.
+    ) -> Float[Array, "batch length embed"]:
+        """Applies the layer.
 
         Args:
-          inputs: [batch, length, embed].
-          encoder_bias: relative position biases [1, heads, length, length].
-          encoder_mask: > 0 where a position may see another, [batch, 1, length, length].
-          deterministic: no dropout.
+          inputs: output of the layer before.
+          encoder_bias: relative position biases.
+          encoder_mask: > 0 where a position may see another.
+          deterministic: turns dropout off.
         """
         cfg = self.config
         x = _norm(cfg, "pre_attention_layer_norm")(inputs)
@@ -163,28 +164,27 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to what was encoded, and feed-forward block."""
+    """Causal self-attention, attention to the encoder's output, and feed-forward block."""
 
     config: T5Config
 
     @nn.compact
     def __call__(
         self,
-        inputs: Array,
-        encoded: Array,
-        decoder_bias: Array,
-        decoder_mask: Array | None = None,
-        encoder_decoder_mask: Array | None = None,
+        inputs: Float[Array, "sequences length embed"],
+        encoded: Float[Array, "batch encoded_length embed"],
+        decoder_bias: Float[Array, "1 heads longest longest"],
+        decoder_mask: Shaped[Array, "sequences 1 length length"] | None = None,
+        encoder_decoder_mask: Shaped[Array, "batch 1 _ encoded_length"] | None = None,
         deterministic: bool = False,
         decode: bool = False,
-    ) -> Array:
-        """[batch, length, embed] -> the same shape.
+    ) -> Float[Array, "sequences length embed"]:
+        """Applies the layer.
 
         Args:
-          inputs: [batch, length, embed].
-          encoded: [batch, encoded_length, embed].
-          decoder_bias: relative position biases [1, heads, length, length], of the longest length with
-            `decode`.
+          inputs: output of the layer before.
+          encoded: the encoder's output.
+          decoder_bias: relative position biases; with `decode`, those of the longest length.
           decoder_mask, encoder_decoder_mask, deterministic, decode: as for `Decoder`.
         """
         cfg = self.config
@@ -206,29 +206,29 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder over image tokens followed by text tokens, every position seeing every unmasked other."""
+    """The encoder of image tokens followed by text tokens; every position sees every unmasked one."""
 
     config: T5Config
 
     @nn.compact
     def __call__(
         self,
-        inputs_embeddings: Array,
-        encoder_mask: Array | None = None,
+        inputs_embeddings: Float[Array, "batch length embed"],
+        encoder_mask: Shaped[Array, "batch 1 length length"] | None = None,
         *,
         image_tokens: int = 0,
         deterministic: bool = False,
-    ) -> Array:
-        """Embeddings -> their encodings.
+    ) -> Float[Array, "batch length embed"]:
+        """Encodes embeddings.
 
         Args:
-          inputs_embeddings: [batch, length, embed], image tokens first.
-          image_tokens: how many of them are the image's.
-          encoder_mask: > 0 where a position may see another, [batch, 1, length, length]; None for all.
-          deterministic: no dropout.
+          inputs_embeddings: image tokens first.
+          image_tokens: number of image tokens.
+          encoder_mask: > 0 where a position may see another; None: all see all.
+          deterministic: turns dropout off.
 
         Returns:
-          [batch, length, embed] of `config.dtype`.
+          The encodings, of type `config.dtype`.
 
         Raises:
           ValueError: the embeddings do not have the model's width.
@@ -246,7 +246,7 @@ class Encoder(nn.Module):
 
         x = stack.apply_layers(EncoderLayer, cfg, cfg.num_encoder_layers, call, x)
         x = _norm(cfg, "encoder_norm")(x)
-        # Not shared by the positions: so it is in T5X.
+        # As in T5X, each position has a draw of its own here.
         return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
 
 
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
 
     Attributes:
       config: sizes.
-      shared_embedding: the `layers.Embed` that tokens are looked up in.
+      shared_embedding: the `layers.Embed` with the tokens' vectors.
     """
 
     config: T5Config
@@ -264,34 +264,34 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        encoded: Array,
-        decoder_input_tokens: Array,
-        decoder_positions: Array | None = None,
-        decoder_mask: Array | None = None,
-        encoder_decoder_mask: Array | None = None,
+        encoded: Float[Array, "batch encoded_length embed"],
+        decoder_input_tokens: Int[Array, "sequences length"],
+        decoder_positions: Int[Array, "sequences length"] | None = None,
+        decoder_mask: Shaped[Array, "sequences 1 length length"] | None = None,
+        encoder_decoder_mask: Shaped[Array, "batch 1 _ encoded_length"] | None = None,
         deterministic: bool = False,
         decode: bool = False,
         max_decode_length: int | None = None,
-    ) -> Array:
-        """Tokens -> logits of the next token at each position.
+    ) -> Float[Array, "sequences length vocab"]:
+        """Computes the logits of the next token at each position.
 
         Args:
-          encoded: [batch, encoded_length, embed].
-          decoder_input_tokens: int [batch, length]; while decoding step by step, [batch, 1].
-          decoder_positions: taken for T5X's sake; T5 knows no absolute positions.
-          decoder_mask: > 0 where a position may see another, [batch, 1, length, length].
-          encoder_decoder_mask: the same towards `encoded`, [batch, 1, length, encoded_length].
-          deterministic: no dropout.
-          decode: keep and use the cache and the keys and values of `encoded`, see
-            `MultiHeadDotProductAttention`.
+          encoded: the encoder's output.
+          decoder_input_tokens: the text, one position late; in a step of decoding, the token before.
+          decoder_positions: ignored, as in T5X: T5 has no absolute positions.
+          decoder_mask: > 0 where a position may see another.
+          encoder_decoder_mask: > 0 where a position may see one of `encoded`.
+          deterministic: turns dropout off.
+          decode: keeps and uses the cache and the keys and values of `encoded`, see
+            `MultiHeadDotProductAttention`. `sequences` may then be a multiple of `batch`.
           max_decode_length: the cache's length, needed with `decode`.
 
         Returns:
-          [batch, length, vocab] float32.
+          The logits in float32.
         """
         del decoder_positions
         cfg = self.config
-        # While decoding the input is one position, but its biases are a row of the whole matrix.
+        # In a step of decoding the input is one position, but its biases are a row of the whole matrix.
         length = max_decode_length if decode and max_decode_length else decoder_input_tokens.shape[-1]
         bias = _relative_position_biases(cfg)(length, length, False)
         y = self.shared_embedding(decoder_input_tokens.astype("int32"))

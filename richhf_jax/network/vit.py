@@ -1,8 +1,8 @@
-"""The vision transformer (pre-norm, learned 2-D positions): an image in, one vector a patch out.
+"""The vision transformer (pre-norm, learned 2-D positions), from an image to one vector for each patch.
 
-The architecture of ViT-B/16 and ViT-L/16 as published (https://arxiv.org/abs/2010.11929), its parts named
-as in the T5 stacks. Parameter shapes: the patch kernel is [height, width, image_channels, embed], the layout
-of a convolution's kernel, so that public weights drop in; the position table is [height, width, embed].
+Its architecture is that of ViT-B/16 and ViT-L/16 as published (https://arxiv.org/abs/2010.11929); its parts
+have the names of the T5 stacks. The patch kernel is [height, width, image_channels, embed], the layout of a
+convolution's kernel, so that public weights drop in; the position table is [height, width, embed].
 """
 
 import functools
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+from jaxtyping import Bool, Float, Shaped
 
 from richhf_jax.network import layers, stack
-
-Array = jax.Array
+from richhf_jax.shapes import Array
 
 
 @struct.dataclass
@@ -26,24 +26,26 @@ class ViTConfig:
 
     Attributes:
       patch_size: side of a patch, in pixels.
-      grid: rows and columns of the position table, in patches: the image size the weights were made for.
+      grid: rows and columns of the position table, in patches: the size of the images in training.
       emb_dim: width of the model.
       num_layers: depth.
-      num_heads: of every attention; a head is emb_dim / num_heads wide.
+      num_heads: heads of every attention; each is emb_dim / num_heads wide.
       mlp_dim: width of the feed-forward block's hidden layer.
-      dropout_rate: on embeddings, attention weights, and the outputs of both blocks.
-      dtype: of activations; parameters are float32.
-      float32_attention_logits: attention's softmax in float32 whatever `dtype`.
-      class_token: a learned token before the patches, as published weights have it. Its own position is part
-        of it, so the position table has patches alone.
-      layer_norm_epsilon: of every norm. 1e-6 in the authors' code, 1e-12 in Hugging Face's configurations.
-      approximate_gelu: the tanh approximation, as in the authors' code; the exact function, as in Hugging
-        Face's and timm's copies of the weights. Outputs differ by about a thousandth.
-      scan_layers: one scanned loop over the layers: compiles several times faster; see `stack`.
+      dropout_rate: dropout rate of embeddings, attention weights, and the outputs of both blocks.
+      dtype: type of activations; parameters are float32.
+      float32_attention_logits: computes attention's softmax in float32 whatever `dtype`.
+      class_token: puts a learned token before the patches, as published weights have it. The token includes
+        its position, so the position table is for patches only.
+      layer_norm_epsilon: epsilon of every norm: 1e-6 in the authors' code, 1e-12 in Hugging Face's
+        configurations.
+      approximate_gelu: True: the tanh approximation, as in the authors' code. False: the exact function, as
+        in Hugging Face's and timm's copies of the weights. Outputs differ by about a thousandth.
+      scan_layers: runs the layers in one loop, which compiles several times faster, see `stack`.
       remat_policy: what the backward pass recomputes: 'none', 'minimal' or 'full', see `stack`.
-      stem_filters: 3x3 convolutions with stride 2 before the patches are cut, each with a norm and a GELU
-        (Xiao et al., "Early Convolutions Help Transformers See Better", https://arxiv.org/abs/2106.14881).
-        None as published; a small ViT learns texture several times faster with two.
+      stem_filters: filters of 3x3 convolutions with stride 2 before the patches are cut, each with a norm and
+        a GELU (Xiao et al., "Early Convolutions Help Transformers See Better",
+        https://arxiv.org/abs/2106.14881). The published ViT has none; with two, a small ViT learns texture
+        several times faster.
     """
 
     patch_size: int = 16
@@ -70,8 +72,10 @@ class StemLayer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[batch, height, width, channels] -> [batch, height / 2, width / 2, features]."""
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch -(-height//2) -(-width//2) {self.features}"]:
+        """Halves height and width, rounding up."""
         kernel = param_with_axes(
             "kernel",
             nn.initializers.lecun_normal(),
@@ -89,8 +93,8 @@ class StemLayer(nn.Module):
 class PatchEmbedding(nn.Module):
     """Cuts an image into patches and projects each.
 
-    The same as a convolution whose stride is its kernel's size, but as one matrix product, whose gradient
-    is fast on every backend.
+    This equals a convolution whose stride is its kernel's size. It is computed as one matrix product, whose
+    gradient is fast on every backend.
     """
 
     patch_size: int
@@ -98,8 +102,10 @@ class PatchEmbedding(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
-        """[batch, height, width, channels] -> [batch, height / patch_size, width / patch_size, embed].
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height//{self.patch_size} width//{self.patch_size} {self.features}"]:
+        """Returns the patches' vectors.
 
         Raises:
           ValueError: the image does not divide into patches.
@@ -125,13 +131,15 @@ class PatchEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a learned vector a grid cell, resampled bilinearly where the image's grid is not the table's."""
+    """Adds a learned vector to each patch; an image with another grid than the table's gets it resampled."""
 
     grid: tuple[int, int]
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[batch, height, width, embed] -> the same shape; height and width in patches."""
+    def __call__(
+        self, x: Float[Array, "batch height width embed"]
+    ) -> Float[Array, "batch height width embed"]:
+        """Adds the vectors, resampled bilinearly if need be; height and width are in patches."""
         height, width, features = x.shape[1:]
         init = nn.initializers.normal(1 / math.sqrt(features))
         shape = (*self.grid, features)
@@ -146,13 +154,19 @@ def _norm(cfg: ViTConfig, name: str) -> layers.CenteredLayerNorm:
 
 
 class Attention(nn.Module):
-    """Self-attention with biases, the logits divided by sqrt(head width)."""
+    """Self-attention with biases; divides the logits by sqrt(head width)."""
 
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None, *, deterministic: bool) -> Array:
-        """[batch, length, embed] -> the same shape. `mask` [batch, 1, 1, length]: > 0 for what is seen."""
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        mask: Shaped[Array, "batch 1 1 length"] | None = None,
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "batch length embed"]:
+        """Lets each position attend to those where `mask` is > 0; None: to all."""
         cfg = self.config
         head_dim = cfg.emb_dim // cfg.num_heads
         dense = functools.partial(layers.DenseGeneral, dtype=cfg.dtype, use_bias=True)
@@ -179,13 +193,19 @@ class Attention(nn.Module):
 
 
 class ViTLayer(nn.Module):
-    """Self-attention and feed-forward block, each normalised before and added to its input after."""
+    """Self-attention and feed-forward block, each with a norm before and a residual connection around it."""
 
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, inputs: Array, mask: Array | None = None, *, deterministic: bool) -> Array:
-        """[batch, length, embed] -> the same shape; `mask` as for `Attention`."""
+    def __call__(
+        self,
+        inputs: Float[Array, "batch length embed"],
+        mask: Shaped[Array, "batch 1 1 length"] | None = None,
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "batch length embed"]:
+        """Applies the layer; `mask` as for `Attention`."""
         cfg = self.config
         norm = functools.partial(_norm, cfg)
 
@@ -212,19 +232,23 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, patch_mask: Array | None = None, *, deterministic: bool = False
-    ) -> Array:
-        """Images -> one vector a token.
+        self,
+        images: Float[Array, "batch height width 3"],
+        patch_mask: Bool[Array, "batch patches"] | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> Float[Array, "batch image_tokens embed"]:
+        """Encodes images.
 
         Args:
-          images: float [batch, height, width, 3], normalised; any size that patch_size divides.
-          patch_mask: bool [batch, patches], False for patches that are padding: no other token sees them.
-            What stands in their own place of the output means nothing.
-          deterministic: no dropout.
+          images: normalised, of any size that patch_size divides.
+          patch_mask: False for patches that are padding: no other token sees them. Their own outputs mean
+            nothing.
+          deterministic: turns dropout off.
 
         Returns:
-          [batch, tokens, embed] of `config.dtype`: the class token, if there is one, then the patches row by
-          row.
+          One vector for each token, of type `config.dtype`: the class token, if there is one, then the
+          patches row by row.
 
         Raises:
           ValueError: the image does not divide into patches, the heads do not divide the width, or the stem

@@ -266,7 +266,7 @@ def _pieces(prompt: str, truth: Sequence[Mapping], predicted: Sequence[Mapping])
         start = prompt.index(word, position)
         if start > position:
             pieces.append(_Piece(prompt[position:start]))
-        marks = [bool(token and token["misaligned"]) for token in (true, guess)]
-        pieces.append(_Piece(word, *marks, (guess or {}).get("probability")))
+        is_true, is_predicted = (bool(token and token["misaligned"]) for token in (true, guess))
+        pieces.append(_Piece(word, is_true, is_predicted, (guess or {}).get("probability")))
         position = start + len(word)
     return [*pieces, _Piece(prompt[position:])] if position < len(prompt) else pieces

@@ -50,7 +50,7 @@ def draw(image: np.ndarray, heatmap: np.ndarray, opacity: float = OPACITY) -> Im
     """
     drawn = Image.fromarray(image)
     heat = picture(resize(heatmap, drawn.size))
-    drawn.paste(heat, mask=heat.getchannel("A").point(lambda alpha: round(alpha * opacity)))
+    drawn.paste(heat, mask=heat.getchannel("A").point([round(alpha * opacity) for alpha in range(256)]))
     return drawn
 
 

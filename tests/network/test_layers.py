@@ -177,6 +177,7 @@ def test_float32_logits_tell_close_large_logits_apart():
     assert float(lost[0, 0, 0, 0]) == 0.5
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_dot_product_attention_rejects_heads_that_differ():
     with pytest.raises(ValueError, match=r"do not fit: \(1, 3, 2, 4\), \(1, 5, 1, 4\)"):
         layers.dot_product_attention(
