@@ -15,7 +15,6 @@ from flax import linen as nn
 from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
-from richhf_jax import errors
 from richhf_jax.network import layers, stack
 
 Array = jax.Array
@@ -28,7 +27,6 @@ class ViTConfig:
     Attributes:
       patch_size: side of a patch, in pixels.
       grid: rows and columns of the position table, in patches: the image size the weights were made for.
-      resample_positions: takes images of other sizes, too: the position table is resampled to their grid.
       emb_dim: width of the model.
       num_layers: depth.
       num_heads: of every attention; a head is emb_dim / num_heads wide.
@@ -50,7 +48,6 @@ class ViTConfig:
 
     patch_size: int = 16
     grid: tuple[int, int] = (32, 32)
-    resample_positions: bool = False
     emb_dim: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -208,21 +205,6 @@ class ViTLayer(nn.Module):
         return x + nn.Dropout(cfg.dropout_rate)(y, deterministic=deterministic)
 
 
-def _check_size(cfg: ViTConfig, size: tuple[int, int]) -> None:
-    """Raises:
-    errors.UserError: the image has another size than the position table, which is not to be resampled.
-    """
-    table_size = tuple(side * cfg.patch_size for side in cfg.grid)
-    if size == table_size or cfg.resample_positions:
-        return
-    given, wanted, grid = ("x".join(map(str, pair)) for pair in (size, table_size, cfg.grid))
-    raise errors.UserError(
-        f"images have {given} pixels (IMAGE_SIDE), but the ViT's positions are for {wanted}: ViTConfig.grid of"
-        f" {grid} patches times ViTConfig.patch_size of {cfg.patch_size}. Give IMAGE_SIDE={table_size[0]}, or"
-        " another grid, or RESAMPLE_POSITIONS=True, which resamples the positions to the images"
-    )
-
-
 class ViT(nn.Module):
     """The vision transformer up to its last norm, without a classifier."""
 
@@ -235,8 +217,7 @@ class ViT(nn.Module):
         """Images -> one vector a token.
 
         Args:
-          images: float [batch, height, width, 3], normalised; of the grid's size, or with `resample_positions`
-            of any that patch_size divides.
+          images: float [batch, height, width, 3], normalised; any size that patch_size divides.
           patch_mask: bool [batch, patches], False for patches that are padding: no other token sees them.
             What stands in their own place of the output means nothing.
           deterministic: no dropout.
@@ -246,7 +227,6 @@ class ViT(nn.Module):
           row.
 
         Raises:
-          errors.UserError: the image is of another size, and `resample_positions` is False.
           ValueError: the image does not divide into patches, the heads do not divide the width, or the stem
             does not divide a patch.
         """
@@ -255,7 +235,6 @@ class ViT(nn.Module):
             raise ValueError(f"{cfg.num_heads} heads do not divide the width {cfg.emb_dim}")
         if cfg.patch_size % 2 ** len(cfg.stem_filters):
             raise ValueError(f"{len(cfg.stem_filters)} stem layers do not divide a patch of {cfg.patch_size}")
-        _check_size(cfg, images.shape[1:3])
         x = images
         for i, features in enumerate(cfg.stem_filters):
             x = StemLayer(features, cfg.dtype, name=f"stem_{i}")(x)

@@ -8,11 +8,9 @@ import pytest
 from flax import traverse_util
 from flax.linen import partitioning
 
-from richhf_jax import errors
 from richhf_jax.network import vit
 
 CONFIG = vit.ViTConfig(patch_size=4, grid=(3, 2), emb_dim=8, num_layers=1, num_heads=2, mlp_dim=12)
-RESAMPLING = CONFIG.replace(resample_positions=True)
 
 
 @pytest.fixture
@@ -108,7 +106,7 @@ def test_patch_embedding_is_a_convolution_with_the_patch_as_stride(images, rando
 
 def test_patch_embedding_rejects_images_that_do_not_divide():
     with pytest.raises(ValueError, match="12x10 pixels does not divide into 4x4 patches"):
-        vit.ViT(RESAMPLING).init(jax.random.key(0), jnp.zeros((1, 12, 10, 3)), deterministic=True)
+        vit.ViT(CONFIG).init(jax.random.key(0), jnp.zeros((1, 12, 10, 3)), deterministic=True)
 
 
 def test_vit_rejects_heads_that_do_not_divide_the_width():
@@ -139,14 +137,7 @@ def test_positions_are_resampled_bilinearly_in_both_directions():
 
 def test_another_image_size_needs_no_other_parameters(images, random_params):
     params = random_params(vit.ViT(CONFIG), images, deterministic=True)
-    assert _jitted(RESAMPLING)(params, jnp.zeros((1, 20, 24, 3))).shape == (1, 30, 8)
-
-
-@pytest.mark.parametrize("size", [(12, 12), (16, 8), (8, 12), (12, 10)])
-def test_another_image_size_is_refused_unless_resampling_is_asked_for(size):
-    message = rf"{size[0]}x{size[1]} pixels \(IMAGE_SIDE\).* for 12x8: .* 3x2 patches .* of 4\..*RESAMPLE_POSITIONS"
-    with pytest.raises(errors.UserError, match=message):
-        jax.eval_shape(vit.ViT(CONFIG).init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+    assert _jitted(CONFIG)(params, jnp.zeros((1, 20, 24, 3))).shape == (1, 30, 8)
 
 
 def test_bfloat16_is_near_float32(images, random_params):
