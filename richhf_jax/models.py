@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from richhf_jax import decoding, feedback, losses
+from richhf_jax import decoding, errors, feedback, losses
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, losses.WeightedMean]
@@ -125,6 +125,9 @@ class RahfModel(BaseModel):
     which makes `num_decodes` of each; the best is the prediction. But where a batch has "keyword_pieces"
     (`keywords` makes them of the prompt), the decoder can only copy them and decide which words to mark: it
     marks those whose probability of being misaligned is above `misalignment_threshold`.
+
+    The ViT's position table is for images of one size, its grid times its patch_size. Other sizes are
+    refused, unless `resample_positions` says that the table is to be resampled to them.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class RahfModel(BaseModel):
         decode_fn: Callable = decoding.temperature_sample,
         num_decodes: int = 1,
         misalignment_threshold: float = 0.5,
+        resample_positions: bool = False,
         heatmap_loss_weight: float = 1.0,
         score_loss_weight: float = 1.0,
         keywords_loss_weight: float = 1.0,
@@ -146,6 +150,7 @@ class RahfModel(BaseModel):
         self._decode_fn = decode_fn
         self._num_decodes = num_decodes
         self._misalignment_threshold = misalignment_threshold
+        self._resample_positions = resample_positions
         self._loss_weights = {
             "heatmap": heatmap_loss_weight,
             "score": score_loss_weight,
@@ -187,10 +192,15 @@ class RahfModel(BaseModel):
         return self.module.t5_config.vocab_size
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
-        """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task."""
+        """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task.
+
+        Raises:
+          errors.UserError: the images are of a size that the ViT doesn't take.
+        """
         del input_types  # The network's inputs have one type each.
         slots = self.module.smallest_slots
         height, width = input_shapes["image"][1:3]
+        self._check_image_size(height, width)
         length, target_length = (
             input_shapes["encoder_input_tokens"][-1],
             input_shapes["decoder_input_tokens"][-1],
@@ -206,6 +216,25 @@ class RahfModel(BaseModel):
             num_scores=slots.scores,
             enable_dropout=False,
         )
+
+    def _check_image_size(self, height: int, width: int) -> None:
+        """Raises:
+        errors.UserError: the ViT doesn't take images of this size, in pixels.
+        """
+        given = f"IMAGE_SIDE: images have {height}x{width} pixels"
+        (rows, columns), patch = self.module.vit_config.grid, self.module.vit_config.patch_size
+        fits = (height, width) == (rows * patch, columns * patch)
+        if not fits and not self._resample_positions:
+            raise errors.UserError(
+                f"{given}, but the ViT's position table is for {rows * patch}x{columns * patch}: a grid of"
+                f" {rows}x{columns} patches, each of {patch} pixels (ViTConfig.grid, ViTConfig.patch_size)."
+                f" Give --gin.IMAGE_SIDE={rows * patch}, or another grid; or resample the table to the images"
+                " with --gin.RESAMPLE_POSITIONS=True"
+            )
+        if height % patch or width % patch:
+            raise errors.UserError(
+                f"{given}, which don't divide into patches of {patch} (ViTConfig.patch_size): give a multiple"
+            )
 
     def _outputs(self, params: Any, batch: Batch, dropout_rng: jax.Array | None) -> dict[str, jax.Array]:
         return self.module.apply(

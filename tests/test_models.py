@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from richhf_jax import feedback
+from richhf_jax import errors, feedback
 from richhf_jax.costs import counter
 
 # Few heads, which are slow to compile.
@@ -199,6 +199,28 @@ def test_every_batch_initialises_the_same_parameters(make, variant):
     full, captions = (initial_shapes(case.model, case.batch)["params"] for case in (full, captions))
     assert full == captions
     assert any("score_head" in name for name in captions)
+
+
+def test_another_image_size_is_refused_unless_resampling_is_asked_for(make_model, make_batch):
+    """small.gin's ViT is for 16 x 16 pixels, in patches of 2."""
+
+    def shapes(height, width, *bindings):
+        model = make_model("multi_head", *bindings)
+        batch = make_batch(model, 2, 4, 1)
+        return initial_shapes(model, batch | {"image": np.zeros((4, height, width, 3), np.uint8)})["params"]
+
+    asked = "RESAMPLE_POSITIONS = True"
+    refusal = (
+        r"IMAGE_SIDE: images have {} pixels.* for 16x16: .*grid of 8x8 patches, each of 2 pixels"
+        ".*--gin.IMAGE_SIDE=16.*--gin.RESAMPLE_POSITIONS=True"
+    )
+    for size in ((8, 8), (16, 8), (8, 16), (15, 15)):
+        with pytest.raises(errors.UserError, match=refusal.format("{}x{}".format(*size))):
+            shapes(*size)
+    positions = [shapes(16, 16)["vit"], shapes(8, 8, asked)["vit"]]
+    assert positions[0] == positions[1]
+    with pytest.raises(errors.UserError, match="have 16x15 pixels.* patches of 2 "):
+        shapes(16, 15, asked)
 
 
 def test_dropout_only_with_a_seed(make):

@@ -72,6 +72,14 @@ def test_batch_of_a_prediction(constrained):
         assert shapes == [(2, 1, 5), (2, 1, 5), (2, 1)]
 
 
+@pytest.mark.parametrize("step", ["train", "predict"])
+def test_images_of_another_size_than_the_vits_are_refused(step):
+    lengths = LENGTHS | {"image": 8}
+    configure("multi_head", lengths, f"EVAL_FEATURE_LENGTHS = {lengths}")
+    with pytest.raises(errors.UserError, match="IMAGE_SIDE: images have 8x8 pixels, .* for 16x16"):
+        precompile.plan_step(step, None)
+
+
 class Affine(models.BaseModel):
     """score = weight * mean of the image + bias: a train step that compiles at once."""
 

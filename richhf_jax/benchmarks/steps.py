@@ -42,9 +42,9 @@ from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import chips, counter
 from richhf_jax.network import rahf
 
-# Tokens of a prompt and of a text, as in gin/experiments/rich_hf_18k.gin.
+# Tokens of a prompt and of a text, as in gin/sizes/base.gin.
 PROMPT_LENGTH = TARGET_LENGTH = 64
-# A training example of the augmented prompt; as in gin/experiments/rich_hf_18k_augmented_prompt.gin.
+# A training example of the augmented prompt; as in gin/variants/augmented_prompt.gin.
 TRAIN_SLOTS = {feedback.MULTI_HEAD: feedback.ALL_SLOTS, feedback.AUGMENTED_PROMPT: feedback.Slots(1, 2, 1)}
 STEPS = ("train", "predict")
 # Steps that one takes before it is the other's turn; the first of a turn isn't counted.

@@ -164,6 +164,7 @@ def _rahf_model(description: model_description.ModelDescription) -> models.RahfM
         description.network,
         optimizer_def=None,
         misalignment_threshold=description.misalignment_threshold,
+        resample_positions=True,  # Training checked the size.
         eos_id=load_vocabulary(description.vocabulary).eos_id(),
     )
 
