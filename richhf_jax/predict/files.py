@@ -5,9 +5,9 @@
     OUT/heatmaps/ID.KIND.png, or OUT/heatmaps.npz; OUT/overlays/ID.KIND.png; OUT/report.html
     OUT/run.json            what was asked for, and how far the run is
 
-What a batch of records gave is written and brought to the disk, its pictures too; then run.json is replaced,
-in one step. So all that run.json tells of is there, also after a power cut. A run that continues cuts the two
-.jsonl files to the sizes in run.json; other files it writes again, with the same bytes.
+Once a second, what the batches gave is brought to the disk, pictures too; then run.json is replaced in one
+step. So all that run.json tells of is there, also after a power cut. A run that continues cuts the two .jsonl
+files to the sizes in run.json; other files it writes again, with the same bytes.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 import urllib.parse
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ MAX_CARDS = 5000
 # Of a file name; most file systems take 255 bytes.
 _MAX_NAME = 200
 _MAX_PATH = 1000
+# Bringing files to the disk takes some 20 ms, as long as a small batch.
+_SAVE_SECONDS = 1
 _PARTS, _PICTURES = "heatmaps.parts", "report"
 _PNG = b"\x89PNG"
 
@@ -128,7 +131,9 @@ class PredictionFiles:
         return self
 
     def __exit__(self, *args) -> None:
-        self._opened.close()
+        with self._opened, contextlib.suppress(OSError):
+            if not self.progress.done:  # Stopped: what is done needn't be done again.
+                self._save_progress()
 
     def _read_state(self) -> Progress | None:
         path = self._out / STATE
@@ -154,6 +159,7 @@ class PredictionFiles:
     def _write_state(self) -> None:
         state = {"arguments": self._arguments, "progress": dataclasses.asdict(self.progress)}
         writing.write(self._out / STATE, json.dumps(state, indent=2) + "\n")
+        self._saved_at = time.monotonic()
 
     def _open(self, name: str, size: int) -> BinaryIO:
         path = self._out / name
@@ -208,9 +214,6 @@ class PredictionFiles:
             file = self._files[name]
             file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
             file.flush()
-        os.sync()  # The pictures and their folders: one call is cheaper than thousands of fsync.
-        for file in self._files.values():
-            os.fsync(file.fileno())  # This one, unlike sync, tells of errors.
         self.progress = dataclasses.replace(
             self.progress,
             position=position,
@@ -219,6 +222,14 @@ class PredictionFiles:
             predictions_bytes=self._files[PREDICTIONS].tell(),
             errors_bytes=self._files[ERRORS].tell(),
         )
+        if time.monotonic() - self._saved_at >= _SAVE_SECONDS:
+            self._save_progress()
+
+    def _save_progress(self) -> None:
+        """Brings to the disk what is written, then what run.json tells of it."""
+        os.sync()  # The pictures and their folders: one call is cheaper than thousands of fsync.
+        for file in self._files.values():
+            os.fsync(file.fileno())  # This one, unlike sync, tells of errors.
         self._write_state()
 
     def finish(self, title: str) -> None:
@@ -229,7 +240,7 @@ class PredictionFiles:
             if self._with_report:
                 self._write_report(title)
             self.progress.done = True
-            self._write_state()
+            self._save_progress()
         # Only now: a run that was killed above does it again.
         shutil.rmtree(self._out / _PARTS, ignore_errors=True)
         if self.progress.predictions <= gallery.MAX_EMBEDDED:

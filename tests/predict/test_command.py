@@ -445,8 +445,16 @@ def test_what_run_json_tells_of_is_on_the_disk_before_it(tmp_path, monkeypatch):
         spy("sync", lambda: len(lines(tmp_path / "errors.jsonl")))
         spy("fsync", lambda descriptor: pathlib.Path(f"/proc/self/fd/{descriptor}").readlink().name)
         spy("replace", lambda source, target: pathlib.Path(target).name)
+        monkeypatch.setattr(prediction_files, "_SAVE_SECONDS", 0)
         files.commit(1, [prediction_files.Failure("a", "a reason")])
-    assert calls == [
+        first, calls[:] = calls.copy(), []
+        # Not for each of many quick batches; but at the end, also where something fails.
+        monkeypatch.setattr(prediction_files, "_SAVE_SECONDS", 1000)
+        files.commit(2, [prediction_files.Failure("b", "a reason")])
+        assert not calls
+    assert ("sync", 2) in calls
+    assert json.loads((tmp_path / "run.json").read_text())["progress"]["position"] == 2
+    assert first == [
         ("sync", 1),
         ("fsync", "predictions.jsonl"),
         ("fsync", "errors.jsonl"),
