@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Linter, formatter and the test suite, as continuous integration runs them.
+# Linter, formatter, type checker and the test suite, as continuous integration runs them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
@@ -7,8 +7,8 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/test.sh [--python PYTHON] [PYTEST ARGUMENTS...]
 
-Checks the code with ruff, then runs the tests: all, or those that the arguments choose, for example
-"tests/network -k decoder".
+Checks the code with ruff and pyright, then runs the tests: all, or those that the arguments choose, for
+example "tests/network -k decoder".
 
   --python PYTHON    makes the virtual environment with this Python (3.11 to 3.13)
   --help             prints this
@@ -47,5 +47,7 @@ setup_venv test
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+# basedpyright is pyright with a Node.js of its own, which pip installs.
+"$venv/bin/basedpyright" --pythonpath "$venv/bin/python"
 # Two processes, since most tests compile, which is single-threaded; a file's tests share fixtures.
 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"}

@@ -12,7 +12,6 @@ computed. The defaults are the paper's (supplement); gin/augmentation/default.gi
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
 
 import gin
 import tensorflow as tf
@@ -101,7 +100,7 @@ def draw_window(
     Returns:
       int32 [4] in units of 1 / side: top, left, bottom, right.
     """
-    draws = _draws(5, seed, _CROP_DRAW)
+    draws = tf.random.stateless_uniform([5], tf.random.experimental.stateless_fold_in(seed, _CROP_DRAW))
     least, greatest = crop_shares
     sizes = tf.cast(tf.round((least + draws[:2] * (greatest - least)) * side), tf.int32)
     starts = tf.cast(draws[2:4] * tf.cast(side - sizes + 1, tf.float32), tf.int32)
@@ -154,12 +153,6 @@ def place(image: tf.Tensor, window: tf.Tensor | None, side: int, box: tf.Tensor 
     return tf.ensure_shape(image, [side, side, channels])
 
 
-def _draws(count: int, seed: tf.Tensor, purpose: int) -> tf.Tensor:
-    """Draws `count` numbers in [0, 1) from the seed, others for each purpose."""
-    # The public annotation of fold_in says int.
-    return tf.random.stateless_uniform([count], cast(tf.Tensor, tf.random.fold_in(seed, purpose)))
-
-
 def _pad(image: tf.Tensor, box: tf.Tensor, side: int) -> tf.Tensor:
     paddings = tf.stack([box[:2], side - box[2:]], 1)
     return tf.pad(image, tf.pad(paddings, [[0, 1], [0, 0]]))
@@ -179,7 +172,7 @@ def _enlarge(image: tf.Tensor, window: tf.Tensor, side: int) -> tf.Tensor:
         )
         # Whole rows are quick to copy, so the columns are made rows for it.
         shown = tf.transpose(tf.gather(tf.squeeze(image, 2), rows))
-        return tf.expand_dims(tf.transpose(tf.gather(shown, columns)), 2)
+        return tf.transpose(tf.gather(shown, columns))[..., None]
     pixels = tf.cast(image[None, top:bottom, left:right], tf.float32)
     pixels = tf.raw_ops.ResizeBilinear(images=pixels, size=[side, side], half_pixel_centers=True)
     return tf.cast(pixels[0] + 0.5, tf.uint8)
@@ -230,7 +223,7 @@ def recolour(
     Returns:
       uint8 [side, side, 3].
     """
-    draws = _draws(8, seed, _COLOUR_DRAW)
+    draws = tf.random.stateless_uniform([8], tf.random.experimental.stateless_fold_in(seed, _COLOUR_DRAW))
     jitter = draws[0] < jitter_probability
     grey = draws[1] < grey_probability
     jpeg = draws[2] < jpeg_probability
@@ -252,7 +245,7 @@ def recolour(
         least, greatest = jpeg_quality
         return tf.image.adjust_jpeg_quality(image, tf.cast(between(draws[7], least, greatest + 1), tf.int32))
 
-    shape = cast(Any, image.shape)  # known, though its type allows None
+    shape = image.shape
     image = tf.cond(jitter | grey, mixed, lambda: image)
     image = tf.cond(jpeg, compressed, lambda: image)
     if box is not None:  # Black again, after what happened beside the picture.
@@ -290,15 +283,14 @@ def mix_colours(
     Returns:
       uint8 [height, width, 3].
     """
-    shape = cast(Any, image.shape)  # known, though its type allows None
-    height, width, _ = shape
+    height, width, _ = image.shape
     # Several pixels a row: a matrix product with 3 columns would be slow.
     together = math.gcd(height * width, _PIXELS)
     pixels = tf.reshape(tf.cast(image, tf.float32), [-1, 3 * together])
     mean = tf.reduce_mean(tf.reshape(tf.reduce_mean(pixels, 0), [together, 3]), 0)
     if box is not None:
         mean *= height * width / tf.cast(tf.reduce_prod(box[2:] - box[:2]), tf.float32)
-    luma = tf.tile(tf.constant([_LUMA]), [3, 1])
+    luma = tf.tile([_LUMA], [3, 1])
     matrix = (saturation * tf.eye(3) + (1 - saturation) * luma) @ _rotation(2 * math.pi * hue)
     matrix = tf.where(grey, luma @ matrix, matrix)
     offset = tf.linalg.matvec(matrix, (1 - contrast) * mean + 255 * brightness)

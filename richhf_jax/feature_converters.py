@@ -1,7 +1,6 @@
 """Task features -> model features: `RahfFeatureConverter`."""
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 import numpy as np
 import seqio
@@ -82,7 +81,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-        if self.LETTERBOX_FEATURES.keys() <= cast(Any, ds.element_spec).keys():
+        if self.LETTERBOX_FEATURES.keys() <= ds.element_spec.keys():
             # seqio holds the result against this. The class's own stays as it is.
             self.MODEL_FEATURES = {**self.MODEL_FEATURES, **self.LETTERBOX_FEATURES}
         return ds.map(self.convert_example, num_parallel_calls=tf.data.AUTOTUNE)

@@ -34,7 +34,8 @@ fi
 @pytest.fixture
 def venv(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "venv/bin").mkdir(parents=True)
-    for name, text in (("python", FAKE_PYTHON), ("ruff", '#!/usr/bin/env bash\necho "ruff $*" >>"$LOG"\n')):
+    log_call = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$LOG"\n'
+    for name, text in (("python", FAKE_PYTHON), ("ruff", log_call), ("basedpyright", log_call)):
         script = tmp_path / "venv/bin" / name
         script.write_text(text)
         script.chmod(0o755)
@@ -127,6 +128,7 @@ def test_test_sh_checks_then_tests(venv):
     assert commands[1:] == [
         "ruff check .",
         "ruff format --check .",
+        f"basedpyright --pythonpath {venv}/bin/python",
         "-m pytest -n 2 --dist loadfile tests/network -k a or b",
     ]
 
