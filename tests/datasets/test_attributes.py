@@ -198,7 +198,7 @@ def test_a_plain_table_of_images(tmp_path, as_struct):
         (lambda folder: None, "images: no .jpg, .jpeg, .png, .webp or .parquet file there"),
         (
             lambda folder: [(folder / name).write_bytes(b"") for name in ("a.jpg", "a.png")],
-            "a.png: has the same name, which is the id, as ",
+            "a.png: its id, the name without ending, is also that of ",
         ),
         (
             lambda folder: pq.write_table(pa.table({"uid": ["a"], "image": [b""]}), folder / "a.parquet"),
@@ -217,7 +217,7 @@ def test_images_that_cannot_be_read(tmp_path, make, message):
 
 def test_a_bad_line_of_the_table(tmp_path):
     (tmp_path / "table.jsonl").write_text('{"id": "a"}\n{"uid": "b"}\n')
-    with pytest.raises(errors.UserError, match=r"table.jsonl:2: no line of a table of attributes"):
+    with pytest.raises(errors.UserError, match=r"table.jsonl:2: this isn't a line of a table of attributes"):
         attributes.finished_ids(tmp_path / "table.jsonl")
     assert attributes.finished_ids(tmp_path / "none.jsonl") == set()
 

@@ -194,11 +194,11 @@ def test_a_record_of_several_lines_is_named_by_its_last(tmp_path):
         ("a.csv", b"id,category\n", "there is no column photorealistic, only id, category"),
         ("a.csv", b"", "there is no column id, only none"),
         ("a.csv", b"id,photorealistic,category\n", "1 are to be drawn, but only 0 rows have both attributes"),
-        ("a.csv", b"id,photorealistic,category\n\xff,true,human\n", "this is no UTF-8"),
+        ("a.csv", b"id,photorealistic,category\n\xff,true,human\n", "this isn't UTF-8 text"),
         ("a.jsonl", b"{\n", ":1: broken JSON"),
         ("a.jsonl", b"[]\n", ":1: a line must be a JSON object"),
         ("a.parquet", b"PAR?", "a.parquet: "),
-        ("a.txt", b"", "a table's name ends in .csv, .jsonl, .parquet"),
+        ("a.txt", b"", "a table's name must end in .csv, .jsonl, .parquet"),
         ("b.csv", None, "b.csv: No such file or directory"),
     ],
 )
