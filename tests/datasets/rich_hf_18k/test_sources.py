@@ -253,8 +253,8 @@ def test_git_lfs_pointers(bench, samples):
         ("p.csv", "uid,prompt\na prompt,1-2\n", "p.csv:2: expected uid and prompt"),
         ("p.jsonl", '{"uid": "a", "prompt": "b"}\n["a", "b"]\n', "p.jsonl:2: expected uid and prompt"),
         ("p.jsonl", '{"uid": "a"\n', "p.jsonl:1: expected uid and prompt, got {"),
-        ("p.csv", "uid,prompt\na,b\na,b\na,c\n", "p.csv:4: another prompt for a than before"),
-        ("p.txt", "a b", "not a file that ends with .csv or .jsonl"),
+        ("p.csv", "uid,prompt\na,b\na,b\na,c\n", "p.csv:4: its prompt for a differs from an earlier one"),
+        ("p.txt", "a b", "p.txt: no such file, or its name ends in neither .csv nor .jsonl"),
     ],
 )
 def test_prompts_of_another_form(tmp_path, name, text, message):
@@ -280,7 +280,7 @@ def test_a_mirror_must_have_a_shard_of_each_split(bench, samples):
     assert bench.run(f"--joined={joined}", labels=False) is None
     source = sources.Joined(str(joined))
     (joined / "test-00000-of-00001.parquet").rename(joined / "part-0.parquet")
-    with pytest.raises(errors.UserError, match="part-0.parquet: of which split"):
+    with pytest.raises(errors.UserError, match="part-0.parquet: its split is unknown"):
         source.label_records()
     (joined / "part-0.parquet").unlink()
     with pytest.raises(errors.UserError, match="no shard of test"):
