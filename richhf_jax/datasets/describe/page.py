@@ -1,4 +1,4 @@
-"""Makes a self-contained HTML page of a summary, from `page.html`: it holds its pictures, it loads nothing."""
+"""Makes a self-contained HTML page of a summary, from `page.html`; it loads nothing."""
 
 import base64
 import io
