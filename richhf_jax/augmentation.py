@@ -1,12 +1,12 @@
-"""Encoded images and heatmaps -> the model's square of pixels, augmented where the example asks for it.
+"""Makes the model's square of pixels from encoded images and heatmaps, augmented if the example asks for it.
 
-Image and heatmaps are brought to the square by the same window and the same box, whatever their sizes:
+The same window and the same box bring an image and its heatmaps to the square, whatever their sizes:
 
     window   the part of the picture that is shown, in units of 1 / side of its height and width; all of it
              unless the picture is cropped
-    box      where in the square the window goes, in pixels; all of it unless the picture is letterboxed
+    box      the place of the window in the square, in pixels; all of it unless the picture is letterboxed
 
-Everything is uint8, no random number depends on anything but the example's seed, and what isn't drawn isn't
+Everything is uint8. Random numbers depend on the example's seed alone. An augmentation that isn't drawn isn't
 computed. The defaults are the paper's (supplement); gin/augmentation/default.gin explains them.
 """
 
@@ -20,17 +20,17 @@ from richhf_jax import errors
 
 # Luma of red, green and blue: ITU-R BT.601.
 _LUMA = (0.299, 0.587, 0.114)
-# Pixels a row of the matrix product that mixes colours: few enough for the zeros in it to cost little.
+# Pixels per row of the matrix product that mixes colours: few enough that the zeros in it cost little.
 _PIXELS = 8
-# Folded into the example's seed.
+# Folded into the example's seed: one draw each for cropping and colours.
 _CROP_DRAW, _COLOUR_DRAW = range(100, 102)
 
 
 def decode(data: tf.Tensor, channels: int) -> tf.Tensor:
-    """An encoded image, string [] -> uint8 [height, width, channels]: the pixels that Pillow shows."""
+    """Decodes an image, string [], to uint8 [height, width, channels]: the pixels that Pillow shows."""
     return tf.cond(
         tf.io.is_jpeg(data),
-        # `decode_image` takes a coarser cosine transform. This one is libjpeg's own default, and as quick.
+        # `decode_image` uses a coarser cosine transform. This one is libjpeg's default, and as quick.
         lambda: tf.io.decode_jpeg(data, channels, dct_method="INTEGER_ACCURATE"),
         lambda: tf.io.decode_image(data, channels, expand_animations=False),
     )
@@ -46,12 +46,12 @@ def show(
     *,
     fit: str = "resize",
 ) -> dict[str, tf.Tensor]:
-    """An image with its heatmaps -> what the model is shown.
+    """Makes the model's view of an image and its heatmaps.
 
     Args:
       image: string [], encoded.
       heatmaps: string [] each, encoded; their sizes may differ from the image's.
-      side: of the square, in pixels.
+      side: the square's side, in pixels.
       seed: int64 [2].
       augment: whether the image may be cropped and recoloured, as the seed says.
       fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it.
@@ -59,11 +59,11 @@ def show(
     Returns:
       image      uint8 [side, side, 3]
       heatmaps   uint8 [heatmaps, side, side]
-      image_box  int32 [4], 'letterbox' only: the first row and column of the picture, and those behind its
-                 last.
+      image_box  int32 [4], 'letterbox' only: top, left, bottom and right of the picture, where bottom and
+                 right are the first row and column behind it.
 
     Raises:
-      errors.UserError: `fit` is something else.
+      errors.UserError: `fit` has another value.
     """
     if fit not in ("resize", "letterbox"):
         raise errors.UserError(f"augmentation.show.fit must be 'resize' or 'letterbox', got {fit!r}")
@@ -93,9 +93,9 @@ def draw_window(
 
     Args:
       seed: int64 [2].
-      side: of the square, in pixels.
-      crop_probability: of showing a part.
-      crop_shares: the least and the greatest share of the height, and of the width, in a part.
+      side: the square's side, in pixels.
+      crop_probability: probability of showing only a part.
+      crop_shares: least and greatest share of the height, and of the width, in a part.
 
     Returns:
       int32 [4] in units of 1 / side: top, left, bottom, right.
@@ -109,7 +109,7 @@ def draw_window(
 
 
 def letterbox(size: tf.Tensor, side: int) -> tf.Tensor:
-    """A picture's height and width -> int32 [4], its box in the middle of the square, with its aspect.
+    """Fits a picture's height and width into the square, in the middle and with its aspect: int32 [4], a box.
 
     [100, 200] in 64 -> [16, 0, 48, 64]
     """
@@ -119,16 +119,16 @@ def letterbox(size: tf.Tensor, side: int) -> tf.Tensor:
 
 
 def place(image: tf.Tensor, window: tf.Tensor | None, side: int, box: tf.Tensor | None = None) -> tf.Tensor:
-    """The window of a picture -> its box in the square. Black is beside it.
+    """Brings the window of a picture to its box in the square, with black beside it.
 
     Args:
       image: uint8 [height, width, channels].
       window: int32 [4] in units of 1 / side; None: all of the picture.
-      side: of the square, in pixels.
+      side: the square's side, in pixels.
       box: int32 [4] in pixels; None: all of the square.
 
     Returns:
-      uint8 [side, side, channels]; untouched where it has its size already.
+      uint8 [side, side, channels]; the pixels are untouched if the picture has this size already.
     """
     size = tf.constant([side, side]) if box is None else box[2:] - box[:2]
     channels = image.shape[2]
@@ -159,10 +159,10 @@ def _pad(image: tf.Tensor, box: tf.Tensor, side: int) -> tf.Tensor:
 
 
 def _enlarge(image: tf.Tensor, window: tf.Tensor, side: int) -> tf.Tensor:
-    """A window of a picture of the square's size: the common case, for which there are faster ways.
+    """Enlarges a window of a picture of the square's size: the common case, for which there are faster ways.
 
-    Images are interpolated. A heatmap's pixel is its nearest one: that keeps its values, which are shares of
-    the raters, and takes a quarter of the time.
+    Images are interpolated. A heatmap's pixel is copied from the nearest one: this keeps the values, which
+    are shares of the raters, and takes a quarter of the time.
     """
     top, left, bottom, right = tf.unstack(window)
     if image.shape[2] == 1:
@@ -170,7 +170,7 @@ def _enlarge(image: tf.Tensor, window: tf.Tensor, side: int) -> tf.Tensor:
         rows, columns = (
             first + middles * (end - first) // (2 * side) for first, end in ((top, bottom), (left, right))
         )
-        # Whole rows are quick to copy, so the columns are made rows for it.
+        # Copying whole rows is quick, so the columns are transposed to rows first.
         shown = tf.transpose(tf.gather(tf.squeeze(image, 2), rows))
         return tf.transpose(tf.gather(shown, columns))[..., None]
     pixels = tf.cast(image[None, top:bottom, left:right], tf.float32)
@@ -179,7 +179,7 @@ def _enlarge(image: tf.Tensor, window: tf.Tensor, side: int) -> tf.Tensor:
 
 
 def _resample(image: tf.Tensor, window: tf.Tensor, side: int, size: tf.Tensor) -> tf.Tensor:
-    """Any window, to any size; averages where it shrinks."""
+    """Resizes any window to any size; averages where it shrinks."""
     # A row y of the picture, in pixels, goes to row y * scale + translation.
     enlargement = tf.cast(size, tf.float32) / tf.cast(window[2:] - window[:2], tf.float32)
     scale = enlargement * side / tf.cast(tf.shape(image)[:2], tf.float32)
@@ -205,20 +205,20 @@ def recolour(
     jpeg_probability: float = 0.1,
     jpeg_quality: tuple[int, int] = (70, 100),
 ) -> tf.Tensor:
-    """Changes an image's colours, takes them away, compresses it: each with its own probability.
+    """Changes an image's colours, removes them, and compresses it: each with its own probability.
 
     Args:
       image: uint8 [side, side, 3].
       seed: int64 [2].
-      box: int32 [4], where the picture lies; what is beside it stays black.
-      jitter_probability: of changing brightness, contrast, hue and saturation.
-      brightness: the most that is added, as a share of white.
+      box: int32 [4], the picture's place in the image; what is beside it stays black.
+      jitter_probability: probability of changing brightness, contrast, hue and saturation.
+      brightness: largest amount that is added, as a share of white.
       contrast: range of the factor of the differences from each colour's mean.
-      hue: the most that colours are turned around the grey axis, in turns.
+      hue: largest rotation of the colours around the grey axis, in turns.
       saturation: range of the factor of the differences from grey.
-      grey_probability: of showing the luma alone.
-      jpeg_probability: of writing and reading a JPEG.
-      jpeg_quality: range of its quality, of 100.
+      grey_probability: probability of showing the luma alone.
+      jpeg_probability: probability of writing and reading a JPEG.
+      jpeg_quality: range of the JPEG's quality, of 100.
 
     Returns:
       uint8 [side, side, 3].
@@ -248,7 +248,7 @@ def recolour(
     shape = image.shape
     image = tf.cond(jitter | grey, mixed, lambda: image)
     image = tf.cond(jpeg, compressed, lambda: image)
-    if box is not None:  # Black again, after what happened beside the picture.
+    if box is not None:  # What is beside the picture becomes black again.
         image = tf.cond(
             jitter | grey | jpeg,
             lambda: _pad(image[box[0] : box[2], box[1] : box[3]], box, shape[0]),
@@ -266,25 +266,25 @@ def mix_colours(
     grey: tf.Tensor,
     box: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """Brightness, contrast, hue, saturation, grey, in this order, as one linear map of each pixel's colour.
+    """Changes brightness, contrast, hue, saturation and grey, in this order, by one linear map of colours.
 
     Brightness and contrast are tf.image's. Hue and saturation are linear in the colour (a rotation around the
-    grey axis; a blend with the luma) and not by way of HSV, which would take five times as long.
+    grey axis; a blend with the luma). The usual way through HSV would take five times as long.
 
     Args:
       image: uint8 [height, width, 3].
       brightness: added, as a share of white.
       contrast: factor of the differences from each colour's mean over the picture.
-      hue: in turns.
+      hue: rotation around the grey axis, in turns.
       saturation: factor of the differences from the luma.
-      grey: bool, whether the luma alone remains.
-      box: int32 [4], where the picture lies; beside it the image is black.
+      grey: bool, whether only the luma remains.
+      box: int32 [4], the picture's place in the image; beside it the image is black.
 
     Returns:
       uint8 [height, width, 3].
     """
     height, width, _ = image.shape
-    # Several pixels a row: a matrix product with 3 columns would be slow.
+    # A row has several pixels: a matrix product with 3 columns would be slow.
     together = math.gcd(height * width, _PIXELS)
     pixels = tf.reshape(tf.cast(image, tf.float32), [-1, 3 * together])
     mean = tf.reduce_mean(tf.reshape(tf.reduce_mean(pixels, 0), [together, 3]), 0)
@@ -294,13 +294,13 @@ def mix_colours(
     matrix = (saturation * tf.eye(3) + (1 - saturation) * luma) @ _rotation(2 * math.pi * hue)
     matrix = tf.where(grey, luma @ matrix, matrix)
     offset = tf.linalg.matvec(matrix, (1 - contrast) * mean + 255 * brightness)
-    # Each pixel times the matrix: the same block for each of the row's pixels.
+    # Each pixel is multiplied by the matrix: the same block for each of the row's pixels.
     blocks = tf.einsum("pq,ij->pjqi", tf.eye(together), contrast * matrix)
     pixels = pixels @ tf.reshape(blocks, [3 * together] * 2) + tf.tile(offset, [together])
     return tf.reshape(tf.cast(tf.clip_by_value(pixels + 0.5, 0, 255), tf.uint8), image.shape)
 
 
 def _rotation(angle: tf.Tensor) -> tf.Tensor:
-    """The matrix of a rotation around (1, 1, 1): Rodrigues' formula."""
+    """Returns the matrix of a rotation around (1, 1, 1), by Rodrigues' formula."""
     cross = tf.constant([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     return tf.cos(angle) * tf.eye(3) + (1 - tf.cos(angle)) / 3 + tf.sin(angle) * cross

@@ -1,4 +1,4 @@
-"""Task features -> model features: `RahfFeatureConverter`."""
+"""Converts task features to model features: `RahfFeatureConverter`."""
 
 from collections.abc import Mapping
 
@@ -14,11 +14,11 @@ FeatureSpec = seqio.FeatureConverter.FeatureSpec
 class RahfFeatureConverter(seqio.FeatureConverter):
     """Feature converter of the RAHF models, for both variants.
 
-    Of a task example with one prompt, one heatmap, two scores and one text
+    A task example with one prompt, one heatmap, two scores and one text
         {"image": ..., "inputs": [[7, 8, 1, 0]], "inputs_words_cut": 0, "heatmaps": [...],
          "heatmap_weights": [1.0], "scores": [0.5, 1.0], "score_weights": [1.0, 1.0],
          "targets": [[3, 9, 1, 0, 0]], "targets_words_cut": 0}
-    it makes
+    becomes
         {"image": ..., "encoder_input_tokens": [[7, 8, 1, 0]], "encoder_words_cut": 0,
          "heatmap_targets": [...], "heatmap_weights": [1.0], "score_targets": [0.5, 1.0],
          "score_weights": [1.0, 1.0], "decoder_target_tokens": [[3, 9, 1, 0, 0]],
@@ -26,8 +26,8 @@ class RahfFeatureConverter(seqio.FeatureConverter):
           "decoder_loss_weights": [[1.0, 1.0, 1.0, 0.0, 0.0]], "decoder_words_cut": 0}
 
     Images and heatmaps stay uint8: the model normalises them on the device. A text slot without label has
-    only padding, so no weight. Nothing is packed. Where images are letterboxed, examples have one feature
-    more, the `image_box`, which is passed on.
+    only padding, so it has no weight. Nothing is packed. Examples of letterboxed images have one more
+    feature, `image_box`, which is passed on.
     """
 
     TASK_FEATURES = {
@@ -58,7 +58,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
         super().__init__(**{"pack": False, **kwargs})
 
     def convert_example(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """One task example -> one model example."""
+        """Converts one task example to one model example."""
         targets = features["targets"]
         # [texts, target_length] shifted right by one
         shifted = tf.pad(targets[:, :-1], [[0, 0], [1, 0]], constant_values=self.bos_id)
@@ -82,12 +82,12 @@ class RahfFeatureConverter(seqio.FeatureConverter):
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
         if self.LETTERBOX_FEATURES.keys() <= ds.element_spec.keys():
-            # seqio holds the result against this. The class's own stays as it is.
+            # seqio compares the result with this. The class's own attribute stays as it is.
             self.MODEL_FEATURES = {**self.MODEL_FEATURES, **self.LETTERBOX_FEATURES}
         return ds.map(self.convert_example, num_parallel_calls=tf.data.AUTOTUNE)
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
-        """The size of each model feature along its `sequence_dim`."""
+        """Returns the size of each model feature along its `sequence_dim`."""
         lengths = task_feature_lengths
         return {
             "image": lengths["image"],
@@ -100,7 +100,7 @@ class RahfFeatureConverter(seqio.FeatureConverter):
             "decoder_input_tokens": lengths["targets"],
             "decoder_loss_weights": lengths["targets"],
             **{name: 4 for name in self.LETTERBOX_FEATURES if name in self.MODEL_FEATURES},
-            # Scalars: seqio wants a length of each name, and doesn't look at these.
+            # Scalars: seqio wants a length for each name, and ignores these.
             "encoder_words_cut": 1,
             "decoder_words_cut": 1,
         }
@@ -113,13 +113,13 @@ def converted_shapes(
     variant: str,
     letterbox: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What `input_pipeline.data_shapes` finds in a task's data, without any data.
+    """Returns what `input_pipeline.data_shapes` finds in a task's data, without any data.
 
     Args:
       task_feature_lengths: sizes and slot counts; see `preprocessors`.
       batch_size: examples in a batch.
       variant: one of `feedback.VARIANTS`.
-      letterbox: whether pictures are fitted so (`augmentation.show`).
+      letterbox: whether pictures are letterboxed (`augmentation.show`).
 
     Returns:
       Name -> shape and dtype of a whole batch, as zeros that take no memory.

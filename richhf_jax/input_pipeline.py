@@ -1,21 +1,21 @@
-"""Batches for training and evaluation, in an order that depends on seed and epoch alone.
+"""Reads batches for training and evaluation, in an order that depends on seed and epoch alone.
 
 A training example has a global position: 0, 1, 2, ... over all epochs and hosts. Its task, its record and
-its randomness are functions of the position, so that a stream can start at any step at once, the saved
-position is one number, and neither the number of hosts nor restarts change what is seen:
+its random numbers are functions of the position. So a stream can start at any step at once, the saved
+position is one number, and neither the number of hosts nor restarts change the examples:
 
     position -> (task, k)    by a schedule in blocks, in which each task has its share (`_schedule`)
     k -> epoch, record       by a permutation of the split for each epoch (`_examples`)
 
-Evaluation takes each record once, in order. Everything else (preprocessing, mixing rates) is stock seqio,
-and `seqio.get_dataset` works on the same tasks, without these promises.
+Evaluation takes each record once, in order. Everything else (preprocessing, mixing rates) is stock seqio.
+`seqio.get_dataset` works on the same tasks, without these promises.
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import gin
 import numpy as np
@@ -28,25 +28,27 @@ from richhf_jax import datasets, errors, feedback, preprocessors
 from richhf_jax.datasets import records, tfrecord
 from richhf_jax.feature_converters import RahfFeatureConverter
 
-# Positions in a block of a mixture's schedule; rates are rounded to this.
+# Positions in a block of a mixture's schedule; rates are rounded to a multiple of 1 / _BLOCK.
 _BLOCK = 1000
 _FOREVER = np.iinfo(np.int64).max
-# Kinds of permutation, so that no two use the same seed.
+# Purposes of permutations, so that no two use the same seed.
 _RECORDS, _TASKS = range(2)
+# TensorFlow's public annotations lack it.
+_index_shuffle = cast(Any, tf.random).experimental.index_shuffle
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """What to read (T5X's `DatasetConfig`).
+    """Choice of data to read (T5X's `DatasetConfig`).
 
     Attributes:
       mixture_or_task_name: a registered seqio task or mixture.
       task_feature_lengths: sizes and slot counts; see `preprocessors`.
-      split: 'train', 'validation', 'test', or what else the task has.
-      batch_size: examples in a batch, of all hosts together.
-      shuffle: whether each epoch has an order of its own (training), or the records'.
-      seed: of the order and of every random choice in preprocessing.
+      split: 'train', 'validation', 'test', or another split of the task.
+      batch_size: examples in a batch, over all hosts.
+      shuffle: whether each epoch has an order of its own (for training), or the records' order.
+      seed: seed of the order and of every random choice in preprocessing.
       augment: whether images are augmented (`augmentation`).
     """
 
@@ -65,18 +67,18 @@ def get_dataset(
     feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
     start_step: int = 0,
 ) -> tf.data.Dataset:
-    """An endless stream of this host's part of each batch, as model features.
+    """Returns an endless stream of this host's part of each batch, as model features.
 
     Args:
       cfg: what to read.
-      shard_info: this host's index and the number of hosts. Of each batch, the hosts have consecutive parts:
-        joined in the hosts' order, they are the batch of a single host.
-      feature_converter_cls: makes the model features.
-      start_step: batches to leave out; it takes no longer to start at a later one.
+      shard_info: this host's index and the number of hosts. Hosts have consecutive parts of a batch: joined
+        in the hosts' order, they are the batch of a single host.
+      feature_converter_cls: makes the converter to model features.
+      start_step: number of batches to leave out; a later start takes no longer.
 
     Raises:
-      errors.UserError: a task's data isn't built, or it lacks the split; the batch doesn't split evenly over
-        the hosts; a rate is too small.
+      errors.UserError: a task's data isn't built or lacks the split; the batch doesn't split evenly over the
+        hosts; or a rate is too small.
     """
     converter = feature_converter_cls()
     positions = _host_positions(cfg.batch_size, shard_info, start_step)
@@ -86,32 +88,41 @@ def get_dataset(
 
 
 def example_names(cfg: DatasetConfig, batch: int) -> list[str]:
-    """Which examples the batch of this number has (from 0), those of all hosts: '<task>: <file name>'.
+    """Names the examples of a batch, over all hosts: '<task>: <file name>'.
+
+    Args:
+      cfg: what is read.
+      batch: the batch's number, from 0.
 
     Raises:
-      errors.UserError: as `get_dataset`.
+      errors.UserError: see `get_dataset`.
     """
     positions = tf.data.Dataset.range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size)
 
     def names(task, examples):
         return examples.map(lambda example: task.name + ": " + example[feedback.FILENAME_FIELD])
 
-    dataset = _stream(cfg, positions, names)
-    return [name.decode() for name in _deterministic(dataset).as_numpy_iterator()]
+    dataset = _deterministic(_stream(cfg, positions, names))
+    return [name.decode() for name in cast(Iterator[bytes], dataset.as_numpy_iterator())]
 
 
 def data_shapes(
     cfg: DatasetConfig,
     feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
 ) -> dict[str, np.ndarray]:
-    """Name -> shape and dtype of a whole batch (all hosts'), as zeros that take no memory.
+    """Returns name -> shape and dtype of a batch, over all hosts, as zeros that take no memory.
+
+    Args:
+      cfg: what is read.
+      feature_converter_cls: makes the converter, which has RahfFeatureConverter's `convert_example`.
 
     Raises:
-      errors.UserError: as `get_dataset`.
+      errors.UserError: see `get_dataset`.
     """
     task = seqio.get_subtasks(seqio.get_mixture_or_task(cfg.mixture_or_task_name))[0]
     examples = _examples(task, cfg, _Records(task, cfg.split), tf.data.Dataset.range(1))
-    specs = examples.map(feature_converter_cls().convert_example).element_spec
+    converter = cast(Any, feature_converter_cls())
+    specs = cast(Any, examples.map(converter.convert_example).element_spec)
     return {
         name: np.broadcast_to(np.zeros([], spec.dtype.as_numpy_dtype), [cfg.batch_size, *spec.shape])
         for name, spec in specs.items()
@@ -119,14 +130,14 @@ def data_shapes(
 
 
 def check_vocabulary(cfg: DatasetConfig, vocab_size: int) -> None:
-    """Checks that the model knows every token id of the data: ids beyond would silently be another token's.
+    """Checks that the model knows every token id of the data: an unknown id would be read as another token.
 
     Args:
       cfg: what is read.
-      vocab_size: of the model.
+      vocab_size: number of tokens of the model.
 
     Raises:
-      errors.UserError: the vocabulary is larger than the model's.
+      errors.UserError: the data's vocabulary is larger than the model's.
     """
     features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
     size = features["inputs"].vocabulary.vocab_size
@@ -138,13 +149,13 @@ def check_vocabulary(cfg: DatasetConfig, vocab_size: int) -> None:
 
 
 def vocabulary_model(cfg: DatasetConfig) -> bytes | None:
-    """The SentencePiece model of the data's prompts; None for a vocabulary of another kind."""
+    """Returns the SentencePiece model of the data's prompts; None for a vocabulary of another kind."""
     features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
     return getattr(features["inputs"].vocabulary, "sp_model", None)
 
 
 class TrainStream:
-    """The batches of `get_dataset` as numpy, for the training loop.
+    """Batches of `get_dataset` as numpy arrays, for the training loop.
 
     Attributes:
       batch_shapes: see `data_shapes`.
@@ -160,8 +171,8 @@ class TrainStream:
 
         Args:
           cfg: what to read.
-          get_data_layout: batch size -> `shard_id` and `num_shards` (`partitioning`).
-          feature_converter_cls: makes the model features.
+          get_data_layout: batch size -> an object with `shard_id` and `num_shards` (`partitioning`).
+          feature_converter_cls: makes the converter; see `data_shapes`.
         """
         layout = get_data_layout(cfg.batch_size)
         self._cfg = cfg
@@ -170,14 +181,14 @@ class TrainStream:
         self.batch_shapes = data_shapes(cfg, feature_converter_cls)
 
     def position(self, step: int) -> dict[str, int]:
-        """Where the stream stands after `step` batches, for a checkpoint."""
+        """Returns the stream's position after `step` batches, for a checkpoint."""
         return {"step": step}
 
     def batches(self, position: Mapping[str, int]) -> Iterator[dict[str, np.ndarray]]:
-        """This host's batches from a position on; {} is the beginning.
+        """Yields this host's batches from a position on; {} is the beginning.
 
         Raises:
-          errors.UserError: as `get_dataset`; or, of the iterator, a file can't be read.
+          errors.UserError: see `get_dataset`; or, from the iterator, a file can't be read.
         """
         step = position.get("step", 0)
         return _numpy(self._cfg, get_dataset(self._cfg, self._shard_info, self._converter_cls, step))
@@ -189,23 +200,24 @@ def evaluation_batches(
     feature_converter_cls: Callable[..., seqio.FeatureConverter] = RahfFeatureConverter,
     start_step: int = 0,
 ) -> Iterator[tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]]:
-    """Each record of a task's split once, in order.
+    """Yields each record of a task's split once, in order.
 
-    Every host gets as many batches, and a batch has always its full size: behind the last record it is
-    filled up with zeros, which have weight 0 everywhere.
+    Every host gets equally many batches, and each batch has its full size. Zeros, which have weight 0
+    everywhere, fill it up behind the last record.
 
     Args:
-      cfg: what to read; its `shuffle` and `seed` play no part where every kind has its slot.
-      shard_info: as for `get_dataset`.
-      feature_converter_cls: makes the model features.
-      start_step: batches to leave out; they are not read.
+      cfg: what to read. `shuffle` is ignored; `seed` matters only if kinds are drawn for the slots.
+      shard_info: see `get_dataset`.
+      feature_converter_cls: makes the converter; see `data_shapes`.
+      start_step: number of batches to leave out; they are not read.
 
     Yields:
-      Task examples (with the record's strings; as many as are real, maybe none), and the model features.
+      The task examples of the batch's real records, maybe none, with the records' strings; and the model
+      features of the whole batch.
 
     Raises:
       errors.UserError: the task's data isn't built, lacks the split or can't be read; the name is a
-        mixture's; the batch doesn't split evenly over the hosts.
+        mixture's; or the batch doesn't split evenly over the hosts.
     """
     task = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
     if not isinstance(task, seqio.Task):
@@ -215,13 +227,13 @@ def evaluation_batches(
     positions = _host_positions(cfg.batch_size, shard_info, start_step)
     positions = positions.take_while(lambda position: position < len(data))
     examples = _examples(task, dataclasses.replace(cfg, shuffle=False), data, positions)
-    convert = feature_converter_cls().convert_example
+    convert = cast(Any, feature_converter_cls()).convert_example
     batches = _deterministic(
         examples.map(lambda example: (example, convert(example))).batch(size).prefetch(2)
     )
     nothing = tuple(
         {name: np.zeros([0, *spec.shape[1:]], spec.dtype.as_numpy_dtype) for name, spec in specs.items()}
-        for specs in batches.element_spec
+        for specs in cast(Any, batches.element_spec)
     )
     iterator = _numpy(cfg, batches)
     for _ in range(start_step, -(-len(data) // cfg.batch_size)):
@@ -236,16 +248,17 @@ def _stream(
     positions: tf.data.Dataset,
     convert: Callable[[seqio.Task, tf.data.Dataset], tf.data.Dataset],
 ) -> tf.data.Dataset:
-    """The examples at these global positions, of the task or the mixture's tasks, converted task by task."""
+    """Returns the examples at these global positions, converted task by task."""
     provider = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
     tasks = seqio.get_subtasks(provider)
     quotas = _quotas(provider, tasks)
     schedule = positions.map(functools.partial(_schedule, quotas=quotas, seed=cfg.seed))
     streams = []
     for number, task in enumerate(tasks):
-        ks = positions  # A single task has them all.
+        ks = positions  # A single task has all positions.
         if len(tasks) > 1:
-            ks = schedule.filter(lambda chosen, _, number=number: chosen == number).map(lambda _, k: k)
+            chosen_ones = cast(Any, schedule).filter(lambda chosen, _, number=number: chosen == number)
+            ks = chosen_ones.map(lambda _, k: k)
         streams.append(convert(task, _examples(task, cfg, _Records(task, cfg.split), ks)))
     if len(tasks) == 1:
         return streams[0]
@@ -259,11 +272,11 @@ def _deterministic(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _numpy(cfg: DatasetConfig, dataset: tf.data.Dataset) -> Iterator[Any]:
-    """The elements of what was made of the configured data; what can't be read is a UserError."""
+    """Yields a dataset's elements; raises a UserError if the configured data can't be read."""
     try:
         yield from dataset.as_numpy_iterator()
     except tf.errors.OpError as error:
-        reason = str(error).splitlines()[0]  # Behind it is TensorFlow's own stack.
+        reason = str(error).splitlines()[0]  # TensorFlow's own stack follows.
         if corrupted := re.search(r"corrupted record at (\d+)", reason):
             tasks = seqio.get_subtasks(seqio.get_mixture_or_task(cfg.mixture_or_task_name))
             position = int(corrupted[1])
@@ -275,12 +288,12 @@ def _numpy(cfg: DatasetConfig, dataset: tf.data.Dataset) -> Iterator[Any]:
 
 
 def _pad(array: np.ndarray, size: int) -> np.ndarray:
-    """Zeros behind the last row, up to `size` rows."""
+    """Appends rows of zeros, up to `size` rows."""
     return np.concatenate([array, np.zeros([size - len(array), *array.shape[1:]], array.dtype)])
 
 
 def _host_positions(batch_size: int, shard_info: seqio.ShardInfo, start_step: int = 0) -> tf.data.Dataset:
-    """Global positions of the examples that a host reads, from batch `start_step` on, endless.
+    """Returns the endless global positions of the examples that a host reads, from batch `start_step` on.
 
     Two hosts, batches of 4: the first reads 0 1, 4 5, 8 9, ...; the second 2 3, 6 7, 10 11, ...
     """
@@ -296,20 +309,21 @@ def _host_positions(batch_size: int, shard_info: seqio.ShardInfo, start_step: in
 
 
 def _permute(index: tf.Tensor, count: int, kind: int, seed: int, round_: tf.Tensor) -> tf.Tensor:
-    """Where `index` goes in a permutation of `count`; another one for each round, without a table."""
+    """Returns the place of `index` in a permutation of `count`; each round has its own, without a table."""
     seeds = tf.stack([tf.constant(seed, tf.int64), 2 * round_ + kind])
     last = tf.constant(count - 1, tf.int64)
-    return tf.random.experimental.index_shuffle(index, seeds, last)
+    return _index_shuffle(index, seeds, last)
 
 
 def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]) -> np.ndarray:
-    """How many positions of a block each task has, by the mixture's rates. A task alone is its own block.
+    """Returns the number of positions of a block that each task has, by the mixture's rates.
 
-    Rates 2 and 1 -> [667, 333]: what rounding down leaves goes to the largest remainders.
+    Rates 2 and 1 -> [667, 333]: what rounding down leaves goes to the largest remainders. A task alone is its
+    own block.
     """
     if len(tasks) == 1:
         return np.array([1])
-    rates = np.array([mixture_or_task.get_rate(task) for task in tasks])
+    rates = np.array([cast(seqio.Mixture, mixture_or_task).get_rate(task) for task in tasks])
     shares = rates / rates.sum() * _BLOCK
     quotas = np.floor(shares).astype(np.int64)
     quotas[np.argsort(quotas - shares, kind="stable")[: _BLOCK - quotas.sum()]] += 1
@@ -321,7 +335,7 @@ def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]
 
 
 def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """A global position -> the task's number, and which of this task's examples it is.
+    """Maps a global position to the task's number, and to the number of one of this task's examples.
 
     In each block of positions a task has its exact share of examples, in an order drawn for the block; over
     all blocks, it has each of its examples once.
@@ -335,15 +349,15 @@ def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Te
 
 
 def _builder(task: seqio.Task) -> tfds.core.DatasetBuilder:
-    """The TFDS data set of a task, which must have been built."""
-    loader = task.source.tfds_dataset
+    """Returns the TFDS builder of a task's data set, which must have been built."""
+    loader = cast(seqio.TfdsDataSource, task.source).tfds_dataset
     try:
         builder = loader.builder
-    except tfds.core.DatasetNotFoundError:  # Its files are all there is of it, and they aren't there.
+    except tfds.core.DatasetNotFoundError:  # No code makes the data set, and its files aren't there.
         builder = None
     if builder is None or not builder.is_prepared():
-        # Of a name, a configuration where there are several, and a version.
-        name, _, config = loader.name.partition(":")[0].partition("/")
+        # The name is NAME/CONFIG:VERSION, or NAME:VERSION for a data set without configurations.
+        name, _, config = cast(str, loader.name).partition(":")[0].partition("/")
         command = datasets.BUILD_COMMANDS[name]
         where = builder.data_path if builder else loader.data_dir or "~/tensorflow_datasets"
         raise errors.UserError(
@@ -360,11 +374,11 @@ class _Records:
     def __init__(self, task: seqio.Task, split: str):
         if split not in task.splits:
             raise errors.UserError(f"{task.name} has no split {split!r}, only {', '.join(task.splits)}")
-        loader = task.source.tfds_dataset
+        loader = cast(seqio.TfdsDataSource, task.source).tfds_dataset
         builder = _builder(task)
         try:
             files = loader.files(split)
-        except ValueError as error:  # TFDS's message is of many lines.
+        except ValueError as error:  # TFDS's message has many lines.
             raise errors.UserError(
                 f"{task.name}: {builder.data_path} was built without a split {split!r}, it has"
                 f" {', '.join(builder.info.splits)}"
@@ -376,7 +390,7 @@ class _Records:
             raise errors.UserError(
                 f"{task.name}: its data can't be read: {error}\nBring the file back or build the data anew"
             ) from error
-        self._features = builder.info.features
+        self._features = cast(tfds.features.FeaturesDict, builder.info.features)
         # What no slot uses is never decoded; the preprocessors decode the rest.
         self._decoders = {
             name: tfds.decode.SkipDecoding()
@@ -388,7 +402,7 @@ class _Records:
         return len(self._offsets)
 
     def garbled_at(self, position: int) -> list[str]:
-        """Of the files, those whose record around this byte is garbled."""
+        """Lists the files whose record around this byte is garbled."""
         garbled = []
         for number, path in enumerate(self._paths):
             starts = self._offsets[(self._files == number) & (self._offsets <= position)]
@@ -400,23 +414,24 @@ class _Records:
         return garbled
 
     def read(self, index: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The record's features, images still encoded. Fails where the data doesn't match its checksum."""
+        """Reads a record's features, images still encoded. Fails if the data doesn't match its checksum."""
         one_string = {"output_types": [tf.string], "output_shapes": [[]]}
-        # tf.data.TFRecordDataset with the one argument that its Python class lacks. A Python function that
-        # reads would do, but its threads may hang the interpreter at exit.
+        # This is tf.data.TFRecordDataset with an argument that its Python class lacks, `byte_offsets`. A
+        # Python function could read as well, but its threads may hang the interpreter at exit.
         dataset = tf.raw_ops.TFRecordDatasetV2(
             filenames=tf.gather(self._paths, tf.gather(self._files, index))[None],
             byte_offsets=tf.gather(self._offsets, index)[None],
             compression_type="",
-            buffer_size=tf.constant(0, tf.int64),  # Of one record, nothing is worth reading ahead.
+            buffer_size=tf.constant(0, tf.int64),  # One record needs no reading ahead.
         )
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=tf.constant(1, tf.int64), **one_string)
         record = tf.raw_ops.DatasetToSingleElement(dataset=dataset, **one_string)[0]
-        return self._features.deserialize_example(record, decoders=self._decoders)
+        example = self._features.deserialize_example(record, decoders=self._decoders)
+        return cast(dict[str, tf.Tensor], example)
 
 
 def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.Dataset) -> tf.data.Dataset:
-    """The task's examples number k, for each k of a stream, preprocessed."""
+    """Returns the task's preprocessed example number k, for each k of a stream."""
     count = len(data)
 
     def read(k):
@@ -427,5 +442,5 @@ def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.
         return data.read(shuffled) | added
 
     examples = ks.map(read, num_parallel_calls=tf.data.AUTOTUNE)
-    source = seqio.FunctionDataSource(lambda split, shuffle_files: examples, splits=[cfg.split])
+    source = seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: examples, splits=[cfg.split])
     return task.replace(source=source).get_dataset(cfg.task_feature_lengths, cfg.split, shuffle=False)

@@ -1,4 +1,4 @@
-"""Task examples -> `feedback.RichFeedback`, what the metrics compare: the seqio tasks' postprocessor."""
+"""Makes `feedback.RichFeedback`, which metrics compare, of task examples: the tasks' seqio postprocessor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,22 +10,22 @@ from richhf_jax import feedback
 
 
 def rich_feedback(output: Any, example: Mapping[str, Any], is_target: bool) -> feedback.RichFeedback:
-    """seqio's `postprocess_fn`: the target from a task example; a model's output is a RichFeedback already.
+    """Returns the target of a task example, or a model's output unchanged (seqio's `postprocess_fn`).
 
     Args:
-      output: what the model made of the example; not looked at for a target.
+      output: the model's RichFeedback on the example; unused for a target.
       example: the task example (numpy), with a slot for each kind of heatmap and score.
       is_target: whether the target is wanted.
 
     Returns:
-      The feedback. Where the labels don't fit the prompt's tokens it has no tokens, and the record is named
-      in a warning: words and labels are never mis-paired.
+      The feedback. If the labels don't fit the prompt's tokens, it has no tokens, and a warning names the
+      record: words and labels are never mis-paired.
     """
     return target(example) if is_target else output
 
 
 def target(example: Mapping[str, Any]) -> feedback.RichFeedback:
-    """A task example -> the feedback of people; see `rich_feedback`."""
+    """Returns the raters' feedback in a task example; see `rich_feedback`."""
     name, prompt, labels = (
         example[field].decode()
         for field in (feedback.FILENAME_FIELD, feedback.PROMPT_FIELD, feedback.KEYWORDS_FIELD)
@@ -49,7 +49,7 @@ def target(example: Mapping[str, Any]) -> feedback.RichFeedback:
 
 
 def in_box(pixels: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
-    """[height, width, ...] of a task example, without the padding of a letterbox: no metric shall see it."""
+    """Cuts [height, width, ...] of a task example to its letterbox: no metric shall see the padding."""
     if "image_box" not in example:
         return pixels
     top, left, bottom, right = example["image_box"]
@@ -62,13 +62,13 @@ def prediction(
     scores: np.ndarray,
     tokens: Sequence[feedback.Token],
 ) -> feedback.RichFeedback:
-    """A model's outputs for a task example -> feedback.
+    """Makes feedback of a model's outputs for a task example.
 
     Args:
-      example: the task example; its name, prompt and letterbox are taken.
+      example: the task example; its name, prompt and letterbox are used.
       heatmaps: float32 [heatmaps, height, width], in the order of `feedback.HEATMAPS`.
       scores: float32 [scores], in the order of `feedback.SCORES`.
-      tokens: the prompt's, labelled: by `keywords.tokens`, or by `written_tokens`.
+      tokens: the prompt's tokens with labels, from `keywords.tokens` or `written_tokens`.
     """
     return feedback.RichFeedback.from_outputs(
         example[feedback.FILENAME_FIELD].decode(),
@@ -80,6 +80,6 @@ def prediction(
 
 
 def written_tokens(prompt: str, text: str) -> tuple[feedback.Token, ...]:
-    """The prompt's tokens, with the labels that a freely written `text` gives them."""
+    """Labels the prompt's tokens as a freely written `text` says."""
     labels = feedback.labels_from_text(feedback.tokenize_prompt(prompt), text)
     return feedback.label_tokens(prompt, labels)

@@ -1,10 +1,10 @@
-"""Data features -> task features, as TensorFlow operations: the seqio tasks' preprocessors.
+"""Makes task features of data features, in TensorFlow operations: the seqio tasks' preprocessors.
 
-Task features (S = side of the image), one name for one key of seqio's
-`sequence_length`, so that the gin macro TASK_FEATURE_LENGTHS sets every size:
+Each task feature (S = side of the image) has the name of one key of seqio's `sequence_length`, so that the
+gin macro TASK_FEATURE_LENGTHS sets every size:
 
     image            [S, S, 3]           uint8
-    image_box        [4]                 int32, where letterboxed images lie; absent unless they are
+    image_box        [4]                 int32, the place of a letterboxed image; absent without letterboxing
     inputs           [prompts, length]   int32, 0 = padding
     heatmaps         [heatmaps, S, S]    uint8 / 255
     heatmap_weights  [heatmaps]          float32, 0 = not labelled
@@ -12,14 +12,14 @@ Task features (S = side of the image), one name for one key of seqio's
     score_weights    [scores]            float32, 0 = not labelled
     targets          [texts, target_length]   int32, all padding = not labelled
     texts            [texts]             string, what `targets` encodes
-    inputs_words_cut, targets_words_cut  int32, words of the longest prompt or text that there is no room for
-
+    inputs_words_cut, targets_words_cut  int32, words cut off the longest prompt or text for lack of room
 and, for evaluation, the record's own strings (feedback.FILENAME_FIELD, PROMPT_FIELD, KEYWORDS_FIELD).
 Randomness is stateless: it depends on the example's `seed` alone.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import gin
 import seqio
@@ -27,7 +27,7 @@ import tensorflow as tf
 
 from richhf_jax import augmentation, errors, feedback
 
-# Stands for a hidden word in the input of a caption.
+# Stands for a hidden word in a caption's input.
 MASK = "_"
 
 # The slots of an example, and the kinds that fill them.
@@ -35,21 +35,23 @@ _KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": (fe
 _LENGTHS = ("image", "inputs", "targets", *_KINDS)
 ALL_KINDS = (*feedback.HEATMAPS, *feedback.SCORES, feedback.KEYWORDS)
 
-# int64 [2], given to each example by whoever reads it.
+# int64 [2], given to each example by its reader.
 SEED = "seed"
-# True, likewise, where the image is to be augmented; else absent, and no operation for it is in the graph.
+# True if the image is to be augmented, given by the reader. If absent, the graph has no operation for it.
 AUGMENT = "augment"
 _SHOWN_PROMPT = "shown_prompt"
-# Folded into the example's seed, so that no two random draws of an example are the same.
+# Folded into the example's seed, so that an example's random draws are all different.
 _HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
+# TensorFlow's public annotations lack it.
+_experimental_random = cast(Any, tf.random).experimental
 
 
 def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Gives each example a `SEED`, int64 [2], unless the reader did (`input_pipeline` does)."""
-    if SEED in dataset.element_spec:
+    """Gives each example a `SEED`, int64 [2], unless the reader has done so (`input_pipeline` does)."""
+    if SEED in cast(Mapping[str, Any], dataset.element_spec):
         return dataset
     add = seqio.map_over_dataset(lambda example, seed: example | {SEED: tf.stack(seed)}, num_seeds=1)
-    return add(dataset)
+    return cast(Any, add)(dataset)
 
 
 @gin.configurable
@@ -61,7 +63,7 @@ def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
       to: None (nothing is hidden), 'image' (black instead) or 'prompt' (empty instead).
 
     Raises:
-      errors.UserError: `to` is something else.
+      errors.UserError: `to` has another value.
     """
     if to not in (None, "image", "prompt"):
         raise errors.UserError(f"blind.to must be None, 'image' or 'prompt', got {to!r}")
@@ -71,7 +73,7 @@ def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
     def hide(example):
         if to == "prompt":
             return example | {_SHOWN_PROMPT: tf.constant("")}
-        # Of the same size, so that a letterbox is the same.
+        # The size stays the same, so that a letterbox stays the same.
         black = tf.zeros_like(augmentation.decode(example[feedback.IMAGE_FIELD], 3))
         return example | {feedback.IMAGE_FIELD: tf.io.encode_png(black)}
 
@@ -79,37 +81,37 @@ def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
 
 
 def _shown_prompt(example: Mapping[str, tf.Tensor]) -> tf.Tensor:
-    """The record's own, unless `blind` put another in its place."""
+    """Returns the record's prompt, unless `blind` put another in its place."""
     return example.get(_SHOWN_PROMPT, example[feedback.PROMPT_FIELD])
 
 
 def tokenize_prompt(prompt: tf.Tensor) -> tf.Tensor:
-    """`feedback.tokenize_prompt` in TensorFlow: string [] -> string [tokens]; [n] -> ragged [n, tokens]."""
+    """Splits as `feedback.tokenize_prompt`: string [] -> string [tokens]; [n] -> ragged [n, tokens]."""
     tokens = tf.strings.split(tf.strings.regex_replace(prompt, feedback.SEPARATORS.pattern, " "), sep=" ")
     return tf.ragged.boolean_mask(tokens, tokens != "")
 
 
 def mark_misaligned(prompt: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """A prompt and its labels -> the decoder's target string, and whether the labels fit the prompt.
+    """Makes the decoder's target string of a prompt and its labels, and tells whether the labels fit.
 
     'a yellow cat', '1 0 1' -> 'a yellow_0 cat', True
     'a yellow cat', '1 0'   -> '', False
 
-    Labels that don't fit (another count than the tokens', or neither 0 nor 1) are never paired with words.
+    Labels that don't fit (another number than the tokens, or neither 0 nor 1) are never paired with words.
     """
     tokens = tokenize_prompt(prompt)
     labels = tf.strings.split(labels)
     misaligned = labels == str(feedback.MISALIGNED)
     known = tf.reduce_all(misaligned | (labels == str(feedback.ALIGNED)))
     fits = known & (tf.size(labels) == tf.size(tokens))
-    # Of the tokens' length whatever the labels' is: both branches of a tf.where are computed.
+    # Both branches of a tf.where are computed, so this has the tokens' length, whatever the labels' is.
     misaligned = tf.concat([misaligned, tf.zeros_like(tokens == "")], 0)[: tf.size(tokens)]
     words = tf.where(misaligned, tokens + feedback.MISALIGNED_SUFFIX, tokens)
     return tf.where(fits, tf.strings.reduce_join(words, separator=" "), ""), fits
 
 
 def mask_words(text: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Hides words at random: 'a red star' -> 'a _ star'. Each with a probability drawn once, uniformly."""
+    """Hides words at random, each with a probability drawn once, uniformly: 'a red star' -> 'a _ star'."""
     words = tf.strings.split(text, sep=" ")
     # The first draw is the probability, the others are the words'.
     draws = tf.random.stateless_uniform([tf.size(words) + 1], seed)
@@ -117,18 +119,26 @@ def mask_words(text: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 
 def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple[tf.Tensor, tf.Tensor]:
-    """Texts -> int32 [texts, length], each ended by EOS and padded with 0, and the most words cut off of one.
+    """Encodes texts, each ended by EOS and padded with 0, and counts the words that are cut off.
 
     ['a b', 'a b c d'] of 3 -> [[a, b, EOS], [a, b, EOS]], 2;  ['a'] of 3 -> [[a, EOS, 0]], 0
 
-    What is too long ends before the first word that doesn't fit as a whole; a text whose very first word
-    doesn't fit, within this word. How many texts there are may be known only when the graph runs.
+    A text that is too long ends before the first word that doesn't fit as a whole. If not even its first word
+    fits, it ends within that word. The number of texts may be known only when the graph runs.
+
+    Args:
+      texts: string [texts].
+      length: tokens of each row.
+      vocabulary: encodes the texts.
+
+    Returns:
+      int32 [texts, length], and int32 [], the largest number of words cut off one text.
     """
     count = texts.shape[0]
     if count == 0:
         return tf.zeros([0, length], tf.int32), tf.zeros([], tf.int32)
 
-    # Seldom; to cut takes longer than to encode.
+    # Cutting takes longer than encoding, and is seldom needed.
     too_long = tf.reduce_any(vocabulary.encode_tf(texts).row_lengths() > length - 1)
     texts, words_cut = tf.cond(
         too_long,
@@ -141,9 +151,9 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
 
 
 def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> tuple[tf.Tensor, tf.Tensor]:
-    """The words of each text that fit into `room` tokens (at least one), and the number of the others.
+    """Cuts each text to the words that fit into `room` tokens (at least one); counts the words cut off.
 
-    No SentencePiece piece of T5's spans two words, so that a text's tokens are its words' in a row.
+    No SentencePiece piece of T5's spans two words, so a text's tokens are those of its words, joined.
     """
     words = tf.strings.split(texts)
     pieces = words.with_flat_values(vocabulary.encode_tf(words.flat_values).row_lengths())
@@ -152,7 +162,7 @@ def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> t
     # Padding fits wherever all words do.
     fitting = tf.reduce_sum(tf.cast(ends <= room, counts.dtype), axis=1)
     kept = tf.minimum(tf.maximum(fitting, 1), counts)
-    first_words = tf.RaggedTensor.from_tensor(words.to_tensor(), lengths=kept)
+    first_words = cast(Any, tf.RaggedTensor).from_tensor(words.to_tensor(), lengths=kept)
     shorter = tf.strings.reduce_join(first_words, axis=1, separator=" ")
     return tf.where(kept < counts, shorter, texts), tf.cast(counts - kept, tf.int32)
 
@@ -160,21 +170,21 @@ def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> t
 def draw_kinds(
     all_kinds: tuple[str, ...], kinds: Sequence[str], count: int, seed: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Which kinds fill the slots: all, in their order, or `count` of those labelled, drawn at random.
+    """Chooses the kinds that fill the slots: all of them, in order, or `count` labelled ones at random.
 
     Args:
-      all_kinds: of a slot.
-      kinds: those with labels. Only where there are fewer than slots, others fill the rest.
-      count: slots.
+      all_kinds: kinds that a slot may have.
+      kinds: kinds with labels. Others fill slots only if these are too few.
+      count: number of slots.
       seed: int64 [2].
 
     Returns:
-      int32 [count], indices into `all_kinds`; float32 [count], 1 where the kind has labels.
+      int32 [count], indices into `all_kinds`; float32 [count], 1 if the kind has labels.
     """
     labelled = tf.constant([float(kind in kinds) for kind in all_kinds])
     indices = tf.range(len(all_kinds))
     if count < len(all_kinds):
-        shuffled = tf.random.experimental.stateless_shuffle(indices, seed)
+        shuffled = _experimental_random.stateless_shuffle(indices, seed)
         first = tf.argsort(tf.gather(labelled, shuffled), direction="DESCENDING", stable=True)
         indices = tf.gather(shuffled, first)[:count]
     return indices, tf.gather(labelled, indices)
@@ -196,25 +206,25 @@ def slots_of(sequence_length: Mapping[str, int], variant: str) -> feedback.Slots
             raise errors.UserError(f"TASK_FEATURE_LENGTHS[{name!r}] must be 0 to {all_kinds}, got {count}")
         if variant == feedback.MULTI_HEAD and count not in (0, all_kinds):
             raise errors.UserError(
-                f"TASK_FEATURE_LENGTHS[{name!r}] is {count}, but the multi-head variant has one head a kind:"
+                f"TASK_FEATURE_LENGTHS[{name!r}] is {count}, but the multi-head variant has a head per kind:"
                 f" it takes 0 or {all_kinds}"
             )
     slots = feedback.Slots(*(sequence_length[name] for name in _KINDS))
     prompts = slots.prompts(variant)
     # seqio trims the first dimension of `inputs`, the prompts, to this length as well.
     if sequence_length["inputs"] < prompts:
-        raise errors.UserError(f"TASK_FEATURE_LENGTHS['inputs'] must be at least {prompts}, one a prompt")
+        raise errors.UserError(f"TASK_FEATURE_LENGTHS['inputs'] must be at least {prompts}, one per prompt")
     return slots
 
 
 def _pass_through(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """The record's own strings, for evaluation."""
+    """Returns the record's own strings, for evaluation."""
     names = (feedback.FILENAME_FIELD, feedback.PROMPT_FIELD, feedback.KEYWORDS_FIELD)
     return {name: example.get(name, tf.constant("")) for name in names}
 
 
 def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> dict[str, tf.Tensor]:
-    """The image and the heatmaps of these kinds, as `augmentation.show` makes them; no other is decoded."""
+    """Shows the image and its heatmaps of these kinds by `augmentation.show`; decodes no other heatmap."""
     heatmaps = []
     if kinds.shape[0]:
         maps = tf.stack([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS])
@@ -227,31 +237,32 @@ def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> 
 def rich_feedback(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],
-    output_features: Mapping[str, seqio.Feature],
+    output_features: Mapping[str, seqio.utils.Feature],
     *,
     variant: str,
     kinds: Sequence[str] = ALL_KINDS,
 ) -> tf.data.Dataset:
-    """RichHF-18K records (joined with image and prompt) -> task features.
+    """Makes task features of RichHF-18K records, which are joined with image and prompt.
 
-    With heatmaps = 2, scores = 4, texts = 1, of the record
+    With heatmaps = 2, scores = 4, texts = 1, and a record with
         prompt 'a yellow cat', labels '1 0 1', artifact_score 0.75, ...
     the multi-head variant makes
         inputs   ['a yellow cat']               (as tokens, each ended by EOS)
         scores   [0.75, ...]                    in the order of feedback.SCORES
         heatmaps [implausibility, misalignment] in the order of feedback.HEATMAPS
         targets  ['a yellow_0 cat']             (as tokens)
-    and the augmented-prompt variant the same, but with one prompt a slot
+    and the augmented-prompt variant makes the same, but one prompt per slot
         inputs   ['implausibility heatmap a yellow cat', 'misalignment heatmap a yellow cat',
                   'plausibility score a yellow cat', ..., 'misaligned keywords a yellow cat']
 
-    The augmented-prompt variant may ask for fewer heatmaps or scores than there are kinds: that many are then
-    drawn at random for each example, without replacement. Without weight are kinds that aren't among `kinds`,
-    scores that are missing (NaN), and the text slot, whose target is then empty, where the labels don't fit
-    the prompt (`postprocessors` names such records).
+    The augmented-prompt variant may ask for fewer heatmaps or scores than there are kinds. Then that many
+    kinds are drawn at random for each example, without replacement.
+
+    Three things have no weight: kinds that aren't in `kinds`; scores that are missing (NaN); and the text
+    slot if the labels don't fit the prompt (`postprocessors` names such records). Its target is then empty.
 
     Raises:
-      errors.UserError: as `slots_of`; one of `kinds` doesn't exist.
+      errors.UserError: see `slots_of`; or one of `kinds` doesn't exist.
     """
     if unknown := set(kinds) - set(ALL_KINDS):
         raise errors.UserError(f"there is no kind {min(unknown)!r}, only {', '.join(ALL_KINDS)}")
@@ -260,7 +271,7 @@ def rich_feedback(
     score_fields = [feedback.SCORE_FIELDS[kind] for kind in feedback.SCORES]
 
     def convert(example):
-        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[SEED])
+        fold_in = functools.partial(_experimental_random.stateless_fold_in, example[SEED])
         heatmap_kinds, heatmap_weights = draw_kinds(
             feedback.HEATMAPS, kinds, slots.heatmaps, fold_in(_HEATMAP_DRAW)
         )
@@ -297,16 +308,16 @@ def rich_feedback(
 
 
 def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """TFDS's coco_captions -> file name, image and prompt: a caption, drawn by the example's `SEED`.
+    """Makes file name, image and prompt of TFDS's coco_captions; the example's `SEED` draws the caption.
 
     image/filename 'COCO_1.jpg', captions {text: ['a red star', 'one star'], ...}
     -> filename 'COCO_1.jpg', prompt 'one star'
     """
 
     def draw(example):
-        seed = tf.random.experimental.stateless_fold_in(example[SEED], _CAPTION_DRAW)
+        seed = _experimental_random.stateless_fold_in(example[SEED], _CAPTION_DRAW)
         texts = example["captions"]["text"]
-        seed = tf.random.experimental.stateless_fold_in(seed, 2)  # 0 and 1 are `captions`'s.
+        seed = _experimental_random.stateless_fold_in(seed, 2)  # `captions` uses 0 and 1.
         drawn = tf.random.stateless_uniform([], seed, maxval=tf.size(texts), dtype=tf.int32)
         names = {feedback.FILENAME_FIELD: example["image/filename"], feedback.PROMPT_FIELD: texts[drawn]}
         return example | names
@@ -318,31 +329,30 @@ def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def captions(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],
-    output_features: Mapping[str, seqio.Feature],
+    output_features: Mapping[str, seqio.utils.Feature],
     *,
     variant: str,
     shown_share: float = 0.5,
 ) -> tf.data.Dataset:
-    """Images with true captions -> task features of the same shapes as `rich_feedback`'s.
+    """Makes task features, of the same shapes as `rich_feedback`'s, of images with true captions.
 
-    Of the caption 'a red star' the text slot becomes
+    The caption 'a red star' gives the text slot
         inputs  'caption' or, in `shown_share` of the examples, 'caption a _ star' (see `mask_words`)
         targets 'a red star'
-    and heatmap and score slots are zeros with weight 0 (augmented prompt: with an empty prompt).
+    Heatmap and score slots are zeros with weight 0 (augmented prompt: with an empty prompt).
 
     Raises:
-      errors.UserError: as `slots_of`.
+      errors.UserError: see `slots_of`.
     """
     slots = slots_of(sequence_length, variant)
     vocabulary = output_features["inputs"].vocabulary
     side = sequence_length["image"]
 
     def convert(example):
-        seed = tf.random.experimental.stateless_fold_in(example[SEED], _CAPTION_DRAW)
-        shown = (
-            tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0)) < shown_share
-        )
-        words = mask_words(_shown_prompt(example), tf.random.experimental.stateless_fold_in(seed, 1))
+        seed = _experimental_random.stateless_fold_in(example[SEED], _CAPTION_DRAW)
+        draw = tf.random.stateless_uniform([], _experimental_random.stateless_fold_in(seed, 0))
+        shown = draw < shown_share
+        words = mask_words(_shown_prompt(example), _experimental_random.stateless_fold_in(seed, 1))
         task = tf.constant(feedback.CAPTION_TASK_STRING)
         prompt = tf.where(shown, task + " " + words, task)
         unused = slots.heatmaps + slots.scores if variant == feedback.AUGMENTED_PROMPT else 0

@@ -1,9 +1,9 @@
-"""Captioning tasks on real images, for both variants of the model.
+"""Registers captioning tasks on real images, for both variants of the model.
 
     coco_captions, coco_captions_augmented_prompt   TFDS's own data set; one of an image's captions is drawn
-    web_captions, web_captions_augmented_prompt     what `python -m richhf_jax.datasets.web_captions` builds
+    web_captions, web_captions_augmented_prompt     built by `python -m richhf_jax.datasets.web_captions`
 
-COCO's images and splits are those of Karpathy and Li, as is their use of `restval` for training.
+COCO's images and splits are those of Karpathy and Li; like them, training uses `restval`, too.
 """
 
 from richhf_jax import preprocessors

@@ -1,7 +1,8 @@
-"""The one way by which data sets become seqio tasks."""
+"""Makes seqio tasks of data sets."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import gin
 import seqio
@@ -29,7 +30,7 @@ OUTPUT_FEATURES = {
 
 @gin.configurable
 def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
-    """Captions for each record of rich feedback in a pretraining mixture."""
+    """Returns the number of captions for each record of rich feedback in a pretraining mixture."""
     del task
     return rate
 
@@ -40,16 +41,16 @@ def add_rich_feedback_tasks(
     splits: Sequence[str] | Mapping[str, str],
     more_metric_fns: Sequence[Callable] = (),
 ) -> None:
-    """Registers a TFDS data set with RichHF-18K's features, images and prompts, for both variants.
+    """Registers a TFDS data set that has RichHF-18K's features, images and prompts, for both variants.
 
-    `<name>_<variant>` trains every kind of label, `<name>_<kind>_<variant>` one alone: a score, a heatmap or
-    `keywords`; the others' slots then have weight 0.
+    `<name>_<variant>` trains every kind of label. `<name>_<kind>_<variant>` trains a single kind (a score, a
+    heatmap or `keywords`); the other kinds' slots have weight 0.
 
     Args:
-      name: what the tasks' names begin with.
+      name: beginning of the tasks' names.
       tfds_name: data set and version.
-      splits: those it has, or a split -> TFDS's.
-      more_metric_fns: (targets, predictions) -> metrics, beside those of the paper's protocol.
+      splits: the data set's splits, or a mapping of the tasks' splits to TFDS's.
+      more_metric_fns: (targets, predictions) -> metrics; added to those of the paper's protocol.
     """
     names_of_kinds = {name: preprocessors.ALL_KINDS}
     names_of_kinds |= {f"{name}_{kind}": (kind,) for kind in preprocessors.ALL_KINDS}
@@ -75,11 +76,11 @@ def add_captions_tasks(
     """Registers a TFDS data set of images with captions: `<name>` and `<name>_augmented_prompt`.
 
     Args:
-      name: of the multi-head task, what the other's begins with.
+      name: the multi-head task's name, with which the other's begins.
       tfds_name: data set and version.
-      splits: those it has, or a split -> TFDS's.
-      first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) of a record, where it
-        has others; they may use the example's `preprocessors.SEED`.
+      splits: the data set's splits, or a mapping of the tasks' splits to TFDS's.
+      first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) from a record that
+        lacks them; they may use the example's `preprocessors.SEED`.
     """
     for variant in feedback.VARIANTS:
         preprocess = functools.partial(preprocessors.captions, variant=variant)
@@ -94,12 +95,12 @@ def add_captions_tasks(
 
 
 def captions_name(name: str, variant: str) -> str:
-    """What the task `name` is called for a variant; multi-head is the plain name."""
+    """Returns the task's name for a variant; multi-head has the plain name."""
     return name if variant == feedback.MULTI_HEAD else f"{name}_{variant}"
 
 
 def add_pretraining_mixture(name: str, captions: str, rich_feedback: str) -> None:
-    """Registers `<name>` and `<name>_augmented_prompt`: captions at `caption_rate`, rich feedback at 1."""
+    """Registers the mixtures `<name>` and `<name>_augmented_prompt`: `caption_rate` captions per record."""
     for variant in feedback.VARIANTS:
         tasks = [(captions_name(captions, variant), caption_rate), (f"{rich_feedback}_{variant}", 1.0)]
         seqio.MixtureRegistry.add(captions_name(name, variant), tasks)
@@ -115,16 +116,17 @@ def _add(
     first_preprocessors: Sequence[Callable] = (),
     **kwargs,
 ) -> None:
+    source = seqio.TfdsDataSource(
+        tfds_name,
+        splits=splits,
+        # As in `input_pipeline`: the preprocessors decode what a slot uses.
+        decoders={field: tfds.decode.SkipDecoding() for field in encoded},
+        # Tasks only read data; the builders' commands make it.
+        read_only=True,
+    )
     seqio.TaskRegistry.add(
         name,
-        source=seqio.TfdsDataSource(
-            tfds_name,
-            splits=splits,
-            # As in `input_pipeline`: the preprocessors decode what a slot uses.
-            decoders={field: tfds.decode.SkipDecoding() for field in encoded},
-            # Only reads: data is built by a command of its own.
-            read_only=True,
-        ),
+        source=cast(Any, source),  # seqio's sources don't quite follow its own protocol.
         preprocessors=[
             preprocessors.add_seed,
             *first_preprocessors,

@@ -1,16 +1,16 @@
-"""Tasks on RichHF-18K, and the mixtures of the paper's pretraining, for both variants of the model.
+"""Registers tasks on RichHF-18K and the mixtures of the paper's pretraining, for both variants of the model.
 
     rich_hf_18k_{multi_head,augmented_prompt}          rich feedback
-    rich_hf_18k_<kind>_{multi_head,augmented_prompt}   one kind of it alone: plausibility, ..., keywords
+    rich_hf_18k_<kind>_{multi_head,augmented_prompt}   a single kind of it: plausibility, ..., keywords
     rahf_pretrain, rahf_pretrain_augmented_prompt      captions of the web, and RichHF-18K's keywords
     rahf_pretrain_coco, ...                            the same with COCO's captions
 
 The mixtures have `providers.caption_rate.rate` captions for each record of RichHF-18K. The paper mixed WebLI
-into its pretraining (section 4.1.2); it doesn't tell the rate.
+into its pretraining (section 4.1.2); it doesn't give the rate.
 """
 
 from richhf_jax.datasets.rich_hf_18k import builder
-from tasks import captions as captions  # The mixtures' other half.
+from tasks import captions as captions  # The mixtures use its tasks.
 from tasks import providers
 
 providers.add_rich_feedback_tasks(

@@ -1,17 +1,18 @@
-"""Tasks on the embedded data sets, for both variants of the model.
+"""Registers tasks on the synthetic data sets, for both variants of the model.
 
     synthetic_rich_hf_{multi_head,augmented_prompt}          rich feedback
-    synthetic_rich_hf_<kind>_{multi_head,augmented_prompt}   one kind of it alone
+    synthetic_rich_hf_<kind>_{multi_head,augmented_prompt}   a single kind of it
     synthetic_rich_hf_subtle...                              the same with small flaws and noise
     synthetic_captions, synthetic_captions_augmented_prompt  captions
     synthetic_pretrain, synthetic_pretrain_augmented_prompt  mixtures: captions and rich feedback
 
-A caption's heatmap and score slots have weight 0. With none in TASK_FEATURE_LENGTHS, pretraining is on texts
-alone: captions, and of the rich feedback the keywords.
+A caption's heatmap and score slots have weight 0. If TASK_FEATURE_LENGTHS has no such slots, pretraining uses
+texts only: captions, and the keywords of rich feedback.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import gin
 import numpy as np
@@ -28,7 +29,7 @@ _CAPTIONS_VERSION = synthetic_captions.SyntheticCaptions.VERSION
 def truth_metrics(
     targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback], config: scenes.SceneConfig
 ) -> dict[str, float]:
-    """Checks against what is really in the scenes, drawn again from their names."""
+    """Compares predictions with the true contents of the scenes, which are drawn again from their names."""
     return metrics.synthetic_metrics(targets, predictions, _truths(_ids(targets), config))
 
 
@@ -39,7 +40,7 @@ def training_free_baseline(
     targets: Sequence[RichFeedback],
     config: str = "default",
 ) -> tuple[str, Sequence[RichFeedback]]:
-    """A system for `eval.evaluate`'s tables: all objects misaligned, busy textures implausible."""
+    """Predicts for `eval.evaluate`'s tables: all objects are misaligned, busy textures implausible."""
     del cfg
     truths = _truths(_ids(targets), scenes.CONFIGS[config])
     return "training-free (object mask, detail)", metrics.training_free_baseline(images, targets, truths)
@@ -50,8 +51,9 @@ def _ids(targets: Sequence[RichFeedback]) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1)  # The model's and the baselines' metrics ask for the same.
-def _truths(ids: tuple[str, ...], config: scenes.SceneConfig) -> list[scenes.SceneTruth]:
-    return [scenes.truth(name, config) for name in ids]
+def _truths(ids: tuple[str, ...], config: scenes.SceneConfig) -> list[metrics.SceneTruth]:
+    truths = [scenes.truth(name, config) for name in ids]
+    return cast(list[metrics.SceneTruth], truths)  # The protocol's attributes count as writable.
 
 
 for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():

@@ -2,9 +2,9 @@
 
     python -m tasks.train_vocabulary [OUT.model]
 
-writes `tasks/sentencepiece_small.model` again, the same pieces on every machine. Every word of the synthetic
-prompts and of the task strings is one piece, so is the misaligned suffix `_0`; what the model has no piece
-for, it spells in characters or in bytes, so that any text (other scripts, emoji) comes back exactly.
+writes `tasks/sentencepiece_small.model` again, with the same pieces on every machine. Every word of the
+synthetic prompts and of the task strings is one piece, and so is the misaligned suffix `_0`. Text without a
+piece is spelled in characters or bytes, so that any text (other scripts, emoji) comes back exactly.
 """
 
 import io
@@ -19,7 +19,7 @@ from tasks import vocabulary
 
 VOCABULARY_SIZE = 512
 
-# Frequent in prompts and captions; those of the synthetic scenes come from the scenes' own module.
+# Frequent in prompts and captions. The synthetic scenes' words come from their own module.
 _COMMON_WORDS = """
 a an the and or of on in at to with without by for from is are as its no not one two three four five six
 red green blue yellow orange purple pink white black gray grey brown cyan
@@ -28,13 +28,13 @@ picture image photo photograph drawing painting illustration background
 left right above below top bottom behind front next beside under over between near
 """
 _PUNCTUATION = ", . ! ? : ; \" ' - ( )"
-# Tab, line feed and carriage return are spaces. Nothing else changes, so that text comes back as it was.
+# Tab, line feed and carriage return become spaces. Nothing else changes, so that text comes back as it was.
 _NORMALIZATION = "9\t20\nA\t20\nD\t20\n"
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 _"
 
 
 def words() -> list[str]:
-    """Words that must be one piece each, sorted."""
+    """Returns the words that must be one piece each, sorted."""
     task_strings = [*feedback.HEATMAP_TASK_STRINGS.values(), *feedback.SCORE_TASK_STRINGS.values()]
     task_strings += [feedback.KEYWORDS_TASK_STRING, feedback.CAPTION_TASK_STRING]
     scene_words = [*prompts.SHAPES.keys(), *prompts.SHAPES.values(), *prompts.COLOURS, *prompts.SIZES]
@@ -44,10 +44,10 @@ def words() -> list[str]:
 
 
 def train() -> bytes:
-    """Trains the model -> its serialised proto."""
+    """Trains the model and returns its serialised proto."""
     model = io.BytesIO()
-    # Every word as often as every other, alone and before punctuation: a word seen in one context only is no
-    # candidate for a piece.
+    # All words are equally frequent, each alone and before every punctuation mark: a word seen in a single
+    # context is no candidate for a piece.
     corpus = [word + mark for word in words() for mark in ["", *_PUNCTUATION.split()]]
     corpus += "".join(_CHARACTERS.split())
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
@@ -79,7 +79,7 @@ def _train(corpus: list[str], model: io.BytesIO, rules_path: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Writes the model to the path given, or over the shipped one."""
+    """Writes the model to the given path, or over the shipped one."""
     path = argv[1] if len(argv) > 1 else vocabulary.SMALL_MODEL
     writing.write(path, train())
     print(f"wrote {path}")

@@ -1,13 +1,14 @@
-"""The vocabulary of every task: the small model shipped here, or any other SentencePiece model by gin.
+"""The vocabulary of every task: the small model shipped here, or any SentencePiece model that gin names.
 
     VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 
-Tasks are registered on import, gin files are parsed later: so tasks hold a `ConfiguredVocabulary`, which
+Tasks are registered on import, before gin files are parsed. So tasks hold a `ConfiguredVocabulary`, which
 asks gin for the file when it is first needed.
 """
 
 import functools
 import pathlib
+from typing import cast
 
 import gin
 import seqio
@@ -21,10 +22,13 @@ SMALL_MODEL = str(pathlib.Path(__file__).parent / "sentencepiece_small.model")
 
 @gin.configurable
 def get_vocabulary(path: str | None = None) -> seqio.SentencePieceVocabulary:
-    """The SentencePiece model in the file `path` (local or gs://; None: the small one), loaded once.
+    """Loads a SentencePiece model, once per file.
+
+    Args:
+      path: local or gs://; None: the small model shipped here.
 
     Raises:
-      errors.UserError: the file can't be read, or is none.
+      errors.UserError: the file can't be read, or is no SentencePiece model.
     """
     return _load(path or SMALL_MODEL)
 
@@ -47,11 +51,11 @@ class ConfiguredVocabulary(seqio.Vocabulary):
 
     @property
     def eos_id(self) -> int:
-        return get_vocabulary().eos_id
+        return cast(int, get_vocabulary().eos_id)
 
     @property
     def unk_id(self) -> int:
-        return get_vocabulary().unk_id
+        return cast(int, get_vocabulary().unk_id)
 
     @property
     def _base_vocab_size(self) -> int:
@@ -59,8 +63,8 @@ class ConfiguredVocabulary(seqio.Vocabulary):
 
     @property
     def sp_model(self) -> bytes:
-        """The SentencePiece model itself."""
-        return get_vocabulary().sp_model
+        """The SentencePiece model, serialised."""
+        return cast(bytes, get_vocabulary().sp_model)
 
     def _encode(self, s):
         return get_vocabulary().encode(s)

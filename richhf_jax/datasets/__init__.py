@@ -1,4 +1,4 @@
-"""Data sets: raw annotations, published files and procedural scenes -> TFDS data sets.
+"""Builds TFDS data sets from raw annotations, published files and procedural scenes.
 
 Importing a builder's module (`synthetic_rich_hf`, `synthetic_captions`, `rich_hf_18k.builder`) registers it
 with TFDS; importing this package alone imports nothing heavy.

@@ -7,8 +7,8 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
 
-# The processes that render import a main module anew unless it is a package's __main__, like this
-# one: so they start without TensorFlow.
+# Rendering processes import the main module again, unless it is a package's __main__. This file is one, so
+# that they start without TensorFlow.
 import tensorflow_datasets as tfds
 
 from richhf_jax.datasets import records, scenes, synthetic_captions, synthetic_rich_hf
@@ -17,12 +17,12 @@ BUILDERS = (synthetic_rich_hf.SyntheticRichHf, synthetic_captions.SyntheticCapti
 
 
 def main() -> None:
-    """Builds what isn't there yet."""
+    """Builds the data sets that aren't there yet."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.datasets",
-        description="Builds synthetic_rich_hf and synthetic_captions, where they aren't there yet.",
+        description="Builds synthetic_rich_hf and synthetic_captions, unless they are there already.",
     )
-    parser.add_argument("--data_dir", help="of TFDS; default: ~/tensorflow_datasets")
+    parser.add_argument("--data_dir", help="TFDS's folder; default: ~/tensorflow_datasets")
     parser.add_argument("--config", choices=sorted(scenes.CONFIGS), default="default")
     options = parser.parse_args()
     if not sys.stderr.isatty():

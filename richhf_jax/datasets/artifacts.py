@@ -1,7 +1,8 @@
-"""Visible flaws of generated pictures, put into a known region.
+"""Draws the visible flaws of generated pictures into a known region.
 
-An object's artifact maps its masks (uint8 [2, side, side]) to new ones; static is painted on the
-canvas. `strength` is 1 for a plain flaw and smaller for a subtle one.
+An object's artifact maps the object's masks (uint8 [2, side, side]: see `drawing.shape_masks`) to new ones;
+static is painted on the canvas. `strength` is 1 for a plain flaw and smaller for a subtle one. The `thing`
+is a `scenes.Thing`.
 """
 
 import math
@@ -9,15 +10,15 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Of static, along the picture's side.
+# Grains of static along the picture's side.
 GRAINS = 64
-# In radii of the object: from one dark line to the next, where something is torn or melted.
+# Distance between the dark lines of a torn or melted object, in radii of the object.
 LINE_SPACING = 0.36
-COPIES = 3  # of a duplicated object
+COPIES = 3  # behind a duplicated object
 
 
 def _shift(masks: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """Moves the content right and down; zeros come in."""
+    """Moves the content right by `dx` and down by `dy` pixels; zeros fill the gap."""
     out = np.zeros_like(masks)
     height, width = masks.shape[-2:]
     out[..., max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = masks[
@@ -27,12 +28,12 @@ def _shift(masks: np.ndarray, dx: int, dy: int) -> np.ndarray:
 
 
 def _lines(positions: np.ndarray, radius: float) -> np.ndarray:
-    """Which of the positions lie on dark lines: half of them. The lines' spacing follows the radius."""
+    """Tells which positions lie on dark lines: half of them. The lines' spacing follows the radius."""
     return positions % (LINE_SPACING * radius) < LINE_SPACING / 2 * radius
 
 
 def torn(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Cut along a jagged line; the halves slide apart, and threads span the gap between them."""
+    """Cuts the object along a jagged line: the halves slide apart, and threads span the gap."""
     side = masks.shape[-1]
     upright = rng.random() < 0.5
     if upright:
@@ -54,7 +55,7 @@ def torn(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) ->
 
 
 def scrambled(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """The object's box is cut into blocks, and the blocks change places; the cuts show."""
+    """Cuts the object's box into blocks that change places; the cuts show."""
     side = masks.shape[-1]
     blocks = 4
     length = max(1, round(2 * thing.radius * side / blocks))
@@ -77,7 +78,7 @@ def scrambled(masks: np.ndarray, thing, strength: float, rng: np.random.Generato
 
 
 def melted(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """The lower half runs down in strands of different lengths."""
+    """Lets the object's lower half run down in strands of different lengths."""
     side = masks.shape[-1]
     centre, radius = thing.y * side, thing.radius * side
     turns = np.arange(side) / radius * math.pi
@@ -91,7 +92,7 @@ def melted(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) 
 
 
 def duplicated(masks: np.ndarray, thing, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Copies of the object stick out from under it, one behind the other, towards the picture's middle."""
+    """Adds copies that stick out from under the object, behind one another, towards the picture's middle."""
     side = masks.shape[-1]
     angle = math.atan2(0.5 - thing.y, 0.5 - thing.x) + rng.uniform(-0.8, 0.8)
     length = (0.4 + 0.8 * strength) * thing.radius * side
@@ -110,7 +111,7 @@ KINDS = (*OBJECT_ARTIFACTS, STATIC)
 
 
 def region(kind: str, thing, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Where an object's artifact shows.
+    """Marks where an object's artifact shows.
 
     Args:
       kind: a key of OBJECT_ARTIFACTS.
@@ -118,8 +119,8 @@ def region(kind: str, thing, before: np.ndarray, after: np.ndarray) -> np.ndarra
       before, after: bool [height, width], the object as it should be and as it is.
 
     Returns:
-      bool [height, width]: the copies that stick out of a duplicated object, the lower half of a
-      melted one, the whole of the others with their gaps.
+      bool [height, width]: the copies that stick out of a duplicated object; the lower half of a melted one;
+      all of any other object, with its gaps.
     """
     if kind == "duplicated":
         return after & ~before
@@ -132,12 +133,22 @@ def region(kind: str, thing, before: np.ndarray, after: np.ndarray) -> np.ndarra
 def paint_static(
     canvas: Image.Image, x: float, y: float, radius: float, strength: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Paints an ellipse of coloured noise, `strength` opaque, on the canvas; returns its mask (mode L)."""
+    """Paints an ellipse of coloured noise on the canvas.
+
+    Args:
+      canvas: the picture, painted in place.
+      x, y, radius: centre and larger radius, in shares of the side.
+      strength: opacity, 0 to 1.
+      rng: random numbers.
+
+    Returns:
+      The ellipse's mask, in mode L.
+    """
     squeeze = rng.uniform(0.75, 1)
     mask = Image.new("L", canvas.size)
     box = [x - radius, y - radius * squeeze, x + radius, y + radius * squeeze]
     ImageDraw.Draw(mask).ellipse([v * canvas.width for v in box], fill=255)
     grains = rng.integers(0, 256, (GRAINS, GRAINS, 3), dtype=np.uint8)
     noise = Image.fromarray(grains).resize(canvas.size, Image.Resampling.NEAREST)
-    canvas.paste(noise, mask=mask.point(lambda value: round(value * strength)))
+    canvas.paste(noise, mask=mask.point([round(value * strength) for value in range(256)]))
     return mask

@@ -1,26 +1,26 @@
 """Asks a visual question answering model for two attributes of each image, for `datasets.balance`.
 
-The questions are the paper's (section 3.3, asked of PaLI there): is the image photorealistic, and which of
-five categories describes it best. IMAGES is
+The questions are the paper's (section 3.3, where PaLI answers them): is the image photorealistic, and which
+of five categories describes it best. IMAGES is
 
-    a folder    of .jpg, .jpeg, .png and .webp files, also in folders within; the id is the name's stem
+    a folder    of .jpg, .jpeg, .png and .webp files, searched with its subfolders; the id is the name's stem
     a table     .parquet of Pick-a-Pic (image_0_uid, jpg_0, image_1_uid, jpg_1), or with columns id and image
                 (bytes, or Hugging Face's struct); or a folder of such files
 
-and OUT.jsonl, the table of attributes, has a line an image:
+OUT.jsonl, the table of attributes, has one line per image:
 
     {"id": "...", "photorealistic": true, "category": "animal", "answers": {"photorealistic": "yes", ...}}
 
-An answer that is none of those asked for leaves null, which `balance` leaves out; the answer itself is beside
-it. The same command continues after a stop: images in OUT.jsonl aren't asked about again. Images that can't
-be decoded are listed in OUT.jsonl.errors.jsonl ("id", "reason").
+An attribute is null if the answer is none of the possible ones; `balance` leaves such rows out. "answers"
+keeps the answers themselves. After a stop, the same command continues behind the images in OUT.jsonl. Images
+that can't be decoded are listed in OUT.jsonl.errors.jsonl ("id", "reason").
 
 The model is --vqa=transformers:MODEL, any name or folder that transformers' image-text-to-text pipeline takes
 (extra `vqa`), or --vqa=MODULE:FUNCTION, a function
 
     def answer(images: Sequence[PIL.Image.Image], questions: Sequence[str]) -> Sequence[str]
 
-which gets RGB images and one question an image, and returns one answer an image.
+which gets RGB images and one question per image, and returns one answer per image.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,11 +49,11 @@ CATEGORY_QUESTION = (
     "Which category best describes the image? "
     "Choose one in 'human', 'animal', 'object', 'indoor scene', 'outdoor scene'."
 )
-# (images, one question an image) -> one answer an image.
+# (images, one question per image) -> one answer per image.
 Vqa = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-# Names of columns: of the id, and of the image.
+# (column of the id, column of the image).
 PICK_A_PIC_COLUMNS = (("image_0_uid", "jpg_0"), ("image_1_uid", "jpg_1"))
 PLAIN_COLUMNS = (("id", "image"),)
 _ROWS_AT_ONCE = 16
@@ -66,7 +66,7 @@ _CATEGORY_WORDS = {category: rf"\b{category.removesuffix(' scene')}s?\b" for cat
 
 
 def parse_photorealistic(answer: str) -> bool | None:
-    """A free answer -> yes or no; None where it says neither or both.
+    """Reads yes or no from a free answer; None if it says neither or both.
 
     >>> parse_photorealistic('Yes, it is.'), parse_photorealistic('no'), parse_photorealistic('a photo')
     (True, False, None)
@@ -76,7 +76,7 @@ def parse_photorealistic(answer: str) -> bool | None:
 
 
 def parse_category(answer: str) -> str | None:
-    """A free answer -> the category that it names; None where it names none or several.
+    """Reads the category that a free answer names; None if it names none or several.
 
     >>> parse_category('An outdoor scene.'), parse_category('Humans'), parse_category('human or animal')
     ('outdoor scene', 'human', None)
@@ -86,10 +86,10 @@ def parse_category(answer: str) -> str | None:
 
 
 def load_vqa(name: str) -> Vqa:
-    """'transformers:MODEL' or 'MODULE:FUNCTION' -> the function.
+    """Returns the function that 'transformers:MODEL' or 'MODULE:FUNCTION' names.
 
     Raises:
-      errors.UserError: there is no such thing.
+      errors.UserError: there is no such model or function.
     """
     module, colon, rest = name.partition(":")
     if not colon or not rest:
@@ -103,9 +103,9 @@ def load_vqa(name: str) -> Vqa:
 
 
 def transformers_vqa(model: str) -> Vqa:
-    """A model of transformers' image-text-to-text pipeline; images are asked about one by one.
+    """Loads a model of transformers' image-text-to-text pipeline; it answers one question at a time.
 
-    Models with a chat template get the question as a message of the user, others as it stands.
+    Models with a chat template get the question as a message of the user, others get the bare question.
 
     Raises:
       errors.UserError: transformers isn't installed, or there is no such model.
@@ -115,7 +115,7 @@ def transformers_vqa(model: str) -> Vqa:
     except ImportError as error:
         raise errors.UserError(f"{error}: pip install 'richhf_jax[vqa]'") from None
     try:
-        pipe = pipeline("image-text-to-text", model=model)
+        pipe: Any = pipeline("image-text-to-text", model=model)  # Its annotations lack chats.
     except (OSError, ValueError) as error:
         raise errors.UserError(f"--vqa=transformers:{model}: {error}") from None
     is_chat = getattr(pipe.processor, "chat_template", None) is not None
@@ -131,7 +131,7 @@ def transformers_vqa(model: str) -> Vqa:
 
 
 def read_images(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Ids and encoded images of a folder or of parquet files, each id once, without those in `done`.
+    """Reads ids and encoded images from a folder or parquet files: each id once, without those in `done`.
 
     Raises:
       errors.UserError: there are no images, or a file can't be read or lacks the columns.
@@ -156,14 +156,14 @@ def _read_folder(folder: pathlib.Path, done: set[str]) -> Iterator[tuple[str, by
     by_id = {}
     for path in paths:
         if (first := by_id.setdefault(path.stem, path)) != path:
-            raise errors.UserError(f"{path}: has the same name, which is the id, as {first}")
+            raise errors.UserError(f"{path}: its id, the name without ending, is also that of {first}")
     for image_id, path in tqdm.tqdm(by_id.items(), unit=" images", disable=None):
         if image_id not in done:
             yield image_id, path.read_bytes()
 
 
 def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Row group by row group: first the ids, then, where there are new ones, the images."""
+    """Reads each row group's ids, and its images if an id is new."""
     try:
         with pq.ParquetFile(path) as file:
             pairs = _columns(path, file.schema_arrow.names)
@@ -198,7 +198,7 @@ def _columns(path: pathlib.Path, names: Sequence[str]) -> Sequence[tuple[str, st
 
 
 def finished_ids(out: pathlib.Path) -> set[str]:
-    """The ids in a table; a last line that was cut off by a stop is removed from the file.
+    """Reads the ids in a table, and removes a last line that a stop cut off from the file.
 
     Raises:
       errors.UserError: another line is bad.
@@ -213,17 +213,19 @@ def finished_ids(out: pathlib.Path) -> set[str]:
             try:
                 done.add(json.loads(line)["id"])
             except (ValueError, KeyError, TypeError):
-                raise errors.UserError(f"{out}:{number}: no line of a table of attributes") from None
+                raise errors.UserError(
+                    f"{out}:{number}: this isn't a line of a table of attributes"
+                ) from None
             end += len(line)
         file.truncate(end)
     return done
 
 
 def ask(vqa: Vqa, ids: Sequence[str], images: Sequence[Image.Image]) -> list[dict]:
-    """The table's rows for some images.
+    """Asks both questions about some images and returns the table's rows.
 
     Raises:
-      errors.UserError: the model doesn't give one answer an image.
+      errors.UserError: the model doesn't return one string per question.
     """
     count = len(ids)
     questions = [PHOTOREALISTIC_QUESTION] * count + [CATEGORY_QUESTION] * count
@@ -245,7 +247,14 @@ def ask(vqa: Vqa, ids: Sequence[str], images: Sequence[Image.Image]) -> list[dic
 
 @dataclasses.dataclass
 class Report:
-    """What a run did. `unknown`: rows that lack an attribute, with the first of them."""
+    """Counts of a run.
+
+    Attributes:
+      rows: rows added to the table.
+      unknown: those of them that lack an attribute.
+      first_unknown: the first few of these rows.
+      undecodable: images that can't be decoded.
+    """
 
     rows: int = 0
     unknown: int = 0
@@ -253,7 +262,7 @@ class Report:
     undecodable: int = 0
 
     def add(self, rows: Sequence[dict]) -> None:
-        """Counts rows of the table."""
+        """Counts rows that were added to the table."""
         unknown = [row for row in rows if None in (row["photorealistic"], row["category"])]
         self.rows += len(rows)
         self.unknown += len(unknown)
@@ -266,18 +275,18 @@ def make_table(
     """Asks about images and appends to the table, batch by batch; a stop loses the last batch at most.
 
     Args:
-      images: ids and encoded images that the table doesn't have.
+      images: ids and encoded images that aren't in the table.
       out: the table.
       vqa: the model.
-      batch_size: images that are asked about at once.
+      batch_size: number of images that the model gets at once.
 
     Raises:
-      errors.UserError: as `ask`; or a file can't be read or written.
+      errors.UserError: see `ask`; or a file can't be read or written.
     """
     report = Report()
     errors_path = errors_of(out)
     with writing.explained_disk_errors(out, f"What is written stays. {writing.FIX}"):
-        # Images that failed before are tried again: the list is of this run.
+        # Images that failed before are tried again, so the list has only this run's.
         with out.open("a", encoding="utf-8") as table, errors_path.open("w", encoding="utf-8") as failures:
             good = _decoded(images, failures, report)
             while batch := list(itertools.islice(good, batch_size)):
@@ -292,14 +301,14 @@ def make_table(
 
 
 def errors_of(out: pathlib.Path) -> pathlib.Path:
-    """Where the undecodable images of a table are listed."""
+    """Returns the path of the list of a table's undecodable images."""
     return out.with_name(f"{out.name}.errors.jsonl")
 
 
 def _decoded(
     images: Iterable[tuple[str, bytes]], failures: TextIO, report: Report
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Upright RGB images; those that can't be decoded are written to `failures` instead."""
+    """Yields upright RGB images; writes those that can't be decoded to `failures` instead."""
     for image_id, data in images:
         try:
             yield image_id, Image.open(io.BytesIO(image_files.checked(data or b""))).convert("RGB")
@@ -316,7 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", required=True, type=pathlib.Path, metavar="IMAGES", help="see above")
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="OUT.jsonl", help="is continued")
+    parser.add_argument(
+        "--out", required=True, type=pathlib.Path, metavar="OUT.jsonl", help="continued if it exists"
+    )
     parser.add_argument("--vqa", required=True, metavar="MODEL", help="see above")
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="images the model gets at once; default: 8"

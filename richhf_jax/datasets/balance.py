@@ -1,6 +1,6 @@
 """Draws a balanced subset of a large pool of images, by their attributes (section 3.3 of the paper).
 
-The table (.csv, .jsonl or .parquet) has a row an image and the columns
+The table (.csv, .jsonl or .parquet) has one row per image and the columns
 
     id              text or number, each one once
     photorealistic  true or false (also yes/no, 1/0)
@@ -8,14 +8,14 @@ The table (.csv, .jsonl or .parquet) has a row an image and the columns
 
 Rows with an empty photorealistic or category are left out. `datasets.attributes` makes such tables.
 
-How many are drawn of each kind:
+The number of each kind follows two rules:
 
- 1. Each category gets the same number. Where one has too few, it gives all, and the others share the rest.
- 2. Of these, PHOTOREALISTIC_SHARE are photo-realistic, the same number in each category. Where one has too
-    few of either sort, the other categories make up for it as far as they can; the numbers of 1 stay.
+ 1. Each category gets the same number. A category with too few gives all, and the others share the rest.
+ 2. A share of them (--photorealistic_share) is photo-realistic, the same number in each category. If a
+    category has too few of either sort, the others make up for it as far as they can; rule 1 still holds.
 
-Which ones: those with the smallest hashes of seed and id. So the same seed draws the same images whatever the
-order of the rows. Memory: a few dozen bytes a row of the table, and the ids drawn.
+The images drawn are those with the smallest hashes of seed and id. So the same seed draws the same images,
+whatever the order of the rows. Memory: a few dozen bytes per row of the table, and the ids drawn.
 """
 
 import argparse
@@ -42,7 +42,7 @@ COLUMNS = ID, PHOTOREALISTIC, CATEGORY = ("id", "photorealistic", "category")
 PHOTOREALISTIC_SHARE = 0.7
 
 _TRUTH = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
-# A cell is a category and whether photo-realistic: 2 * category + photorealistic.
+# A cell is a pair of attributes: 2 * category + photorealistic.
 _CELLS = 2 * len(CATEGORIES)
 _UNKNOWN = _CELLS
 
@@ -50,7 +50,7 @@ _UNKNOWN = _CELLS
 def water_fill(total: int, lows: Sequence[int], highs: Sequence[int]) -> list[int]:
     """Splits a total as equally as the bounds allow: each share in [low, high].
 
-    What doesn't divide goes to the first that have room.
+    The remainder goes to the first shares that have room.
 
     >>> water_fill(10, [0, 0, 0], [9, 2, 9])
     [4, 2, 4]
@@ -58,7 +58,7 @@ def water_fill(total: int, lows: Sequence[int], highs: Sequence[int]) -> list[in
     [2, 6, 2]
 
     Raises:
-      ValueError: the bounds leave no way.
+      ValueError: no split keeps to the bounds.
     """
     if not sum(lows) <= total <= sum(highs):
         raise ValueError(f"{total} can't be split between {list(lows)} and {list(highs)}")
@@ -66,7 +66,7 @@ def water_fill(total: int, lows: Sequence[int], highs: Sequence[int]) -> list[in
     def shares(level):
         return [min(max(level, low), high) for low, high in zip(lows, highs, strict=True)]
 
-    # The highest level that isn't too much, by bisection.
+    # Bisection finds the highest level whose shares don't exceed the total.
     level, too_high = 0, max(highs) + 1
     while too_high - level > 1:
         middle = (level + too_high) // 2
@@ -79,18 +79,18 @@ def water_fill(total: int, lows: Sequence[int], highs: Sequence[int]) -> list[in
 
 
 def allocate(pool: np.ndarray, count: int, photorealistic_share: float = PHOTOREALISTIC_SHARE) -> np.ndarray:
-    """How many to draw of each cell, by the rule above.
+    """Computes how many images to draw of each cell, by the module's two rules.
 
     Args:
-      pool: int [categories, 2], images there are; the second axis is: not photo-realistic, photo-realistic.
-      count: of images to draw.
-      photorealistic_share: of them, 0 to 1.
+      pool: int [categories, 2], number of images; the second axis is: not photo-realistic, photo-realistic.
+      count: number of images to draw.
+      photorealistic_share: share of photo-realistic images, 0 to 1.
 
     Returns:
-      int [categories, 2].
+      int [categories, 2], number of images to draw.
 
     Raises:
-      ValueError: there are fewer than `count`.
+      ValueError: the pool has fewer than `count` images.
     """
     other, photorealistic = pool.T
     totals = np.array(water_fill(count, [0] * len(pool), pool.sum(axis=1).tolist()))
@@ -102,12 +102,12 @@ def allocate(pool: np.ndarray, count: int, photorealistic_share: float = PHOTORE
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """What was drawn.
+    """A balanced subset and its counts.
 
     Attributes:
-      rows: (id, photorealistic, category), in the order of their hashes.
+      rows: the drawn (id, photorealistic, category), in the order of their hashes.
       pool, drawn: int [categories, 2], as in `allocate`.
-      unknown: rows without one of the attributes.
+      unknown: number of rows in the table that lack an attribute.
     """
 
     rows: list[tuple[str, bool, str]]
@@ -144,14 +144,14 @@ def draw(
 
 
 def _repeated(ordered: np.ndarray) -> set[int]:
-    """The values that occur twice or more in an ordered array."""
+    """Returns the values that occur at least twice in a sorted array."""
     return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 
 
 def _rows(
     path: pathlib.Path, chosen: np.ndarray, seed: int, suspects: set[int]
 ) -> list[tuple[str, bool, str]]:
-    """The chosen rows in the order given; on the way, ids with suspect hashes must be all different."""
+    """Reads the chosen rows, in the order given, and checks that no id with a suspect hash occurs twice."""
     places = {row: place for place, row in enumerate(chosen.tolist())}
     rows, first_seen = [("", False, "")] * len(places), {}
     for row, (number, image_id, cell) in enumerate(_read(path)):
@@ -177,10 +177,10 @@ def _where(path: pathlib.Path, number: int) -> str:
 
 
 def _read(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
-    """(number of the line, or of a parquet file's row from 0; id; cell) of each row."""
+    """Yields (number of the line, or of a parquet file's row from 0; id; cell) for each row."""
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise errors.UserError(f"{path}: a table's name ends in {', '.join(readers)}")
+        raise errors.UserError(f"{path}: a table's name must end in {', '.join(readers)}")
     try:
         for number, row in tqdm.tqdm(readers[path.suffix](path), unit=" rows", disable=None):
             try:
@@ -190,7 +190,7 @@ def _read(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
     except OSError as error:
         raise errors.UserError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise errors.UserError(f"{path}: this is no UTF-8: {error.reason}") from None
+        raise errors.UserError(f"{path}: this isn't UTF-8 text: {error.reason}") from None
 
 
 def _read_csv(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
@@ -234,10 +234,10 @@ def _check_columns(path: pathlib.Path, names: Sequence[str]) -> None:
 
 
 def _parse(row: dict) -> tuple[str, int]:
-    """Id and cell of a row.
+    """Returns the id and the cell of a row.
 
     Raises:
-      ValueError: a value is missing or none of those that can be.
+      ValueError: a value is missing or not allowed.
     """
     if missing := [name for name in COLUMNS if name not in row]:
         raise ValueError(f"there is no {missing[0]}")
@@ -257,7 +257,7 @@ def _parse(row: dict) -> tuple[str, int]:
 
 
 def format_cells(subset: Subset, photorealistic_share: float) -> str:
-    """A line a cell: how many there are, would be wanted of a pool without shortage, and are drawn."""
+    """Formats one line per cell: images in the pool, wanted (if nothing were short) and drawn."""
     total = int(subset.drawn.sum())
     lines = [f"{'':32}{'pool':>12}{'wanted':>10}{'drawn':>10}"]
     for photorealistic, share in ((1, photorealistic_share), (0, 1 - photorealistic_share)):
@@ -272,7 +272,7 @@ def write(subset: Subset, out: pathlib.Path) -> None:
     """Writes the subset as CSV, with the table's three columns; the file appears complete or not at all.
 
     Raises:
-      errors.UserError: it can't be written.
+      errors.UserError: the file can't be written.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -299,7 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="SHARE",
         help=f"0 to 1; default: {PHOTOREALISTIC_SHARE} (ours; the paper says: the majority)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another subset; default: 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="different seeds draw different subsets; default: 0"
+    )
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error("--count must be at least 1")

@@ -1,10 +1,10 @@
-"""Raw ratings of several raters -> one RichHF-18K record an image.
+"""Consolidates the raw ratings of several raters into one RichHF-18K record per image.
 
-By the rules of "Rich Human Feedback for Text-to-Image Generation", section 3:
+The rules are those of "Rich Human Feedback for Text-to-Image Generation", section 3:
   scores    mean of the raters' standardised ratings, (rating - 1) / 4;
-  heatmaps  a rater's is the union of disks around the marked points, with a radius of 1/20 of the
+  heatmaps  a rater's heatmap is the union of disks around the marked points, with a radius of 1/20 of the
             image's height; the record's is the mean over the raters, quantised to 8 bits;
-  keywords  majority vote a token; a tie of an even number of raters counts as aligned.
+  keywords  majority vote on each token; a tie of an even number of raters counts as aligned.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import io
 import math
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ Schema of RAW.jsonl
 
 {ratings.__doc__}
 
-OUT.tfrecord holds one tf.train.Example an image, in the order in which the images first appear, with
+OUT.tfrecord holds one tf.train.Example per image, in the order in which the images first appear, with
 RichHF-18K's eight fields: {feedback.FILENAME_FIELD}; {", ".join(feedback.SCORE_FIELDS.values())} (float,
 0 to 1); {", ".join(feedback.HEATMAP_FIELDS.values())} (8-bit greyscale PNG of the image's size);
 {feedback.KEYWORDS_FIELD} ("1 0 1").
@@ -36,14 +36,14 @@ RichHF-18K's eight fields: {feedback.FILENAME_FIELD}; {", ".join(feedback.SCORE_
 
 
 def point_heatmap(points: Sequence[ratings.Point], height: int, width: int, radius: float) -> np.ndarray:
-    """The union of disks around points: pixels (column, row) at most `radius` from one of them.
+    """Draws the union of disks around points: all pixels (column, row) at most `radius` from a point.
 
     A point (x, y) with whole numbers is the middle of the pixel in column x and row y.
 
     Args:
       points: (x, y) in pixels, x to the right, y down.
-      height, width: of the image, in pixels.
-      radius: in pixels.
+      height, width: the image's size, in pixels.
+      radius: the disks' radius, in pixels.
 
     Returns:
       bool [height, width].
@@ -60,12 +60,12 @@ def point_heatmap(points: Sequence[ratings.Point], height: int, width: int, radi
 
 
 def mean_heatmap(heatmaps: Sequence[np.ndarray]) -> np.ndarray:
-    """Raters' bool [height, width] -> their mean as uint8 [height, width], 255 = all of them."""
+    """Averages raters' heatmaps, bool [height, width], to uint8 [height, width]; 255 = marked by all."""
     return np.rint(np.mean(heatmaps, axis=0) * 255).astype(np.uint8)
 
 
 def majority_labels(labels: Sequence[Sequence[int]]) -> list[int]:
-    """Majority vote a token over the raters; a tie is aligned.
+    """Takes a majority vote of the raters on each token; a tie is aligned.
 
     >>> majority_labels([[1, 0, 1], [1, 0, 0]])
     [1, 0, 1]
@@ -77,23 +77,23 @@ def majority_labels(labels: Sequence[Sequence[int]]) -> list[int]:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """uint8 [height, width] or [height, width, 3] -> PNG."""
+    """Encodes uint8 [height, width] or [height, width, 3] as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def consolidate(image_ratings: Sequence[ratings.Rating]) -> dict[str, str | float | bytes]:
-    """All ratings of one image -> a record with RichHF-18K's eight fields.
+    """Makes a record with RichHF-18K's eight fields from all ratings of one image.
 
     Raises:
-      ValueError: no rating.
+      ValueError: there is no rating.
     """
     if not image_ratings:
         raise ValueError("an image needs at least one rating")
     first = image_ratings[0]
     radius = first.point_radius * first.height
-    record = {feedback.FILENAME_FIELD: first.image_id}
+    record: dict[str, str | float | bytes] = {feedback.FILENAME_FIELD: first.image_id}
     for kind, field in feedback.SCORE_FIELDS.items():
         record[field] = float(np.mean([feedback.standardise_rating(r.ratings[kind]) for r in image_ratings]))
     for kind, field in feedback.HEATMAP_FIELDS.items():
@@ -105,7 +105,7 @@ def consolidate(image_ratings: Sequence[ratings.Rating]) -> dict[str, str | floa
 
 
 def group_by_image(lines: Iterable[ratings.Rating]) -> list[list[ratings.Rating]]:
-    """Ratings -> those of each image, in the order in which the images first appear."""
+    """Groups ratings by image, in the order in which the images first appear."""
     groups = collections.defaultdict(list)
     for rating in lines:
         groups[rating.image_id].append(rating)
@@ -113,7 +113,7 @@ def group_by_image(lines: Iterable[ratings.Rating]) -> list[list[ratings.Rating]
 
 
 def consolidate_lines(lines: Iterable[str | bytes]) -> list[dict[str, str | float | bytes]]:
-    """Lines of raw ratings -> records.
+    """Consolidates lines of raw ratings into records, one per image.
 
     Raises:
       ratings.RatingError: a line is bad; the message names it by its number.
@@ -128,7 +128,13 @@ def consolidate_lines(lines: Iterable[str | bytes]) -> list[dict[str, str | floa
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was consolidated. `images`: number of raters -> images with so many."""
+    """Counts of what was consolidated.
+
+    Attributes:
+      images: number of raters -> number of images with that many.
+      lines: number of good lines.
+      skipped: what is wrong with each line that was left out.
+    """
 
     images: collections.Counter[int]
     lines: int
@@ -139,11 +145,11 @@ class Summary:
         return f"{self.images.total()} images ({images}) from {self.lines} lines, {len(self.skipped)} skipped"
 
 
-def write_tfrecord(records: Iterable[dict[str, str | float | bytes]], path: pathlib.Path) -> None:
+def write_tfrecord(records: Iterable[Mapping[str, str | float | bytes]], path: pathlib.Path) -> None:
     """Writes records as tf.train.Examples; `path` appears complete or not at all.
 
     Raises:
-      OSError: there is no such folder, or it can't be written.
+      OSError: the folder doesn't exist, or the file can't be written.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
@@ -157,11 +163,11 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
 
     Args:
       raw: JSON Lines, as `ratings` describes them.
-      out: overwritten if it exists.
-      on_error: at a bad line, "stop" or "skip" it.
+      out: the TFRecord file, overwritten if it exists.
+      on_error: what to do at a bad line, "stop" or "skip".
 
     Raises:
-      errors.UserError: a bad line (unless skipped), no good line, or a file that can't be read or written.
+      errors.UserError: a line is bad (unless skipped), no line is good, or a file can't be read or written.
     """
     good, skipped = [], []
     with writing.explained_disk_errors(out, f"Nothing written. {writing.FIX}"):
@@ -188,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("raw", metavar="RAW.jsonl", type=pathlib.Path, help="raw ratings, one a line")
+    parser.add_argument("raw", metavar="RAW.jsonl", type=pathlib.Path, help="raw ratings, one per line")
     parser.add_argument("out", metavar="OUT.tfrecord", type=pathlib.Path, help="overwritten if it exists")
     parser.add_argument(
         "--on-error",

@@ -1,4 +1,4 @@
-"""Shapes and backgrounds as pictures. Lengths are shares of the picture's side; y points down."""
+"""Draws shapes and backgrounds. Lengths are shares of the picture's side; y points down."""
 
 import math
 
@@ -13,18 +13,18 @@ RGB = {
     "white": (248, 248, 246),
     "black": (28, 28, 32),
 }
-# Half as bright as the fill; black's is brighter, to be seen at all.
+# Half as bright as the fill. Black's is brighter: a darker one wouldn't be visible.
 OUTLINES = {name: tuple(value // 2 for value in rgb) for name, rgb in RGB.items()} | {
     "black": (128, 128, 132)
 }
 # The fill's scale inside the outline. A ring's outline is on both sides.
 FILL_SCALE = 0.86
 RING_HOLE = 0.52
-STRIPES = 7  # pairs of them across the picture
+STRIPES = 7  # pairs of stripes across the picture
 
 
 def _regular(corners: int, inner: float | None = None) -> list[tuple[float, float]]:
-    """A regular polygon with its first corner up, or a star with every other corner at radius `inner`."""
+    """Makes a regular polygon, first corner up; or a star with every other corner at radius `inner`."""
     radii = [1.0] if inner is None else [1.0, inner]
     points = corners * len(radii)
     angles = [2 * math.pi * i / points - math.pi / 2 for i in range(points)]
@@ -51,13 +51,13 @@ POLYGONS = {
 
 
 def shape_masks(shape: str, x: float, y: float, radius: float, angle: float, side: int) -> np.ndarray:
-    """The outline's and the fill's mask.
+    """Draws the masks of a shape's outline and fill.
 
     Args:
       shape: a key of POLYGONS.
-      x, y, radius: in shares of the side.
-      angle: in radians.
-      side: of the picture, in pixels.
+      x, y, radius: centre and radius, in shares of the side.
+      angle: rotation, in radians.
+      side: the picture's side, in pixels.
 
     Returns:
       uint8 [2, side, side], 0 or 255: the whole object, and its part inside the outline.
@@ -91,7 +91,7 @@ def paint(canvas: Image.Image, masks: np.ndarray, colour: str) -> None:
 
 
 def background(kind: str, first: tuple, second: tuple, angle: float, side: int) -> Image.Image:
-    """A background of two RGB colours: 'plain' (the first alone), 'gradient', 'stripes' or 'checks'.
+    """Draws a background of two RGB colours: 'plain' (only the first), 'gradient', 'stripes' or 'checks'.
 
     `angle` (radians) turns the gradient and the stripes.
     """
@@ -106,5 +106,7 @@ def background(kind: str, first: tuple, second: tuple, angle: float, side: int) 
     else:
         odd = np.floor(axis * STRIPES) % 2 == 1
         share = odd ^ odd[:, None]
-    layers = [Image.new("RGB", (side, side), tuple(int(v) for v in colour)) for colour in (second, first)]
-    return Image.composite(*layers, Image.fromarray((share * np.float32(255)).astype(np.uint8)))
+    over, under = (
+        Image.new("RGB", (side, side), tuple(int(v) for v in colour)) for colour in (second, first)
+    )
+    return Image.composite(over, under, Image.fromarray((share * np.float32(255)).astype(np.uint8)))

@@ -1,4 +1,4 @@
-"""What a synthetic scene shows, in words: phrases, prompts, and how a picture can disagree with them.
+"""Describes synthetic scenes in words: phrases, prompts, and how a picture can disagree with them.
 
 A prompt is an opening and one to three phrases: "a drawing of one large red circle, a star and two
 blue rings". Shapes and colours are all different within a prompt.
@@ -28,9 +28,9 @@ ARTICLE = "a"
 OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "an image of ")
 LAST_JOINTS = (" and ", " with ")
 MAX_DESCRIBED_OBJECTS = 4
-PHRASE_COUNT_WEIGHTS = (0.45, 0.37, 0.18)  # of one, two and three
+PHRASE_COUNT_WEIGHTS = (0.45, 0.37, 0.18)  # of one, two and three phrases
 
-# How often a phrase that is wrong in the picture is wrong in this way, of the ways that it can be.
+# Relative frequency of each kind of misalignment, among the kinds that are possible for the phrase.
 MISALIGNMENT_WEIGHTS = {"colour": 0.55, "shape": 0.17, "size": 0.08, "count": 0.08, "missing": 0.12}
 P_MISALIGNED_PROMPT = 0.45
 P_SECOND_MISALIGNMENT = 0.15
@@ -39,7 +39,7 @@ SPLIT_BUCKETS = {"train": range(2, 10), "validation": range(1, 2), "test": range
 
 @dataclasses.dataclass(frozen=True)
 class Phrase:
-    """A group of equal objects. `size` is None where nothing is said of it."""
+    """A group of equal objects. `size` is None where the phrase says none."""
 
     count_word: str
     size: str | None
@@ -48,11 +48,11 @@ class Phrase:
 
     @property
     def count(self) -> int:
-        """Objects in the group."""
+        """Number of objects in the group."""
         return next((n for n, word in COUNT_WORDS.items() if word == self.count_word), 1)
 
     def tokens(self) -> list[tuple[str, str]]:
-        """(word, what it says: count, size, colour or shape), in the prompt's order."""
+        """Returns (word, what it says: count, size, colour or shape), in the prompt's order."""
         noun = self.shape if self.count == 1 else SHAPES[self.shape]
         size = [(self.size, "size")] if self.size else []
         rest = [*size, (self.colour, "colour"), (noun, "shape")]
@@ -65,13 +65,13 @@ class Phrase:
 
 @dataclasses.dataclass(frozen=True)
 class Misalignment:
-    """One phrase that the picture contradicts: `kind` is a key of MISALIGNMENT_WEIGHTS."""
+    """A phrase that the picture contradicts; `kind` is a key of MISALIGNMENT_WEIGHTS."""
 
     phrase_index: int
     kind: str
 
     def concerns(self, phrase: Phrase, attribute: str) -> bool:
-        """Whether the phrase's word for `attribute` is misaligned (an article never is)."""
+        """Tells whether the phrase's word for `attribute` is misaligned (an article never is)."""
         if attribute == "count" and phrase.count_word == ARTICLE:
             return False
         return self.kind in ("missing", attribute)
@@ -92,7 +92,7 @@ class Description:
         return self.opening + (", ".join(first) + self.last_joint + last if first else last)
 
     def labels(self, misalignments: tuple[Misalignment, ...]) -> list[int]:
-        """One true label a prompt token, as `feedback.tokenize_prompt` splits the prompt."""
+        """Returns the true label of each token into which `feedback.tokenize_prompt` splits the prompt."""
         labels = [feedback.ALIGNED] * len(self.opening.split())
         for index, phrase in enumerate(self.phrases):
             if index and index == len(self.phrases) - 1:
@@ -105,14 +105,14 @@ class Description:
 
     @property
     def split(self) -> str:
-        """The split whose prompts say this, whatever the order of phrases, the opening and the joints."""
+        """Split of this content, whatever the order of the phrases, the opening and the joints."""
         content = "|".join(sorted(map(str, self.phrases)))
         bucket = hashlib.sha256(content.encode()).digest()[0] % 10
         return next(split for split, buckets in SPLIT_BUCKETS.items() if bucket in buckets)
 
 
 def choice(rng: np.random.Generator, items, weights=None):
-    """One of `items` as it is (numpy's choice turns strings into numpy strings)."""
+    """Draws one of `items` and returns it unchanged (numpy's choice turns strings into numpy strings)."""
     if weights is None:
         return items[rng.integers(len(items))]
     ends = list(itertools.accumulate(weights))
@@ -123,7 +123,7 @@ def sample_description(rng: np.random.Generator, split: str) -> Description:
     """Draws a description that belongs to `split`.
 
     Raises:
-      ValueError: no such split.
+      ValueError: there is no such split.
     """
     if split not in SPLIT_BUCKETS:
         raise ValueError(f"no split {split!r}: known are {', '.join(SPLIT_BUCKETS)}")
@@ -150,12 +150,12 @@ def sample_misalignments(
 ) -> tuple[tuple[Misalignment, ...], list[Phrase | None]]:
     """Draws what the picture gets wrong.
 
-    The chance doesn't depend on the prompt, and a wrong attribute is as likely as the one said, so
-    that neither the prompt nor the picture alone tells whether they agree.
+    The probability doesn't depend on the prompt, and a wrong attribute is as likely as the named one. So
+    neither the prompt nor the picture alone tells whether they agree.
 
     Returns:
-      The misalignments, and what is drawn for each phrase (None = nothing). Drawn colours and
-      shapes are all different too, and a wrong one is none that the prompt names.
+      The misalignments, and what is drawn for each phrase (None = nothing). Drawn colours and shapes are all
+      different too, and the prompt names no wrong one.
     """
     drawn: list[Phrase | None] = list(description.phrases)
     if rng.random() >= P_MISALIGNED_PROMPT:

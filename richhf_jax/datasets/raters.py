@@ -1,8 +1,8 @@
-"""Three simulated raters of the procedural scenes: they click, miss, err and rate.
+"""Simulates three raters of the procedural scenes: they click, miss, err and rate.
 
-A rater first notices each flaw or misses it, for good: a missed flaw gets no clicks, no marked words and
-no bad rating. A second kind of error is spurious clicks and slipped labels. All of it is documented by
-the constants below. Their answers are the raw ratings of `ratings.py`.
+A rater first notices or misses each flaw. A missed flaw gets no clicks, no marked words and no bad rating.
+Raters also click where nothing is wrong and mark wrong words. The constants below give all probabilities.
+The answers are raw ratings (`ratings.py`).
 
     python -m richhf_jax.datasets.raters --out=raw.jsonl --num=100
 """
@@ -19,22 +19,22 @@ from richhf_jax.datasets import prompts, ratings, scenes
 
 TOOL_VERSION = "simulated-raters-1"
 
-# What a rater is inclined to add to every rating.
+# Points that a rater tends to add to every rating.
 LEANINGS = {"rater-0": -0.15, "rater-1": 0.0, "rater-2": 0.15}
 RATING_NOISE = 0.35
-P_MISS = 0.1  # a flaw
-P_SPURIOUS_CLICK = 0.01  # of one kind, in one image
-P_LABEL_SLIP = 0.02  # a token marked wrongly, either way
-# Clicks lie on a grid this many disk radii wide, so that their disks cover a region nearly whole...
+P_MISS = 0.1  # of missing a flaw
+P_SPURIOUS_CLICK = 0.01  # for each image and kind of click
+P_LABEL_SLIP = 0.02  # of the wrong label for a token
+# Spacing of the grid of clicks, in disk radii: their disks cover nearly the whole region.
 CLICK_SPACING = 1.4
-CLICK_JITTER = 0.2  # ...with this standard deviation, in disk radii...
-P_CLICK_LEFT_OUT = 0.1  # ...and some of them left out.
+CLICK_JITTER = 0.2  # standard deviation around the grid's points, in disk radii
+P_CLICK_LEFT_OUT = 0.1  # for each point of the grid
 
 # Points of the Likert scale, before noise.
 BEST = 4.9
-ARTIFACT_COST, ARTIFACT_AREA_COST = 1.2, 7.0  # each artifact; and for its share of the picture
+ARTIFACT_COST, ARTIFACT_AREA_COST = 1.2, 7.0  # for each artifact; times its share of the picture
 MISALIGNMENT_COSTS = {"colour": 2.3, "shape": 2.4, "size": 1.7, "count": 1.9, "missing": 2.8}
-SECOND_MISALIGNMENT = 0.4  # the share that a second one costs
+SECOND_MISALIGNMENT = 0.4  # factor of the smaller of two costs
 BACKGROUND_CHARM = {"gradient": 1.5, "plain": 0.9, "stripes": 0.5, "checks": 0.0}
 PLAIN_AESTHETICS, COLOUR_CHARM, IMBALANCE_COST, ARTIFACT_UGLINESS = 2.4, 1.0, 1.3, 0.4
 OVERALL_WEIGHTS = {feedback.PLAUSIBILITY: 0.4, feedback.ALIGNMENT: 0.35, feedback.AESTHETICS: 0.25}
@@ -43,12 +43,15 @@ OVERALL_WEIGHTS = {feedback.PLAUSIBILITY: 0.4, feedback.ALIGNMENT: 0.35, feedbac
 def opinions(
     truth: scenes.SceneTruth, areas: list[float], misalignments: list[prompts.Misalignment]
 ) -> dict[str, float]:
-    """What a rater thinks who noticed these flaws: kind of score -> points of the Likert scale.
+    """Computes what a rater thinks who noticed these flaws.
 
     Args:
-      truth: of the picture.
-      areas: of the noticed artifacts, as shares of the picture.
-      misalignments: the noticed ones.
+      truth: the truth about the picture.
+      areas: areas of the noticed artifacts, as shares of the picture.
+      misalignments: the noticed misalignments.
+
+    Returns:
+      Kind of score -> points of the Likert scale, before noise.
     """
     costs = sorted((MISALIGNMENT_COSTS[m.kind] for m in misalignments), reverse=True)
     points = {
@@ -62,7 +65,7 @@ def opinions(
 
 
 def beauty(scene: scenes.Scene) -> float:
-    """Points for the background's kind and colour and for a balanced composition."""
+    """Returns the points for the background's kind and colour and for a balanced composition."""
     weight = sum(t.radius**2 for t in scene.things)
     x, y = (sum(t.radius**2 * getattr(t, axis) for t in scene.things) / weight for axis in "xy")
     imbalance = min(1.0, math.dist((x, y), (0.5, 0.5)) / 0.3)
@@ -73,7 +76,15 @@ def beauty(scene: scenes.Scene) -> float:
 
 
 def clicks(region: np.ndarray, rng: np.random.Generator) -> list[ratings.Point]:
-    """Points on a region, bool [height, width], in pixels; at least one unless the region is empty."""
+    """Draws a rater's clicks on a region; at least one unless the region is empty.
+
+    Args:
+      region: bool [height, width].
+      rng: random numbers.
+
+    Returns:
+      (x, y) in pixels; x to the right, y down.
+    """
     rows, columns = np.nonzero(region)
     if not len(rows):
         return []
@@ -94,7 +105,7 @@ def clicks(region: np.ndarray, rng: np.random.Generator) -> list[ratings.Point]:
 
 
 def rate(config: scenes.SceneConfig, name: str, truth: scenes.SceneTruth, rater_id: str) -> ratings.Rating:
-    """One rater's answer on the picture `name`, the same whenever it is asked for."""
+    """Returns one rater's answer on the picture `name`; equal arguments give equal answers."""
     rng = scenes.make_rng(config, name, rater_id)
     size, description = config.image_size, truth.scene.description
     artifacts = [region for region in truth.artifact_regions if rng.random() >= P_MISS]
@@ -134,15 +145,15 @@ def rate(config: scenes.SceneConfig, name: str, truth: scenes.SceneTruth, rater_
 
 
 def raw_lines(config: scenes.SceneConfig, name: str, truth: scenes.SceneTruth) -> list[str]:
-    """The raters' answers on the picture `name` as lines of a file of raw ratings."""
+    """Returns the raters' answers on the picture `name` as lines of a file of raw ratings."""
     return [rate(config, name, truth, rater_id).to_json() for rater_id in LEANINGS]
 
 
 def main() -> None:
-    """Writes raw ratings, for a try of `richhf_jax.datasets.consolidate`."""
+    """Writes raw ratings, e.g. to try `richhf_jax.datasets.consolidate` on."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.datasets.raters",
-        description="Writes raw ratings by simulated raters, input of richhf_jax.datasets.consolidate.",
+        description="Writes raw ratings by simulated raters: an input for richhf_jax.datasets.consolidate.",
     )
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="RAW.jsonl")
     parser.add_argument("--num", type=int, default=100, metavar="IMAGES", help="default: 100")

@@ -9,13 +9,13 @@ image need not be neighbours.
     image_size             {"width": int, "height": int}, pixels, each 1 to 8192
     implausibility_points  [[x, y], ...]   pixels; x to the right, y down; 0 <= x < width, 0 <= y < height
     misalignment_points    [[x, y], ...]   likewise
-    token_labels           [int, ...]      one a prompt token: 0 = misaligned, 1 = aligned
+    token_labels           [int, ...]      one per prompt token: 0 = misaligned, 1 = aligned
     ratings                {"plausibility": int, "alignment": int, "aesthetics": int, "overall": int}, 1 to 5
-    tool_version           str    of the annotation tool
+    tool_version           str    the annotation tool's version
     point_radius           str    "height/20": the radius of a point's disk as a share of the image's height
 
-Tokens are `feedback.tokenize_prompt`'s. All lines of an image have the same prompt, size and point
-radius. Every field is required; further fields are ignored; so are blank lines.
+Tokens are those of `feedback.tokenize_prompt`. All lines of an image have the same prompt, size and point
+radius. Every field is required. Further fields and blank lines are ignored.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ Point = tuple[float, float]
 
 
 class RatingError(ValueError):
-    """What is wrong with one line."""
+    """A line breaks the schema; the message says where and how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rating:
     point_radius: float
 
     def to_json(self) -> str:
-        """The line of a file of raw ratings."""
+        """Returns the answer as a line of a file of raw ratings."""
         return json.dumps(
             {
                 "image_id": self.image_id,
@@ -109,7 +109,7 @@ def read_ratings(lines: Iterable[str | bytes]) -> Iterator[tuple[int, Rating | R
     """Checks the lines of a file, each by itself and against the earlier lines of its image.
 
     Yields:
-      The line's number, from 1, and its rating or what is wrong with it.
+      The line's number, from 1, and its rating or what is wrong with the line.
     """
     first_line: dict[str, tuple[int, Rating]] = {}
     raters: dict[tuple[str, str], int] = {}

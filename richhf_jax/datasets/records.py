@@ -1,8 +1,8 @@
-"""Where the records of TFRecord files are, so that they can be read in any order.
+"""Finds where the records of TFRecord files start, so that they can be read in any order.
 
-To find that out takes a read for each record: thousands of round trips where the files are in a bucket. So
-the commands that build data sets save it beside the files, in one small file a folder (`write_index`). Where
-there is none, or one of other files, they are scanned. For data that something else built:
+A scan takes one read per record: thousands of round trips if the files are in a bucket. So the commands that
+build data sets save the result beside the files, in one small index per folder (`write_index`). Files that no
+index describes are scanned. The index of data that something else built is written by
 
     python -m richhf_jax.datasets.records FOLDER
 """
@@ -22,12 +22,18 @@ from richhf_jax import writing
 from richhf_jax.datasets import tfrecord
 
 INDEX_NAME = "record_offsets.npz"
-# They wait for a bucket's answers.
+# Threads that wait for a bucket's answers.
 _THREADS = 32
 
 
-def record_offsets(path: str) -> np.ndarray:
-    """Scans a TFRecord file (local or gs://), header by header -> int64 [records], where each one starts.
+def record_offsets(path: epath.PathLike) -> np.ndarray:
+    """Scans a TFRecord file, header by header.
+
+    Args:
+      path: local or gs://.
+
+    Returns:
+      int64 [records], the byte at which each record starts.
 
     Raises:
       ValueError: the file ends within a record, or a record's length is garbled.
@@ -46,13 +52,13 @@ def record_offsets(path: str) -> np.ndarray:
 
 
 def write_index(folder: epath.PathLike) -> None:
-    """Scans the TFRecord files of a TFDS data set's folder and saves where their records are, beside them.
+    """Scans the TFRecord files in a TFDS data set's folder and saves their records' offsets beside them.
 
     The index is a .npz file of
         names    [files]    str
-        sizes    [files]    int64, bytes: an index of other files is told by these
+        sizes    [files]    int64, bytes: a file of another size isn't the one that was scanned
         counts   [files]    int64, records
-        offsets  [records]  int64, as `record_offsets`, one file after the other
+        offsets  [records]  int64, as `record_offsets` returns them, one file after the other
 
     Raises:
       ValueError: a file ends within a record.
@@ -77,15 +83,16 @@ def write_index(folder: epath.PathLike) -> None:
 
 
 def locate(parts: Sequence[tuple[str, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Parts of files in a row, as one sequence of records.
+    """Lists the records of several parts of files as one sequence.
 
-    Where a folder's index knows a file of this name and size, the file isn't opened.
+    A file isn't opened if its folder's index has its name and size.
 
     Args:
-      parts: (path, records to skip, records to take), as TFDS's file instructions.
+      parts: (path, records to skip, records to take), as TFDS's file instructions say.
 
     Returns:
-      The number of its part and its offset in the file for each record, int64 [records].
+      For each record, int64 [records]: the index of its part in `parts`, and the byte of that part's file at
+      which the record starts.
 
     Raises:
       ValueError: a file ends within a record.
@@ -104,7 +111,7 @@ def _size(path: epath.Path) -> int:
 
 
 def _read_index(folder: epath.Path) -> dict[str, tuple[int, np.ndarray]]:
-    """A file's name -> its size and offsets when the index was written; empty if there is no index."""
+    """Reads a folder's index: a file's name -> its size and offsets. It is empty if there is no index."""
     path = folder / INDEX_NAME
     if not path.exists():
         return {}
@@ -119,12 +126,12 @@ def _read_index(folder: epath.Path) -> dict[str, tuple[int, np.ndarray]]:
 
 
 def _known_offsets(path: epath.Path, index: dict[str, tuple[int, np.ndarray]]) -> np.ndarray:
-    """`record_offsets`, from the index where it is of this very file."""
+    """Returns a file's offsets: from the index if it describes this very file, else by a scan."""
     if path.name in index:
         size, offsets = index[path.name]
         if size == _size(path):
             return offsets
-        logging.warning("%s: not the file that %s tells of; scanning it", path, INDEX_NAME)
+        logging.warning("%s: its size isn't the one in %s; scanning the file", path, INDEX_NAME)
     return record_offsets(path)
 
 
@@ -134,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m richhf_jax.datasets.records",
         description="Saves where the records of a TFDS data set are, so that training on it starts at once.",
     )
-    parser.add_argument("folder", help="with the TFRecord files, e.g. DIR/coco_captions/2014/1.1.0")
+    parser.add_argument("folder", help="folder of the TFRecord files, e.g. DIR/coco_captions/2014/1.1.0")
     folder = parser.parse_args(arguments).folder
     try:
         write_index(folder)

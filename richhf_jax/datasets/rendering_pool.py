@@ -1,4 +1,4 @@
-"""Makes examples on all cores. Free of TensorFlow, which each process would have to import."""
+"""Makes examples on all cores, without TensorFlow, which each process would have to import."""
 
 import functools
 import multiprocessing
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from richhf_jax import feedback
 from richhf_jax.datasets import consolidate, raters, scenes
 
-# Starting processes takes longer than making fewer examples than this.
+# With fewer examples than this, starting processes takes longer than making the examples.
 MIN_EXAMPLES = 1000
-CHUNK = 32
+CHUNK = 32  # examples that a process takes at once
 
 
 def rated_example(config: scenes.SceneConfig, name: str) -> dict:
-    """The picture `name` with its prompt and what the raters' consolidated answers say."""
+    """Makes an example: the picture `name`, its prompt, and the consolidated answers of the raters."""
     image, truth = scenes.render(config, name)
     (record,) = consolidate.consolidate_lines(raters.raw_lines(config, name, truth))
     return {
@@ -25,7 +25,7 @@ def rated_example(config: scenes.SceneConfig, name: str) -> dict:
 
 
 def captioned_example(config: scenes.SceneConfig, name: str) -> dict:
-    """The picture `name` with its prompt."""
+    """Makes an example: the picture `name` and its prompt."""
     image, truth = scenes.render(config, name)
     return {
         feedback.FILENAME_FIELD: name,
@@ -44,22 +44,22 @@ def examples(
     """Makes a split's examples.
 
     Args:
-      make: (config, name of a picture) -> its example.
-      config: of the scenes.
-      split: its name.
-      count: of examples.
-      processes: by default one a core, where there are examples enough. The examples don't depend on it.
+      make: (configuration, name of a picture) -> its example; other processes must be able to import it.
+      config: configuration of the scenes.
+      split: name of the split.
+      count: number of examples.
+      processes: by default one per core if there are enough examples. The examples don't depend on it.
 
     Yields:
       Name and example.
     """
     names = [scenes.filename(split, index) for index in range(count)]
-    make = functools.partial(make, config)
+    make_one = functools.partial(make, config)
     if processes is None:
         processes = len(os.sched_getaffinity(0)) if count >= MIN_EXAMPLES else 1
     if processes == 1:
-        yield from zip(names, map(make, names), strict=True)
+        yield from zip(names, map(make_one, names), strict=True)
         return
     # Forking a process in which TensorFlow runs threads may deadlock.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from zip(names, pool.imap(make, names, chunksize=CHUNK), strict=True)
+        yield from zip(names, pool.imap(make_one, names, chunksize=CHUNK), strict=True)

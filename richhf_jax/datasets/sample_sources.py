@@ -1,19 +1,19 @@
 """Writes small files in the form of every real source, to try the build commands without the real data.
 
-Pictures are procedural scenes, labels are simulated raters' (`scenes`, `raters`, `consolidate`); schemas and
-names of files are those of the published ones.
+Pictures are procedural scenes, and simulated raters label them (`scenes`, `raters`, `consolidate`). Schemas
+and file names are those of the published data.
 
-    DIR/raw/{train,dev,test}.jsonl          raw ratings, three raters an image (`ratings`)
+    DIR/raw/{train,dev,test}.jsonl          raw ratings, three raters per image (`ratings`)
     DIR/labels/{train,dev,test}.tfrecord    RichHF-18K: the raw ratings consolidated
-    DIR/pick_a_pic/data/*.parquet           Pick-a-Pic v1: pairs of images; half of the rows have none of
-                                            RichHF-18K, some images are in several rows
+    DIR/pick_a_pic/data/*.parquet           Pick-a-Pic v1: pairs of images; half of the rows have no image of
+                                            RichHF-18K, and some images are in several rows
     DIR/joined/*.parquet                    labels, image and prompt in one table
-    DIR/images/<uid>.{jpg,png,webp}         images as files...
-    DIR/prompts.csv, DIR/prompts.jsonl      ...with their prompts (uid, prompt), twice the same
+    DIR/images/<uid>.{jpg,png,webp}         images as files
+    DIR/prompts.csv, DIR/prompts.jsonl      their prompts (uid, prompt), the same in two formats
     DIR/web/{tfrecord,webdataset,parquet}/  images with captions in two languages, three files each; a few
-                                            captions are too short or too long to be of use
+                                            captions are too short or too long
 
-The same arguments give the same files, byte by byte (with the same versions of Pillow and pyarrow).
+Equal arguments give equal files, byte by byte (with the same versions of Pillow and pyarrow).
 """
 
 import argparse
@@ -41,7 +41,7 @@ from richhf_jax.datasets import consolidate, raters, scenes
 MIN_EXAMPLES = 6
 JPEG_QUALITY = 95
 
-# RichHF-18K's split -> the split whose prompts its scenes have, and the Pick-a-Pic split with its images.
+# RichHF-18K's split -> the split of the scenes' prompts; and the split of Pick-a-Pic that has its images.
 SCENE_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 PICK_A_PIC_SPLITS = {"train": "train", "dev": "train", "test": "test"}
 
@@ -96,10 +96,10 @@ class Sample:
 
     Attributes:
       split: 'train', 'dev' or 'test'.
-      uid: of Pick-a-Pic.
+      uid: Pick-a-Pic's id of the image.
       prompt: what the picture was to show.
-      image: encoded.
-      extension: of the image's format, e.g. 'jpg'.
+      image: the encoded image.
+      extension: file extension of the image's format, e.g. 'jpg'.
       raw_lines: the raters' answers as JSON.
       record: RichHF-18K's eight fields, consolidated from `raw_lines`.
     """
@@ -114,12 +114,12 @@ class Sample:
 
 
 def make_uid(name: str) -> str:
-    """A name -> a UUID that is the same in every run."""
+    """Makes a UUID from a name; equal names give equal UUIDs."""
     return str(uuid.UUID(bytes=hashlib.sha256(name.encode()).digest()[:16], version=4))
 
 
 def punctuate(prompt: str) -> str:
-    """Adds what CSV must quote and what separates tokens; the tokens stay the same.
+    """Adds a comma and quotes, which CSV must escape; the tokens stay the same.
 
     >>> punctuate('a red star')
     'a red, "star"'
@@ -129,7 +129,7 @@ def punctuate(prompt: str) -> str:
 
 
 def encode(image: np.ndarray, extension: str) -> bytes:
-    """uint8 [height, width, 3] -> a file of the format 'jpg', 'png' or 'webp'."""
+    """Encodes uint8 [height, width, 3] in the format 'jpg', 'png' or 'webp'."""
     buffer = io.BytesIO()
     image_format = Image.registered_extensions()[f".{extension}"]
     Image.fromarray(image).save(buffer, image_format, quality=JPEG_QUALITY)
@@ -137,12 +137,12 @@ def encode(image: np.ndarray, extension: str) -> bytes:
 
 
 def make_samples(examples: int = 24, image_size: int = 64) -> list[Sample]:
-    """Images of all splits, train first: two thirds train, the rest in halves.
+    """Makes images of all splits, train first: two thirds are train; dev and test share the rest.
 
     Most are JPEG; some are PNG and WebP. Some prompts have commas and quotes.
 
     Args:
-      examples: in all splits, at least 6.
+      examples: number of images in all splits, at least 6.
       image_size: side in pixels, 64 to 512.
 
     Raises:
@@ -181,7 +181,7 @@ def _make_sample(config: scenes.SceneConfig, split: str, index: int) -> Sample:
 
 
 def _by_split(samples: Sequence[Sample], splits: dict[str, str]) -> Iterator[tuple[str, list[Sample]]]:
-    """Samples by the split that `splits` says for theirs."""
+    """Groups samples by the value of `splits` for their split."""
     for split in dict.fromkeys(splits.values()):
         yield split, [sample for sample in samples if splits[sample.split] == split]
 
@@ -190,7 +190,7 @@ _OWN_SPLITS = {split: split for split in SCENE_SPLITS}
 
 
 def write_raw(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
-    """Writes raw ratings, {train,dev,test}.jsonl; one rater after the other: an image's lines are apart."""
+    """Writes raw ratings, {train,dev,test}.jsonl, rater by rater, so that an image's lines are apart."""
     folder.mkdir(parents=True)
     for split, group in _by_split(samples, _OWN_SPLITS):
         lines = [line for by_rater in zip(*(s.raw_lines for s in group), strict=True) for line in by_rater]
@@ -205,9 +205,9 @@ def write_labels(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
 
 
 def write_pick_a_pic(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
-    """Writes shards of Pick-a-Pic v1 with the samples' images and as many rows without any of them.
+    """Writes shards of Pick-a-Pic v1: rows with the samples' images, and as many rows without.
 
-    Every third image is in a second row, often in another shard. Row groups hold a few rows.
+    Every third image is in a second row, often in another shard. Row groups have few rows.
     """
     folder.mkdir(parents=True)
     for split, group in _by_split(samples, PICK_A_PIC_SPLITS):
@@ -221,7 +221,7 @@ def write_pick_a_pic(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
 
 
 def _pick_a_pic_rows(split: str, samples: Sequence[Sample]) -> list[dict]:
-    """The rows of all shards: samples beside other images, samples again, and rows of other images only."""
+    """Makes the rows of all shards: samples beside other images, some twice; and other images only."""
     others = [(make_uid(f"other/{split}/{n}"), _other_image(n)) for n in range(4)]
     rng = np.random.default_rng(0)
     pairs = []
@@ -238,7 +238,7 @@ def _pick_a_pic_rows(split: str, samples: Sequence[Sample]) -> list[dict]:
 
 
 def _other_image(number: int) -> bytes:
-    """A small picture that isn't of RichHF-18K."""
+    """Makes a small picture that isn't in RichHF-18K."""
     shade = np.full((32, 48, 3), (60 * number, 128, 255 - 60 * number), np.uint8)
     return encode(shade, "jpg")
 
@@ -300,9 +300,9 @@ def write_images(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
 
 
 def make_web_pairs(examples: int = 24, image_size: int = 64) -> list[dict[str, str | bytes]]:
-    """Clean pictures with captions: JPEG `image`, `caption`, `language` ('en', every fourth 'de').
+    """Makes clean pictures with captions: JPEG `image`, `caption`, `language` ('en', sometimes 'de').
 
-    Of each ten, one caption is a single word and one has hundreds.
+    In each ten captions, one is a single word and one has hundreds.
     """
     config = scenes.SceneConfig(image_size=image_size, clean=True)
     pairs = []
@@ -337,7 +337,7 @@ def write_web(folder: pathlib.Path, pairs: Sequence[dict[str, str | bytes]]) -> 
             for index, pair in enumerate(shard):
                 members = {
                     "jpg": pair["image"],
-                    "txt": pair["caption"].encode(),
+                    "txt": str(pair["caption"]).encode(),
                     "json": json.dumps({"language": pair["language"]}).encode(),
                 }
                 for extension, data in members.items():
@@ -350,7 +350,7 @@ def write(out: pathlib.Path, examples: int = 24, image_size: int = 64) -> None:
     """Writes every source into the folder `out`, which appears complete or not at all.
 
     Raises:
-      errors.UserError: `out` holds something, or can't be written; a number is out of range.
+      errors.UserError: `out` isn't empty or can't be written, or a number is out of range.
     """
     try:
         samples = make_samples(examples, image_size)

@@ -1,8 +1,9 @@
-"""What the TFDS builders of procedural scenes share."""
+"""Base of the TFDS builders of procedural scenes."""
 
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import tensorflow_datasets as tfds
 
@@ -12,27 +13,31 @@ from richhf_jax.datasets import rendering_pool, scenes
 
 @dataclasses.dataclass(kw_only=True)
 class SceneBuilderConfig(tfds.core.BuilderConfig):
-    """Which scenes, and how many examples a split."""
+    """The scenes of a configuration, and the number of examples in each split."""
 
     scene: scenes.SceneConfig
     split_sizes: dict[str, int]
 
 
 class SceneBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Pictures with file names and prompts; a subclass says how one is made and what else it has."""
+    """Builder of pictures with file names and prompts; a subclass makes the examples and may add features."""
 
     @property
     @abc.abstractmethod
     def make_example(self) -> Callable[[scenes.SceneConfig, str], dict]:
-        """(configuration, file name) -> an example; a function that other processes can import."""
+        """Function (configuration, file name) -> example, which other processes can import."""
 
     def more_features(self, size: int) -> dict[str, tfds.features.FeatureConnector]:
-        """Features of an example beside the common ones; `size` is the picture's side."""
+        """Returns the features beside the common ones; `size` is the picture's side, in pixels."""
         del size
         return {}
 
+    @property
+    def _scene_config(self) -> SceneBuilderConfig:
+        return cast(SceneBuilderConfig, self.builder_config)
+
     def _info(self) -> tfds.core.DatasetInfo:
-        size = self.builder_config.scene.image_size
+        size = self._scene_config.scene.image_size
         features = {
             feedback.FILENAME_FIELD: tfds.features.Text(),
             feedback.IMAGE_FIELD: tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
@@ -45,8 +50,8 @@ class SceneBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager
         return {
             split: self._generate_examples(split, count)
-            for split, count in self.builder_config.split_sizes.items()
+            for split, count in self._scene_config.split_sizes.items()
         }
 
     def _generate_examples(self, split: str, count: int):
-        return rendering_pool.examples(self.make_example, self.builder_config.scene, split, count)
+        return rendering_pool.examples(self.make_example, self._scene_config.scene, split, count)

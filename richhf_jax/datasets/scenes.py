@@ -1,8 +1,8 @@
 """Procedural scenes with known flaws: everything follows from (config, filename).
 
-`sample_scene` draws what is in a picture, `render` draws the picture with the truth about it, and
-`truth` gives an evaluation the truth alone. Lengths are shares of the side, so that a scene is the
-same at every resolution.
+`sample_scene` draws the contents of a picture, `render` draws the picture and returns the truth about it, and
+`truth` gives an evaluation the truth alone. Lengths are shares of the side, so that a scene is the same at
+every resolution.
 """
 
 import colorsys
@@ -19,28 +19,28 @@ from richhf_jax.datasets import artifacts, drawing, prompts
 
 MIN_SIZE, MAX_SIZE = 64, 512
 BACKGROUNDS = ("plain", "gradient", "stripes", "checks")
-# Radii as shares of the side (64 pixels: 7.5 to 8.5, and 12 to 14).
+# Radii as shares of the side (at 64 pixels: 7.5 to 8.5, and 12 to 14). None: the phrase says no size.
 RADII = {"small": (0.117, 0.133), "large": (0.187, 0.218), None: (0.125, 0.2)}
-MAX_TILT = 0.2
+MAX_TILT = 0.2  # radians, to either side
 ARTIFACT_COUNTS = (0, 1, 2)
 ARTIFACT_COUNT_WEIGHTS = (0.45, 0.42, 0.13)
-# Of backgrounds: muted, so that every object stands out.
+# Range of the backgrounds' saturations: muted, so that every object stands out.
 SATURATIONS = (0.08, 0.38)
 STATIC_RADII = (0.11, 0.15)
-# A pixel belongs to a region where it is covered this much (of 255).
+# A pixel belongs to a region if at least this much of it (of 255) is covered.
 COVERED = 96
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneConfig:
-    """What a data set's scenes are like.
+    """Settings of a data set's scenes.
 
     Attributes:
       image_size: side of the square picture, 64 to 512 pixels.
-      seed: another seed, other scenes.
+      seed: scenes of different seeds are different.
       clean: True for pictures without flaws that show exactly what the prompt says.
-      artifact_strength: 1 = plain to see.
-      scale: of the objects' sizes.
+      artifact_strength: 1 for flaws that are plain to see, less for subtle ones.
+      scale: factor of the objects' sizes.
       grain: standard deviation of the noise on the picture, in grey levels of 255.
     """
 
@@ -56,7 +56,7 @@ class SceneConfig:
             raise ValueError(f"image_size must be {MIN_SIZE} to {MAX_SIZE}, got {self.image_size}")
 
 
-# By the name of the TFDS builder configuration.
+# Name of the TFDS builder configuration -> its scenes.
 CONFIGS = {
     "default": SceneConfig(),
     "subtle": SceneConfig(artifact_strength=0.45, scale=0.8, grain=12.0),
@@ -70,7 +70,7 @@ CAPTIONS_CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """An object in the picture."""
+    """An object in the picture; `radius`, `x` and `y` are shares of the side, `angle` is in radians."""
 
     phrase_index: int
     shape: str
@@ -84,7 +84,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """An artifact on the object `thing_index`, or static at (x, y)."""
+    """An artifact on the object `thing_index`, or static at (x, y); lengths are shares of the side."""
 
     kind: str
     thing_index: int | None
@@ -95,7 +95,7 @@ class Artifact:
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-    """Two muted colours and what becomes of them."""
+    """A pattern of two muted colours: an HSV colour, and one darker by `contrast`; `angle` is in radians."""
 
     kind: str
     hue: float
@@ -107,15 +107,16 @@ class Background:
     @property
     def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Two RGB colours, 0 to 255."""
-        values = (self.value, self.value - self.contrast)
-        return tuple(
-            tuple(255 * c for c in colorsys.hsv_to_rgb(self.hue, self.saturation, value)) for value in values
-        )
+
+        def rgb(value: float) -> tuple[float, ...]:
+            return tuple(255 * c for c in colorsys.hsv_to_rgb(self.hue, self.saturation, value))
+
+        return rgb(self.value), rgb(self.value - self.contrast)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is in a picture, and what its prompt says."""
+    """The contents of a picture, and what its prompt says."""
 
     description: prompts.Description
     misalignments: tuple[prompts.Misalignment, ...]
@@ -126,7 +127,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectTruth:
-    """An object that is in the picture: `mask` is bool [height, width], its visible pixels."""
+    """An object in the picture; `mask`, bool [height, width], has its visible pixels."""
 
     mask: np.ndarray
     misaligned: bool
@@ -141,8 +142,8 @@ class SceneTruth:
 
     Attributes:
       scene: what was drawn.
-      objects: those in the picture (a missing object is not).
-      artifact_regions: one an artifact of the scene, in its order.
+      objects: the objects in the picture, without the missing ones.
+      artifact_regions: one region per artifact of the scene, in the scene's order.
     """
 
     scene: Scene
@@ -167,17 +168,17 @@ class SceneTruth:
 
     @property
     def missing_object(self) -> bool:
-        """Whether a phrase of the prompt has nothing in the picture."""
+        """Whether the picture lacks an object that the prompt names."""
         return any(m.kind == "missing" for m in self.scene.misalignments)
 
 
 def filename(split: str, index: int) -> str:
-    """'train/<uid>.png'; the uid is a bijection of the index (Knuth's multiplicative hash)."""
+    """Returns '<split>/<uid>.png'; the uid is a bijection of the index (Knuth's multiplicative hash)."""
     return f"{split}/{index * 2654435761 % 2**32:08x}.png"
 
 
 def make_rng(config: SceneConfig, name: str, purpose: str) -> np.random.Generator:
-    """The random numbers of a picture for one purpose: the same wherever and whenever they are drawn."""
+    """Makes a picture's random numbers for one purpose; equal arguments give equal numbers everywhere."""
     key = f"{config.seed}/{'clean' if config.clean else 'flawed'}/{name}/{purpose}"
     return np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), "<u4"))
 
@@ -186,7 +187,8 @@ def sample_scene(config: SceneConfig, name: str) -> Scene:
     """Draws the scene of the picture `name` ('<split>/<uid>.png')."""
     rng = make_rng(config, name, "scene")
     description = prompts.sample_description(rng, name.partition("/")[0])
-    misalignments, drawn = (), list(description.phrases)
+    misalignments: tuple[prompts.Misalignment, ...] = ()
+    drawn: list[prompts.Phrase | None] = list(description.phrases)
     if not config.clean:
         misalignments, drawn = prompts.sample_misalignments(rng, description)
     things = _place(rng, drawn, {m.phrase_index for m in misalignments}, config.scale)
@@ -209,7 +211,7 @@ def sample_scene(config: SceneConfig, name: str) -> Scene:
 def _place(
     rng: np.random.Generator, drawn: list[prompts.Phrase | None], misaligned: set[int], scale: float
 ) -> tuple[Thing, ...]:
-    """Puts the objects anywhere in the picture where they don't, or hardly, overlap."""
+    """Places the objects at random where they overlap little or not at all."""
     groups = []
     for index, phrase in enumerate(drawn):
         if phrase is not None:
@@ -297,7 +299,7 @@ def render(config: SceneConfig, name: str) -> tuple[np.ndarray, SceneTruth]:
 
 
 def _visible(masks: list[np.ndarray]) -> list[np.ndarray]:
-    """Takes from each mask what later ones cover."""
+    """Removes from each mask what later ones cover."""
     covered = np.zeros_like(masks[0])
     visible = []
     for mask in reversed(masks):
@@ -307,5 +309,5 @@ def _visible(masks: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def truth(name: str, config: SceneConfig) -> SceneTruth:
-    """The truth about the picture `name` ('<split>/<uid>.png') of a data set built with `config`."""
+    """Returns the truth about the picture `name` ('<split>/<uid>.png') of a data set built with `config`."""
     return render(config, name)[1]

@@ -17,7 +17,7 @@ SPLIT_SIZES = {"train": 8000, "validation": 500, "test": 500}
 
 
 class SyntheticRichHf(SceneBuilder):
-    """Procedural scenes with rich feedback; the prompts of one split are in no other."""
+    """Procedural scenes with rich feedback; no two splits share a prompt."""
 
     VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS = [

@@ -1,41 +1,43 @@
-"""TFRecord files from and to any file object, with their checksums; the examples in them. Free of TensorFlow.
+"""Reads and writes TFRecord files and the tf.train.Examples in them, without TensorFlow.
 
-A record: uint64 length, uint32 checksum of these 8 bytes; the data; uint32 checksum of the data.
+A record is: uint64 length, uint32 checksum of these 8 bytes; the data; uint32 checksum of the data.
 https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import google_crc32c
 from google.protobuf import message
 from tensorflow_datasets.proto import tf_example_pb2
 
+# The generated module makes its classes at run time, unseen by type checkers.
+_Example = cast(Any, tf_example_pb2).Example
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
 _HEADER_BYTES, _FOOTER_BYTES = _LENGTH.size + _CHECKSUM.size, _CHECKSUM.size
 _CUT_OFF = "cut off: the file ends within this record"
-# Of what is read at once: a length may be wrong.
+# No more is read at once: a garbled length may be huge.
 _CHUNK_BYTES = 1 << 20
 
 
 class RecordError(ValueError):
-    """What is wrong with a record."""
+    """A record is cut off, garbled or no tf.train.Example; the message says which."""
 
 
-def write(file: BinaryIO, data: bytes) -> None:
-    """Appends a record."""
+def write(file: IO[bytes], data: bytes) -> None:
+    """Appends a record with its checksums to a file."""
     length = _LENGTH.pack(len(data))
     file.write(length + _checksum(length) + data + _checksum(data))
 
 
-def read(file: BinaryIO) -> Iterator[bytes | RecordError]:
-    """Reads a file from where it stands to its end.
+def read(file: IO[bytes]) -> Iterator[bytes | RecordError]:
+    """Reads records from a file's current position to its end.
 
     Yields:
-      Records in order; in place of one whose data is garbled, the error. Where a length is garbled or the
-      file is cut off, the error is the last.
+      Records in order. An error takes the place of a record whose data is garbled. It is the last item if a
+      length is garbled or the file is cut off.
     """
     while header := _read_up_to(file, _HEADER_BYTES):
         try:
@@ -53,11 +55,11 @@ def read(file: BinaryIO) -> Iterator[bytes | RecordError]:
             yield data[:size]
 
 
-def offsets(file: BinaryIO, end: int) -> Iterator[int]:
+def offsets(file: IO[bytes], end: int) -> Iterator[int]:
     """Scans a file of `end` bytes, header by header.
 
     Yields:
-      Where each record starts.
+      The byte at which each record starts.
 
     Raises:
       RecordError: the next record's length is garbled, or the file ends within that record.
@@ -73,8 +75,8 @@ def offsets(file: BinaryIO, end: int) -> Iterator[int]:
 
 
 def serialize_example(values: Mapping[str, str | float | bytes]) -> bytes:
-    """Makes a tf.train.Example with one value a feature; the same bytes for the same values."""
-    example = tf_example_pb2.Example()
+    """Serialises a tf.train.Example with one value per feature; equal values give equal bytes."""
+    example = _Example()
     for name, value in values.items():
         feature = example.features.feature[name]
         if isinstance(value, float):
@@ -85,22 +87,22 @@ def serialize_example(values: Mapping[str, str | float | bytes]) -> bytes:
 
 
 def parse_example(data: bytes) -> Mapping[str, Any]:
-    """Reads a serialised tf.train.Example -> its features (tf.train.Feature) by name.
+    """Parses a serialised tf.train.Example into its features (tf.train.Feature) by name.
 
     Raises:
-      RecordError: it is none.
+      RecordError: the data is no tf.train.Example.
     """
     try:
-        return tf_example_pb2.Example.FromString(data).features.feature
+        return _Example.FromString(data).features.feature
     except message.DecodeError as error:
         raise RecordError("no tf.train.Example") from error
 
 
 def _data_size(header: bytes) -> int:
-    """Reads a record's header -> bytes of its data.
+    """Returns the size in bytes of a record's data, as its header says.
 
     Raises:
-      RecordError: the header isn't whole, or garbled.
+      RecordError: the header is cut off or garbled.
     """
     if len(header) < _HEADER_BYTES:
         raise RecordError(_CUT_OFF)
@@ -110,8 +112,8 @@ def _data_size(header: bytes) -> int:
     return _LENGTH.unpack(length)[0]
 
 
-def _read_up_to(file: BinaryIO, size: int) -> bytes:
-    """`size` bytes, or what there is before the file's end; files of a network may give less at a time."""
+def _read_up_to(file: IO[bytes], size: int) -> bytes:
+    """Reads `size` bytes, fewer only at the file's end. One read of a network's file may return too few."""
     chunks = []
     while size and (chunk := file.read(min(size, _CHUNK_BYTES))):
         chunks.append(chunk)
@@ -120,6 +122,6 @@ def _read_up_to(file: BinaryIO, size: int) -> bytes:
 
 
 def _checksum(data: bytes) -> bytes:
-    """TFRecord's masked CRC-32C, little-endian."""
+    """Computes TFRecord's masked CRC-32C, little-endian."""
     crc = google_crc32c.value(data)
     return _CHECKSUM.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

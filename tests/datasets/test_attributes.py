@@ -1,4 +1,4 @@
-"""Attributes by a VQA model: answers, images from every place, stops and resumes, transformers' pipeline."""
+"""Tests attributes by a VQA model: answers, sources of images, stops and resumes, transformers' pipeline."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def test_questions_are_the_papers():
 
 
 class Oracle:
-    """Answers by the image's colour: red is a photo of an animal, blue neither."""
+    """Answers by the image's colour: red is a photo of an animal, blue is neither photo nor animal."""
 
     def __init__(self, fail_after: int | None = None):
         self.batches, self.fail_after = [], fail_after
@@ -119,7 +119,7 @@ def test_a_folder_becomes_a_table(folder, tmp_path):
     report = attributes.make_table(attributes.read_images(folder, set()), out, vqa, batch_size=4)
     blue = {"id": "blue", **BLUE}
     assert read_table(out) == [blue, *({"id": f"red-{n}", **RED} for n in range(5))]
-    assert vqa.batches == [8, 4]  # two questions an image
+    assert vqa.batches == [8, 4]  # two questions per image
     assert report == attributes.Report(rows=6, unknown=1, first_unknown=[blue], undecodable=1)
     (failure,) = read_table(tmp_path / "table.jsonl.errors.jsonl")
     assert failure["id"] == "broken"
@@ -174,7 +174,7 @@ def test_pick_a_pic_has_each_image_once_and_read_groups_are_skipped(tmp_path, mo
     assert dict(attributes.read_images(tmp_path / "data", some)) == {
         uid: data for uid, data in expected.items() if uid not in some
     }
-    # Where all is known, no image is read.
+    # No image is read if all ids are known.
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
     assert list(attributes.read_images(tmp_path / "data", set(expected))) == []
 
@@ -198,7 +198,7 @@ def test_a_plain_table_of_images(tmp_path, as_struct):
         (lambda folder: None, "images: no .jpg, .jpeg, .png, .webp or .parquet file there"),
         (
             lambda folder: [(folder / name).write_bytes(b"") for name in ("a.jpg", "a.png")],
-            "a.png: has the same name, which is the id, as ",
+            "a.png: its id, the name without ending, is also that of ",
         ),
         (
             lambda folder: pq.write_table(pa.table({"uid": ["a"], "image": [b""]}), folder / "a.parquet"),
@@ -217,7 +217,7 @@ def test_images_that_cannot_be_read(tmp_path, make, message):
 
 def test_a_bad_line_of_the_table(tmp_path):
     (tmp_path / "table.jsonl").write_text('{"id": "a"}\n{"uid": "b"}\n')
-    with pytest.raises(errors.UserError, match=r"table.jsonl:2: no line of a table of attributes"):
+    with pytest.raises(errors.UserError, match=r"table.jsonl:2: this isn't a line of a table of attributes"):
         attributes.finished_ids(tmp_path / "table.jsonl")
     assert attributes.finished_ids(tmp_path / "none.jsonl") == set()
 
@@ -268,7 +268,7 @@ def test_torch_and_transformers_load_when_they_are_needed():
 
 SPECIAL_WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 WORDS = [*SPECIAL_WORDS, *("USER", "ASSISTANT", ":", "yes", "no", "human", "is", "it", "a", "photo", "?")]
-# The shape of LLaVA's.
+# A template like LLaVA's.
 CHAT_TEMPLATE = (
     "{% for message in messages %}USER : {% for part in message.content %}"
     "{% if part.type == 'image' %}<image> {% else %}{{ part.text }}{% endif %}{% endfor %} ASSISTANT :"
@@ -278,12 +278,12 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tiny_llava(tmp_path_factory):
-    """A random LLaVA of 16-pixel images and 16 words; its folder, model and processor."""
+    """Makes a random LLaVA of 16-pixel images and 16 words; returns its folder, model and processor."""
     import tokenizers
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # It would rather have torchvision.
+    transformers.utils.logging.set_verbosity_error()  # It warns that torchvision is missing.
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -316,7 +316,7 @@ def tiny_llava(tmp_path_factory):
     )
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    # Larger, so that answers depend on image and question.
+    # Larger weights make the answers depend on image and question.
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.5)
     folder = tmp_path_factory.mktemp("llava")

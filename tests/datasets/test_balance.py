@@ -1,4 +1,4 @@
-"""Balanced sampling: its rule by worked examples, the same subset whatever the row order, and bad tables."""
+"""Tests balanced sampling: worked examples of its rules, independence of the row order, and bad tables."""
 
 import collections
 import csv
@@ -21,9 +21,9 @@ from richhf_jax.datasets.attributes import CATEGORIES
     ("total", "lows", "highs", "expected"),
     [
         (10, [0, 0], [9, 9], [5, 5]),
-        (11, [0, 0, 0], [9, 9, 9], [4, 4, 3]),  # What doesn't divide goes to the first.
+        (11, [0, 0, 0], [9, 9, 9], [4, 4, 3]),  # The remainder goes to the first share.
         (11, [0, 0, 0], [3, 9, 9], [3, 4, 4]),
-        (10, [0, 0, 0], [1, 2, 9], [1, 2, 7]),  # The third makes up for two that run short.
+        (10, [0, 0, 0], [1, 2, 9], [1, 2, 7]),  # The third makes up for two that have too few.
         (10, [7, 0, 0], [9, 9, 9], [7, 2, 1]),
         (0, [0, 0], [0, 4], [0, 0]),
         (4, [0, 0], [0, 4], [0, 4]),
@@ -47,14 +47,14 @@ def test_no_share_can_be_made_more_equal(rng):
         shares = np.array(balance.water_fill(total, lows.tolist(), highs.tolist()))
         assert shares.sum() == total
         assert np.all((lows <= shares) & (shares <= highs))
-        # Moving one from a share that may shrink to one that may grow never brings the two closer.
+        # No move of one image from a share that may shrink to one that may grow brings the two closer.
         assert shares[shares > lows].max(initial=0) - shares[shares < highs].min(initial=total + 1) <= 1
 
 
 @pytest.mark.parametrize(
     ("pool", "count", "share", "expected"),
     [
-        # Enough of everything: categories alike, 70 % of each photo-realistic.
+        # Enough of everything: all categories get the same number, and 70 % of each are photo-realistic.
         ([[50, 50]] * 5, 50, 0.7, [[3, 7]] * 5),
         # Few photo-realistic animals: other animals stand in for them, other categories make up the share.
         (
@@ -63,13 +63,13 @@ def test_no_share_can_be_made_more_equal(rng):
             0.7,
             [[1, 9], [9, 1], [1, 9], [2, 8], [2, 8]],
         ),
-        # Few animals at all: the rest is shared alike.
+        # Few animals at all: the others share the rest equally.
         ([[50, 50], [1, 1], [50, 50], [50, 50], [50, 50]], 50, 0.5, [[6, 6], [1, 1], [6, 6], [6, 6], [6, 6]]),
         # Nothing is photo-realistic.
         ([[50, 0]] * 5, 10, 0.7, [[2, 0]] * 5),
-        # Everything is.
+        # Everything is photo-realistic.
         ([[0, 50]] * 5, 10, 0.7, [[0, 2]] * 5),
-        # All there is.
+        # The whole pool is drawn.
         ([[3, 1], [0, 2], [5, 0], [1, 1], [0, 1]], 14, 0.7, [[3, 1], [0, 2], [5, 0], [1, 1], [0, 1]]),
     ],
 )
@@ -194,11 +194,11 @@ def test_a_record_of_several_lines_is_named_by_its_last(tmp_path):
         ("a.csv", b"id,category\n", "there is no column photorealistic, only id, category"),
         ("a.csv", b"", "there is no column id, only none"),
         ("a.csv", b"id,photorealistic,category\n", "1 are to be drawn, but only 0 rows have both attributes"),
-        ("a.csv", b"id,photorealistic,category\n\xff,true,human\n", "this is no UTF-8"),
+        ("a.csv", b"id,photorealistic,category\n\xff,true,human\n", "this isn't UTF-8 text"),
         ("a.jsonl", b"{\n", ":1: broken JSON"),
         ("a.jsonl", b"[]\n", ":1: a line must be a JSON object"),
         ("a.parquet", b"PAR?", "a.parquet: "),
-        ("a.txt", b"", "a table's name ends in .csv, .jsonl, .parquet"),
+        ("a.txt", b"", "a table's name must end in .csv, .jsonl, .parquet"),
         ("b.csv", None, "b.csv: No such file or directory"),
     ],
 )
@@ -222,7 +222,7 @@ def test_command_line(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     expected = balance.draw(table, 60).rows
     assert [(r["id"], r["photorealistic"] == "true", r["category"]) for r in rows] == expected
-    # A subset is a table, too.
+    # A subset can be drawn from, since it is a table, too.
     assert balance.draw(out, 60).rows == expected
 
 

@@ -1,4 +1,4 @@
-"""The TFDS builders: what is read back is what was made, on any number of processes."""
+"""Tests the TFDS builders: they store what was made, with any number of processes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Raw ratings -> records, by worked examples, and every kind of bad line through the command line."""
+"""Tests consolidation: worked examples, and every kind of bad line given to the command."""
 
 import copy
 import io
@@ -81,7 +81,7 @@ def test_heatmap_is_the_raters_mean_and_overlapping_disks_of_one_rater_count_onc
     (record,) = consolidate.consolidate_lines(map(json.dumps, raters))
     heatmap = read_map(record["artifact_map"])
     assert heatmap.shape == (40, 50)
-    # The radius is 40 / 20 = 2 pixels: (8, 10) is in Ann's first disk alone, (11, 10) in all three.
+    # The radius is 40 / 20 = 2 pixels: (8, 10) is only in Ann's first disk, (11, 10) in all three.
     assert (heatmap[10, 8], heatmap[10, 11], heatmap[10, 14], heatmap[10, 7]) == (85, 170, 0, 0)
     assert not read_map(record["misalignment_map"]).any()
 

@@ -1,4 +1,4 @@
-"""Descriptions: worked examples, figures computed anew from the sources, and what a broken source says."""
+"""Tests descriptions: worked examples, figures recomputed from the sources, messages on broken sources."""
 
 import collections
 import io
@@ -136,7 +136,7 @@ def test_images_by_header(monkeypatch):
         b"",
         b"<html>",
     ]
-    # A cut file has its header; TFDS data was checked when it was built.
+    # A file that is cut off still has its header; TFDS data was checked when it was built.
     images[1] = images[1][:-2]
     monkeypatch.setattr(statistics, "MAX_SIZES", 2)
     part = summarise(*(Record(f"{i}", image=data) for i, data in enumerate(images)))["images"]
@@ -321,7 +321,7 @@ def test_command_line_writes_all_outputs(folder, tmp_path, capsys):
         assert picture.width == 1210
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
     html = outputs["html"].read_text()
-    assert html.count("data:image/png;base64,") == 3  # two heatmaps, their scale
+    assert html.count("data:image/png;base64,") == 3  # two heatmaps and their scale
     assert not re.search(r"https?://|<script|<link", html)
     for kind in (*feedback.SCORES, *feedback.HEATMAPS):
         assert f"<h3>{kind}</h3>" in html

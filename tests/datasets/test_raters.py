@@ -1,4 +1,4 @@
-"""The simulated raters do what their constants say."""
+"""Tests that the simulated raters do what their constants say."""
 
 import io
 import json
@@ -15,7 +15,7 @@ CONFIG = scenes.CONFIGS["default"]
 
 @pytest.fixture(scope="module")
 def rated() -> list[tuple[scenes.SceneTruth, list[dict], dict]]:
-    """Truth, raw lines and record of each picture."""
+    """Makes truth, raw lines and record of each picture."""
     result = []
     for index in range(300):
         name = scenes.filename("train", index)

@@ -68,7 +68,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def scanned(monkeypatch):
-    """The files whose headers were read."""
+    """Records the files whose headers are read."""
     names = []
     scan = records.record_offsets
 

@@ -25,7 +25,7 @@ def ratings_of_images(path):
 
 
 def expected_heatmap(ratings, kind):
-    """The mean over raters of disks of radius height / 20, by each pixel's distance to the nearest point."""
+    """Averages the raters' disks of radius height / 20, from each pixel's distance to the nearest point."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     heatmaps = []
     for rating in ratings:

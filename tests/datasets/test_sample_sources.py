@@ -1,4 +1,4 @@
-"""The sample sources: true schemas, one truth in all of them, the same bytes each time."""
+"""Tests the sample sources: true schemas, the same content in all forms, the same bytes each time."""
 
 import collections
 import csv
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 def read_labels(path: pathlib.Path) -> list[dict]:
-    """A TFRecord's examples as plain Python, by protobuf alone."""
+    """Reads a TFRecord's examples as plain Python, with protobuf only."""
     records = []
     for data in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
         features = tf.train.Example.FromString(data).features.feature

@@ -1,4 +1,4 @@
-"""Scenes: the truth is true, and nothing but picture and prompt together gives an answer away."""
+"""Tests scenes: the truth is true, and only picture and prompt together give an answer away."""
 
 import collections
 import dataclasses
@@ -160,7 +160,7 @@ def test_truth_of_pictures():
 
 @pytest.mark.parametrize("kind", artifacts.KINDS)
 def test_artifacts_show_in_their_region_and_hardly_elsewhere(kind, monkeypatch):
-    """The same scenes with and without artifacts differ there."""
+    """Asserts that scenes differ in the artifacts' regions from the same scenes without artifacts."""
     for index in range(2000):
         name = scenes.filename("train", index)
         scene = scenes.sample_scene(CONFIG, name)

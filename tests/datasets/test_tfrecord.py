@@ -16,7 +16,7 @@ def file_of(contents):
 
 
 def reasons(data):
-    """What is read, with the reasons in place of broken records."""
+    """Reads records; reasons take the place of broken ones."""
     found = tfrecord.read(io.BytesIO(data))
     return [str(record) if isinstance(record, tfrecord.RecordError) else record for record in found]
 

@@ -1,4 +1,4 @@
-"""The assertions of `reading` tell values, as the tests' own do."""
+"""Makes the assertions of `reading` show values, as the tests' own do."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Inputs as the tests write them, and what is read of them."""
+"""Writers of inputs for the tests, and readers of their records."""
 
 import io
 import tarfile
@@ -11,7 +11,7 @@ from richhf_jax import errors, inputs
 
 
 def write(folder, files):
-    """Files by name, folders included; a string's line ends stay as they are."""
+    """Writes files by name, with their folders; a string's line ends stay as they are."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,14 +23,14 @@ def write_parquet(path, row_group_size=None, **columns):
 
 
 def numbered(path, rows, row_group_size, size=4):
-    """A table whose row 7 has the prompt 'p7' and the image b'0007...' of `size` bytes."""
+    """Writes a table whose row 7 has the prompt 'p7' and the image b'0007...' of `size` bytes."""
     images = [f"{row:04}".encode().ljust(size, b"x") for row in range(rows)]
     write_parquet(path, row_group_size, image=images, prompt=[f"p{row}" for row in range(rows)])
     return images
 
 
 def write_tar(path, members, **options):
-    """Members by name, in this order; the same name may come again."""
+    """Writes a tar of members by name, in this order; a name may occur twice."""
     with tarfile.open(path, "w", **options) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -39,7 +39,7 @@ def write_tar(path, members, **options):
 
 
 def loaded(record):
-    """What load() gives, or the message of its InputError, of one line."""
+    """Returns what load() gives, or the message of its InputError, which has one line."""
     try:
         return record.load()
     except inputs.InputError as error:
@@ -50,7 +50,7 @@ def loaded(record):
 
 
 def read(*paths, prompt=None):
-    """id -> what is loaded, in order. The second time, and len(), tell the same."""
+    """Returns id -> what is loaded, in order; asserts that a second pass and len() agree."""
     given = inputs.Inputs([str(path) for path in paths], prompt)
     records = list(given)
     found = {record.id: loaded(record) for record in records}
@@ -63,7 +63,7 @@ def read(*paths, prompt=None):
 
 
 def user_error(*paths, prompt=None):
-    """The message for the user, before there is a record."""
+    """Returns the message for the user if the inputs are refused at once."""
     with pytest.raises(errors.UserError) as caught:
         inputs.Inputs([str(path) for path in paths], prompt)
     return str(caught.value)

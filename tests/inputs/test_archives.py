@@ -1,4 +1,4 @@
-"""Tars as people have them, whole and broken -> records."""
+"""Tests reading of tars as people have them, whole and broken."""
 
 import tarfile
 import tracemalloc
@@ -35,7 +35,7 @@ def test_pairs_of_a_tar_need_not_be_adjacent(tmp_path):
     write_tar(tmp_path / "t.tar", shuffled)
     found = read(tmp_path / "t.tar")
     assert found == LOADED
-    assert list(found)[:2] == ["a", "in.1/b"]  # As their second halves come.
+    assert list(found)[:2] == ["a", "in.1/b"]  # In the order of their second halves.
 
 
 def test_halves_in_a_tar(tmp_path):
@@ -81,7 +81,7 @@ def garbled(data, offset):
 
 
 def negative_size(data):
-    """The third header says -1024 (base 256), with the right checksum: reading on from there goes round."""
+    """Gives the third header size -1024 (base 256) and a right checksum: a reader would go in circles."""
     header = bytearray(data[4 * BLOCK : 5 * BLOCK])
     header[124:136] = (-1024).to_bytes(12, "big", signed=True)
     header[148:156] = b" " * 8
@@ -136,4 +136,4 @@ def test_a_tar_holds_no_more_than_the_halves(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 1_500_000  # Bytes: the block that is read last. tarfile's own list takes 10 MB.
+    assert peak < 1_500_000  # Bytes of the block that is read last. tarfile's own list would take 10 MB.

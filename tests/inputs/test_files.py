@@ -1,4 +1,4 @@
-"""Images and folders as people have them -> records."""
+"""Tests reading of images and folders as people have them."""
 
 import os
 import tracemalloc
@@ -99,4 +99,4 @@ def test_a_large_folder_costs_little(tmp_path):
     finally:
         tracemalloc.stop()
     assert found == FOLDER_FILES
-    assert peak < 150 * FOLDER_FILES  # Bytes: names alone. A million is 150 MB at most.
+    assert peak < 150 * FOLDER_FILES  # Bytes of the names. A million names are 150 MB at most.

@@ -1,4 +1,4 @@
-"""Every kind of image file: what TensorFlow shows of the checked bytes is what Pillow shows of the file."""
+"""Tests every kind of image file: TensorFlow shows the checked bytes as Pillow shows the file."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ HEIGHT, WIDTH = 24, 36
 
 @pytest.fixture
 def colours(rng) -> np.ndarray:
-    """uint8 [height, width, 3]: a gradient and some noise, which JPEG keeps nearly as it is."""
+    """Makes uint8 [height, width, 3]: a gradient with some noise, which JPEG hardly changes."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     gradient = np.stack([rows * 6, columns * 5, 200 - rows * 3], -1)
     return (gradient + rng.integers(0, 20, gradient.shape)).astype(np.uint8)
@@ -35,7 +35,7 @@ def oriented(orientation: int) -> Image.Exif:
 
 
 def shown(data: bytes) -> np.ndarray:
-    """What training shows of checked bytes, which is what prediction shows of the file, to the pixel."""
+    """Decodes checked bytes as training does; asserts that prediction shows the file alike, to the pixel."""
     import tensorflow as tf
 
     from richhf_jax import augmentation
@@ -50,12 +50,12 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def with_chunk(png: bytes, name: bytes, content: bytes) -> bytes:
-    """A PNG with one more chunk behind its header."""
+    """Returns a PNG with one more chunk behind its header."""
     return png[:33] + chunk(name, content) + png[33:]
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A small file that says it is a large RGB picture; its pixels deflate to almost nothing."""
+    """Makes a small file of a large RGB picture whose pixels deflate to almost nothing."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     deflate = zlib.compressobj(9)
     row = bytes(1 + 3 * width)
@@ -124,7 +124,7 @@ def test_grey_with_alpha_and_a_transparent_colour(colours):
 def test_cmyk_jpeg(colours, adobe):
     cmyk = Image.fromarray(colours).convert("CMYK")
     data = encode(cmyk, "JPEG", quality=100, subsampling=0)
-    marker = data.index(b"\xff\xee")  # Adobe's, which says that the inks are stored inverted
+    marker = data.index(b"\xff\xee")  # Adobe's marker, which says that the inks are stored inverted
     assert data[marker + 4 : marker + 9] == b"Adobe"
     if not adobe:
         data = data[:marker] + data[marker + 16 :]
@@ -196,7 +196,7 @@ def test_what_passes_with_a_changed_byte_can_be_decoded(colours, image_format, c
     for position in range(0, len(data), 3):
         changed = bytes([*data[:position], data[position] ^ 0x55, *data[position + 1 :]])
         try:
-            shown(changed)  # would raise TensorFlow's InvalidArgumentError
+            shown(changed)  # Bad bytes would raise TensorFlow's InvalidArgumentError.
             passed += 1
         except images.ImageError:
             pass

@@ -1,4 +1,4 @@
-"""All kinds of inputs together: which are refused, and how often each is read."""
+"""Tests all kinds of inputs together: which are refused, and how often each is read."""
 
 import gzip
 import os
@@ -57,7 +57,7 @@ def test_an_input_without_permission(tmp_path, monkeypatch):
 
 
 def test_a_fingerprint_is_the_same_in_every_version(tmp_path):
-    """Else a run that an older version began can't be continued."""
+    """The names stay, so that a run that an older version began can be continued."""
     write(tmp_path, {"in/b.jpg": b"A", "in/sub/a.png": b"B", "t.csv": "image,prompt\n in/b.jpg,p\n"})
     os.utime(tmp_path / "t.csv", ns=(0, 1_700_000_000_123_456_789))
     folder, table = str(tmp_path / "in"), str(tmp_path / "t.csv")

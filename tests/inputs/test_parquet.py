@@ -1,4 +1,4 @@
-"""Parquet tables as people have them, whole and broken -> records."""
+"""Tests reading of parquet tables as people have them, whole and broken."""
 
 import os
 import pathlib
@@ -112,7 +112,7 @@ def test_parquet_rows_in_any_order(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """What is read of parquet files: (columns, row group, rows)."""
+    """Records what is read of parquet files: (columns, row group, rows)."""
     found = []
     batches = parquet._batches
 
@@ -129,7 +129,7 @@ def test_parquet_images_are_read_once_and_forwards(tmp_path, reads):
     images = numbered(tmp_path / "t.parquet", rows=300, row_group_size=100)
     records = list(inputs.Inputs([str(tmp_path / "t.parquet")]))
     assert sum(rows for columns, _, rows in reads if "image" in columns) == 0
-    near = [row ^ 7 for row in range(200, 296)]  # As threads may come: up to seven rows out of order.
+    near = [row ^ 7 for row in range(200, 296)]  # Threads may ask for up to seven rows out of order.
     assert [records[row].load()[0] for row in near] == [images[row] for row in near]
     read_images = [(group, rows) for columns, group, rows in reads if columns == ["image"]]
     assert read_images == [(2, 16)] * 6
@@ -172,7 +172,7 @@ def test_a_broken_row_group_loses_no_other(tmp_path):
     images = numbered(path, rows=300, row_group_size=100, size=100)
     group = pq.ParquetFile(path).metadata.row_group(1)
     data = bytearray(path.read_bytes())
-    for column in range(2):  # The pages' headers.
+    for column in range(2):  # The pages' headers become garbage.
         start = group.column(column).dictionary_page_offset
         data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Reading a file's bytes, whatever input names it."""
+"""Tests reading a file's bytes, whatever input names it."""
 
 from richhf_jax.inputs import record
 from tests.inputs.reading import read, write

@@ -1,4 +1,4 @@
-"""CSV and JSON lines as people have them, whole and broken -> records."""
+"""Tests reading of CSV and JSON lines as people have them, whole and broken."""
 
 import csv
 import json

@@ -48,7 +48,7 @@ def data_dir(tmp_path_factory):
     patterns = {"shards": "captions-{00000..00001}-of-*", "validation_shards": "captions-00002-of-*"}
     arguments = [f"--{name}={folder}/web/webdataset/{pattern}" for name, pattern in patterns.items()]
     web_captions.main([*arguments, f"--data_dir={folder}", "--processes=1"])
-    # TFDS's own features; its splits, of a few images.
+    # TFDS's own features and splits, with few images.
     builder = tfds.builder("coco_captions/2014", data_dir=folder, try_gcs=False)
     builder.data_path.mkdir(parents=True)
     writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=2)
@@ -79,7 +79,7 @@ def evaluate(name, split="validation"):
 
 
 def drawn_captions(split, draws):
-    """File name -> the captions that are drawn for it with so many seeds."""
+    """Returns file name -> the captions that are drawn for it with so many seeds."""
     dataset = seqio.get_mixture_or_task("coco_captions").source.get_dataset(split, shuffle=False)
     dataset = dataset.repeat(draws).enumerate()
     dataset = dataset.map(lambda k, example: example | {preprocessors.SEED: tf.stack([0, k])})
@@ -109,7 +109,7 @@ def test_one_of_an_images_captions_is_drawn():
     names = {f"COCO_{split}_{n}.jpg": f"{split} {n}" for split, ns in numbers.items() for n in ns}
     assert drawn.keys() == names.keys()
     for filename, texts in drawn.items():
-        # In 30 fair draws, one of the five stays away with a probability of 0.6 %.
+        # In 30 fair draws, some caption of the five is never drawn with a probability of 0.6 %.
         assert set(texts) == {f"caption {i} of {names[filename]}" for i in range(CAPTIONS_OF_AN_IMAGE)}
     assert drawn == drawn_captions("train", 30)
 

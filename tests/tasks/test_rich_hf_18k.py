@@ -51,7 +51,7 @@ def test_pretraining_mixes_captions_and_keywords(data_dir, name, prompts):
     vocabulary = seqio.get_mixture_or_task(name).output_features["inputs"].vocabulary
     texts = [vocabulary.decode(row[row > 1].tolist()) for row in tokens[:, 0]]
     captions = sum(text.startswith(feedback.CAPTION_TASK_STRING) for text in texts)
-    # The schedule has three captions in four, to the block of 1,000; 100 of these are drawn without return.
+    # Three of four examples in a block of 1,000 are captions; 100 of the block are drawn without replacement.
     assert 60 <= captions <= 90
     assert all(batch["decoder_loss_weights"].any((1, 2)).all() for batch in batches)
 
@@ -66,7 +66,7 @@ def test_pretraining_mixes_captions_and_keywords(data_dir, name, prompts):
 )
 def test_data_that_is_not_built(tmp_path, monkeypatch, name, command):
     loader = seqio.get_mixture_or_task(name).source.tfds_dataset
-    # A loader keeps the folder of its first use.
+    # A loader remembers the folder of its first use.
     monkeypatch.setattr(loader, "_data_dir_override", str(tmp_path))
     with pytest.raises(errors.UserError, match=rf"{name}: its data, {loader.name}.*\n *{command}"):
         take(config(name), 1)

@@ -1,1 +1,1 @@
-"""What is in a data set: `python -m richhf_jax.datasets.describe`."""
+"""Describes a data set: `python -m richhf_jax.datasets.describe`."""

@@ -1,12 +1,12 @@
-"""Describes a data set: scores, rater agreement, heatmaps, prompts, labels, images, and what is wrong.
+"""Describes a data set: scores, rater agreement, heatmaps, prompts, labels, images and problems.
 
     python -m richhf_jax.datasets.describe --dataset=rich_hf_18k --data_dir=DIR --split=train
     python -m richhf_jax.datasets.describe --labels train.tfrecord
     python -m richhf_jax.datasets.describe --raw RAW.jsonl --html=report.html
 
-Figures follow section 3.4 of "Rich Human Feedback for Text-to-Image Generation": score histograms (Fig. 2),
-and how far the raters of an image are apart (Fig. 4; raw ratings alone tell). Heatmaps of all shapes are
-stretched to a square for their mean. Records are read one by one; raw ratings are held in memory.
+Figures follow section 3.4 of "Rich Human Feedback for Text-to-Image Generation": score histograms (Fig. 2)
+and the spread of an image's raters (Fig. 4; it needs raw ratings). For their mean, heatmaps of all shapes are
+stretched to a square. Records are read one by one; raw ratings are all held in memory.
 """
 
 import argparse
@@ -25,7 +25,10 @@ from richhf_jax.datasets.describe.statistics import Record, Statistics
 
 
 def token_counter(path: str) -> Callable[[str], int]:
-    """A SentencePiece model (local or gs://) -> prompt -> tokens, with the one that ends it.
+    """Makes a function prompt -> number of tokens, end token included, of a SentencePiece model's file.
+
+    Args:
+      path: the model, local or gs://.
 
     Raises:
       errors.UserError: there is no such model.
@@ -38,7 +41,7 @@ def token_counter(path: str) -> Callable[[str], int]:
 
 
 def describe(records: Iterator[Record], statistics: Statistics) -> dict:
-    """Reads all records -> `Statistics.summary`.
+    """Reads all records and returns `Statistics.summary`.
 
     Raises:
       errors.UserError: there is no record.
@@ -61,7 +64,7 @@ def _outputs(options: argparse.Namespace, title: str, summary: dict) -> None:
         content = {"source": title} | summary
         _write(options.json, json.dumps(content, ensure_ascii=False, indent=1))
     if options.png:
-        from richhf_jax.datasets.describe import figure  # matplotlib, where a picture is asked for.
+        from richhf_jax.datasets.describe import figure  # Only a picture needs matplotlib.
 
         _write(options.png, figure.make_png(title, summary))
     if options.html:
@@ -78,22 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--dataset", metavar="NAME", help="built by TFDS: rich_hf_18k, synthetic_rich_hf/subtle"
+        "--dataset", metavar="NAME", help="built by TFDS, e.g. rich_hf_18k or synthetic_rich_hf/subtle"
     )
     source.add_argument(
         "--labels", nargs="+", type=pathlib.Path, metavar="FILE", help="RichHF-18K's TFRecord files"
     )
     source.add_argument("--raw", type=pathlib.Path, metavar="FILE", help="raw ratings, JSON Lines")
-    parser.add_argument("--data_dir", metavar="DIR", help="of TFDS; default: ~/tensorflow_datasets")
-    parser.add_argument("--split", default="train", help="of --dataset; default: train")
+    parser.add_argument("--data_dir", metavar="DIR", help="TFDS's folder; default: ~/tensorflow_datasets")
+    parser.add_argument("--split", default="train", help="split of --dataset; default: train")
     parser.add_argument(
-        "--vocabulary", metavar="FILE", help="a SentencePiece model: prompts are measured in its tokens, too"
+        "--vocabulary", metavar="FILE", help="a SentencePiece model: prompts are measured in tokens, too"
     )
     parser.add_argument(
         "--length",
         type=int,
         metavar="TOKENS",
-        help="count the prompts that have more, the end token included",
+        help="count the prompts that have more tokens, end token included",
     )
     for name, what in (("json", "all figures"), ("png", "one picture"), ("html", "a self-contained page")):
         parser.add_argument(f"--{name}", type=pathlib.Path, metavar="FILE", help=f"also write {what}")

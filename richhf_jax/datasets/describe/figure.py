@@ -1,4 +1,4 @@
-"""A summary as one picture."""
+"""Draws a summary as one picture."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from richhf_jax.datasets.describe import text
@@ -14,21 +15,21 @@ from richhf_jax.datasets.describe.statistics import LIKERT_STEPS, SCORE_STEPS
 BAR, LINE = "#2563c9", "#c2410c"
 # From equal answers to opposite ones.
 AGREEMENT_COLOURS = ("#1e4e9c", "#6f9fe0", "#d9d9d4", "#f0a26b", "#c2410c")
-# In inches; the picture is a column of rows.
+# In inches. The rows are below each other.
 WIDTH, SCORES_HEIGHT, AGREEMENT_HEIGHT, HEATMAPS_HEIGHT, LENGTHS_HEIGHT = 11, 2.9, 2.6, 3.6, 2.7
 TITLE_HEIGHT = 0.7
-# Beyond, prompt lengths are drawn in bins of several.
+# A histogram of prompt lengths has at most this many bars; a bar may stand for several lengths.
 MAX_BARS = 60
 
 
 def make_png(title: str, summary: Mapping) -> bytes:
-    """The picture of a summary; parts that it lacks are left out."""
+    """Draws a summary as PNG; parts that it lacks are left out."""
     rows: list[tuple[float, Callable, Mapping]] = [
         (height, draw, summary[name]) for name, (height, draw) in _ROWS.items() if name in summary
     ]
     heights = [TITLE_HEIGHT, *(height for height, _, _ in rows)]
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06)
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout=layout)
     head, *subfigures = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     head.text(0.5, 0.65, f"{title}: {summary['records']:,} records", ha="center", va="center", fontsize=14)
     head.text(0.5, 0.15, _labels(summary), ha="center", va="center", fontsize=10)
@@ -116,5 +117,5 @@ _ROWS = {
 
 
 def heatmap_colours(values: np.ndarray) -> np.ndarray:
-    """[height, width] in [0, 1] -> uint8 [height, width, 3], the picture's colours."""
+    """Colours heatmaps: [height, width] in [0, 1] -> uint8 [height, width, 3]."""
     return matplotlib.colormaps["inferno"](values, bytes=True)[..., :3]

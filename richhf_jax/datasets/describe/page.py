@@ -1,4 +1,4 @@
-"""A summary as a self-contained HTML page, `page.html`: nothing is loaded, its pictures are in it."""
+"""Makes a self-contained HTML page of a summary, from `page.html`; it loads nothing."""
 
 import base64
 import io
@@ -12,12 +12,12 @@ from PIL import Image
 from richhf_jax.datasets.describe import figure, text
 from richhf_jax.datasets.describe.statistics import LIKERT_STEPS, SCORE_STEPS
 
-# Beyond, prompt lengths are drawn in bins of several.
+# A histogram of prompt lengths has at most this many bars; a bar may stand for several lengths.
 MAX_BARS = 40
 
 
 def make_page(title: str, summary: Mapping) -> str:
-    """The page; parts that the summary lacks are left out."""
+    """Makes the page; parts that the summary lacks are left out."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -43,7 +43,7 @@ def make_page(title: str, summary: Mapping) -> str:
 
 
 def _bars(histogram: Mapping[str, int], largest: int) -> list[dict]:
-    """Label -> count, as bars of a height in percent."""
+    """Makes bars of label -> count; their heights are in percent of `largest`."""
     return [
         {"label": label, "count": count, "height": round(100 * count / max(largest, 1), 2)}
         for label, count in histogram.items()
@@ -51,7 +51,7 @@ def _bars(histogram: Mapping[str, int], largest: int) -> list[dict]:
 
 
 def _most(parts: Mapping) -> int:
-    """Records of the tallest bar of all scores: they have one scale, so that they can be compared."""
+    """Returns the records of the tallest bar of all scores: they share a scale, to be compared."""
     return max((max(part["histogram"]) for part in parts.values()), default=0)
 
 

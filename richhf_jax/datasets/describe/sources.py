@@ -1,9 +1,10 @@
-"""Where records come from: built TFDS data, label TFRecords, raw ratings. Images stay encoded."""
+"""Reads records from built TFDS data, label TFRecords or raw ratings. Images stay encoded."""
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import tqdm
 
@@ -18,9 +19,9 @@ def _text(value: bytes | str | None) -> str | None:
 
 
 def _record(fields: Mapping, name: str) -> Record:
-    """A record from RichHF-18K's fields and what is joined to them.
+    """Makes a record from RichHF-18K's fields, image and prompt.
 
-    A score is missing (NaN) where the record lacks its field but has another score's.
+    A score is missing (NaN) if the record lacks its field but has another score's.
     """
     scores = {kind: fields.get(field) for kind, field in feedback.SCORE_FIELDS.items()}
     if set(scores.values()) == {None}:
@@ -37,22 +38,23 @@ def _record(fields: Mapping, name: str) -> Record:
 
 
 def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Record]:
-    """The records of a data set that TFDS has built.
+    """Reads the records of a data set that TFDS has built.
 
     Args:
       dataset: TFDS's name for it, e.g. 'synthetic_rich_hf' or 'synthetic_rich_hf/subtle'.
-      data_dir: where it was built; by default TFDS's own folder.
-      split: 'train', or TFDS's 'train[:100]'.
+      data_dir: folder in which it was built; by default TFDS's own.
+      split: 'train', or a part of it as TFDS writes it, 'train[:100]'.
 
     Raises:
-      errors.UserError: it isn't there, has no such split or nothing to describe, or a file is broken.
+      errors.UserError: the data set isn't there, lacks the split, has nothing to describe or a broken file.
     """
     import tensorflow as tf  # These take seconds; only this function needs them.
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
-    except ValueError:  # Neither code nor files; or no such configuration.
+        # TFDS's decorators hide the parameters of `as_dataset` from type checkers.
+        builder: Any = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
+    except ValueError:  # There is no code and no file of it, or no such configuration.
         raise errors.UserError(
             f"{data_dir or 'TFDS'}: there is no data set {dataset}, see --data_dir"
         ) from None
@@ -61,8 +63,8 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
     features = builder.info.features
     if not {feedback.PROMPT_FIELD, feedback.FILENAME_FIELD} & set(features):
         raise errors.UserError(
-            f"{dataset} has only {', '.join(features)}; described are sets with"
-            f" {feedback.FILENAME_FIELD} or {feedback.PROMPT_FIELD}"
+            f"{dataset} has only {', '.join(features)}; a data set with {feedback.FILENAME_FIELD} or"
+            f" {feedback.PROMPT_FIELD} is needed"
         )
     encoded = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     try:
@@ -83,7 +85,7 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
 
 
 def label_records(paths: Sequence[pathlib.Path]) -> Iterator[Record]:
-    """The records of RichHF-18K's TFRecord files.
+    """Reads the records of RichHF-18K's TFRecord files.
 
     Raises:
       errors.UserError: a file can't be read, or a record is broken.
@@ -94,7 +96,7 @@ def label_records(paths: Sequence[pathlib.Path]) -> Iterator[Record]:
 
 
 def raw_records(path: pathlib.Path) -> Iterator[Record]:
-    """One consolidated record an image, with its raters' answers; all answers are held in memory.
+    """Reads one consolidated record per image, with its raters' answers; holds all answers in memory.
 
     Raises:
       errors.UserError: the file can't be read, or a line is bad.

@@ -1,4 +1,4 @@
-"""Statistics of records with rich feedback, one record at a time: memory doesn't grow with their number."""
+"""Computes statistics of records with rich feedback, one by one: memory doesn't grow with their number."""
 
 import collections
 import dataclasses
@@ -15,28 +15,28 @@ from richhf_jax.datasets import ratings
 # The mean of three raters' answers on a 5-point scale is a multiple of 1/12.
 SCORE_STEPS = 12
 LIKERT_STEPS = feedback.LIKERT_MAX - feedback.LIKERT_MIN
-# Section 3.4: raters agree well on a score if their answers differ by no more than one step.
+# Section 3.4: raters agree well on a score if their answers are at most one step apart.
 GOOD_AGREEMENT_STEPS = 1
 # Mean heatmaps are squares of this side, whatever the images' shape.
 HEATMAP_SIDE = 64
-# Of records with a problem, so many are named; all are counted.
+# Each list of records with a problem names at most this many; all are counted.
 MAX_LISTED = 100
-# Of different image sizes, so many are counted one by one.
+# At most this many different image sizes are counted one by one.
 MAX_SIZES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a source has of one image; what it doesn't have is None or empty.
+    """A source's data on one image; what the source lacks is None or empty.
 
     Attributes:
       name: the image's name, for lists of problems.
       prompt: the text.
-      scores: kind -> [0, 1]; NaN where this record lacks it.
+      scores: kind -> [0, 1]; NaN if this record lacks it.
       heatmaps: kind -> encoded greyscale image, 255 = marked by all raters.
-      labels: e.g. '1 0 1'.
-      image: encoded.
-      raters: the raters' single answers.
+      labels: keyword labels as text, e.g. '1 0 1'.
+      image: the encoded image.
+      raters: each rater's answers.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Listed:
             self._names.append(name)
 
     def summary(self) -> dict:
-        """{'count': int, 'first': [name, ...]}."""
+        """Returns {'count': int, 'first': [name, ...]}."""
         return {"count": self.count, "first": list(self._names)}
 
 
@@ -75,7 +75,7 @@ class Scores:
         self._missing, self._out_of_range = Listed(), Listed()
 
     def add(self, record: Record) -> None:
-        """Counts the record's score of this kind, if its source has any."""
+        """Counts the record's score of this kind, if it has one."""
         score = record.scores.get(self._kind)
         if score is None:
             return
@@ -89,7 +89,7 @@ class Scores:
             self._sum_of_squares += score**2
 
     def summary(self) -> dict | None:
-        """`histogram[i]`: records whose score is nearest to i / 12. `sd` divides by the count."""
+        """Returns counts. `histogram[i]`: records of a score nearest to i / 12. `sd` divides by `count`."""
         count = int(self._histogram.sum())
         if not count + self._missing.count + self._out_of_range.count:
             return None
@@ -106,7 +106,7 @@ class Scores:
 
 
 class Agreement:
-    """How far the raters of an image are apart in one score (the paper's Fig. 4)."""
+    """Spread of an image's raters in one score (the paper's Fig. 4)."""
 
     def __init__(self, kind: str):
         self._kind = kind
@@ -119,7 +119,7 @@ class Agreement:
             self._histogram[max(answers) - min(answers)] += 1
 
     def summary(self) -> dict | None:
-        """`histogram[i]`: images whose highest and lowest rating, standardised, are i / 4 apart."""
+        """Returns counts. `histogram[i]`: images whose extreme standardised ratings are i / 4 apart."""
         count = int(self._histogram.sum())
         if not count:
             return None
@@ -132,7 +132,7 @@ class Agreement:
 
 
 class Heatmaps:
-    """The mean heatmap of one kind, and how many are empty."""
+    """The mean heatmap of one kind, and the number of empty ones."""
 
     def __init__(self, kind: str):
         self._kind = kind
@@ -142,7 +142,7 @@ class Heatmaps:
         self._unreadable = Listed()
 
     def add(self, record: Record) -> None:
-        """Adds the record's heatmap of this kind, if it has one, stretched to the square."""
+        """Adds the record's heatmap of this kind, if it has one; it is stretched to the square."""
         data = record.heatmaps.get(self._kind)
         if data is None:
             return
@@ -162,9 +162,10 @@ class Heatmaps:
         self._sum += np.asarray(small) / 255
 
     def summary(self) -> dict | None:
-        """`mean`: [side][side] over all records, empty ones included, 1 = marked by all raters of all images.
+        """Returns counts, shares and the mean heatmap.
 
-        `marked_share`: pixels above 0, mean over the records that aren't empty.
+        `mean`: [side][side] over all records, empty ones included; 1 = marked by all raters of all images.
+        `marked_share`: share of pixels above 0, mean over the records that aren't empty.
         """
         if not self._count + self._unreadable.count:
             return None
@@ -180,7 +181,7 @@ class Heatmaps:
 
 
 class Lengths:
-    """How long the prompts are, in some unit."""
+    """Lengths of the prompts, in some unit."""
 
     def __init__(self, measure: Callable[[str], int], limit: int | None = None):
         self._measure, self._limit = measure, limit
@@ -192,7 +193,7 @@ class Lengths:
             self._lengths[self._measure(record.prompt)] += 1
 
     def summary(self) -> dict | None:
-        """`histogram`: [length, prompts] for each length that occurs. `over_limit`: longer than `limit`."""
+        """Returns counts. `histogram`: [length, prompts], each length. `over_limit`: longer than `limit`."""
         count = self._lengths.total()
         if not count:
             return None
@@ -212,14 +213,14 @@ class Lengths:
 
 
 class Labels:
-    """How many tokens are misaligned, and whose labels don't fit the prompt."""
+    """Number of misaligned tokens, and records whose labels don't fit the prompt."""
 
     def __init__(self):
         self._records = self._any = self._tokens = self._misaligned = 0
         self._mismatches = Listed()
 
     def add(self, record: Record) -> None:
-        """Counts the record's labels; those that don't fit its prompt count as a mismatch alone."""
+        """Counts the record's labels; labels that don't fit the prompt only count as a mismatch."""
         if record.labels is None:
             return
         try:
@@ -238,7 +239,7 @@ class Labels:
         self._misaligned += misaligned
 
     def summary(self) -> dict | None:
-        """Counts and shares; mismatches are in none of them but their own."""
+        """Returns counts and shares; mismatches are left out of all but their own count."""
         if not self._records + self._mismatches.count:
             return None
         return {
@@ -253,7 +254,7 @@ class Labels:
 
 
 class Images:
-    """Sizes and formats, from the images' headers alone."""
+    """Sizes and formats of images, from their headers."""
 
     def __init__(self):
         self._sizes, self._formats = collections.Counter(), collections.Counter()
@@ -274,7 +275,7 @@ class Images:
         self._sizes[size if known else None] += 1
 
     def summary(self) -> dict | None:
-        """`sizes`: width, height, images, the commonest first; null sizes are the rest of very many."""
+        """Returns counts. `sizes`: [width, height, images], commonest first; null: all beyond MAX_SIZES."""
         if not self._formats and not self._unreadable.count:
             return None
         return {
@@ -286,27 +287,27 @@ class Images:
 
 
 class Raters:
-    """How many raters an image has."""
+    """Number of raters per image."""
 
     def __init__(self):
         self._images: collections.Counter[int] = collections.Counter()
 
     def add(self, record: Record) -> None:
-        """Counts the image by its raters."""
+        """Counts the image by its number of raters."""
         if record.raters:
             self._images[len(record.raters)] += 1
 
     def summary(self) -> dict | None:
-        """Number of raters, as a string -> images."""
+        """Returns number of raters, as a string -> number of images."""
         return {str(n): images for n, images in sorted(self._images.items())} or None
 
 
 class Statistics:
-    """All of the above.
+    """All statistics of this module.
 
     Args:
       count_tokens: prompt -> its length for the model, in tokens.
-      limit: prompts with more tokens are counted.
+      limit: prompts with more tokens than this are counted.
     """
 
     def __init__(self, count_tokens: Callable[[str], int] | None = None, limit: int | None = None):
@@ -323,14 +324,14 @@ class Statistics:
         self._single = {"raters": Raters(), "labels": Labels(), "images": Images()}
 
     def add(self, record: Record) -> None:
-        """Takes one record into account."""
+        """Adds one record to all statistics."""
         self._records += 1
         for group in (*self._groups.values(), self._single):
             for part in group.values():
                 part.add(record)
 
     def summary(self) -> dict:
-        """Everything as JSON values; a part of which the records have nothing is left out."""
+        """Returns everything as JSON values; parts on which the records have nothing are left out."""
         groups = {
             name: {key: part for key, member in group.items() if (part := member.summary())}
             for name, group in self._groups.items()
@@ -348,7 +349,7 @@ def _finite(value: float) -> float | None:
 
 
 def _quantile(lengths: Sequence[tuple[int, int]], share: float) -> int:
-    """The smallest length that at least this share of the prompts doesn't exceed."""
+    """Returns the smallest length that at least this share of the prompts doesn't exceed."""
     total = sum(n for _, n in lengths)
     seen = 0
     for length, n in lengths:

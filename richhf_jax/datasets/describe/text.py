@@ -1,15 +1,15 @@
-"""A summary as text for a terminal."""
+"""Formats a summary as text for a terminal."""
 
 from collections.abc import Mapping, Sequence
 
 from richhf_jax.datasets.describe.statistics import LIKERT_STEPS, SCORE_STEPS
 
-# Of problems, so many are printed; the JSON has more.
+# Problems and sizes that are printed; the JSON has more.
 SHOWN = 5
 
 
 def format_summary(title: str, summary: Mapping) -> str:
-    """The text; parts that the summary lacks are left out."""
+    """Makes the text; parts that the summary lacks are left out."""
     parts = [f"{title}: {summary['records']:,} records"]
     for name, make in _PARTS.items():
         if name in summary:
@@ -18,17 +18,17 @@ def format_summary(title: str, summary: Mapping) -> str:
 
 
 def percent(share: float | None) -> str:
-    """0.066 -> '6.6 %'; None -> '-'."""
+    """Formats a share: 0.066 -> '6.6 %'; None -> '-'."""
     return "-" if share is None else f"{share:.1%}".replace("%", " %")
 
 
 def number(value: float | None) -> str:
-    """0.5 -> '0.500'; None -> '-'."""
+    """Formats a number: 0.5 -> '0.500'; None -> '-'."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first column flush left and the others right."""
+    """Aligns rows of cells: the first column on the left, the others on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
@@ -37,7 +37,7 @@ def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def _columns(parts: Mapping, cells: Mapping[str, Sequence[str]], *heads: str) -> list[list[str]]:
-    """One column a kind, under its name; `heads` name the rows."""
+    """Makes rows with one column per kind, under its name; `heads` name the rows."""
     return [["", *parts], *([head, *(cells[kind][i] for kind in parts)] for i, head in enumerate(heads))]
 
 
@@ -97,13 +97,18 @@ def _prompt_lengths(parts: Mapping) -> str:
 def _labels(part: Mapping) -> str:
     rows = [
         ["misaligned words", percent(part["misaligned_token_share"]), "of", f"{part['tokens']:,}"],
-        ["prompts with any", percent(part["records_with_misaligned_share"]), "of", f"{part['records']:,}"],
+        [
+            "prompts with misaligned words",
+            percent(part["records_with_misaligned_share"]),
+            "of",
+            f"{part['records']:,}",
+        ],
     ]
     return _table("Labels", rows)
 
 
 def _raters(part: Mapping) -> str:
-    return _table("Raters an image", [[n, f"{images:,} images"] for n, images in part.items()])
+    return _table("Raters per image", [[n, f"{images:,} images"] for n, images in part.items()])
 
 
 def _images(part: Mapping) -> str:
@@ -127,7 +132,7 @@ _PARTS = {
 
 
 def problems(summary: Mapping) -> dict[str, Mapping]:
-    """What is wrong with some records: description -> {'count', 'first'}; without those that never occur."""
+    """Returns the problems that occur: description -> {'count', 'first'}."""
     found = {}
     for kind, part in summary.get("scores", {}).items():
         found[f"missing {kind} scores"] = part["missing"]

@@ -1,25 +1,25 @@
 """Builds the TFDS data set rich_hf_18k: RichHF-18K's labels, joined with images and prompts.
 
 The labels are the published TFRecords, {train,dev,test}.tfrecord. Clone their repository with Git LFS:
-https://github.com/google-research/google-research/tree/master/richhf_18k says where it is. They name images
-of Pick-a-Pic v1 and hold neither these nor the prompts, which come from one of
+https://github.com/google-research/google-research/tree/master/richhf_18k says where it is. The labels name
+images of Pick-a-Pic v1, but hold neither images nor prompts. These come from one of
 
   --pick_a_pic=PATH
-      Pick-a-Pic's parquet shards (their `data` folder). Of 190 GB, the columns of uids and captions are
-      read, and only those row groups that hold needed images.
+      Pick-a-Pic's parquet shards (their `data` folder). Only a part of the 190 GB is read: the columns of
+      uids and captions, and the row groups that hold needed images.
   --joined=PATH
       A mirror in parquet with filename, image, prompt and the labels' fields. Without --labels, its own
       labels are taken; an overall score of 0 then counts as missing.
   --images=DIR --prompts=FILE
       Files <uid>.{jpg,jpeg,png,webp}, and a CSV or JSON Lines file with uid and prompt.
 
-A PATH is a local folder or an fsspec URL: hf://datasets/OWNER/NAME/data (of a gated data set: `hf auth login`
-first), gs://BUCKET/data (with gcsfs installed), https://...
+A PATH is a local folder or an fsspec URL: hf://datasets/OWNER/NAME/data (for a gated data set, first run
+`hf auth login`), gs://BUCKET/data (with gcsfs installed), https://...
 
-Stopped or killed, the same command goes on behind the last finished shard. Shards of a local folder may come
-and go between runs. A shard that is cut off or corrupt is named, what can be read of it is kept, and it alone
-is read again. Where several rows have the same image, the first good one counts, by the order of shards, row
-groups and image columns; likewise the first record of an image in the labels.
+After a stop or a kill, the same command continues behind the last finished shard. Shards of a local folder
+may come and go between runs. A shard that is cut off or corrupt is named; what can be read of it is kept, and
+the next run reads this shard again. If several rows have the same image, the first good one counts, in the
+order of shards, row groups and image columns. If several records have the same image, the first one counts.
 
 Images that are missing or can't be decoded fail the build, unless --allow-missing covers them; their records
 are then left out. The report is printed, and is report.json in the data set's folder and in the work folder.
@@ -51,10 +51,10 @@ _SORTED_IN_MEMORY = 256 << 20
 
 
 def make_source(options: argparse.Namespace) -> sources.Source:
-    """The source that the options name.
+    """Opens the source that the options name.
 
     Raises:
-      errors.UserError: none or several, or it can't be read.
+      errors.UserError: the options name none or several, or the source can't be read.
     """
     given = [name for name in ("pick_a_pic", "joined", "images") if getattr(options, name)]
     if len(given) != 1 or bool(options.images) != bool(options.prompts):
@@ -69,10 +69,10 @@ def make_source(options: argparse.Namespace) -> sources.Source:
 
 
 def join_all(options: argparse.Namespace, work_dir: pathlib.Path) -> report.Report:
-    """Labels and images into the work folder, and the report there.
+    """Collects labels and images in the work folder, and writes the report there.
 
     Raises:
-      errors.UserError: bad input.
+      errors.UserError: the input is bad.
     """
     (work_dir / report.FILE).unlink(missing_ok=True)
     source = make_source(options)
@@ -80,6 +80,7 @@ def join_all(options: argparse.Namespace, work_dir: pathlib.Path) -> report.Repo
     if options.labels:
         index = labels.prepare_tfrecords(options.labels, work_dir)
     else:
+        assert isinstance(source, sources.Joined)  # `make_source` wants labels with any other.
         index = labels.prepare(source.label_records(), source.label_inputs(), work_dir, zero_is_missing=True)
     result = report.make_report(index, join.join(source, index.splits, work_dir))
     result.problem = problem_of(result, options.allow_missing)
@@ -88,7 +89,7 @@ def join_all(options: argparse.Namespace, work_dir: pathlib.Path) -> report.Repo
 
 
 def problem_of(result: report.Report, allowed: int) -> str | None:
-    """Why nothing may be built."""
+    """Returns why nothing may be built, or None."""
     if result.left_out > allowed:
         return f"{result.left_out} records have no image or a broken one, and --allow-missing={allowed}"
     empty = [name for name, size in result.splits.items() if not size["with_image"]]
@@ -96,14 +97,14 @@ def problem_of(result: report.Report, allowed: int) -> str | None:
 
 
 def build(options: argparse.Namespace) -> None:
-    """Joins and builds, unless the data set is there.
+    """Joins and builds, unless the data set is there already.
 
     Raises:
-      errors.UserError: bad input, or more images are missing than is allowed.
+      errors.UserError: the input is bad, or more images are missing than allowed.
     """
     builder = RichHf18k(data_dir=options.data_dir)
     if builder.is_prepared():
-        print(f"{builder.info.full_name} is in {builder.data_path} already; to build it again, delete that")
+        print(f"{builder.info.full_name} is in {builder.data_path} already; delete that to build it again")
         return
     work_dir = options.work_dir or options.data_dir / "downloads/manual" / builder.name
     with join.locked(work_dir):
@@ -112,8 +113,8 @@ def build(options: argparse.Namespace) -> None:
         if result.problem:
             raise errors.UserError(
                 f"{result.problem}. Nothing was built; all lists are in {work_dir / report.FILE}.\n"
-                "What was found is kept: the same command with what was missing, or with a larger"
-                " --allow-missing, reads no finished shard again."
+                "The images found are kept. Give the same command again, with the missing ones in place or a"
+                " larger --allow-missing: it reads no finished shard again."
             )
         shuffle.MAX_MEM_BUFFER_SIZE = _SORTED_IN_MEMORY
         config = tfds.download.DownloadConfig(manual_dir=work_dir, try_download_gcs=False)
@@ -138,18 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--pick_a_pic", metavar="PATH", help="Pick-a-Pic v1: folder of parquet shards, or URL"
     )
     parser.add_argument("--joined", metavar="PATH", help="mirror with images and prompts: folder or URL")
-    parser.add_argument("--images", metavar="DIR", help="folder of images, or URL")
+    parser.add_argument("--images", metavar="DIR", help="folder of images: local, or URL")
     parser.add_argument(
         "--prompts", metavar="FILE", help="CSV or JSON Lines with uid and prompt; with --images"
     )
     parser.add_argument(
-        "--data_dir", type=pathlib.Path, required=True, metavar="DIR", help="of TFDS; the data set comes here"
+        "--data_dir", type=pathlib.Path, required=True, metavar="DIR", help="TFDS's folder, for the data set"
     )
     parser.add_argument(
         "--work_dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="for what was found so far; default: DATA_DIR/downloads/manual/rich_hf_18k",
+        help="folder for the images found so far; default: DATA_DIR/downloads/manual/rich_hf_18k",
     )
     parser.add_argument(
         "--allow-missing",
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    # Unlike arrow's own, it gives memory back at once: 160 MB less where a row group's images take 96 MB.
+    # Unlike arrow's own pool, this one frees memory at once: 160 MB less for row groups with 96 MB of images.
     pa.set_memory_pool(pa.system_memory_pool())
     try:
         with writing.explained_disk_errors(options.data_dir):
@@ -169,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except errors.UserError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on behind the last finished shard.")
+        sys.exit("Stopped. The same command continues behind the last finished shard.")
 
 
 if __name__ == "__main__":

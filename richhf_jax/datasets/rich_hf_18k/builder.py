@@ -1,4 +1,4 @@
-"""TFDS builder `rich_hf_18k`: RichHF-18K with images and prompts, from what the join left in its folder."""
+"""TFDS builder `rich_hf_18k`: RichHF-18K with images and prompts, from the work folder of the join."""
 
 import json
 import pathlib
@@ -13,22 +13,23 @@ from richhf_jax import errors, feedback
 from richhf_jax.datasets import records, tfrecord
 from richhf_jax.datasets.rich_hf_18k import join, labels, report
 
-# Name of the split -> of the labels' file.
+# Split of the data set -> name of its file of labels.
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
-# Rows of a part in memory at once.
+# Rows of a part that are in memory at once.
 _BATCH_ROWS = 16
 
 
 class RichHf18k(tfds.core.GeneratorBasedBuilder):
     """Rich human feedback on 17,760 generated images (https://arxiv.org/abs/2312.10240).
 
-    Features as in `synthetic_rich_hf`, images and heatmaps in their own sizes; an unknown score is NaN.
+    The features are those of `synthetic_rich_hf`. Images and heatmaps have their own sizes. An unknown score
+    is NaN.
     """
 
     name = "rich_hf_18k"
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = """\
-    The labels must be joined with images first. `python -m richhf_jax.datasets.rich_hf_18k` does this, and
+    The labels must be joined with images first. `python -m richhf_jax.datasets.rich_hf_18k` does this and
     builds the data set; see its --help. `manual_dir` is its --work_dir.
     """
 
@@ -60,8 +61,10 @@ class RichHf18k(tfds.core.GeneratorBasedBuilder):
 
 
 def check_joined(work_dir: pathlib.Path) -> None:
-    """Raises:
-    errors.UserError: the join isn't finished, or left out more than was allowed.
+    """Checks that the join is finished.
+
+    Raises:
+      errors.UserError: it isn't finished, or it left out more than was allowed.
     """
     path = work_dir / report.FILE
     problem = json.loads(path.read_text())["problem"] if path.exists() else "the join isn't finished"
@@ -72,9 +75,9 @@ def check_joined(work_dir: pathlib.Path) -> None:
 
 
 def examples(work_dir: pathlib.Path, split: str) -> Iterator[dict]:
-    """The examples of a split ('train', 'dev' or 'test'), in the order in which their images were found.
+    """Yields the examples of a split ('train', 'dev' or 'test'), in the order in which images were found.
 
-    A few are in memory at a time.
+    Few of them are in memory at a time.
     """
     offsets = _label_offsets(work_dir, split)
     columns = [join.UID, feedback.PROMPT_FIELD, feedback.IMAGE_FIELD]
@@ -96,11 +99,12 @@ def _label(file: BinaryIO, offset: int) -> labels.Record:
     data = next(tfrecord.read(file))
     where = f"{file.name}: offset {offset}"
     if isinstance(data, tfrecord.RecordError):
-        raise errors.UserError(f"{where}: {data}; delete this folder's labels and give the command again")
+        folder = pathlib.Path(file.name).parent
+        raise errors.UserError(f"{where}: {data}; delete {folder} and give the command again")
     return labels.parse(data, where)
 
 
 def _label_offsets(work_dir: pathlib.Path, split: str) -> dict[str, int]:
-    """uid -> where its record starts in the labels' file."""
+    """Finds where each record starts in a split's file of labels: uid -> byte."""
     offsets = records.record_offsets(str(work_dir / "labels" / f"{split}.tfrecord"))
     return dict(zip(labels.load(work_dir).keywords[split], offsets.tolist(), strict=True))

@@ -1,6 +1,6 @@
-"""Labels' images and prompts, from a source's shards into WORK_DIR/parts: one file a shard.
+"""Copies the labels' images and prompts from a source's shards into WORK_DIR/parts, one file per shard.
 
-A part appears when its shard is finished: a killed run is taken up behind the last finished shard.
+A part appears when its shard is finished. After a kill, the next run continues behind the last one.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
+from etils import epath
 
 from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets.rich_hf_18k.labels import write_json
@@ -22,22 +23,22 @@ from richhf_jax.inputs import images
 
 UID = "uid"
 SCHEMA = pa.schema({UID: pa.string(), feedback.PROMPT_FIELD: pa.string(), feedback.IMAGE_FIELD: pa.binary()})
-# Images gathered before they are written to a part.
+# A row group of a part is written when its images have this size.
 _ROW_GROUP_BYTES = 32 << 20
 _NOTES = b"richhf_jax"
 
 
 @dataclasses.dataclass
 class Notes:
-    """What a part says beside its rows.
+    """Notes on a shard, kept in its part.
 
     Attributes:
       shard: name of the shard.
-      size, version: the shard's, when it was read.
-      bad: why it wasn't read to its end; then a later run reads it again.
+      size, version: the shard's size and version when it was read.
+      bad: why the shard couldn't be read to its end, or ''. A later run reads a bad shard again.
       undecodable: (uid, what is wrong and where) of images that weren't taken.
-      other_prompts: (uid, where and which) of rows with another prompt than the one that was taken.
-      repeated: rows of images that had been found before.
+      other_prompts: (uid, where and which) of rows whose prompt isn't the one that was taken.
+      repeated: number of rows whose image had been found before.
     """
 
     shard: str
@@ -51,11 +52,11 @@ class Notes:
 
 @dataclasses.dataclass
 class State:
-    """How far the join has come.
+    """Progress of the join.
 
     Attributes:
       prompts: uid -> prompt of the images that were found.
-      notes: of all parts, by the shard's name.
+      notes: shard's name -> notes of its part.
     """
 
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -63,28 +64,30 @@ class State:
 
 
 def parts(work_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The finished parts."""
+    """Lists the finished parts."""
     return sorted((work_dir / "parts").glob("*.parquet"))
 
 
 @contextlib.contextmanager
 def locked(work_dir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes from joining into the same folder; ends with the process, however that ends.
+    """Keeps other processes from joining into the same folder, until the block or the process ends.
 
     Raises:
-      errors.UserError: another process does so now.
+      errors.UserError: another process is at work in the folder.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise errors.UserError(f"{work_dir}: another process is at work here") from None
+            raise errors.UserError(
+                f"{work_dir}: another process is at work here; wait for it, or give another --work_dir"
+            ) from None
         yield
 
 
 def check_source(source: Source, work_dir: pathlib.Path) -> None:
-    """Keeps the images of different sources apart.
+    """Checks that the folder has no images of another source, and notes this one there.
 
     Raises:
       errors.UserError: `work_dir` holds images of another source.
@@ -99,21 +102,21 @@ def check_source(source: Source, work_dir: pathlib.Path) -> None:
         raise errors.UserError(
             f"{work_dir} holds a join with another source.\n"
             f"    then: {known}\n    now:  {source.description}\n"
-            "Give another --work_dir, or delete this one to begin again."
+            "Give another --work_dir, or delete this one to start anew."
         )
 
 
 def join(source: Source, splits: Mapping[str, str], work_dir: pathlib.Path) -> State:
-    """Looks for images in every shard that may have some, until none is missing.
+    """Reads shards until no image is missing.
 
-    A row group's images are in memory at most, one after the other. Of several rows with the same image, the
-    first good one counts, by the order of shards, of row groups, and of image columns in them. A shard that
-    is cut off or corrupt gives what can be read of it, and the others are read nevertheless.
+    At most one row group's images are in memory. If several rows have the same image, the first good one
+    counts, in the order of shards, row groups and image columns. All that can be read of a shard is taken,
+    also if it is cut off or corrupt; then the next shard follows.
 
     Args:
-      source: of images and prompts.
-      splits: uid -> split of the labels, of each image that is wanted.
-      work_dir: as `check_source` found it.
+      source: gives images and prompts.
+      splits: uid of each wanted image -> its labels' split.
+      work_dir: folder of the join; `check_source` has been called for it.
 
     Raises:
       errors.UserError: a shard isn't of the source's form, or can't be read now.
@@ -122,7 +125,7 @@ def join(source: Source, splits: Mapping[str, str], work_dir: pathlib.Path) -> S
     shards = source.shards()
     state = _resume(shards, work_dir)
     if not shards and not state.notes:
-        raise errors.UserError(f"{source.description}: there is no such path, or no shard or image in it")
+        raise errors.UserError(f"{source.description}: no such path, or no shard or image in it")
     missing = set(splits) - state.prompts.keys()
     with tqdm.tqdm(
         desc="looking for images",
@@ -144,7 +147,7 @@ def join(source: Source, splits: Mapping[str, str], work_dir: pathlib.Path) -> S
 
 
 def _resume(shards: list[Shard], work_dir: pathlib.Path) -> State:
-    """What finished parts hold. One whose shard has changed is deleted, so that the shard is read again."""
+    """Reads the finished parts. Deletes those whose shard is bad or has changed: it is read again."""
     state = State()
     known = {shard.name: shard for shard in shards}
     for path in (work_dir / "parts").glob("*.new"):
@@ -155,7 +158,7 @@ def _resume(shards: list[Shard], work_dir: pathlib.Path) -> State:
         shard = known.get(notes.shard)
         if shard and (notes.bad or (shard.size, shard.version) != (notes.size, notes.version)):
             reason = "could not be read to its end" if notes.bad else "has changed since it was read"
-            tqdm.tqdm.write(f"{shard.name} {reason}: it is read again", file=sys.stderr)
+            tqdm.tqdm.write(f"{shard.name} {reason}; reading it again", file=sys.stderr)
             path.unlink()
             continue
         state.notes[notes.shard] = notes
@@ -166,7 +169,7 @@ def _resume(shards: list[Shard], work_dir: pathlib.Path) -> State:
 
 
 def _read_shard(source, shard: Shard, splits, missing: set[str], state: State, work_dir, bar) -> None:
-    """Reads a shard and writes its part; until that is finished, `missing` and `state` stay as they are."""
+    """Reads a shard, writes its part, and only then changes `missing` and `state`."""
     notes = Notes(shard.name, shard.size, shard.version)
     left, prompts = set(missing), {}
     name = shard.name.replace("/", "--").removesuffix(".parquet")
@@ -192,7 +195,7 @@ def _read_shard(source, shard: Shard, splits, missing: set[str], state: State, w
 
 
 def _good_image(row: Row, notes: Notes) -> bytes | None:
-    """The image of a row, or None and a note why not."""
+    """Returns a row's image, or notes why it isn't good and returns None."""
     try:
         if not (row.prompt or "").strip():
             raise images.ImageError("no prompt beside it")
@@ -203,10 +206,10 @@ def _good_image(row: Row, notes: Notes) -> bytes | None:
 
 
 class _PartWriter:
-    """Writes rows to a part, some at a time."""
+    """Writes rows to a part, in row groups."""
 
-    def __init__(self, path: pathlib.Path):
-        # Images are compressed as they are.
+    def __init__(self, path: epath.PathLike):
+        # Nothing is compressed: images are already.
         self._writer = pq.ParquetWriter(path, SCHEMA, compression="none", use_dictionary=False)
         self._rows: list[dict] = []
         self._bytes = 0

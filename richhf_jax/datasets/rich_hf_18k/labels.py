@@ -1,7 +1,7 @@
-"""RichHF-18K's labels, from its three TFRecords or from the joined mirror, checked once and kept.
+"""Reads RichHF-18K's labels from its three TFRecords or from the joined mirror, checks and keeps them.
 
 WORK_DIR/labels/{train,dev,test}.tfrecord   checked records with all eight fields; an unknown score is NaN
-WORK_DIR/labels/index.json                  what is in them, what was wrong, and which files they are from
+WORK_DIR/labels/index.json                  their contents and problems, and the files that they are from
 """
 
 import dataclasses
@@ -26,23 +26,23 @@ Record = dict[str, str | float | bytes]
 
 
 def uid_of(filename: str) -> str:
-    """'train/<uid>.png' -> '<uid>'."""
+    """Returns the uid in a file name: 'train/<uid>.png' -> '<uid>'."""
     return pathlib.PurePosixPath(filename).stem
 
 
 @dataclasses.dataclass
 class Index:
-    """What is in the labels.
+    """Contents of the labels.
 
     Attributes:
-      inputs: name -> digest of what they were read from.
+      inputs: name -> digest of what the labels were read from.
       keywords: split -> uid -> the keyword labels as text, in the records' order.
-      filenames: uid -> the record's filename.
-      duplicates: further records of a filename or uid; the first one counts.
-      broken_heatmaps: split -> uid -> why; records that are left out, since a heatmap can't be decoded.
-      missing_scores: field -> records without it.
-      zero_overall: records whose overall score is exactly 0.
-      zero_is_missing: whether such a score is taken as missing.
+      filenames: uid -> the record's file name.
+      duplicates: records whose file name or uid had occurred before; the first record counts.
+      broken_heatmaps: split -> uid -> reason; records left out because a heatmap can't be decoded.
+      missing_scores: field -> number of records without it.
+      zero_overall: file names of records whose overall score is exactly 0.
+      zero_is_missing: whether such a score counts as missing.
     """
 
     inputs: dict[str, str]
@@ -56,15 +56,16 @@ class Index:
 
     @property
     def splits(self) -> dict[str, str]:
-        """uid -> split, of every record that is to have an image."""
+        """Mapping uid -> split for every record that needs an image."""
         return {uid: split for split, uids in self.keywords.items() for uid in uids}
 
 
 def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-    """The records of a published file, with what messages call them.
+    """Yields the records of a published file, each after its name for messages.
 
     Raises:
-      errors.UserError: the file is missing or torn, or a record isn't of RichHF-18K; both are named.
+      errors.UserError: the file is missing, cut off or corrupt, or a record isn't of RichHF-18K; the message
+        names both.
     """
     _check_is_tfrecord(path)
     with (
@@ -78,7 +79,7 @@ def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
             if isinstance(data, tfrecord.RecordError):
                 raise errors.UserError(
                     f"{where} is cut off or corrupt; the {number} before it are good. Get the file again, and"
-                    " give the same command: images that were found are kept."
+                    " give the same command: images found so far are kept."
                 )
             yield where, parse(data, where)
             bar.update(len(data))
@@ -97,10 +98,10 @@ def _check_is_tfrecord(path: pathlib.Path) -> None:
 
 
 def parse(data: bytes, where: str) -> Record:
-    """A serialised tf.train.Example -> those of RichHF-18K's fields that it has.
+    """Parses a serialised tf.train.Example into the fields of RichHF-18K that it has.
 
     Raises:
-      errors.UserError: it is no Example, or a field has another type.
+      errors.UserError: the data is no tf.train.Example, or a field has another type.
     """
     try:
         features = tfrecord.parse_example(data)
@@ -119,7 +120,7 @@ def parse(data: bytes, where: str) -> Record:
 
 
 def load(work_dir: pathlib.Path) -> Index:
-    """What `prepare` kept in `work_dir`."""
+    """Reads the index that `prepare` kept in `work_dir`."""
     return Index(**json.loads((work_dir / "labels" / _INDEX).read_text()))
 
 
@@ -129,16 +130,16 @@ def prepare(
     work_dir: pathlib.Path,
     zero_is_missing: bool = False,
 ) -> Index:
-    """Checks labels and keeps them in `work_dir`; where they are there already, nothing is read.
+    """Checks labels and keeps them in `work_dir`. If they are there already, nothing is read.
 
     Args:
-      records: split -> its records, each with what messages call it.
-      inputs: name -> digest of what they come from.
-      work_dir: of the join.
+      records: split -> its records, each after its name for messages.
+      inputs: name -> digest of what the records are read from.
+      work_dir: folder of the join.
       zero_is_missing: whether an overall score of 0 means that there is none.
 
     Raises:
-      errors.UserError: bad labels, or `work_dir` holds a join that didn't look for all of these images.
+      errors.UserError: labels are bad, or `work_dir` holds a join that didn't look for all of these images.
     """
     folder = work_dir / "labels"
     path = folder / _INDEX
@@ -155,9 +156,9 @@ def prepare(
         if more and any((work_dir / "parts").glob("*.parquet")):
             raise errors.UserError(
                 f"{work_dir} holds a join that didn't look for {more} of these labels' images. Delete it to"
-                " begin again, or give another --work_dir."
+                " start anew, or give another --work_dir."
             )
-        # The index goes first and comes last: what it says is always what the files hold.
+        # The index is deleted first and written last: it never describes other files than these.
         path.unlink(missing_ok=True)
         for split in SPLITS:
             writing.move(pathlib.Path(temporary) / f"{split}.tfrecord", folder / f"{split}.tfrecord")
@@ -166,20 +167,21 @@ def prepare(
 
 
 def _checked(records: Iterable[tuple[str, Record]], split: str, index: Index) -> Iterator[Record]:
-    """The good records, with all fields. What is wrong with the others goes into the index."""
+    """Yields the good records, with all fields, and notes the others' problems in the index."""
     keywords = index.keywords.setdefault(split, {})
     broken = index.broken_heatmaps.setdefault(split, {})
     for where, record in records:
         filename = record.get(feedback.FILENAME_FIELD)
         if not filename:
             raise errors.UserError(f"{where} has no {feedback.FILENAME_FIELD}")
+        filename, text = str(filename), str(record.get(feedback.KEYWORDS_FIELD, ""))
         uid = uid_of(filename)
         if uid in index.filenames:
             index.duplicates.append(f"{where}: {filename} again (first as {index.filenames[uid]})")
             continue
         index.filenames[uid] = filename
         try:
-            maps = {f: images.checked(record.get(f, b"")) for f in feedback.HEATMAP_FIELDS.values()}
+            maps = {f: images.checked(_bytes(record.get(f))) for f in feedback.HEATMAP_FIELDS.values()}
         except images.ImageError as error:
             broken[uid] = f"{where}: heatmap: {error}"
             continue
@@ -191,15 +193,19 @@ def _checked(records: Iterable[tuple[str, Record]], split: str, index: Index) ->
                 scores[overall] = math.nan
         for field in (field for field, score in scores.items() if math.isnan(score)):
             index.missing_scores[field] = index.missing_scores.get(field, 0) + 1
-        keywords[uid] = record.get(feedback.KEYWORDS_FIELD, "")
-        yield {feedback.FILENAME_FIELD: filename, feedback.KEYWORDS_FIELD: keywords[uid], **scores, **maps}
+        keywords[uid] = text
+        yield {feedback.FILENAME_FIELD: filename, feedback.KEYWORDS_FIELD: text, **scores, **maps}
+
+
+def _bytes(value: str | float | bytes | None) -> bytes:
+    return value if isinstance(value, bytes) else b""
 
 
 def prepare_tfrecords(labels: pathlib.Path, work_dir: pathlib.Path) -> Index:
-    """`prepare` for the published files in the folder `labels`.
+    """Prepares the labels of the published files in the folder `labels`.
 
     Raises:
-      errors.UserError: as `prepare` and `read_tfrecord`.
+      errors.UserError: see `prepare` and `read_tfrecord`.
     """
     paths = {split: labels / f"{split}.tfrecord" for split in SPLITS}
     for path in paths.values():
@@ -214,5 +220,5 @@ def _digest(path: pathlib.Path) -> str:
 
 
 def write_json(path: pathlib.Path, content) -> None:
-    """Writes a JSON file, which appears complete or not at all."""
+    """Writes a JSON file; it appears complete or not at all."""
     writing.write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

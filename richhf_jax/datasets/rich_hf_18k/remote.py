@@ -1,4 +1,4 @@
-"""Files in a local folder or at any fsspec URL, read in ranges and tried again where the network fails."""
+"""Reads files of a local folder or any fsspec URL in ranges, and tries again where the network fails."""
 
 import io
 import posixpath
@@ -10,7 +10,7 @@ import fsspec
 
 from richhf_jax import errors
 
-# Tries of one read, and seconds between the first two; each further wait is twice as long (15 s in all).
+# Tries of one read, and seconds after the first one; each further wait is twice as long (15 s in all).
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
 
@@ -18,7 +18,7 @@ _Result = TypeVar("_Result")
 
 
 def _patiently(path: str, action: Callable[[], _Result]) -> _Result:
-    """Does it, again where it fails for a reason that may pass."""
+    """Calls `action`, and calls it again if it fails for a reason that may pass."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
@@ -31,14 +31,14 @@ def _patiently(path: str, action: Callable[[], _Result]) -> _Result:
                 raise errors.UserError(
                     f"{path}: reading failed {ATTEMPTS} times, the last time with\n"
                     f"    {type(error).__name__}: {error}\n"
-                    "Give the same command again: it goes on behind the last finished shard."
+                    "Give the same command again: it continues behind the last finished shard."
                 ) from error
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError("unreachable")
 
 
 class _PatientFile(io.RawIOBase):
-    """A readable file whose reads are tried again."""
+    """Readable file that tries failed reads again."""
 
     def __init__(self, path: str, file):
         self._path, self._file = path, file
@@ -73,12 +73,14 @@ class Folder:
     """A folder, or a single file, and everything under it.
 
     Attributes:
-      path: as it was given, e.g. 'hf://datasets/owner/name/data'.
+      path: the path as given, e.g. 'hf://datasets/owner/name/data'.
     """
 
     def __init__(self, path: str):
-        """Raises:
-        errors.UserError: there is no such kind of path, or what reads it isn't installed.
+        """Finds what reads the path.
+
+        Raises:
+          errors.UserError: there is no such kind of path, or what reads it isn't installed.
         """
         self.path = path
         try:
@@ -87,11 +89,11 @@ class Folder:
             raise errors.UserError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
-        """The whole path, the same however it was given."""
+        """Returns the full path, the same for all ways to write it."""
         return self._fs.unstrip_protocol(self._root)
 
     def files(self, suffixes: Sequence[str]) -> dict[str, int]:
-        """Name below the folder -> bytes (0: unknown), by name, of the files with one of the suffixes."""
+        """Lists files with one of the suffixes: name below the folder -> bytes (0: unknown), by name."""
         found = _patiently(self.path, lambda: self._fs.find(self._root, detail=True))
         names = {
             posixpath.basename(path) if path == self._root else posixpath.relpath(path, self._root): entry
@@ -104,14 +106,14 @@ class Folder:
         }
 
     def where(self, name: str) -> str:
-        """A file's name, as messages say it."""
+        """Returns a file's name for messages."""
         return name if self._is_file(name) else f"{self.path.rstrip('/')}/{name}"
 
     def _is_file(self, name: str) -> bool:
         return posixpath.basename(self._root) == name
 
     def open(self, name: str) -> io.RawIOBase:
-        """A file for reading; it reads exactly what it is asked for, nothing ahead."""
+        """Opens a file for reading. It reads exactly what is asked for, nothing ahead."""
         path = self._root if self._is_file(name) else f"{self._root}/{name}"
         where = self.where(name)
         return _PatientFile(where, _patiently(where, lambda: self._fs.open(path, "rb", cache_type="none")))

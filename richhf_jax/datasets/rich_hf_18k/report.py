@@ -1,4 +1,4 @@
-"""What came of a join: a summary to print, and everything in report.json."""
+"""Report of a join: a summary to print, and everything in report.json."""
 
 import dataclasses
 import pathlib
@@ -11,26 +11,27 @@ from richhf_jax.datasets.rich_hf_18k.labels import SPLITS, Index, write_json
 # https://github.com/google-research/google-research/tree/master/richhf_18k
 PUBLISHED_SIZES = {"train": 15_810, "dev": 995, "test": 955}
 FILE = "report.json"
-# Lines of a list that are printed; the file has all.
+# Lines of a list that are printed; the file has all of them.
 _SHOWN = 5
 
 
 @dataclasses.dataclass
 class Report:
-    """What is in the data set and what isn't. Lists are of texts, one a record, row or shard.
+    """Counts and lists of what is in the data set and what isn't. Each text is a record, row or shard.
 
     Attributes:
-      splits: name of the labels' file -> records in it, with an image, and as published.
-      missing: records left out since no image was found.
-      undecodable: records left out since an image or heatmap is broken, with all that was tried.
-      replaced: broken images in the place of which a good one was found in another row.
+      splits: name of the labels' file -> number of records in it, with an image, and as published.
+      missing: records left out because no image was found.
+      undecodable: records left out because an image or heatmap is broken, with all that was tried.
+      replaced: broken images for which another row had a good one.
       bad_shards: shards that could not be read to their end.
-      duplicates: further records of an image, left out.
-      repeated_rows: rows of the shards read with an image that had been found before; not used.
-      other_prompts: those of them with another prompt.
-      mismatches: records with another number of labels than of prompt tokens, or unknown labels: they are
+      duplicates: records left out because an earlier one has the same image.
+      repeated_rows: number of rows left out because an earlier one has the same image.
+      other_prompts: those of these rows whose prompt is another one.
+      mismatches: records whose labels are unknown or don't match the prompt's tokens in number. They are
         kept, but their labels are never paired with words.
-      missing_scores: field -> records without it, NaN in the data; such a score has no weight in training.
+      missing_scores: field -> number of records without it. It is NaN in the data and has no weight in
+        training.
       zero_overall: records with an overall score of exactly 0.
       zero_overall_treated_as: 'score' or 'missing'.
       problem: why nothing may be built, or None.
@@ -52,7 +53,7 @@ class Report:
 
     @property
     def left_out(self) -> int:
-        """Records without image or heatmap."""
+        """Number of records without image or heatmap."""
         return sum(split["records"] - split["with_image"] for split in self.splits.values())
 
     def __str__(self) -> str:
@@ -83,12 +84,12 @@ class Report:
         return "\n".join(lines)
 
     def write(self, path: pathlib.Path) -> None:
-        """Writes the JSON file."""
+        """Writes all of it as a JSON file."""
         write_json(path, dataclasses.asdict(self))
 
 
 def make_report(index: Index, state: State) -> Report:
-    """Puts together what the labels and the join say."""
+    """Makes a report from the labels' index and the state of the join."""
     broken: dict[str, list[str]] = {}
     notes = list(state.notes.values())
     for uid, reason in (item for note in notes for item in note.undecodable):
@@ -131,7 +132,7 @@ def _split_sizes(index: Index, prompts: Mapping[str, str]) -> dict[str, dict[str
 
 
 def _mismatches(index: Index, prompts: Mapping[str, str]) -> list[str]:
-    """Records whose labels can't be paired with the prompt's tokens."""
+    """Lists records whose labels can't be paired with the prompt's tokens."""
     found = []
     for keywords in index.keywords.values():
         for uid, text in keywords.items():

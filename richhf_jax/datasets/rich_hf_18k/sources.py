@@ -1,6 +1,6 @@
-"""Where images and prompts come from: Pick-a-Pic's shards, the joined mirror, or a folder.
+"""Sources of images and prompts: Pick-a-Pic's shards, the joined mirror, or a folder.
 
-A source says which shards it has, and gives a shard's rows; only the images that are still missing are read.
+A source lists its shards and gives a shard's rows; only images that are still missing are read.
 """
 
 import abc
@@ -21,13 +21,14 @@ from richhf_jax.datasets.rich_hf_18k import remote
 from richhf_jax.datasets.rich_hf_18k.labels import LFS_POINTER, SPLITS, Record, uid_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Rows of images that are decoded at once, and bytes that are read at once within a column of a row group (or
-# a whole page, where that is larger): a long column of small pages is never in memory.
+# Rows of images that are decoded at once.
 _BATCH_ROWS = 16
+# Bytes that are read at once within a column of a row group; at least a page. So a long column of small pages
+# is never in memory as a whole.
 _BUFFER = 16 << 20
-# The shards of a folder of images: files by a hash of their uid.
+# The files of a folder of images are split into this many shards, by a hash of their uid.
 _FOLDER_SHARDS = 64
-# What pyarrow raises at broken files. What reading raises is a UserError (`remote`), and stays so.
+# pyarrow raises these at broken files. A failed read raises a UserError (`remote`), which passes through.
 _BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
@@ -37,12 +38,12 @@ class BadShard(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A part of a source that is read at once.
+    """Part of a source that is read at once.
 
     Attributes:
-      name: what identifies it.
+      name: identifies the shard in its source.
       size: in bytes.
-      version: changes where its content does, as far as that can be told without reading it.
+      version: changes with the content, as far as that can be told without reading it.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An image and its prompt; `image` is None where it wasn't missing. `where` is for messages."""
+    """An image and its prompt. `image` is None if it wasn't missing. `where` names the row in messages."""
 
     uid: str
     prompt: str
@@ -64,17 +65,17 @@ class Source(abc.ABC):
     """Shards with images and prompts.
 
     Attributes:
-      description: what was given; another description is another source.
+      description: identifies the source, from what was given.
     """
 
     description: str
 
     @abc.abstractmethod
     def shards(self) -> list[Shard]:
-        """All shards, in the order in which they are to be read."""
+        """Lists all shards, in the order in which they are to be read."""
 
     def label_splits(self, shard: Shard) -> Collection[str]:
-        """Splits of the labels whose images may be in a shard."""
+        """Returns the splits of the labels whose images may be in a shard."""
         del shard
         return SPLITS
 
@@ -82,30 +83,32 @@ class Source(abc.ABC):
     def rows(
         self, shard: Shard, wanted: Collection[str], missing: Collection[str], passed: Callable[[int], None]
     ) -> Iterator[Row]:
-        """The rows of a shard whose uid is wanted, in order.
+        """Yields the rows of a shard whose uid is wanted, in order.
 
         Args:
           shard: one of `shards`.
           wanted: uids.
-          missing: uids whose images are to be read; may shrink meanwhile.
-          passed: is told the number of bytes that were read or left out.
+          missing: uids whose images are to be read; it may shrink meanwhile.
+          passed: called with numbers of bytes that were read or left out.
 
         Raises:
-          BadShard: the shard is cut off or corrupt; after the rows that can be read.
-          errors.UserError: it isn't of this source's form, or reading it fails.
+          BadShard: the shard is cut off or corrupt; raised after the rows that can be read.
+          errors.UserError: the shard isn't of this source's form, or reading it fails.
         """
 
 
 class _Parquet(Source):
-    """Shards in parquet. A row has a prompt and one or several images, each with its uid."""
+    """Shards in parquet. A row has a prompt and one or several images, each with a uid."""
 
     prompt_column: str
     # (column of the uids, column of the images)
     image_columns: tuple[tuple[str, str], ...]
 
     def __init__(self, path: str):
-        """Raises:
-        errors.UserError: no such path.
+        """Opens the folder or file.
+
+        Raises:
+          errors.UserError: no such path.
         """
         self._folder = remote.Folder(path)
         self.description = f"{type(self).__name__} {self._folder}"
@@ -130,29 +133,29 @@ class _Parquet(Source):
                 raise BadShard(broken)
 
     def _columns(self) -> dict[str, str]:
-        """Name -> kind of the columns that are read for images and prompts."""
+        """Returns name -> kind of the columns that are read for images and prompts."""
         columns = {self.prompt_column: "string"}
         for uid_column, image_column in self.image_columns:
             columns |= {uid_column: "string", image_column: "binary"}
         return columns
 
     def _group_rows(self, parquet, group, where, start, wanted, missing) -> Iterator[Row]:
-        """The rows of a row group: all of the first image column, then of the second."""
+        """Yields the rows of a row group: all of the first image column, then those of the second."""
         uid_columns = [column for column, _ in self.image_columns]
         keys = parquet.read_row_group(group, columns=[*uid_columns, self.prompt_column], use_threads=False)
         prompts = keys[self.prompt_column]
         for uid_column, image_column in self.image_columns:
             uids = [self._uid(name) for name in keys[uid_column].to_pylist()]
             _check_uids(uids, uid_column, where, start)
-            rows = [row for row, uid in enumerate(uids) if uid in wanted]
-            needed = [row for row in rows if uids[row] in missing]
-            images = dict.fromkeys(rows)
-            # One image is in memory at a time: each is given away before the next one is taken.
+            found = {row: uid for row, uid in enumerate(uids) if uid is not None and uid in wanted}
+            needed = [row for row, uid in found.items() if uid in missing]
+            images = dict.fromkeys(found)
+            # One image is in memory at a time: each is passed on before the next one is read.
             for row, image in _cells(parquet, group, image_column, needed):
                 images.pop(row)
-                yield Row(uids[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", image)
+                yield Row(found[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", image)
             for row in images:
-                yield Row(uids[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", None)
+                yield Row(found[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", None)
 
     def _uid(self, name: str | None) -> str | None:
         return name
@@ -178,8 +181,8 @@ class PickAPic(_Parquet):
     prompt_column = "caption"
     image_columns = (("image_0_uid", "jpg_0"), ("image_1_uid", "jpg_1"))
 
-    # By the first part of a shard's name. RichHF-18K's train and dev images are in Pick-a-Pic's train split,
-    # its test images in the test split; other shards come last, should something still be missing.
+    # First part of a shard's name -> splits of the labels. RichHF-18K's train and dev images are in
+    # Pick-a-Pic's train split, its test images in the test split. Other shards are read last.
     _LABEL_SPLITS = {"train": ("train", "dev"), "test": ("test",)}
 
     def shards(self):
@@ -190,12 +193,12 @@ class PickAPic(_Parquet):
 
 
 class Joined(_Parquet):
-    """The mirror with images and prompts in one table with the labels."""
+    """The mirror: one table with labels, images and prompts."""
 
     prompt_column = feedback.PROMPT_FIELD
     image_columns = ((feedback.FILENAME_FIELD, feedback.IMAGE_FIELD),)
 
-    # By the first part of a shard's name.
+    # First part of a shard's name -> split of the labels.
     _LABEL_SPLIT = {"train": "train", "dev": "dev", "validation": "dev", "test": "test"}
     _LABEL_COLUMNS = {
         feedback.FILENAME_FIELD: "string",
@@ -208,14 +211,14 @@ class Joined(_Parquet):
         return uid_of(name) if name else None
 
     def label_inputs(self) -> dict[str, str]:
-        """Name -> size of the shards, to tell whether the labels in them have changed."""
+        """Returns name -> size of the shards; a change means that their labels may have changed."""
         return {shard.name: str(shard.size) for shard in self.shards()}
 
     def label_records(self) -> dict[str, Iterator[tuple[str, Record]]]:
-        """Split -> the labels in the mirror itself, as `labels.prepare` takes them.
+        """Returns split -> the mirror's own labels, as `labels.prepare` takes them.
 
         Raises:
-          errors.UserError: a split has no shard, or one that can't be read.
+          errors.UserError: a split has no shard, or a shard's name doesn't tell its split.
         """
         by_split = {split: [] for split in SPLITS}
         for shard in self.shards():
@@ -223,12 +226,14 @@ class Joined(_Parquet):
             if split is None:
                 names = ", ".join(self._LABEL_SPLIT)
                 raise errors.UserError(
-                    f"{self._folder.where(shard.name)}: of which split? Its name must begin with one of"
+                    f"{self._folder.where(shard.name)}: its split is unknown. Let its name begin with one of"
                     f" {names}, and a dash; or give --labels"
                 )
             by_split[split].append(shard)
         if empty := [split for split, shards in by_split.items() if not shards]:
-            raise errors.UserError(f"{self._folder.path}: no shard of {', '.join(empty)}")
+            raise errors.UserError(
+                f"{self._folder.path}: no shard of {', '.join(empty)}; add it or give --labels"
+            )
         return {split: self._records(shards) for split, shards in by_split.items()}
 
     def _records(self, shards: list[Shard]) -> Iterator[tuple[str, Record]]:
@@ -257,8 +262,10 @@ class Images(Source):
     """A folder of <uid>.{jpg,jpeg,png,webp}, and a CSV or JSON Lines file of prompts (uid, prompt)."""
 
     def __init__(self, images: str, prompts: str):
-        """Raises:
-        errors.UserError: no such folder or file, or the prompts aren't of this form.
+        """Reads the prompts and lists the images.
+
+        Raises:
+          errors.UserError: there is no such folder or file, or the prompts aren't of this form.
         """
         self._folder = remote.Folder(images)
         self.description = f"Images {self._folder}"
@@ -288,7 +295,7 @@ class Images(Source):
 
 
 def _first_part(shard: Shard) -> str:
-    """'data/train-00000-of-00002.parquet' -> 'train'."""
+    """Returns the part before the dash: 'data/train-00000-of-00002.parquet' -> 'train'."""
     return pathlib.PurePosixPath(shard.name).name.partition("-")[0]
 
 
@@ -297,7 +304,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _open_parquet(file: io.RawIOBase, where: str) -> pq.ParquetFile:
-    """Reads the footer alone."""
+    """Opens a parquet file; reads only its footer."""
     try:
         return pq.ParquetFile(file, buffer_size=_BUFFER, page_checksum_verification=True)
     except _BROKEN as error:
@@ -310,7 +317,7 @@ def _open_parquet(file: io.RawIOBase, where: str) -> pq.ParquetFile:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    """Bytes as they are, or in Hugging Face's struct of an image."""
+    """Tells whether a type is bytes, or Hugging Face's struct of an image, which has bytes."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
@@ -324,21 +331,21 @@ _KINDS: dict[str, Callable[[pa.DataType], bool]] = {
 
 
 def _leaf(schema: pa.Schema, column: str) -> str:
-    """What to read of a column: of an image's struct, the bytes alone."""
+    """Names what to read of a column: only the bytes of an image's struct, else all of it."""
     return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
 
 
 def _bytes_of(value):
-    """A cell of such a column."""
+    """Returns the bytes of an image's struct, or another cell as it is."""
     return value["bytes"] if isinstance(value, dict) else value
 
 
 def _check_uids(uids: list[str | None], column: str, where: str, start: int) -> None:
-    """Tells prompts in the place of uids."""
+    """Checks that uids aren't prompts."""
     for row, uid in enumerate(uids):
         if uid is not None and any(character.isspace() for character in uid):
             raise errors.UserError(
-                f"{where} {start + row}: {column} is {uid[:80]!r}, which is no uid; were columns swapped?"
+                f"{where} {start + row}: {column} is {uid[:80]!r}, which is no uid; check the columns' order"
             )
 
 
@@ -350,13 +357,13 @@ def _stored_bytes(parquet: pq.ParquetFile, group: int) -> int:
 def _cells(
     parquet: pq.ParquetFile, group: int, column: str, rows: list[int]
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Some cells of an image column, one by one; without rows, nothing is read."""
+    """Yields some cells of an image column, one by one; without rows, nothing is read."""
     if not rows:
         return
     columns = [_leaf(parquet.schema_arrow, column)]
     batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
     needed = iter(rows)
-    row = next(needed)
+    row: int | None = next(needed)
     start = 0
     for batch in batches:
         cells = batch.column(0)
@@ -369,11 +376,11 @@ def _cells(
 
 
 def _read_prompts(path: str) -> tuple[dict[str, str], str]:
-    """Prompts by uid, and a digest of the file."""
+    """Reads prompts by uid, and a digest of their file."""
     folder = remote.Folder(path)
     names = list(folder.files([".csv", ".jsonl"]))
     if len(names) != 1:
-        raise errors.UserError(f"{path}: not a file that ends with .csv or .jsonl, or there is none")
+        raise errors.UserError(f"{path}: no such file, or its name ends in neither .csv nor .jsonl")
     with folder.open(names[0]) as file:
         data = file.read()
     prompts = {}
@@ -383,14 +390,14 @@ def _read_prompts(path: str) -> tuple[dict[str, str], str]:
             if not isinstance(uid, str) or not isinstance(prompt, str) or any(c.isspace() for c in uid):
                 raise errors.UserError(f"{path}:{number}: expected uid and prompt, got {str(row)[:200]}")
             if prompts.setdefault(uid, prompt) != prompt:
-                raise errors.UserError(f"{path}:{number}: another prompt for {uid} than before")
+                raise errors.UserError(f"{path}:{number}: its prompt for {uid} differs from an earlier one")
     except (UnicodeDecodeError, csv.Error) as error:
         raise errors.UserError(f"{path}: {error}") from error
     return prompts, hashlib.sha256(data).hexdigest()
 
 
 def _prompt_rows(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
-    """Number of the line, and what it says; a broken line of JSON stays as it is."""
+    """Yields each line's number and content; a broken line of JSON stays text."""
     if is_csv:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         yield from ((reader.line_num, row) for row in reader)

@@ -1,1 +1,1 @@
-"""Shards of web images with alt-text -> the TFDS data set `web_captions`: see `__main__`."""
+"""Builds the TFDS data set `web_captions` from shards of web images with alt-text: see `__main__`."""

@@ -1,16 +1,16 @@
 """Builds the TFDS data set web_captions from shards of images with alt-text.
 
-Shards are TFRecord, webdataset (tar) or parquet files, thousands of them if need be, in any storage that
-fsspec reaches: local paths, gs://, s3://, hf://, https://, ... (a storage may need a package of its own,
-which the message names). They are streamed once. Pixels stay as they are; images of unusual forms (palette,
-CMYK, EXIF rotation, ...) are encoded anew as PNG.
+Shards are TFRecord, webdataset (tar) or parquet files, even thousands of them, in any storage that fsspec
+reaches: local paths, gs://, s3://, hf://, https://, ... (a storage may need a package of its own, which the
+message names). They are streamed once. Pixels stay as they are; images of unusual forms (palette, CMYK, EXIF
+rotation, ...) are encoded anew as PNG.
 
-Samples with too many or few words, of other languages, or too small are left out and counted. Bad ones (no
-caption, no whole image, a garbled record) are listed in errors.jsonl, with file, record and reason; the
-good ones of the same shard are kept. A shard that can't be read at all ends the command with exit code 1,
-after the others are finished.
+Samples are left out and counted if they have too many or too few words, another language or a small image.
+Bad ones (no caption, a broken image, a garbled record) are listed in errors.jsonl, with file, record and
+reason; the good ones of the same shard are kept. If a shard can't be read at all, the command finishes the
+others and ends with exit code 1.
 
-The same command again goes on where it was stopped or killed; finished shards aren't read again.
+After a stop or a kill, the same command continues; it doesn't read finished shards again.
 """
 
 import argparse
@@ -35,25 +35,31 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = convert.Options()
-    shard_help = "path or URL; *, ?, [] and ranges as {00000..01242} are expanded; may be repeated"
+    shard_help = "path or URL; *, ?, [] and ranges such as {00000..01242} are expanded; may be repeated"
     parser.add_argument("--shards", action="append", required=True, metavar="PATTERN", help=shard_help)
     parser.add_argument(
-        "--validation_shards", action="append", default=[], metavar="PATTERN", help="of the split validation"
+        "--validation_shards",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="the same, for the split validation",
     )
     parser.add_argument("--data_dir", type=pathlib.Path, required=True, help="TFDS's folder, local")
     parser.add_argument(
-        "--languages", type=_names, default=(), metavar="en,de", help="keep these alone; default: all"
+        "--languages", type=_names, default=(), metavar="en,de", help="keep only these; default: all"
     )
-    words = "words of a caption, as white space separates them"
+    words = "words of a caption, separated by white space"
     parser.add_argument(
-        "--min_words", type=int, default=default.min_words, help=f"{words}; default: %(default)s"
+        "--min_words", type=int, default=default.min_words, help=f"fewest {words}; default: %(default)s"
     )
-    parser.add_argument("--max_words", type=int, default=default.max_words, help="default: %(default)s")
+    parser.add_argument(
+        "--max_words", type=int, default=default.max_words, help=f"most {words}; default: %(default)s"
+    )
     parser.add_argument(
         "--min_side",
         type=int,
         default=default.min_side,
-        help="pixels of the shorter side; default: %(default)s",
+        help="fewest pixels of the shorter side; default: %(default)s",
     )
     for what in ("image", "caption", "language"):
         names = getattr(default, f"{what}_fields")
@@ -62,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
             type=_names,
             default=names,
             metavar="NAME,...",
-            help=f"TFRecord feature, webdataset extension or parquet column, the first that a sample has;"
+            help=f"TFRecord feature, webdataset extension or parquet column: the first one that a sample has;"
             f" default: {','.join(names)}",
         )
     parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core"
     )
     parser.add_argument("--skip_bad_shards", action="store_true", help="leave out shards that can't be read")
     return parser
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except errors.UserError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
+        sys.exit("Stopped. The same command continues from here.")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 Everything happens in `1.0.0.incomplete`, which is renamed at the end:
 
-    build.json                                        what is built; another build doesn't go on with it
-    web_captions-train.tfrecord-00007-of-01243        the output of input shard 7, whole or absent
+    build.json                                        shards and options; another build doesn't continue it
+    web_captions-train.tfrecord-00007-of-01243        the output of input shard 7, complete or absent
     shards/web_captions-train.tfrecord-00007-of-....json    written after it: the shard is finished
     errors.jsonl                                      bad records and shards
 
-So the order on disk is that of the input shards, whatever the number of processes.
+So records have the order of the input shards, whatever the number of processes.
 """
 
 import collections
@@ -22,7 +22,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import process
 
 import tqdm
@@ -34,17 +34,17 @@ from richhf_jax.datasets.web_captions import convert, shards
 NAME, CONFIG, VERSION = "web_captions", "default", "1.0.0"
 DESCRIPTION = "Images with alt-text, one caption each."
 BUILD_NAME, ERRORS_NAME = "build.json", "errors.jsonl"
-# Between two looks at the progress.
+# Seconds between two looks at the progress.
 _SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was built.
+    """Result of a build.
 
     Attributes:
-      folder: with the data set and, if anything is bad, errors.jsonl.
-      counts: split -> convert.KEPT, convert.BAD, filters -> samples.
+      folder: folder of the data set and, if anything is bad, errors.jsonl.
+      counts: split -> convert.KEPT, convert.BAD or a filter -> number of samples.
     """
 
     folder: pathlib.Path
@@ -65,18 +65,18 @@ def build(
     processes: int,
     skip_bad_shards: bool = False,
 ) -> Report:
-    """Builds the data set, or what is left of it.
+    """Builds the data set, or continues an unfinished build.
 
     Args:
       inputs: split -> its shards.
-      data_dir: TFDS's, local.
+      data_dir: TFDS's folder, local.
       options: which samples are kept.
-      processes: that convert shards; nothing depends on their number.
-      skip_bad_shards: leave out shards that can't be read.
+      processes: number of processes that convert shards; the result doesn't depend on it.
+      skip_bad_shards: whether shards that can't be read are left out.
 
     Raises:
-      errors.UserError: there is another build, or an unfinished one, of other shards or with other options;
-        a shard can't be read (those that can are finished); no sample is left; the disk is full or the like.
+      errors.UserError: the folder has a build of other shards or with other options; a shard can't be read
+        (the readable ones are finished); no sample is left; the disk is full or can't be written.
     """
     folder = data_dir / NAME / CONFIG / VERSION
     partial = folder.with_name(f"{VERSION}.incomplete")
@@ -87,7 +87,7 @@ def build(
     with writing.explained_disk_errors(folder):
         if folder.exists():
             _check_plan(folder, plan)
-            shutil.rmtree(folder / "shards", ignore_errors=True)  # There if it was killed at the very end.
+            shutil.rmtree(folder / "shards", ignore_errors=True)  # A kill at the very end leaves it there.
             return Report(folder, json.loads((folder / BUILD_NAME).read_text())["counts"])
         (partial / "shards").mkdir(parents=True, exist_ok=True)
         if (partial / BUILD_NAME).exists():
@@ -105,7 +105,7 @@ def build(
 
 
 def _check_plan(folder: pathlib.Path, plan: dict) -> None:
-    """Raises a UserError if the build in the folder is another one."""
+    """Raises a UserError if the folder has a build of other shards or with other options."""
     try:
         found = json.loads((folder / BUILD_NAME).read_text())
     except (OSError, ValueError):
@@ -133,7 +133,7 @@ def _jobs(
 
 
 def _convert_all(jobs: Sequence[convert.Job], processes: int) -> dict[str, str]:
-    """Converts what isn't finished -> the shards that can't be read, and why."""
+    """Converts the unfinished shards; returns URL -> reason of those that can't be read."""
     todo = [job for job in jobs if convert.read_state(job) is None]
     total, left = (sum(job.shard.size for job in part) for part in (jobs, todo))
     failed = {}
@@ -150,13 +150,13 @@ def _convert_all(jobs: Sequence[convert.Job], processes: int) -> dict[str, str]:
 
 
 def _results(
-    jobs: Sequence[convert.Job], processes: int, count: Callable[[int], None]
-) -> Iterator[tuple[convert.Job, str]]:
-    """Jobs as they are done, and why they failed if they did."""
+    jobs: Sequence[convert.Job], processes: int, count: Callable[[int], object]
+) -> Generator[tuple[convert.Job, str], None, None]:
+    """Yields each finished job and why it failed, or ''."""
     if min(processes, len(jobs)) <= 1:
         yield from ((job, convert.convert(job, count)) for job in jobs)
         return
-    # Spawned: forking a process in which libraries run threads may deadlock.
+    # "spawn", since forking a process in which libraries run threads may deadlock.
     context = multiprocessing.get_context("spawn")
     bytes_read = context.Value("q")
     shown = 0
@@ -168,7 +168,7 @@ def _results(
             done, _ = concurrent.futures.wait(
                 waiting, _SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
             )
-            by_now = bytes_read.value  # Read once: it grows.
+            by_now = bytes_read.value  # Other processes increase it: read it once.
             count(by_now - shown)
             shown = by_now
             for future in done:
@@ -176,16 +176,16 @@ def _results(
         executor.shutdown()
     except process.BrokenProcessPool:
         raise errors.UserError(
-            "A process was killed, perhaps for want of memory. Run the command again with fewer --processes."
+            "A process was killed, perhaps for lack of memory. Run the command again with fewer --processes."
         ) from None
     finally:
-        # After an error or Ctrl-C; what they write appears complete or not at all.
+        # After an error or Ctrl-C, workers may be killed: what they write appears complete or not at all.
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
 
 
 def _start(bytes_read) -> None:
-    """In a new process: it ends with the one that started it, be that killed; Ctrl-C isn't for it."""
+    """Prepares a new process: it ignores Ctrl-C and ends with its parent, even if that is killed."""
     global _bytes_read
     _bytes_read = bytes_read
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -193,7 +193,9 @@ def _start(bytes_read) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # A worker runs this.
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -210,8 +212,15 @@ def _failure(failed: Mapping[str, str], partial: pathlib.Path) -> str:
     return (
         f"{len(failed)} shards can't be read:\n{first}\n"
         f"All are listed in {partial / ERRORS_NAME}; the others are finished. Run the command again to try"
-        " these alone once more, or with --skip_bad_shards to leave them out."
+        " only these once more, or with --skip_bad_shards to leave them out."
     )
+
+
+def _state(job: convert.Job) -> convert.State:
+    """Reads the state of a finished job."""
+    state = convert.read_state(job)
+    assert state is not None
+    return state
 
 
 def _write_errors(
@@ -223,17 +232,17 @@ def _write_errors(
         if reason := failed.get(job.shard.url):
             lines.append({"file": job.shard.url, "record": "", "reason": reason})
         else:
-            lines += convert.read_state(job).errors
+            lines += _state(job).errors
     writing.write(folder / ERRORS_NAME, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _finish(
     partial: pathlib.Path, folder: pathlib.Path, jobs: Mapping[str, list[convert.Job]], plan: dict
 ) -> Report:
-    """Makes a TFDS data set of finished shards."""
+    """Makes a TFDS data set of the finished shards."""
     import tensorflow_datasets as tfds  # It imports TensorFlow, which nothing else here needs.
 
-    states = {split: [convert.read_state(job) for job in split_jobs] for split, split_jobs in jobs.items()}
+    states = {split: [_state(job) for job in split_jobs] for split, split_jobs in jobs.items()}
     counts = {
         split: dict(sum((collections.Counter(state.counts) for state in found), collections.Counter()))
         for split, found in states.items()
@@ -263,7 +272,7 @@ def _finish(
         check_data=False,
     )
     records.write_index(partial)
-    # By this TFDS finds the folder where no configuration is named.
+    # Here TFDS finds the configuration's name if none is given.
     config = folder.parents[1] / ".config"
     config.mkdir(exist_ok=True)
     writing.write(config / "metadata.json", json.dumps({"default_config_name": CONFIG}))

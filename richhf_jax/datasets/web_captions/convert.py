@@ -1,4 +1,4 @@
-"""One input shard -> one TFRecord file of a TFDS data set. Free of TensorFlow, for many processes."""
+"""Converts an input shard to a TFRecord file of a TFDS data set, without TensorFlow, in many processes."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ from richhf_jax.datasets.web_captions import shards
 from richhf_jax.inputs import images
 
 KEPT, BAD = "kept", "bad"
-# Why a good sample is left out.
+# Reasons to leave out a good sample.
 FILTERS = TOO_FEW_WORDS, TOO_MANY_WORDS, OTHER_LANGUAGE, TOO_SMALL = (
     "too few words",
     "too many words",
@@ -27,13 +27,13 @@ FILTERS = TOO_FEW_WORDS, TOO_MANY_WORDS, OTHER_LANGUAGE, TOO_SMALL = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is taken of a sample, and which samples are kept.
+    """Choice of fields and samples.
 
     Attributes:
-      languages: codes; 'en' also means 'en-GB'. Empty: all, and samples needn't tell theirs.
-      min_words, max_words: of a caption, as white space separates them.
-      min_side: pixels of the image's shorter side.
-      image_fields, caption_fields, language_fields: the first of these that a sample has is meant.
+      languages: language codes; 'en' also means 'en-GB'. Empty: all, even samples without a language.
+      min_words, max_words: fewest and most words of a caption, separated by white space.
+      min_side: fewest pixels of the image's shorter side.
+      image_fields, caption_fields, language_fields: possible names; the first that a sample has is taken.
     """
 
     languages: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """An input shard and where its output goes; with `skip_bad`, one that can't be read becomes empty."""
+    """An input shard and the paths of its output. With `skip_bad`, an unreadable shard becomes empty."""
 
     shard: shards.Shard
     out: pathlib.Path
@@ -58,12 +58,12 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What became of a finished shard, as its state file tells.
+    """Result of a finished shard, kept in its state file.
 
     Attributes:
-      size: of the input, bytes: a new file under the old name is converted again.
-      bytes: of the output.
-      counts: KEPT, BAD and FILTERS -> samples.
+      size: bytes of the input; an input of another size is converted again.
+      bytes: bytes of the output.
+      counts: KEPT, BAD or one of FILTERS -> number of samples.
       errors: {'file', 'record', 'reason'} of each bad sample.
     """
 
@@ -74,19 +74,19 @@ class State:
 
 
 def read_state(job: Job) -> State | None:
-    """What a finished job left, or None: it isn't finished, or its input is another file by now."""
+    """Reads a job's state; None if the job isn't finished or the input's size has changed since."""
     if not job.state.exists():
         return None
     state = State(**json.loads(job.state.read_text()))
     return state if state.size == job.shard.size else None
 
 
-def convert(job: Job, count: Callable[[int], None]) -> str:
+def convert(job: Job, count: Callable[[int], object]) -> str:
     """Converts a shard. Output and state appear complete or not at all.
 
     Args:
-      job: what to do.
-      count: called with numbers of input bytes, as they are read.
+      job: the shard and the paths of its output.
+      count: called with the number of input bytes, whenever some are read.
 
     Returns:
       Why the shard can't be read, or ''.
@@ -110,7 +110,7 @@ def convert(job: Job, count: Callable[[int], None]) -> str:
     return ""
 
 
-def _read(job: Job, count: Callable[[int], None]) -> Iterator[shards.Sample]:
+def _read(job: Job, count: Callable[[int], object]) -> Iterator[shards.Sample]:
     options = job.options
     wanted = {*options.image_fields, *options.caption_fields, *options.language_fields}
     return shards.read(job.shard, wanted, count)
@@ -126,7 +126,7 @@ def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
                 verdict, image, caption = judge(sample, job.options)
             except ValueError as error:
                 verdict = BAD
-                reason = " ".join(str(error).split())  # Some have several lines.
+                reason = " ".join(str(error).split())  # Some messages have several lines.
                 bad.append({"file": job.shard.url, "record": sample.key, "reason": reason})
             if verdict == KEPT:
                 values = {
@@ -141,7 +141,7 @@ def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
 
 
 def judge(sample: shards.Sample, options: Options) -> tuple[str, bytes, str]:
-    """KEPT or the filter that leaves the sample out; the image's bytes (if KEPT); the caption.
+    """Decides on a sample: KEPT or the filter that leaves it out; the image's bytes (if KEPT); the caption.
 
     Raises:
       ValueError: the sample is bad; the message says why.
@@ -177,7 +177,7 @@ def _find(sample: shards.Sample, names: tuple[str, ...], what: str) -> Any:
 
 
 def _text(sample: shards.Sample, names: tuple[str, ...], what: str) -> str:
-    """The field's text; it may be bytes, but UTF-8 (JSON can hold text that isn't any either)."""
+    """Returns a field's text, which may be bytes in UTF-8. (JSON can hold text that no UTF-8 can.)"""
     value = _find(sample, names, what)
     try:
         return (value if isinstance(value, bytes) else value.encode()).decode()

@@ -1,12 +1,12 @@
-"""Shards of images with alt-text -> samples, streamed from any storage that fsspec reaches.
+"""Streams samples from shards of images with alt-text, in any storage that fsspec reaches.
 
-A sample is a mapping of fields, whatever the shard's format:
+A sample is a mapping of fields. They are, by the shard's format:
 
-    TFRecord             the features of a tf.train.Example (of bytes)
+    TFRecord             the features of a tf.train.Example that hold bytes
     webdataset (tar)     the files <key>.<extension>, by extension, and the entries of <key>.json
     parquet              the columns; an image may be bytes or Hugging Face's struct with `bytes`
 
-Free of TensorFlow, which each process would have to import.
+No TensorFlow is used: each process would have to import it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
@@ -31,18 +31,18 @@ _BUFFER_BYTES = 1 << 20
 # Rows of a parquet file that are in memory at once.
 _ROWS = 16
 _GZIP = b"\x1f\x8b"
-# They wait for answers of a network.
+# Threads that wait for a network's answers.
 _THREADS = 16
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class ShardError(Exception):
-    """Why a shard can't be read: its storage fails, or nothing in it is good."""
+    """A shard can't be read: its storage fails, or nothing in it is good. The message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of samples. `size` in bytes; 0 where the storage doesn't tell."""
+    """A file of samples; `size` is in bytes, 0 if the storage doesn't tell."""
 
     url: str
     size: int
@@ -50,12 +50,12 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What a shard holds at one place.
+    """A shard's content at one place.
 
     Attributes:
       key: webdataset's key; for other formats the record's number, from 0.
       fields: name -> value.
-      problem: why there is nothing, or ''.
+      problem: why there are no fields, or ''.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Sample:
 
 
 def expand_range(pattern: str) -> list[str]:
-    """'a-{08..10}.tar' -> ['a-08.tar', 'a-09.tar', 'a-10.tar']; several ranges give all combinations."""
+    """Expands ranges: 'a-{08..10}.tar' -> ['a-08.tar', 'a-09.tar', 'a-10.tar']; several are combined."""
     match = _RANGE.search(pattern)
     if not match:
         return [pattern]
@@ -75,13 +75,13 @@ def expand_range(pattern: str) -> list[str]:
 
 
 def find(patterns: Sequence[str]) -> list[Shard]:
-    """The shards that globs and ranges name, in this order (a glob's by name), each once.
+    """Finds the shards that globs and ranges name, each once, in the patterns' order; a glob's by name.
 
     Args:
       patterns: local paths or fsspec URLs with *, ?, [] or {00..12}.
 
     Raises:
-      errors.UserError: a pattern names no file, one of an unknown format, or can't be looked up.
+      errors.UserError: a pattern names no file or one of an unknown format, or can't be looked up.
     """
     names = [name for pattern in patterns for name in expand_range(pattern)]
     with futures.ThreadPoolExecutor(_THREADS) as threads:
@@ -100,7 +100,7 @@ def _glob(pattern: str) -> list[Shard]:
         infos = [(path, info) for path, info in infos if info["type"] == "file"]
     except FileNotFoundError:
         infos = []
-    except Exception as error:  # What a storage raises isn't bounded: see _Source.
+    except Exception as error:  # A storage may raise anything: see _Source.
         raise errors.UserError(f"{pattern}: {error or type(error).__name__}") from error
     if not infos:
         raise errors.UserError(f"{pattern}: no such file")
@@ -110,23 +110,23 @@ def _glob(pattern: str) -> list[Shard]:
     ]
 
 
-def read(shard: Shard, wanted: Collection[str], count: Callable[[int], None]) -> Iterator[Sample]:
+def read(shard: Shard, wanted: Collection[str], count: Callable[[int], object]) -> Iterator[Sample]:
     """Streams a shard's samples.
 
     Args:
-      shard: what to read.
-      wanted: the fields of use; others are left out where this saves reading.
-      count: called with numbers of bytes, in all `shard.size`, as they are read.
+      shard: the file.
+      wanted: names of the useful fields; others are left out where this saves reading.
+      count: called with the number of bytes, whenever some are read; the sum is `shard.size`.
 
     Yields:
-      Samples, and problems in the place of what can't be read.
+      Samples; where something can't be read, a sample with a problem.
 
     Raises:
-      ShardError: the storage fails, or it isn't a file of the format.
+      ShardError: the storage fails, or the file isn't of the format.
     """
     read_format = _reader(shard.url)
     try:
-        file = fsspec.open(shard.url, "rb").open()
+        file = cast(fsspec.core.OpenFile, fsspec.open(shard.url, "rb")).open()
     except Exception as error:  # See _Source.
         raise ShardError(f"{error or type(error).__name__}") from error
     source = _Source(file, count)
@@ -136,9 +136,9 @@ def read(shard: Shard, wanted: Collection[str], count: Callable[[int], None]) ->
 
 
 class _Source(io.RawIOBase):
-    """A file of a storage. What the storage raises is a ShardError: no broken data, but worth another try."""
+    """File of a storage. It raises a ShardError if the storage fails: the data may be good, so try again."""
 
-    def __init__(self, file: BinaryIO, count: Callable[[int], None]):
+    def __init__(self, file: BinaryIO, count: Callable[[int], object]):
         self._file = file
         self._count = count
         self.bytes_read = 0
@@ -181,15 +181,15 @@ def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
 
 
 def _read_webdataset(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
-    key, fields, problem, bufsize = None, {}, "", tarfile.RECORDSIZE
+    key, fields, problem = None, {}, ""
+    stream: io.BufferedReader | gzip.GzipFile = file
+    bufsize = tarfile.RECORDSIZE
     if file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP:
-        # tarfile's own gzip takes a stream that is cut off for a whole one.
-        file, bufsize = (
-            gzip.GzipFile(fileobj=file),
-            tarfile.BLOCKSIZE,
-        )  # Of the last buffer nothing is seen then.
+        # tarfile's own gzip takes a stream that is cut off for a whole one. When a GzipFile is cut off, the
+        # buffer being read is lost: so it is small.
+        stream, bufsize = gzip.GzipFile(fileobj=file), tarfile.BLOCKSIZE
     try:
-        with tarfile.open(fileobj=file, mode="r|", bufsize=bufsize) as tar:
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=bufsize) as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -201,11 +201,12 @@ def _read_webdataset(file: io.BufferedReader, wanted: Collection[str]) -> Iterat
                     fields = {}
                 key, extension = member_key, extension.lower()
                 if extension in wanted or extension == "json":
-                    fields[extension] = tar.extractfile(member).read()
-            # To tarfile, a header that is absent or garbled ends the file as well as a block of zeros.
-            if tar.fileobj.tell() - tar.offset < tarfile.BLOCKSIZE:
+                    fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()  # It is a file.
+            # tarfile ends at an absent or garbled header just as at the block of zeros that marks the end.
+            source: Any = tar.fileobj
+            if source.tell() - tar.offset < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("no mark of the end")
-            while chunk := tar.fileobj.read(_BUFFER_BYTES):
+            while chunk := source.read(_BUFFER_BYTES):
                 if chunk.strip(b"\0"):
                     raise tarfile.ReadError("garbled header")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
@@ -244,7 +245,7 @@ def _read_parquet(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
 
 
 _READERS = {
-    # Also .tfrecord-00000-of-00100.
+    # The ending may be .tfrecord-00000-of-00100, too.
     r"\.tfrec(ord)?s?(-\d+-of-\d+)?$": _read_tfrecord,
     r"\.(tar|tar\.gz|tgz)$": _read_webdataset,
     r"\.parquet$": _read_parquet,

@@ -1,4 +1,4 @@
-"""A sample of RichHF-18K in every source's form, the command, and a look at what it built."""
+"""Fixtures: a sample of RichHF-18K in every source's form, the command, and readers of what it built."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ TFDS_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 @pytest.fixture(scope="session")
 def samples() -> list[sample_sources.Sample]:
-    """Eight images of train, two of dev and of test."""
+    """Makes eight images of train, two of dev and two of test."""
     return sample_sources.make_samples(12)
 
 
@@ -42,7 +42,7 @@ class Workbench:
         self.work_dir = self.data_dir / "downloads/manual/rich_hf_18k"
 
     def run(self, *options: str, labels: bool = True) -> str | None:
-        """Gives the command, by default with Pick-a-Pic; returns its error message."""
+        """Runs the command, by default with Pick-a-Pic, and returns its error message."""
         import richhf_jax.datasets.rich_hf_18k.__main__ as command
 
         if not any(option.startswith(("--joined", "--images", "--pick_a_pic")) for option in options):
@@ -63,12 +63,12 @@ class Workbench:
 
     @property
     def report(self) -> dict:
-        """The report beside the data, or else that of the join."""
+        """Reads the report beside the data, or that of the join if there is no data."""
         folder = self.data_dir / "rich_hf_18k/1.0.0" if self.built else self.work_dir
         return json.loads((folder / "report.json").read_text())
 
     def examples(self) -> dict[str, dict]:
-        """filename -> its features, bytes as they are stored, and the split."""
+        """Reads the data set: file name -> its features, with bytes as they are stored, and the split."""
         import tensorflow_datasets as tfds
 
         from richhf_jax.datasets.rich_hf_18k import builder
@@ -89,7 +89,7 @@ def bench(tmp_path, capsys) -> Workbench:
 
 @pytest.fixture
 def shards_read(monkeypatch) -> list[str]:
-    """Names of the shards whose rows were asked for, in order."""
+    """Records the names of the shards whose rows are asked for, in order."""
     from richhf_jax.datasets.rich_hf_18k import sources
 
     names = []

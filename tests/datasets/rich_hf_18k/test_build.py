@@ -1,4 +1,4 @@
-"""The whole command: from each source to TFDS, and what it says of bad images and labels."""
+"""Tests the whole command: from each source to TFDS, and its messages on bad images and labels."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ TFDS_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 
 def assert_built_from(examples: dict[str, dict], samples: list[sample_sources.Sample]) -> None:
-    """The data set has these samples and no others, with all they have."""
+    """Asserts that the data set has exactly these samples, with all their fields."""
     assert examples.keys() == {sample.record[feedback.FILENAME_FIELD] for sample in samples}
     for sample in samples:
         example = examples[sample.record[feedback.FILENAME_FIELD]]
@@ -38,13 +38,13 @@ def assert_built_from(examples: dict[str, dict], samples: list[sample_sources.Sa
 
 
 def with_record(samples, index, **changes):
-    """The samples, where the record at `index` is changed; a value of None takes the field away."""
+    """Returns the samples with a changed record at `index`; a value of None removes the field."""
     record = {field: v for field, v in {**samples[index].record, **changes}.items() if v is not None}
     return [*samples[:index], dataclasses.replace(samples[index], record=record), *samples[index + 1 :]]
 
 
 def png(width: int, height: int, *more: tuple[bytes, bytes]) -> bytes:
-    """The beginning of a PNG, up to its first few pixels; `more` are chunks between header and pixels."""
+    """Returns a PNG cut off behind its first few pixels; `more` are chunks between header and pixels."""
     header = b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [header, *more, (b"IDAT", zlib.compress(bytes(100)))]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -138,7 +138,7 @@ def test_broken_images_are_listed_with_file_and_row(bench, samples):
 def test_another_row_gives_a_good_image(bench, samples):
     bench.write(samples)
     rows = [row for path in sorted(bench.shards.glob("train*")) for row in pq.read_table(path).to_pylist()]
-    uid = samples[0].uid  # in two rows
+    uid = samples[0].uid  # It is in two rows.
     sides = [(row, side) for row in rows for side in (0, 1) if row[f"image_{side}_uid"] == uid]
     assert len(sides) == 2
     row, side = sides[0]

@@ -1,4 +1,4 @@
-"""A join that was stopped goes on behind the last finished shard; sources and labels are not mixed."""
+"""A stopped join continues behind the last finished shard; sources and labels are never mixed."""
 
 import shutil
 import subprocess
@@ -162,7 +162,7 @@ def test_a_torn_shard_is_named_and_alone_is_read_again(bench, samples, shards_re
 def test_what_a_corrupt_shard_still_has_is_kept(bench, samples):
     sample_sources.write_labels(bench.labels, samples)
     sample_sources.write_joined(bench.root / "joined", samples)
-    path = bench.root / "joined/train-00000-of-00001.parquet"  # two groups of four rows
+    path = bench.root / "joined/train-00000-of-00001.parquet"  # two row groups of four rows
     column = pq.ParquetFile(path).schema_arrow.get_field_index(feedback.IMAGE_FIELD)
     chunk = pq.ParquetFile(path).metadata.row_group(0).column(column)
     data = bytearray(path.read_bytes())
@@ -196,7 +196,8 @@ def test_a_changed_shard_is_read_again(bench, samples, shards_read):
 def test_another_source_is_not_mixed_in(bench, samples):
     bench.write(samples)
     other = bench.root / "other"
-    assert "no such path" in bench.run(f"--pick_a_pic={other}")  # A slip of the pen is no other source.
+    # A mistyped path isn't noted as another source.
+    assert "no such path" in bench.run(f"--pick_a_pic={other}")
     shutil.copytree(bench.shards, other)
     shutil.rmtree(bench.shards)
     sample_sources.write_pick_a_pic(bench.shards, samples[:6])

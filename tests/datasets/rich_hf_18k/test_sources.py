@@ -1,4 +1,4 @@
-"""What is read of a source, from where, and what is said of files that aren't what they should be."""
+"""Tests which parts of a source are read, from where, and the messages on bad files."""
 
 import collections
 import pathlib
@@ -19,7 +19,7 @@ TRAIN = "train-00000-of-00001-0123456789abcdef.parquet"
 
 
 def nothing(_: int) -> None:
-    """Takes no notice of progress."""
+    """Ignores progress."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def large(tmp_path, rng) -> str:
 
 
 class _Counted(fsspec.AbstractFileSystem):
-    """Local files as a file system across the network has them; everything fetched is noted."""
+    """Serves local files as a remote file system would, and notes everything that is fetched."""
 
     protocol = "counted"
     cachable = False
@@ -62,14 +62,14 @@ class _CountedFile(fsspec.spec.AbstractBufferedFile):
 
 @pytest.fixture
 def reads(monkeypatch) -> list[tuple[int, int]]:
-    """(first byte, byte behind the last) of everything that is fetched from counted:// files."""
+    """Records (first byte, byte behind the last) of everything that is fetched from counted:// files."""
     fsspec.register_implementation("counted", _Counted, clobber=True)
     monkeypatch.setattr(_Counted, "fetched", [], raising=False)
     return _Counted.fetched
 
 
 def read_chunks(folder: str, reads: list[tuple[int, int]]) -> set[tuple[int, str]]:
-    """(row group, column) of the images whose bytes were read."""
+    """Records (row group, column) of the images whose bytes are read."""
     metadata = pq.ParquetFile(f"{folder}/{TRAIN}").metadata
     found = set()
     for group in range(metadata.num_row_groups):
@@ -78,7 +78,7 @@ def read_chunks(folder: str, reads: list[tuple[int, int]]) -> set[tuple[int, str
             if not chunk.path_in_schema.startswith("jpg"):
                 continue
             start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
-            # The last 64 KB of the file are read with its footer, a single page more or less.
+            # The footer is read with the last 64 KB of the file, give or take a page.
             middle = start + chunk.total_compressed_size // 2
             if any(first <= middle < last for first, last in reads):
                 found.add((group, chunk.path_in_schema))
@@ -102,7 +102,7 @@ def test_only_columns_and_row_groups_with_needed_images_are_read(large, reads, u
     assert sorted(row.uid for row in rows) == sorted(set(uids) - {"another"})
     assert all(len(row.image) == IMAGE_BYTES for row in rows)
     assert read_chunks(large, reads) == chunks
-    # Beside these: footer, uids and captions.
+    # The rest is the footer, uids and captions.
     read = sum(last - first for first, last in reads)
     assert read < len(chunks) * ROWS * IMAGE_BYTES * 1.1 + 100_000
 
@@ -128,7 +128,7 @@ def test_memory_holds_one_column_of_one_row_group(large):
     for row in source.rows(shard, uids, uids, nothing):
         assert len(row.image) == IMAGE_BYTES
         most = max(most, pa.total_allocated_bytes() - before)
-    # A column of a row group as it is stored, decompressed, and as arrow's array; of twelve.
+    # One of twelve columns is in memory, three times: as stored, decompressed, and as arrow's array.
     assert most < 3.5 * ROWS * IMAGE_BYTES
 
 
@@ -253,8 +253,8 @@ def test_git_lfs_pointers(bench, samples):
         ("p.csv", "uid,prompt\na prompt,1-2\n", "p.csv:2: expected uid and prompt"),
         ("p.jsonl", '{"uid": "a", "prompt": "b"}\n["a", "b"]\n', "p.jsonl:2: expected uid and prompt"),
         ("p.jsonl", '{"uid": "a"\n', "p.jsonl:1: expected uid and prompt, got {"),
-        ("p.csv", "uid,prompt\na,b\na,b\na,c\n", "p.csv:4: another prompt for a than before"),
-        ("p.txt", "a b", "not a file that ends with .csv or .jsonl"),
+        ("p.csv", "uid,prompt\na,b\na,b\na,c\n", "p.csv:4: its prompt for a differs from an earlier one"),
+        ("p.txt", "a b", "p.txt: no such file, or its name ends in neither .csv nor .jsonl"),
     ],
 )
 def test_prompts_of_another_form(tmp_path, name, text, message):
@@ -280,7 +280,7 @@ def test_a_mirror_must_have_a_shard_of_each_split(bench, samples):
     assert bench.run(f"--joined={joined}", labels=False) is None
     source = sources.Joined(str(joined))
     (joined / "test-00000-of-00001.parquet").rename(joined / "part-0.parquet")
-    with pytest.raises(errors.UserError, match="part-0.parquet: of which split"):
+    with pytest.raises(errors.UserError, match="part-0.parquet: its split is unknown"):
         source.label_records()
     (joined / "part-0.parquet").unlink()
     with pytest.raises(errors.UserError, match="no shard of test"):
@@ -311,7 +311,7 @@ def test_a_torn_tfrecord_names_file_and_record_and_found_images_are_kept(bench, 
 
 
 def complete_records(data: bytes) -> list[int]:
-    """Where the whole records of a TFRecord begin."""
+    """Returns where the complete records of a TFRecord begin."""
     starts, position = [], 0
     while position + 12 <= len(data):
         end = position + 16 + int(np.frombuffer(data[position : position + 8], "<u8")[0])

@@ -36,7 +36,7 @@ def web(tmp_path_factory):
 
 @pytest.fixture
 def read_shards(monkeypatch):
-    """The names of the shards that are read."""
+    """Records the names of the shards that are read."""
     names = []
     read = shards.read
 
@@ -61,7 +61,7 @@ def folder_of(data_dir, incomplete=False):
 
 
 def built(data_dir, split="train"):
-    """(file name, image's bytes, prompt) of each example, in the order of the files."""
+    """Reads (file name, image's bytes, prompt) of each example, in the order of the files."""
     builder = tfds.builder("web_captions:1.0.0", data_dir=data_dir)
     config = tfds.ReadConfig(interleave_cycle_length=1)
     skip = {"image": tfds.decode.SkipDecoding()}
@@ -77,7 +77,7 @@ def prompts(data_dir):
 
 
 def listed(folder):
-    """errors.jsonl as (file's name, record, reason)."""
+    """Reads errors.jsonl as (file's name, record, reason)."""
     lines = map(json.loads, (folder / "errors.jsonl").read_text().splitlines())
     return [(pathlib.PurePath(line["file"]).name, line["record"], line["reason"]) for line in lines]
 
@@ -173,7 +173,7 @@ def test_progress_counts_every_byte_once(processes, web, tmp_path):
     assert sum(counted) == sum(shard.size for shard in found)
 
 
-# Takes a while for each image, so that it can be killed in between.
+# Each image takes a while, so that the process can be killed in between.
 SLOW_COMMAND = """
 import sys, time
 from richhf_jax.inputs import images

@@ -24,7 +24,7 @@ def web(tmp_path_factory):
 
 
 def converted(path, **options):
-    """A shard's (file name, image, prompt) of what is kept, and (record, reason) of what is bad."""
+    """Converts a shard; returns (file name, image, prompt) of kept and (record, reason) of bad samples."""
     out = path.with_suffix(".out")
     shard = shards.Shard(str(path), path.stat().st_size)
     job = convert.Job(shard, out, path.with_suffix(".json"), convert.Options(**options), skip_bad=False)
@@ -265,7 +265,7 @@ def test_a_failing_storage_is_not_a_broken_shard(form, web, tmp_path, monkeypatc
 
 
 class FakeStorage(fsspec.AbstractFileSystem):
-    """A storage whose only file is given."""
+    """Storage with a single file."""
 
     def __init__(self, file):
         super().__init__()
