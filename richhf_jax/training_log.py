@@ -244,8 +244,8 @@ class Profiler:
         first, last = (int(number) for number in match.groups()) if match else (0, 0)
         if not 1 <= first <= last <= total_steps - first_step:
             raise errors.UserError(
-                f"--profile_steps={profile_steps}: give FIRST:LAST, such as 10:15, both from 1 to"
-                f" {total_steps - first_step}, the number of steps of this run"
+                f"--profile_steps={profile_steps}: give FIRST:LAST, such as 10:15, both of this run's"
+                f" {total_steps - first_step} steps, counted from 1"
             )
         self._first, self._last = first_step + first, first_step + last
 

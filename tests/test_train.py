@@ -442,7 +442,9 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, small_
 def test_the_best_checkpoints_are_those_of_the_validation_data(tmp_path, small_train, monkeypatch):
     save = checkpoints.SaveCheckpointConfig(period=1, keep=1, keep_best=1)
     kwargs = {"total_steps": 8, "save": save, "eval_cfg": small_train.cfg}
-    with pytest.raises(errors.UserError, match="CHECKPOINT_PERIOD, 1 steps, .*multiple of EVAL_PERIOD, 2 steps"):
+    with pytest.raises(
+        errors.UserError, match="CHECKPOINT_PERIOD, 1 steps, .*multiple of EVAL_PERIOD, 2 steps"
+    ):
         small_train(**kwargs, eval_period=2)
     small_train(**kwargs, eval_period=1)
     assert checkpoint_names(tmp_path) == ["checkpoint_4", "checkpoint_8"]
