@@ -95,8 +95,8 @@ WORDS = [
         "</s>",
     ),
 ]
-# Words that `feedback.labels_from_text`, which sees only the text, can't read: they end as if they were marked,
-# or have spaces of other kinds in them.
+# Words that `feedback.labels_from_text`, which sees only the text, can't read: they end as if they were
+# marked, or have spaces of other kinds in them.
 UNCLEAR = {"x_0", "_0", "_0_0", "a\tb", "\u00a0"}
 SEPARATORS = [" ", " ", " ", ", ", ". ", '"', "!? ", ":", ";", "   "]
 
