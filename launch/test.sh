@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs linter, formatter and the tests, as continuous integration does.
+# Linter, formatter and the test suite, as continuous integration runs them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
@@ -7,7 +7,7 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/test.sh [--python PYTHON] [PYTEST ARGUMENTS...]
 
-Checks the code with ruff, then runs all tests, or those that the arguments choose, for example
+Checks the code with ruff, then runs the tests: all, or those that the arguments choose, for example
 "tests/network -k decoder".
 
   --python PYTHON    makes the virtual environment with this Python (3.11 to 3.13)
@@ -31,7 +31,7 @@ while (($#)); do
   shift
 done
 
-# The tests open the report's page in a browser.
+# The report's page is tested in a browser.
 install_chromium() {
   [[ -x /usr/bin/chromium && -x /usr/bin/chromedriver ]] && return
   if ((EUID)) || ! command -v apt-get >/dev/null; then
@@ -47,5 +47,5 @@ setup_venv test
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-# Two processes, because compilation, most of the work, uses one thread. Tests of a file share fixtures: loadfile.
+# Two processes, since most tests compile, which is single-threaded; a file's tests share fixtures.
 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"}

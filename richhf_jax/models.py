@@ -238,9 +238,7 @@ class RahfModel(BaseModel):
             enable_dropout=False,
         )
 
-    def _outputs(
-        self, params: Any, batch: Batch, dropout_rng: PRNGKeyArray | None
-    ) -> dict[str, Float32[Array, "batch ..."]]:
+    def _outputs(self, params: Any, batch: Batch, dropout_rng: jax.Array | None) -> dict[str, jax.Array]:
         outputs: Any = self.module.apply(
             {"params": params},
             batch["image"],

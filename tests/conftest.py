@@ -34,7 +34,7 @@ jaxtyping.install_import_hook(
 
 @pytest.fixture
 def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
-    """Turns shape checks off, so that a test sees a function's own error for shapes that don't fit."""
+    """Lets a test see what a function itself says of shapes that don't fit."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
