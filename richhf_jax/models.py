@@ -30,7 +30,7 @@ class BaseModel(abc.ABC):
     `flax_mutables`, and `loss_fn` returns (loss, (metrics, new flax_mutables)), as in T5X.
 
     Attributes:
-      optimizer_def: the optimizer.
+      optimizer_def: the optimizer; None in a model that only predicts.
       FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
         the default of `input_pipeline`.
       vocab_size: number of token ids in the network's table; None: the network reads no text.
@@ -39,8 +39,8 @@ class BaseModel(abc.ABC):
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
 
-    def __init__(self, optimizer_def: optax.GradientTransformation):
-        self.optimizer_def = optimizer_def
+    def __init__(self, optimizer_def: optax.GradientTransformation | None):
+        self.optimizer_def: Any = optimizer_def
 
     @abc.abstractmethod
     def loss_fn(
@@ -159,7 +159,7 @@ class RahfModel(BaseModel):
     def __init__(
         self,
         module: nn.Module,
-        optimizer_def: optax.GradientTransformation,
+        optimizer_def: optax.GradientTransformation | None,
         decode_fn: Callable = decoding.temperature_sample,
         num_decodes: int = 1,
         misalignment_threshold: float = 0.5,
