@@ -1,6 +1,7 @@
 """Installs richhf_jax.
 
-Lower bounds are what was tried; jax, flax and orbax move their APIs in minor versions, hence upper ones.
+Lower bounds are the oldest versions tried. Upper bounds are there where minor versions change the API (jax,
+flax, orbax).
 """
 
 import pathlib
@@ -9,7 +10,7 @@ import re
 import setuptools
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "richhf_jax/__init__.py").read_text(), re.M)[1]
+VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "richhf_jax/__init__.py").read_text(), re.M)[0]
 README = ROOT / "README.md"
 
 CORE = [
@@ -35,12 +36,12 @@ CORE = [
     "tqdm>=4.66",
 ]
 
-# Everything that reads data through seqio, and gin: training, evaluation and building data sets.
+# For seqio and gin: training, evaluation and building data sets.
 TRAIN = [
     "fsspec>=2024.10",
     "gin-config>=0.5,<0.6",
     "google-crc32c>=1.6",
-    # hf:// addresses for fsspec. Those of other stores: gcsfs for gs://, s3fs for s3://.
+    # hf:// addresses for fsspec. Other stores need other packages: gcsfs for gs://, s3fs for s3://.
     "huggingface_hub>=0.30",
     # tensorflow-datasets imports it without requiring it.
     "importlib_resources>=6.4",
@@ -58,13 +59,13 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
-# SavedModels. They are made of what training reads images and prompts with.
+# SavedModels, which hold the code with which training reads images and prompts.
 EXPORT = [*TRAIN, "orbax-export>=0.0.8"]
 
-# What the tests compare with, and the tools.
+# The tools, and the libraries that tests compare with.
 TEST = [
     *EXPORT,
-    # Pyright with its own Node.js; each minor version finds something else.
+    # Pyright with its own Node.js; each minor version finds other errors.
     "basedpyright>=1.40.2,<1.41",
     # Checks the shape types.
     "beartype>=0.21",

@@ -1,27 +1,27 @@
-# Sourced by the launchers beside it: their options, the training's arguments, the pinned version, and printing
-# or running commands.
+# Functions that the launchers share: they parse options and the training's arguments, pin the version, and print
+# or run commands.
 # shellcheck shell=bash
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
-# What every launcher's --help ends with.
+# The end of every launcher's --help.
 common_usage() {
   cat <<'USAGE'
 
-  --commit REV       the version that runs: a commit, tag or branch (default: HEAD, if all is committed)
-  --dry-run          prints the commands, and neither runs anything nor needs the tools
+  --commit REV       the version to run: a commit, tag or branch (default: HEAD, if all is committed)
+  --dry-run          prints the commands without running them; the tools need not be installed
   --help             prints this
 
 TRAINING ARGUMENTS are those of python -m richhf_jax.train, at least --gin_file=FILE and
---gin.MODEL_DIR=gs://BUCKET/FOLDER. Its flags other than --gin... and --tfds_data_dir stand after a --. Gin
-files are those of the commit. Without a gin file of partitioning/, that of the accelerator is added.
+--gin.MODEL_DIR=gs://BUCKET/FOLDER. Give flags other than --gin... and --tfds_data_dir after a --. Gin files are
+read from the commit. If none is of partitioning/, the one for the accelerator is added.
 USAGE
 }
 
-# The launcher's options and their defaults: option[NAME]. Those with the default "no" take no value.
+# option[NAME] is the value of a launcher's option, at first its default. Options with the default "no" take no value.
 declare -A option=([commit]="" [dry-run]=no)
 training=()
 
-# parse_arguments ARGUMENTS...: fills option and training; `usage` is the launcher's.
+# parse_arguments ARGUMENTS...: sets option and training. The launcher defines `usage`.
 parse_arguments() {
   local name
   while (($#)); do
@@ -53,7 +53,7 @@ parse_arguments() {
   done
 }
 
-# need_options NAMES...: dies for those without a value.
+# need_options NAMES...: dies if one of these options has no value.
 need_options() {
   local name
   for name; do
@@ -61,27 +61,27 @@ need_options() {
   done
 }
 
-# quoted ARGUMENTS...: prints them so that a shell reads them back.
+# quoted ARGUMENTS...: prints the arguments with quotes for a shell.
 quoted() {
   local argument words=()
   for argument; do
     if [[ $argument =~ ^[[:alnum:]_./:=,@%+-]+$ ]]; then
       words+=("$argument")
     else
-      # Single quotes, for any POSIX shell; bash's own quoting would write $'...' around some.
+      # Single quotes work in any POSIX shell; bash's own quoting would write $'...' around some words.
       words+=("'${argument//\'/\'\\\'\'}'")
     fi
   done
   echo "${words[*]}"
 }
 
-# run COMMAND...: prints it, and runs it unless --dry-run.
+# run COMMAND...: prints the command, and runs it unless --dry-run was given.
 run() {
   quoted "$@"
   [[ ${option[dry-run]} == yes ]] || "$@"
 }
 
-# training_value FLAG: the last value that the training's arguments give it, without gin's quotes.
+# training_value FLAG: prints the flag's last value in the training's arguments, without gin's quotes.
 training_value() {
   local argument value=
   for argument in "${training[@]}"; do
@@ -91,7 +91,7 @@ training_value() {
   echo "${value%[\"\']}"
 }
 
-# pin_version: sets commit, and version, the name of what is installed from it.
+# pin_version: sets commit, and version, the name of the installation made from it.
 pin_version() {
   local changed
   git -C "$root" rev-parse --git-dir >/dev/null 2>&1 || die "$root is no git repository, with no commit to pin"
@@ -105,8 +105,8 @@ pin_version() {
   version=richhf_jax-${commit:0:12}
 }
 
-# check_training: dies unless the gin files are the commit's and MODEL_DIR and the data outlive the machines.
-# An argument DIR is a folder that all machines share.
+# check_training [DIR]: dies unless the commit has the gin files, and MODEL_DIR and the data outlive the machines.
+# DIR is a folder that all machines share.
 check_training() {
   local argument file shared=${1:-}
   [[ -n $(training_value --gin_file) ]] || die "give --gin_file=FILE; see --help"
@@ -124,11 +124,11 @@ check_training() {
   done
 }
 
-# check_reachable FLAG PATH SHARED: dies for a path that only one machine has.
+# check_reachable FLAG PATH SHARED: dies if only one machine has the path.
 check_reachable() {
   [[ -z $2 || $2 == None || $2 == gs://?* ]] && return
   [[ -n $3 && $2 == "${3%/}"/* ]] && return
-  die "$1=$2 is a folder of one machine: the others don't see it, and it is gone when the machine is;" \
+  die "$1=$2 is a folder of one machine: the others don't see it, and it is lost with the machine;" \
     "give gs://BUCKET/FOLDER${3:+ or a folder under --shared=$3}"
 }
 
@@ -144,13 +144,13 @@ add_partitioning() {
   training+=("--gin_file=partitioning/$1.gin")
 }
 
-# tpu_partitioning TYPE: the name for v5litepod-16, v6e-8 and so on, which is v5e_16, v6e_8.
+# tpu_partitioning TYPE: prints the partitioning's name: v5e_16 for v5litepod-16, v6e_8 for v6e-8.
 tpu_partitioning() {
   local name=${1/litepod/e}
   echo "${name/-/_}"
 }
 
-# tpu_runtime TYPE: the image that Google gives for TPU VMs with jax.
+# tpu_runtime TYPE: prints Google's image for TPU VMs with jax.
 tpu_runtime() {
   case $1 in
     v4-*) echo tpu-ubuntu2204-base ;;
@@ -161,12 +161,12 @@ tpu_runtime() {
   esac
 }
 
-# gpu_partitioning NODES GPUS_PER_NODE
+# gpu_partitioning NODES GPUS_PER_NODE: prints the partitioning's name.
 gpu_partitioning() {
   if (($1 > 1)); then echo gpu_cluster; else echo "gpu_$2"; fi
 }
 
-# unpack_version FOLDER: the commit's files to FOLDER/$version.
+# unpack_version FOLDER: writes the commit's files to FOLDER/$version.
 unpack_version() {
   run mkdir -p "$1/$version"
   run git -C "$root" archive --output="$1/$version.tar" "$commit"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several processes of the same program on this machine, which work as one.
+# Runs a program in several processes on this machine, which share the work.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
@@ -8,22 +8,22 @@ usage() {
 Usage: bash launch/local.sh [--processes=N] [--devices_per_process=M] [--dry-run] [--python PYTHON] \
          -- train|eval|infer ARGUMENTS...
 
-Runs richhf_jax.train, .eval or .infer in N processes that share the work, each with devices of its own: GPUs,
-or without any, simulated ones on the CPU. The arguments are those of the program:
+Runs richhf_jax.train, .eval or .infer in N processes that share the work. Each has devices of its own: GPUs, or
+simulated ones on the CPU if there are no GPUs. The arguments are those of the program:
 
   bash launch/local.sh --processes=2 --devices_per_process=4 -- \
     train --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=runs/mine
 
 Ctrl-C or SIGTERM saves a checkpoint and exits with 0. When one process fails, the others are ended, too. The same
-command again continues from the last checkpoint, also with another number of processes.
+command continues from the last checkpoint, also with another number of processes.
 
-  --processes=N            default 2
-  --devices_per_process=M  default 1
+  --processes=N            number of processes (default: 2)
+  --devices_per_process=M  number of devices of each (default: 1)
   --dry-run                prints the commands and stops
   --python PYTHON          makes the virtual environment with this Python (3.11 to 3.13)
   --help                   prints this
 
-The virtual environment is .venv in the repository, or $VENV. The processes' lines begin with their index.
+The virtual environment is .venv in the repository, or $VENV. Each output line begins with its process's index.
 USAGE
 }
 
@@ -58,16 +58,16 @@ done
 module=$1
 arguments=("${@:2}")
 
-# Whether nobody listens there.
+# is_free PORT: whether nobody listens on the port.
 is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-port=$((20000 + RANDOM % 10000)) # below those that the system gives to outgoing connections
+port=$((20000 + RANDOM % 10000)) # below the ports that the system gives to outgoing connections
 until is_free "$port"; do port=$((port + 1)); done
 
-# command_of INDEX: sets `command` to what process INDEX runs.
+# command_of INDEX: sets `command` to the command of process INDEX.
 command_of() {
   local first=$(($1 * devices))
-  # GPUs of its own; without any, the gin binding makes as many devices.
+  # GPUs of its own. Without GPUs, the gin binding makes as many CPU devices.
   command=(env "JAX_LOCAL_DEVICE_IDS=$(seq -s, "$first" $((first + devices - 1)))"
     "$venv/bin/python" -m "richhf_jax.$module" "${arguments[@]}"
     "--gin.PjitPartitioner.num_cpu_devices=$devices" "--coordinator_address=127.0.0.1:$port"
@@ -87,30 +87,30 @@ setup_venv train
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 pids=()
 printers=()
-# The programs save and exit by themselves.
+# After the signal, the programs save and exit by themselves.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 
 for ((index = 0; index < processes; index++)); do
   command_of "$index"
   exec {output}> >(trap '' INT && exec sed -u "s/^/[$index] /")
   printers+=($!)
-  # In a session of its own: at Ctrl-C, one signal is enough; a second one would stop it at once.
+  # In a session of its own, so that Ctrl-C reaches it once, by our trap: a second signal would stop it at once.
   setsid "${command[@]}" >&"$output" 2>&1 &
   pids+=($!)
   exec {output}>&-
 done
 
-# Until one fails, or all are done.
+# Waits until one process fails, or all are done.
 while ((${#pids[@]})); do
   status=0
   wait -n -p ended "${pids[@]}" || status=$?
-  [[ ${ended:-} ]] || continue # It was a signal for us.
+  [[ ${ended:-} ]] || continue # A signal to this script ended `wait`.
   for index in "${!pids[@]}"; do
     [[ ${pids[index]} == "$ended" ]] && break
   done
   unset "pids[index]"
   ((status == 0)) && continue
-  # What the others can say, they say within seconds; then they only wait for the one that is gone.
+  # The others print their messages within seconds; after that they only wait for the one that failed.
   sleep 5
   kill -KILL "${pids[@]}" 2>/dev/null || true
   wait "${printers[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RAHF end to end on a small synthetic data set.
+# Runs RAHF end to end on a small synthetic data set.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
@@ -8,10 +8,10 @@ usage() {
 Usage: bash launch/quickstart.sh [--out DIR] [--python PYTHON] [--gin.NAME=VALUE ...]
 
 Builds the synthetic data sets, pretrains on captions, finetunes on rich feedback, evaluates on the
-test split, writes DIR/report.html, scores an image and exports the model. The same command again continues
-where it was stopped.
+test split, writes DIR/report.html, scores an image and exports the model. If it is stopped, the same command
+continues.
 
-  --out DIR          where everything goes (default: runs/quickstart in the repository)
+  --out DIR          folder of all results (default: runs/quickstart in the repository)
   --python PYTHON    makes the virtual environment with this Python (3.11 to 3.13)
   --gin.NAME=VALUE   overrides a setting of training and evaluation, for example --gin.TRAIN_STEPS=100
   --help             prints this
@@ -41,17 +41,17 @@ done
 setup_venv train
 cd "$root"
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
-# XLA takes its temporary memory, some 270 MB, anew from the system at every step on a CPU. Huge pages save most
-# of the page faults, and a fifth of the time. A glibc older than 2.35 ignores this.
+# On a CPU, XLA asks the system for its temporary memory, some 270 MB, at every step. Huge pages save most of the
+# page faults, and a fifth of the time. A glibc older than 2.35 ignores this.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 # Pretraining and finetuning run the same compiled step.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
-# Training saves a checkpoint at Ctrl-C and exits as if all were well; the next part must not start.
+# At Ctrl-C, training saves a checkpoint and exits with 0; the next part must not start.
 trap 'echo "stopped; the same command continues"; exit 130' INT TERM
 
 minutes() { printf '%d:%02d min' $(($1 / 60)) $(($1 % 60)); }
 
-# part TITLE COMMAND...: runs a Python module with its arguments, and says how long it took.
+# part TITLE MODULE ARGUMENTS...: runs a Python module, and prints how long it took.
 part() {
   local start=$SECONDS
   echo
@@ -60,7 +60,7 @@ part() {
   echo "== took $(minutes $((SECONDS - start)))"
 }
 
-# run_gin TITLE MODULE GIN_FILE MODEL_DIR [ARGUMENTS...]
+# run_gin TITLE MODULE GIN_FILE MODEL_DIR [ARGUMENTS...]: runs a module that gin configures.
 run_gin() {
   part "$1" "$2" --gin_file="$3" --gin.MODEL_DIR="\"$4\"" --tfds_data_dir="$out/data" \
     "${@:5}" ${overrides[@]+"${overrides[@]}"}
@@ -69,16 +69,16 @@ run_gin() {
 begin=$SECONDS
 part "1/6 data sets" richhf_jax.datasets --data_dir="$out/data"
 run_gin "2/6 pretraining on captions" richhf_jax.train experiments/quickstart_pretrain.gin "$out/pretrain"
-initial=--gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\"" # For evaluation, whose loss curves to show as well.
+initial=--gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\"" # Evaluation shows its loss curves, too.
 run_gin "3/6 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" "$initial"
 run_gin "4/6 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune" "$initial"
-# Those of another model, from a run before, can't be continued.
+# Results of an earlier run, of another model, can't be continued.
 rm -rf "$out/predictions" "$out/exported"
 part "5/6 prediction" richhf_jax.predict --checkpoint="$out/finetune" --out="$out/predictions" --overlay \
   docs/example.png --prompt="two large blue crosses and a green star"
 part "6/6 export" richhf_jax.export --checkpoint="$out/finetune" --to=stablehlo --out="$out/exported"
 
-# The newest, in case there are reports of shorter runs.
+# The newest report, because shorter runs may have left others.
 report=$(find "$out/finetune/inference_eval" -name report.html -exec ls -t {} + | head -n 1)
 cp "$report" "$out/report.html"
 echo

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs a command; when told to stop by SIGTERM, passes that on, waits, and exits with 143.
+# Runs a command. At SIGTERM it passes the signal on, waits for the command, and exits with 143.
 #
 #     bash launch/restartable.sh python -m richhf_jax.train --gin_file=...
 #
-# Training that is told to stop saves a checkpoint and exits with 0. A scheduler would take this for the end of
-# the training, and not start it again on other machines; 143 it takes for what it is.
+# At SIGTERM, training saves a checkpoint and exits with 0. A scheduler would take 0 for the end of the training,
+# and not start it again on other machines. From 143 it knows that the training was stopped.
 set -euo pipefail
 
 told=

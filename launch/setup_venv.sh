@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: one virtual environment for all, .venv in the repository.
+# Functions that the scripts share: they make one virtual environment for all, .venv in the repository.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,12 +9,13 @@ die() {
   exit 1
 }
 
-# usable_python COMMAND MODULE: whether this is a Python that everything has wheels for (TensorFlow has
-# none for 3.14), and has the module.
+# usable_python COMMAND MODULE: whether all packages have wheels for this Python (TensorFlow has none for 3.14),
+# and it has the module.
 usable_python() {
   "$1" -c "import sys, $2; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" 2>/dev/null
 }
 
+# find_python: prints the command of a usable Python.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
@@ -30,8 +31,8 @@ find_python() {
     "python3-venv); if it is not on the PATH, name it with --python"
 }
 
-# setup_venv EXTRA: makes the environment if needed, and installs the project with an extra unless
-# that was done since setup.py last changed.
+# setup_venv EXTRA: makes the environment if needed, and installs the project with an extra, unless that was done
+# since the last change of setup.py.
 setup_venv() {
   local extra=$1 stamp=$venv/.installed-$1 python wanted
   wanted=$(cksum <"$root/setup.py")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training as a managed job of SkyPilot (https://docs.skypilot.co), on TPUs or GPUs.
+# Trains as a managed job of SkyPilot (https://docs.skypilot.co), on TPUs or GPUs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -7,16 +7,16 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/sky.sh --accelerators=TYPE[:COUNT] [OPTIONS] TRAINING ARGUMENTS...
 
-Gives the version to SkyPilot as a managed job. SkyPilot finds machines, installs it there, trains, and starts
-again on others when they are preempted; training continues from the newest checkpoint. Needs sky, with a cloud
-set up (pip install 'skypilot[gcp]').
+Gives the version to SkyPilot as a managed job. SkyPilot finds machines, installs the version there and trains.
+When the machines are preempted, it starts again on others; training continues from the newest checkpoint. Needs
+sky, with a cloud set up (pip install 'skypilot[gcp]').
 
   --accelerators TYPE[:COUNT]
-                     tpu-v5litepod-16, tpu-v6e-8, ... or H100:8, A100-80GB:8, L4:1, ...: of each machine
-  --num-nodes N      machines with GPUs (default: 1); a TPU slice is one, whatever its number of hosts
-  --infra PLACE      for example gcp/us-central1 (default: for TPUs gcp, for GPUs where it is cheapest)
-  --no-spot          on demand (default: preemptible machines)
-  --name NAME        of the job (default: richhf-jax)
+                     chips of each machine: tpu-v5litepod-16, tpu-v6e-8, ... or H100:8, A100-80GB:8, L4:1, ...
+  --num-nodes N      number of machines with GPUs (default: 1); a TPU slice counts as one, with all its hosts
+  --infra PLACE      for example gcp/us-central1 (default: gcp for TPUs, the cheapest place for GPUs)
+  --no-spot          takes machines on demand (default: preemptible machines)
+  --name NAME        name of the job (default: richhf-jax)
 USAGE
 }
 
@@ -34,7 +34,8 @@ if [[ $accelerators == tpu-* ]]; then
   type=${type%:1}
   add_partitioning "$(tpu_partitioning "$type")"
   changes+=(-e "s/^    runtime_version: .*/    runtime_version: $(tpu_runtime "$type")/")
-  ((${option[num-nodes]} == 1)) || die "SkyPilot joins no TPU slices: take tpu_vm.sh or xpk.sh"
+  ((${option[num-nodes]} == 1)) ||
+    die "--num-nodes=${option[num-nodes]}: SkyPilot can't join TPU slices; use tpu_vm.sh or xpk.sh"
 else
   task=gpu.yaml
   count=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training on the GPUs of a SLURM cluster, on one or several nodes.
+# Trains on the GPUs of a SLURM cluster, on one or several nodes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -7,18 +7,19 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/slurm.sh --nodes=N --gpus-per-node=N --shared=FOLDER [OPTIONS] TRAINING ARGUMENTS...
 
-Installs the version under a folder that all nodes share, writes a batch script there and submits it: one process
-a GPU. Two minutes before the time limit, and when preempted, training saves a checkpoint and the job queues
-again, as it does after a node failed; it continues from the newest checkpoint. Run it where sbatch is.
+Installs the version in a folder that all nodes share, writes a batch script there and submits it. The job has one
+process for each GPU. Two minutes before the time limit, and when preempted, training saves a checkpoint and the
+job queues again. It also queues again after a node fails. Training continues from the newest checkpoint. Run this
+on a machine with sbatch.
 
-  --nodes N          machines (default: 1)
-  --gpus-per-node N  GPUs of each (default: 8)
-  --shared FOLDER    on a file system that all nodes have; MODEL_DIR and data may be there instead of gs://
-  --time LIMIT       the job's time limit between two restarts, as sbatch takes it (default: the partition's)
+  --nodes N          number of machines (default: 1)
+  --gpus-per-node N  number of GPUs of each (default: 8)
+  --shared FOLDER    a folder that all nodes share; MODEL_DIR and data may be in it instead of gs://
+  --time LIMIT       time limit of the job between two restarts, as for sbatch (default: the partition's)
   --partition, --account, --qos, --constraint
-                     sbatch's own
+                     passed to sbatch
   --cpus-per-gpu N   cores for reading images (default: 8)
-  --name NAME        of the job and its log (default: richhf_jax)
+  --name NAME        name of the job and its log (default: richhf_jax)
   --python PYTHON    makes the virtual environment with this Python (3.11 to 3.13)
 USAGE
 }
@@ -28,13 +29,14 @@ option+=([nodes]=1 [gpus-per-node]=8 [shared]="" [time]="" [partition]="" [accou
 parse_arguments "$@"
 need_options shared
 [[ ${option[shared]} =~ ^/[^[:space:]]+$ ]] ||
-  die "--shared=${option[shared]}: give a whole path, from / on, without spaces"
+  die "--shared=${option[shared]}: give an absolute path without spaces"
 pin_version
 check_training "${option[shared]}"
 add_partitioning "$(gpu_partitioning "${option[nodes]}" "${option[gpus-per-node]}")"
 
-# The batch script. SLURM tells all processes to stop, and they end one after the other: the first one must not
-# end the others, which may still be saving. Each sees all GPUs of its node; jax picks the one of its number.
+# batch_script: prints the batch script. SLURM tells all processes to stop, and they end one after the other: the end
+# of the first must not end the others, which may still be saving (--kill-on-bad-exit=0). Each process sees all GPUs
+# of its node (--gpu-bind=none); jax picks the one with its number.
 batch_script() {
   local name
   echo "#!/usr/bin/env bash"

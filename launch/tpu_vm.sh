@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training on Cloud TPU VMs, by a queued resource.
+# Trains on Cloud TPU VMs, through a queued resource.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -8,21 +8,21 @@ usage() {
 Usage: bash launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE [OPTIONS] TRAINING ARGUMENTS...
        bash launch/tpu_vm.sh --name=NAME --zone=ZONE --delete
 
-Asks for TPU VMs, waits for them, installs the version on all workers, trains on all, and deletes the VMs. When
-they are preempted it does so again, and training continues from the newest checkpoint. Needs gcloud, logged in,
-and must itself keep running: start it in tmux on a machine that stays on. Ctrl-C leaves the VMs; --delete
-removes them.
+Asks for TPU VMs, waits for them, installs the version on all workers, trains, and deletes the VMs. When they are
+preempted, it starts again with new VMs, and training continues from the newest checkpoint. Needs gcloud, logged
+in. It must keep running: start it in tmux on a machine that stays on. After Ctrl-C the VMs stay; --delete deletes
+them.
 
-  --name NAME        of the queued resource
+  --name NAME        name of the queued resource
   --zone ZONE        for example us-central2-b
   --type TYPE        v4-32, v5litepod-16, v5p-8, v6e-64, ...
-  --spot, --reserved preemptible VMs; those of your reservation (default: on demand)
-  --node-count N     slices, joined by the data centre's network (default: 1)
+  --spot, --reserved takes preemptible VMs, or those of your reservation (default: VMs on demand)
+  --node-count N     number of slices, joined by the data centre's network (default: 1)
   --runtime-version VERSION
-                     the VMs' image (default: Google's for the type)
-  --project PROJECT  default: gcloud's own
-  --max-restarts N   how often to ask for VMs again before giving up (default: 100)
-  --keep             leaves the VMs when training is done
+                     the VMs' image (default: Google's image for the type)
+  --project PROJECT  Google Cloud project (default: that of gcloud's configuration)
+  --max-restarts N   number of times to ask for VMs again before giving up (default: 100)
+  --keep             keeps the VMs when training is done
   --delete           deletes the VMs, and nothing else
 USAGE
 }
@@ -39,7 +39,7 @@ if [[ -n ${option[project]} ]]; then place+=("--project=${option[project]}"); fi
 queued=(gcloud compute tpus queued-resources)
 workers=("${place[@]}" --worker=all --node=all --quiet)
 
-# state: empty where there is no such queued resource.
+# state: prints the queued resource's state; nothing if there is no such resource.
 state() {
   "${queued[@]}" describe "$name" "${place[@]}" --format='value(state.state)' 2>/dev/null || true
 }
@@ -96,20 +96,20 @@ check_training
 add_partitioning "$(tpu_partitioning "${option[type]}")"
 runtime=${option[runtime-version]:-$(tpu_runtime "${option[type]}")}
 if [[ ${option[dry-run]} == no && -n $(state) ]]; then
-  die "a queued resource $name is there already: take another --name, or delete it with --delete"
+  die "a queued resource $name is there already: give another --name, or delete it with --delete"
 fi
 
 build=$root/build
 run mkdir -p "$build"
 run git -C "$root" archive --prefix="$version/" --output="$build/$version.tar.gz" "$commit"
 for ((restarts = 0; ; restarts++)); do
-  create || die "gcloud didn't take the request, see above"
+  create || die "gcloud refused the request for VMs, see above"
   status=0
   { wait_until_active && install && train; } || status=$?
   ((status)) || break
-  sleep 60 # VMs that are being preempted still look well for a while.
+  sleep 60 # The state of VMs that are being preempted stays ACTIVE for a while.
   now=$(state)
-  # 1 is a mistake's exit code, but also gcloud's where a VM is gone.
+  # Exit code 1 means a mistake, but gcloud also exits with 1 if a VM is gone.
   if [[ $status == 1 && $now == ACTIVE ]] || ((restarts == ${option[max-restarts]})); then
     break
   fi

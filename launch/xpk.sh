@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training on a GKE cluster's TPUs, through XPK (https://github.com/AI-Hypercomputer/xpk).
+# Trains on a GKE cluster's TPUs, through XPK (https://github.com/AI-Hypercomputer/xpk).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -13,13 +13,13 @@ in.
 
   --cluster NAME     a cluster made by "xpk cluster create"
   --tpu-type TYPE    v4-32, v5litepod-16, v5p-8, v6e-64, ...
-  --image REPOSITORY where the image goes, such as europe-docker.pkg.dev/PROJECT/REPOSITORY/richhf_jax; the
-                     commit is its tag
-  --num-slices N     slices, joined by the data centre's network (default: 1)
-  --max-restarts N   restarts before it is given up; a mistake uses them up, too (default: 20)
-  --name NAME        of the workload (default: richhf-jax)
-  --root             runs as root in its container, for nodes whose TPU devices are root's alone
-  --project, --zone  default: gcloud's own
+  --image REPOSITORY the image's address, such as europe-docker.pkg.dev/PROJECT/REPOSITORY/richhf_jax; its tag is
+                     the commit
+  --num-slices N     number of slices, joined by the data centre's network (default: 1)
+  --max-restarts N   number of restarts before giving up; restarts after a mistake count, too (default: 20)
+  --name NAME        name of the workload (default: richhf-jax)
+  --root             runs as root in the container, for nodes where only root may use the TPU devices
+  --project, --zone  the cluster's (default: those of gcloud's configuration)
 USAGE
 }
 
@@ -40,9 +40,9 @@ run docker build --file "$build/$version/launch/docker/Dockerfile.tpu" --build-a
   --build-arg USER="$user" --tag "$image" "$build/$version"
 run docker push "$image"
 
-# XPK runs the command in a subshell that it sends SIGTERM to: exec, so that this is the process that gets it.
-# The grace period is for saving a checkpoint; of spot machines, GKE leaves at most 25 s. XPK by itself starts
-# again after exit codes 42 and 127 to 255; 1 is also that of a worker that misses another one amid a step.
+# XPK sends SIGTERM to the subshell that runs the command: exec, so that the command itself gets it. The grace period
+# is for saving a checkpoint; on spot machines, GKE gives at most 25 s. XPK by itself restarts after exit codes 42
+# and 127 to 255; a worker that loses another one during a step exits with 1.
 command=(bash launch/restartable.sh python -m richhf_jax.train "${training[@]}")
 places=()
 for place in project zone; do

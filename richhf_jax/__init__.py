@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["RahfPredictor", "RichFeedback"]
 
-# Loaded when they are first asked for.
+# Names that are imported at their first use.
 _MODULES = {"RahfPredictor": "richhf_jax.predict.predictor", "RichFeedback": "richhf_jax.feedback"}
 
 

@@ -28,19 +28,21 @@ _NAME = re.compile(r"checkpoint_(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class SaveCheckpointConfig:
-    """When to save, and what to keep (T5X's name; `metric_...` are its SaveBestCheckpointer's).
+    """Settings of when to save, and which checkpoints to keep.
+
+    The names are T5X's; `metric_...` are those of its SaveBestCheckpointer.
 
     Attributes:
-      period: steps between checkpoints; the last step is always saved.
-      keep: how many of the newest to keep; None keeps all. With 1 there is nothing to fall back to when the
-        newest one is damaged.
-      keep_best: how many to keep besides, for their metric; None: none.
-      metric_name_to_monitor: one of the metrics of the validation data. A checkpoint of a step at which none
-        is measured counts as the worst.
-      metric_mode: 'min' or 'max': which is better.
+      period: number of steps between checkpoints; the last step is always saved.
+      keep: number of newest checkpoints to keep; None keeps all. With 1 there is none to fall back to when
+        the newest one is damaged.
+      keep_best: number of checkpoints to keep besides, those with the best metric; None: none.
+      metric_name_to_monitor: name of a metric of the validation data. If it isn't measured at a checkpoint's
+        step, the checkpoint counts as the worst.
+      metric_mode: 'min' if lower metrics are better, 'max' if higher ones are.
 
     Raises:
-      errors.UserError: a value makes no sense.
+      errors.UserError: a number is below 1, or the mode is unknown.
     """
 
     period: int
@@ -62,12 +64,12 @@ class SaveCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RestoreCheckpointConfig:
-    """Where the first parameters come from (T5X's name); a checkpoint of MODEL_DIR itself wins over it.
+    """The source of the first parameters (T5X's name). If MODEL_DIR has a checkpoint, that is used instead.
 
     Attributes:
-      path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest checkpoint is meant. Parameters
-        that it lacks, or whose shape differs, keep their fresh values and are listed; optimizer and
-        step begin anew. None: nowhere, all are fresh.
+      path: a `checkpoint_<step>` directory, or a MODEL_DIR, whose newest checkpoint is read. Parameters
+        that it lacks, or whose shape differs, keep their fresh values and are logged; optimizer and
+        step begin anew. None: all parameters are fresh.
     """
 
     path: str | None
@@ -75,9 +77,11 @@ class RestoreCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Attributes:
-    save: None saves nothing.
-    restore: None begins from fresh parameters.
+    """Settings of saving and restoring (T5X's name).
+
+    Attributes:
+      save: when to save; None saves nothing.
+      restore: the source of the first parameters; None: they are fresh.
     """
 
     save: SaveCheckpointConfig | None
@@ -85,20 +89,23 @@ class CheckpointConfig:
 
 
 class CheckpointError(errors.UserError):
-    """A checkpoint that isn't there, doesn't fit, is damaged or can't be written."""
+    """A checkpoint is absent, doesn't fit, is damaged or can't be written."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, with two methods of its own."""
+    """Orbax's manager with two methods changed."""
 
     def reached_preemption(self, step: int) -> bool:
-        """False: the training loop asks. Processes agree on the step to stop at by the last step that each
-        has asked for, and Orbax would ask for an old one, from another thread."""
+        """Returns False, because the training loop itself asks whether a signal came.
+
+        Processes agree on the step to stop at by the last step that each has asked about. Orbax would ask
+        about an old step, from another thread.
+        """
         del step
         return False
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """None, too, where they are damaged."""
+        """Returns the metrics of a checkpoint; None if it has none, or if they are damaged."""
         try:
             return super().metrics(step)
         except ValueError:
@@ -108,13 +115,15 @@ class _Manager(ocp.CheckpointManager):
 class Checkpointer:
     """Saves to and restores from one MODEL_DIR. Saving runs beside the training.
 
-    As a context it waits, at the end, until everything is written.
+    At the end of a `with` block it waits until everything is written.
     """
 
     def __init__(self, model_dir: str, cfg: SaveCheckpointConfig | None = None):
-        """Args:
-          model_dir: made where it isn't there.
-          cfg: what to keep; None keeps all.
+        """Opens the directory.
+
+        Args:
+          model_dir: MODEL_DIR, which is made if it doesn't exist.
+          cfg: which checkpoints to keep; None keeps all.
 
         Raises:
           CheckpointError: the directory can't be made.
@@ -125,8 +134,8 @@ class Checkpointer:
             step_prefix="checkpoint",
             create=True,
             preservation_policy=_preservation_policy(cfg),
-            # With it, Orbax saves the metrics.
-            best_fn=_metric_fn(cfg) if self._metric else None,
+            # Orbax saves metrics only if this is given.
+            best_fn=_metric_fn(cfg) if cfg and self._metric else None,
         )
         try:
             self._manager = _Manager(self._directory, options=options, item_names=(_STATE, _POSITION))
@@ -142,15 +151,19 @@ class Checkpointer:
         step: int,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Begins to save; a checkpoint is complete or absent, never half-written; a saved step stays.
+        """Begins to save a checkpoint. It is complete or absent, never half-written.
+
+        A step that is already saved is not written again.
 
         Args:
-          data_position: JSON-able; where the training data stands.
-          metrics: of the validation data, if measured at this step.
+          state: the training state.
+          data_position: JSON-able position in the training data.
+          step: number of the checkpoint.
+          metrics: metrics of the validation data; None if they weren't measured at this step.
 
         Raises:
-          CheckpointError: this one, or the one before, can't be written (the earlier ones stay); or there is
-            no metric of the name to keep the best by.
+          CheckpointError: this checkpoint or the one before can't be written (earlier ones stay); or
+            `metrics` lacks the metric that says which are best.
         """
         if metrics is not None and self._metric and self._metric not in metrics:
             raise CheckpointError(
@@ -167,36 +180,36 @@ class Checkpointer:
             self._manager.save(step, args=items, metrics=dict(metrics or {}) if self._metric else None)
 
     def wait(self) -> None:
-        """Until everything is written.
+        """Waits until everything is written.
 
         Raises:
-          CheckpointError: it can't be.
+          CheckpointError: a checkpoint can't be written.
         """
         with self._explained():
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Doesn't wait.
+        """Checks, without waiting, that the checkpoint saved last was written, if saving has ended.
 
         Raises:
-          CheckpointError: a checkpoint that was on its way to the disk can't be written.
+          CheckpointError: it can't be written.
         """
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def last_complete(self) -> str:
-        """Waits for what is being written, and names the newest checkpoint, or says that there is none."""
-        with contextlib.suppress(Exception):  # One that failed is none.
+        """Waits for the checkpoint being written, and returns the newest one's path, or "none yet"."""
+        with contextlib.suppress(Exception):  # A checkpoint that failed doesn't count.
             self._manager.wait_until_finished()
         newest = newest_checkpoint(self._directory)
         return str(newest) if newest else "none yet"
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns what Orbax raises when it can't write into a CheckpointError."""
+        """Turns Orbax's exceptions when it can't write into a CheckpointError."""
         try:
             yield
-        # Of many kinds: Python's own for small files, ValueError for arrays, wrapped or not.
+        # Orbax raises many kinds: OSError for small files, ValueError for arrays, wrapped or not.
         except Exception as error:
             raise CheckpointError(
                 f"{self._directory}: a checkpoint can't be written: {writing.reason(error)}\n"
@@ -207,17 +220,20 @@ class Checkpointer:
     def restore_newest(
         self, abstract_state: train_state_lib.TrainState
     ) -> tuple[train_state_lib.TrainState, dict[str, Any]] | None:
-        """State and data position of the newest checkpoint that is whole; None if there is no checkpoint.
+        """Reads the newest checkpoint that is whole.
 
-        A damaged one is skipped with a warning; once an older one is restored, it is renamed to
-        `damaged_checkpoint_<step>`, so that the step can be saved again.
+        A damaged checkpoint is skipped with a warning. Once an older one is restored, the damaged one is
+        renamed to `damaged_checkpoint_<step>`, so that its step can be saved again.
 
         Args:
-          abstract_state: `ShapeDtypeStruct`s with shardings: where the arrays shall go.
+          abstract_state: the state to restore, of `ShapeDtypeStruct`s with shardings.
+
+        Returns:
+          (state, data position); None if there is no checkpoint.
 
         Raises:
-          CheckpointError: all are damaged; or the newest whole one is of another model, or holds parameters
-            alone.
+          CheckpointError: all checkpoints are damaged; or the newest whole one is of another model, or holds
+            parameters alone.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -229,7 +245,7 @@ class Checkpointer:
                 if not _any_process(reason):
                     self._set_aside(damaged)
                     return restored
-            # Only the processes that found something know what.
+            # Only the process that found the damage knows the reason.
             logging.warning("skipping %s: %s", directory, reason or "another process can't read it")
             damaged.append(directory)
         if damaged:
@@ -258,16 +274,16 @@ class Checkpointer:
         except CheckpointError as error:
             if exc_type is None:
                 raise
-            logging.warning("%s", error)  # What came first is what ends the program.
+            logging.warning("%s", error)  # The first exception ends the program, not this one.
 
     def close(self) -> None:
-        """Waits as `wait`."""
+        """Waits until everything is written, and closes Orbax's manager."""
         with self._explained():
             self._manager.close()
 
 
 def _metric_fn(cfg: SaveCheckpointConfig):
-    """A checkpoint's metrics -> what it is ranked by."""
+    """Makes a function that returns the number by which a checkpoint is ranked, given its metrics."""
     worst = math.inf if cfg.metric_mode == "min" else -math.inf
 
     def metric(metrics: Mapping[str, float]) -> float:
@@ -291,12 +307,15 @@ def _preservation_policy(cfg: SaveCheckpointConfig | None) -> preservation_polic
 
 
 def _any_process(reason: str | None) -> bool:
-    """Whether any process has a reason. All must call it."""
+    """Returns whether any process has a reason. All processes must call it."""
     return bool(np.any(multihost_utils.process_allgather(np.array(reason is not None))))
 
 
 def _damage(directory: epath.Path) -> str | None:
-    """What is wrong with the files of a checkpoint, if anything. Reads little: each array's last byte."""
+    """Says how the files of a checkpoint are damaged; None if they are whole.
+
+    It reads little of each array: the last byte.
+    """
     try:
         base = os.fspath(directory / _STATE)
         store = ts.KvStore.open(f"{base if '://' in base else f'file://{base}'}/|ocdbt:").result()
@@ -304,30 +323,32 @@ def _damage(directory: epath.Path) -> str | None:
         absent = [key.decode() for key, read in reads.items() if read.result().state != "value"]
         if absent or not reads:
             return f"{base} has lost {absent[0] if absent else 'all values'}"
-        # Opens all arrays at once: what doesn't open would leave tracebacks behind.
+        # Orbax opens all arrays at once. Broken ones, caught above, would make it print tracebacks here.
         saved = ocp.StandardCheckpointHandler().metadata(directory / _STATE).tree
         if not _is_parameters_alone(directory, saved):
             ocp.JsonCheckpointHandler().restore(directory / _POSITION)
-    # Orbax and TensorStore raise all kinds of exceptions at broken files.
+    # Orbax and TensorStore raise many kinds of exceptions for broken files.
     except Exception as error:
         return writing.reason(error)
     return None
 
 
 def _is_parameters_alone(directory: epath.Path, saved: Mapping[str, Any]) -> bool:
-    """Whether `save_params` wrote it."""
+    """Returns whether `save_params` wrote the checkpoint."""
     return set(saved) <= {"params", "flax_mutables"} and not (directory / _POSITION).exists()
 
 
 def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """A tree, of tuples and dataclasses, too, or as Orbax describes a saved one -> path of names -> leaf."""
+    """Flattens a tree, even of tuples and dataclasses, or Orbax's metadata, to {path of names: leaf}."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(jax.tree_util.keystr([key], simple=True) for key in path): leaf for path, leaf in paths}
+    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in paths}
 
 
 def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainState) -> None:
-    """Raises:
-    CheckpointError: the checkpoint is of another model or optimizer, or holds parameters alone.
+    """Checks that a checkpoint holds the arrays of the state.
+
+    Raises:
+      CheckpointError: the checkpoint is of another model or optimizer, or holds parameters alone.
     """
     tree = ocp.StandardCheckpointHandler().metadata(directory / _STATE).tree
     if _is_parameters_alone(directory, tree):
@@ -336,7 +357,7 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
             "give it as INITIAL_CHECKPOINT_PATH, and another MODEL_DIR"
         )
     saved, wanted = _flat(tree), _flat(abstract_state.state_dict())
-    # Parameters first: "params" behind "opt_state" would never be shown.
+    # Parameters first, because the message shows only the first three names.
     names = sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "params", name))
     wrong = [
         _describe(name, wanted.get(name), saved)
@@ -357,13 +378,17 @@ def _does_not_fit(path: epath.PathLike, wrong: list[str]) -> str:
 def _read(
     directory: epath.Path, abstract_state: train_state_lib.TrainState
 ) -> tuple[tuple[train_state_lib.TrainState, dict[str, Any]] | None, str | None]:
-    """State and data position, or what is wrong. By Orbax's handlers, which wait for no other process."""
+    """Reads state and data position, by Orbax's handlers, which wait for no other process.
+
+    Returns:
+      ((state, data position), None), or (None, the reason why they can't be read).
+    """
     try:
         parts = ocp.StandardCheckpointHandler().restore(
             directory / _STATE, args=ocp.args.StandardRestore(abstract_state.state_dict())
         )
         position = ocp.JsonCheckpointHandler().restore(directory / _POSITION)
-        return (dataclasses.replace(abstract_state, **parts), position), None
+        return (train_state_lib.TrainState(**parts), dict(position)), None
     except Exception as error:  # As in `_damage`.
         return None, writing.reason(error)
 
@@ -371,17 +396,17 @@ def _read(
 def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any = None) -> None:
     """Writes parameters alone, as `checkpoint_<step>`, for `restore_params` and `restore_matching`.
 
-    Needs about 0.4 times as much memory again as the parameters take.
+    It takes about 0.4 times the parameters' memory in addition to them.
 
     Args:
-      model_dir: where the checkpoint goes.
-      params: a tree of `jax.Array` (Orbax would copy numpy's first), or a part of one.
+      model_dir: the directory of the checkpoint.
+      params: a tree of `jax.Array`, all parameters or a part. Orbax would copy NumPy arrays.
       step: the checkpoint's number.
-      flax_mutables: mutable collections, likewise, of a model that has any.
+      flax_mutables: a tree of `jax.Array`, the mutable collections; None: the model has none.
     """
     content = {"params": params} | ({"flax_mutables": flax_mutables} if flax_mutables else {})
     directory = _absolute(model_dir) / f"checkpoint_{step}" / _STATE
-    # What is to go to one file stays in memory until the file is full.
+    # Orbax keeps the content of a file in memory until the file is full: small files take less.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
     with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
@@ -389,21 +414,27 @@ def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any =
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax takes no relative paths; a URL ("gs://...") stays as it is."""
+    """Makes a path absolute, because Orbax takes no relative ones; a URL ("gs://...") stays as it is."""
     return epath.Path(path) if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
 
 
 def newest_checkpoint(model_dir: epath.PathLike) -> epath.Path | None:
-    """The `checkpoint_<step>` of the highest step in a MODEL_DIR, if there is one."""
+    """Returns the `checkpoint_<step>` of the highest step in a MODEL_DIR; None if there is none."""
     steps = {int(m[1]): p for p in epath.Path(model_dir).glob("*") if (m := _NAME.fullmatch(p.name))}
     return steps[max(steps)] if steps else None
 
 
 def find_checkpoint(path: str) -> tuple[str, int]:
-    """A checkpoint directory, or the newest in a MODEL_DIR -> (its path, its step).
+    """Finds a checkpoint.
+
+    Args:
+      path: a checkpoint's directory, or a MODEL_DIR, whose newest checkpoint is taken.
+
+    Returns:
+      (the checkpoint's absolute path, its step).
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is no checkpoint.
     """
     directory = _absolute(path)
     if not _NAME.fullmatch(directory.name):
@@ -434,7 +465,7 @@ def restore_params(path: str, abstract_params: Any) -> Any:
 def restore_inference_state(
     path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
 ) -> train_state_lib.InferenceState:
-    """Reads all that a model predicts with from a checkpoint: parameters and mutable collections.
+    """Reads the parameters and the mutable collections of a model from a checkpoint.
 
     Args:
       path: as for `find_checkpoint`.
@@ -446,23 +477,24 @@ def restore_inference_state(
     found, absent = _restore_found(path, abstract_state)
     if absent:
         raise CheckpointError(_does_not_fit(path, absent))
-    return train_state_lib.InferenceState(*map(traverse_util.unflatten_dict, found))
+    params, mutables = map(traverse_util.unflatten_dict, found)
+    return train_state_lib.InferenceState(params, mutables)
 
 
 def restore_matching(
     path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
 ) -> tuple[dict[tuple[str, ...], jax.Array], dict[tuple[str, ...], jax.Array]]:
-    """Reads what a checkpoint has under the same name and in the same shape; the rest is logged.
+    """Reads the arrays that have the same name and shape in the checkpoint, and logs the names of the others.
 
     Args:
       path: as for `find_checkpoint`.
       abstract_state: `ShapeDtypeStruct`s with shardings.
 
     Returns:
-      Parameters, and arrays of mutable collections: name, as a path in the tree -> array.
+      (parameters, mutable collections), each {path of names in the tree: array}.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it shares no parameter.
+      CheckpointError: there is no checkpoint, or it shares no parameter with the model.
     """
     found, absent = _restore_found(path, abstract_state)
     if not found[0]:
@@ -476,10 +508,10 @@ def restore_matching(
 def _restore_found(
     path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
 ) -> tuple[tuple[dict, dict], list[str]]:
-    """Reads the arrays that a checkpoint has in the right shape, by name, and lists what it lacks.
+    """Reads the arrays that a checkpoint has in the right shape, and lists those that it lacks.
 
     Returns:
-      (parameters, arrays of mutable collections), and a line for each array that isn't among them.
+      (parameters, mutable collections), each {path of names: array}, and a line for each missing array.
     """
     directory, _ = find_checkpoint(path)
     state_dir = os.path.join(directory, _STATE)
@@ -489,11 +521,11 @@ def _restore_found(
         raise CheckpointError(f"{directory} is damaged: it doesn't say what is in it")
     item, absent = {}, []
     for part in ("params", "flax_mutables"):
-        saved = traverse_util.flatten_dict(metadata.tree.get(part, {}))
-        wanted = traverse_util.flatten_dict(getattr(abstract_state, part))
+        saved: dict[tuple, Any] = traverse_util.flatten_dict(metadata.tree.get(part, {}))
+        wanted: dict[tuple, Any] = traverse_util.flatten_dict(getattr(abstract_state, part))
         fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
         absent += [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
-        if fits:  # Orbax can't restore nothing.
+        if fits:  # Orbax can't restore an empty tree.
             item[part] = traverse_util.unflatten_dict(fits)
     restored = {}
     if item:

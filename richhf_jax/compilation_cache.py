@@ -1,4 +1,4 @@
-"""Keeps compiled programs in the user's cache folder: the same model isn't compiled twice on a machine.
+"""Keeps compiled programs in the user's cache folder, so that a machine compiles the same model only once.
 
 JAX's persistent compilation cache does the work. Its keys hold the program, the compiler's version and
 options, and the devices with their features, so machines of several kinds may share a home folder.
@@ -9,11 +9,12 @@ import pathlib
 import re
 import tempfile
 import warnings
+from typing import Any
 
 import jax
 from absl import logging
 
-# Beyond that, programs that nobody used for the longest time are deleted.
+# If the programs take more, those that were not used for the longest time are deleted.
 _MAX_BYTES = 1 << 30
 # Programs that compile faster aren't kept. Loading one takes about a hundredth of a second.
 _MIN_SECONDS = 0.1
@@ -24,22 +25,23 @@ _FAILURE = re.compile(r"Error (?:reading|writing) persistent compilation cache e
 def configure(enabled: bool) -> None:
     """Turns the cache on or off for all that this process compiles later.
 
-    A folder that the user gave to JAX (JAX_COMPILATION_CACHE_DIR) is used in place of ours. Processes of one
-    program have no cache without such a folder, which they must share: on GPUs they tune their kernels
-    together, and would wait for a process that found its program.
+    If the user gave JAX a folder (JAX_COMPILATION_CACHE_DIR), it is used in place of ours. A program of
+    several processes has a cache only in such a folder, which all must share: on GPUs the processes tune
+    their kernels together, and would wait for a process that found its program in a cache of its own.
 
     Args:
-      enabled: whether compiled programs are kept and found.
+      enabled: True keeps and finds compiled programs.
     """
     if not enabled:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if jax.config.jax_compilation_cache_dir or jax.distributed.is_initialized():
+    config: Any = jax.config  # Its attributes are not declared.
+    if config.jax_compilation_cache_dir or jax.distributed.is_initialized():
         return
     try:
         folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # Can it be written?
+        with tempfile.TemporaryFile(dir=folder):  # Fails if it can't be written.
             pass
         _delete_oldest(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home.
@@ -52,14 +54,14 @@ def configure(enabled: bool) -> None:
 
 
 def _folder() -> pathlib.Path:
-    """Returns the place by the XDG Base Directory Specification, which ignores relative paths."""
+    """Returns the folder by the XDG Base Directory Specification, which ignores relative paths."""
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     base = base if base.is_absolute() else pathlib.Path("~/.cache").expanduser()
     return base / "richhf_jax" / "compiled"
 
 
 def _delete_oldest(folder: pathlib.Path) -> None:
-    """Deletes the programs beyond `_MAX_BYTES`, those that were not read for the longest time first."""
+    """Deletes programs beyond `_MAX_BYTES`, first those that were not read for the longest time."""
     entries = [(path.stat(), path) for path in folder.glob("*-cache")]
     size = 0
     for status, path in sorted(entries, key=lambda entry: entry[0].st_atime, reverse=True):
@@ -69,10 +71,10 @@ def _delete_oldest(folder: pathlib.Path) -> None:
 
 
 def _delete_damaged(folder: pathlib.Path) -> None:
-    """Deletes, from now on, a program's files where JAX warns that it can't read or write one.
+    """Deletes a program's files whenever JAX warns, from now on, that it can't read or write them.
 
-    JAX goes on without the file, but it never replaces one, so each later run would compile and warn again. A
-    full disk or a killed process leaves such a file.
+    JAX continues without such a file, but never replaces it, so each later run would compile and warn again.
+    A full disk or a killed process leaves such files.
     """
     show = warnings.showwarning
 

@@ -1,8 +1,8 @@
-"""The one exception that means: the user can mend this."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. Entry points print its message, without a traceback, and exit 1.
+    """A mistake in the user's input. Entry points print its message without a traceback and exit with code 1.
 
     The message names the file, record or setting at fault, and the fix.
     """

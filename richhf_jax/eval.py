@@ -32,7 +32,7 @@ from richhf_jax import (
 from richhf_jax.feedback import RichFeedback
 from richhf_jax.pages import report
 
-# (what the task evaluates on, images, targets) -> name and predictions of a system to stand beside the model.
+# (data, its images, its targets) -> name and predictions of a system to compare the model with.
 Baseline = Callable[
     [input_pipeline.DatasetConfig, Sequence[np.ndarray], Sequence[RichFeedback]],
     tuple[str, Sequence[RichFeedback]],
@@ -42,7 +42,7 @@ Baseline = Callable[
 def trivial_baseline(
     cfg: input_pipeline.DatasetConfig, images: Sequence[np.ndarray], targets: Sequence[RichFeedback]
 ) -> tuple[str, Sequence[RichFeedback]]:
-    """The mean score, the mean heatmap of the training split, no word flagged."""
+    """Predicts the training split's mean score and mean heatmap for every image, and flags no word."""
     del images
     train_cfg = dataclasses.replace(cfg, split="train")
     batches = input_pipeline.evaluation_batches(train_cfg, seqio.ShardInfo(0, 1))
@@ -62,26 +62,26 @@ def evaluate(
     gallery_size: int = 48,
     curve_dirs: Mapping[str, str | None] | None = None,
     title: str = "RAHF",
-) -> dict[str, float]:
-    """Predicts a whole split and measures it, next to baselines.
+) -> Mapping[str, float]:
+    """Predicts a whole split and measures the predictions, next to baselines.
 
     Several processes predict together; process 0 does all the rest.
 
     Args:
-      model: as it was trained.
-      checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest is meant.
-      output_dir: the results go to inference_eval/<task>/<split>/<step> in here.
-      dataset_cfg: what to evaluate on; its feature lengths must ask for every kind.
-      partitioner: the mesh.
-      baseline_fns: systems to stand beside the model in the tables.
-      constrained_keywords: the decoder can only copy the prompt and mark words, and gives each word a
-        probability; False: it writes freely, and what it wrote is matched with the prompt's words.
-      gallery_size: images in the report.
+      model: the model as it was trained.
+      checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR, whose newest checkpoint is taken.
+      output_dir: the results go to inference_eval/<task>/<split>/<step> in this folder.
+      dataset_cfg: the data to evaluate on; its feature lengths must ask for every kind.
+      partitioner: splits states and batches over the mesh.
+      baseline_fns: systems to compare with the model in the tables.
+      constrained_keywords: True: the decoder can only copy the prompt and mark words, and gives each word a
+        probability. False: it writes freely, and its text is matched with the prompt's words.
+      gallery_size: number of images in the report.
       curve_dirs: stage of the training -> MODEL_DIR whose loss curves the report shows.
       title: the model's name in the report.
 
     Returns:
-      The model's metrics, as in metrics.json; nothing in another process than 0.
+      The model's metrics, as in metrics.json; {} in any process but 0.
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the results can't be written.
@@ -117,7 +117,7 @@ def evaluate(
 def _collect(
     batches: Iterable[Sequence[split_predictions.Pair]], cfg: input_pipeline.DatasetConfig
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
-    """Images, targets and predictions of every example."""
+    """Collects images, targets and predictions of all examples."""
     images, targets, predictions = [], [], []
     cut = 0
     for example, prediction in itertools.chain.from_iterable(batches):
@@ -139,7 +139,7 @@ def _measure(task, targets, predictions) -> dict[str, float]:
 
 
 def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
-    """Loss curves of a MODEL_DIR: "<train or validation> <loss>" -> (step, value) points."""
+    """Reads a MODEL_DIR's loss curves: "<train or validation> <loss>" -> points (step, value)."""
     curves = {}
     places = {"train": "train", "validation": "training_eval/*"}
     for name, place in places.items():

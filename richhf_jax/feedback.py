@@ -1,7 +1,7 @@
 """The domain's vocabulary: kinds of score and heatmap, task strings, the `_0` suffix, the record.
 
-Every other module takes these names from here. RichHF-18K's own field names (`artifact_score`, ...)
-appear nowhere else. This module needs numpy alone.
+All other modules take these names from here. RichHF-18K's own field names (`artifact_score`, ...) appear
+nowhere else. This module needs only numpy.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SCORE_FIELDS = {
 HEATMAP_FIELDS = {IMPLAUSIBILITY: "artifact_map", MISALIGNMENT: "misalignment_map"}
 KEYWORDS_FIELD = "prompt_misalignment_label"
 
-# Joined to a record from Pick-a-Pic (the TFRecords hold neither).
+# Fields that are joined to a record from Pick-a-Pic, because the TFRecords lack them.
 IMAGE_FIELD = "image"
 PROMPT_FIELD = "prompt"
 
@@ -60,9 +60,9 @@ class Slots(NamedTuple):
     texts: int
 
     def prompts(self, variant: str) -> int:
-        """Number of prompts that an image has: one for all slots (multi-head), or one a slot.
+        """Returns the number of prompts of an image: one for all slots (multi-head), or one a slot.
 
-        The prompts of the augmented-prompt variant stand in the order of the fields.
+        The prompts of the augmented-prompt variant have the order of the fields.
         """
         return 1 if variant == MULTI_HEAD else sum(self)
 
@@ -85,7 +85,7 @@ def task_prompts(variant: str, prompt: str) -> list[str]:
 
 
 def standardise_rating(rating: float) -> float:
-    """A 5-point Likert rating -> a score in [0, 1]: (s - 1) / 4 (section 3.4)."""
+    """Turns a 5-point Likert rating s into a score in [0, 1]: (s - 1) / 4 (section 3.4)."""
     return (rating - LIKERT_MIN) / (LIKERT_MAX - LIKERT_MIN)
 
 
@@ -99,7 +99,7 @@ def tokenize_prompt(prompt: str) -> list[str]:
 
 
 def parse_labels(text: str) -> list[int]:
-    """'1 1 0 1' -> [1, 1, 0, 1].
+    """Parses RichHF-18K's labels: '1 1 0 1' -> [1, 1, 0, 1].
 
     Raises:
       ValueError: a label is neither 0 nor 1.
@@ -111,12 +111,12 @@ def parse_labels(text: str) -> list[int]:
 
 
 def format_labels(labels: Sequence[int]) -> str:
-    """[1, 1, 0, 1] -> '1 1 0 1'."""
+    """Formats labels as RichHF-18K does: [1, 1, 0, 1] -> '1 1 0 1'."""
     return " ".join(str(int(label)) for label in labels)
 
 
 def mark_misaligned(tokens: Sequence[str], labels: Sequence[int]) -> str:
-    """Tokens and labels -> the decoder's target string.
+    """Makes the decoder's target string from tokens and labels.
 
     >>> mark_misaligned(['a', 'yellow', 'cat'], [1, 0, 1])
     'a yellow_0 cat'
@@ -131,16 +131,16 @@ def mark_misaligned(tokens: Sequence[str], labels: Sequence[int]) -> str:
 
 
 def labels_from_text(tokens: Sequence[str], text: str) -> list[int]:
-    """What the decoder wrote -> one label a prompt token, tolerating slips of the model.
+    """Reads one label for each prompt token from the decoder's text, and tolerates mistakes of the model.
 
-    A text that `mark_misaligned` could have made gives back its labels, whatever the tokens are. For any
-    other, the words (without suffix) are aligned with the prompt's tokens, ignoring case: a token takes the
-    label of the word it is aligned with; words written in place of as many tokens are aligned in order;
-    tokens with no word of their own are aligned (label 1), and words with no token say nothing.
+    If `mark_misaligned` could have made the text, its labels are returned, whatever the tokens are. In any
+    other text, the words (without suffix) are matched with the prompt's tokens, ignoring case. A token takes
+    the label of its word. Words in place of as many other tokens are matched in order. Tokens without a word
+    are aligned (label 1), and words without a token are ignored.
 
     >>> labels_from_text(['a', 'yellow', 'cat'], 'a yellow_0 cat')
     [1, 0, 1]
-    >>> labels_from_text(['a', 'yellow', 'cat'], 'yelow_0 cat')   # a slip, and a word missing
+    >>> labels_from_text(['a', 'yellow', 'cat'], 'yelow_0 cat')   # a misspelt word, and a missing one
     [1, 1, 1]
     >>> labels_from_text(['a', 'yellow', 'cat'], 'a yelow_0 cat')
     [1, 0, 1]
@@ -152,7 +152,7 @@ def labels_from_text(tokens: Sequence[str], text: str) -> list[int]:
     known = set(tokens)
     words, labels = [], []
     for word in text.lower().split():
-        # A prompt may itself hold a word that ends in "_0"; as it stands, that word is aligned.
+        # A prompt may contain a word that ends in "_0"; the same word in the text is aligned.
         marked = word.endswith(MISALIGNED_SUFFIX) and word not in known
         words.append(word.removesuffix(MISALIGNED_SUFFIX) if marked else word)
         labels.append(MISALIGNED if marked else ALIGNED)
@@ -165,7 +165,7 @@ def labels_from_text(tokens: Sequence[str], text: str) -> list[int]:
 
 
 def _exact_labels(tokens: Sequence[str], text: str) -> list[int] | None:
-    """The labels of which `mark_misaligned` makes `text`, None if there are none."""
+    """Returns the labels from which `mark_misaligned` makes `text`; None if there are none."""
     words = text.split(" ") if text else []
     if len(words) != len(tokens):
         return None
@@ -179,7 +179,7 @@ def _exact_labels(tokens: Sequence[str], text: str) -> list[int] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One prompt token. `probability` is that of being misaligned, where the decoder gives one."""
+    """One prompt token; `probability` is that of being misaligned, None if the decoder gives none."""
 
     text: str
     misaligned: bool
@@ -188,13 +188,13 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class RichFeedback:
-    """Rich feedback on one image and its prompt, by people or by a model.
+    """Rich feedback on one image and its prompt, from people or from a model.
 
     Attributes:
       id: the image's name (RichHF-18K's `filename`).
       prompt: the text the image was generated from.
-      scores: kind -> [0, 1], higher is better. Kinds as in `SCORES`; one that is unknown is absent.
-      heatmaps: kind -> float32 [height, width] in [0, 1]. Kinds as in `HEATMAPS`.
+      scores: kind -> [0, 1], higher is better. The kinds are those of `SCORES`; unknown scores are absent.
+      heatmaps: kind -> float32 [height, width] in [0, 1]. The kinds are those of `HEATMAPS`.
       tokens: the prompt's tokens, labelled.
     """
 
@@ -214,13 +214,13 @@ class RichFeedback:
         tokens: Sequence[Token],
         **more: Any,
     ) -> Self:
-        """Names a model's outputs by their kinds.
+        """Makes feedback from a model's outputs, which have no names.
 
         Args:
           id, prompt, tokens: as the attributes.
           scores: float [scores], in the order of `SCORES`.
-          heatmaps: float32 [height, width] each, in the order of `HEATMAPS`.
-          more: the attributes of a subclass.
+          heatmaps: one float32 [height, width] each, in the order of `HEATMAPS`.
+          more: further attributes of a subclass.
         """
         return cls(
             id=id,
@@ -237,7 +237,7 @@ class RichFeedback:
         return [MISALIGNED if token.misaligned else ALIGNED for token in self.tokens]
 
     def to_dict(self) -> dict:
-        """The JSON form of `predictions.jsonl`, without the heatmaps' pixels."""
+        """Returns the JSON form of `predictions.jsonl`, without the heatmaps' pixels."""
         return {
             "id": self.id,
             "prompt": self.prompt,
@@ -247,7 +247,7 @@ class RichFeedback:
 
 
 def label_tokens(prompt: str, labels: Sequence[int]) -> tuple[Token, ...]:
-    """A prompt and one label a token -> tokens.
+    """Splits a prompt into tokens and gives each its label.
 
     Raises:
       ValueError: the counts differ.

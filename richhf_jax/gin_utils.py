@@ -1,10 +1,10 @@
-"""Runs an entry point whose arguments come from gin files and flags, as T5X's binaries do.
+"""Runs an entry point whose arguments come from gin files and flags, as in T5X.
 
     python -m richhf_jax.train --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=/tmp/run
 
-A user's mistake (no such file, an unknown name, a REQUIRED macro without a value) ends with one message on
-stderr and exit code 1; a traceback means a bug. The log shows our own messages and others' warnings;
---verbosity=0 shows everything.
+A user's mistake (a missing file, an unknown name, a REQUIRED macro without a value) ends with one message on
+stderr and exit code 1; a traceback means a bug. The log shows this package's messages and the warnings of
+others; --verbosity=0 shows everything.
 """
 
 import contextlib
@@ -31,43 +31,43 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEFAULT_SEARCH_PATHS = (str(_ROOT), str(_ROOT / "gin"))
 
 _GIN_FILE = flags.DEFINE_multi_string(
-    "gin_file", [], "A gin file; give the flag again for more, later ones override earlier ones."
+    "gin_file", [], "A gin file. Give the flag again for more files; later ones override earlier ones."
 )
 _GIN_BINDINGS = flags.DEFINE_multi_string(
     "gin_bindings", [], "A binding that overrides the files; --gin.NAME=value is short for it."
 )
 _GIN_SEARCH_PATHS = flags.DEFINE_list(
-    "gin_search_paths", [], "Comma-separated folders to find gin files in, before the project's own gin/."
+    "gin_search_paths", [], "Comma-separated folders in which gin files are found before the project's gin/."
 )
 _TFDS_DATA_DIR = flags.DEFINE_string(
-    "tfds_data_dir", None, "Where TFDS data sets are; overrides the `tfds_data_dir` of every task."
+    "tfds_data_dir", None, "Folder of the TFDS data sets; overrides the `tfds_data_dir` of every task."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved configuration and stop.")
 # Several processes (T5X's flags); see `multihost.session`.
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, where jax doesn't find it out by itself."
+    "coordinator_address", None, "host:port of process 0, if jax doesn't find it by itself."
 )
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.", lower_bound=1)
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which process this is, from 0.", lower_bound=0)
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.", lower_bound=0)
 _MULTIPROCESS_GPU = flags.DEFINE_bool(
     "multiprocess_gpu",
     None,
-    "Whether this is one process of several (also on a CPU or TPU). By default it is with"
-    " --coordinator_address, and where the environment says so: TPU pods, SLURM, Open MPI.",
+    "Whether this is one process of several (also on a CPU or TPU). Default: yes with"
+    " --coordinator_address, and if the environment says so (TPU pods, SLURM, Open MPI).",
 )
 _INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
     "initialization_timeout", 300, "Seconds that the processes wait for each other at the start."
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
-    "heartbeat_timeout_seconds", 100, "Seconds after which a process that is silent counts as lost."
+    "heartbeat_timeout_seconds", 100, "Seconds without a sign of life after which a process counts as lost."
 )
 _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache",
     True,
-    "Keep compiled programs in ~/.cache/richhf_jax/compiled (in $XDG_CACHE_HOME, if that is set; or in"
-    " $JAX_COMPILATION_CACHE_DIR itself) for the next run; several processes: in the latter alone.",
+    "Keep compiled programs for the next run: in $JAX_COMPILATION_CACHE_DIR if it is set, else, for a single"
+    " process, in richhf_jax/compiled in $XDG_CACHE_HOME or ~/.cache.",
 )
-# Those that say what the model is, and all.
+# The flags that describe the model.
 MODEL_FLAGS = (_GIN_FILE, _GIN_BINDINGS, _GIN_SEARCH_PATHS)
 _PROCESS_FLAGS = (
     *(_COORDINATOR_ADDRESS, _PROCESS_COUNT, _PROCESS_INDEX),
@@ -77,15 +77,15 @@ _FLAGS = (*MODEL_FLAGS, _TFDS_DATA_DIR, _DRY_RUN, *_PROCESS_FLAGS)
 
 _BARE_STRING = re.compile(r"[A-Za-z~./][\w~./:+-]*")
 _GIN_ERRORS = (ValueError, SyntaxError, NameError, AttributeError, OSError, ModuleNotFoundError)
-# What gin appends to an exception that passes through a configured function.
+# Text that gin appends to an exception that passes through a configured function.
 _GIN_CALL_NOTE = "\n  In call to configurable"
 _MACRO_BINDING = re.compile(r"\s*(\w+)\s*=")
 
 
 def rewrite_gin_args(args: Sequence[str]) -> list[str]:
-    """`--gin.NAME=value` -> `--gin_bindings=NAME = value`; other arguments pass.
+    """Turns `--gin.NAME=value` into `--gin_bindings=NAME = value`, and keeps other arguments.
 
-    A plain word or path may stand without the quotes that gin needs (and that shells eat):
+    A plain word or path gets the quotes that gin needs, because shells remove the user's:
 
     >>> rewrite_gin_args(["train", "--gin.TRAIN_STEPS=10", "--gin.MODEL_DIR=/tmp/run"])
     ['train', '--gin_bindings=TRAIN_STEPS = 10', "--gin_bindings=MODEL_DIR = '/tmp/run'"]
@@ -112,12 +112,12 @@ def parse_gin_flags(
 
     Args:
       gin_search_paths: folders to find the files in, after the working directory.
-      gin_files: in order; later ones override earlier ones.
+      gin_files: the files; later ones override earlier ones.
       gin_bindings: `NAME = value` strings that override the files.
 
     Raises:
       errors.UserError: a file is missing or has a mistake, a binding names a macro or parameter that
-        no file knows, or a macro marked `%gin.REQUIRED` got no value.
+        no file has, or a macro marked `%gin.REQUIRED` got no value.
     """
     for path in gin_search_paths:
         gin.add_config_file_search_path(path)
@@ -135,7 +135,7 @@ def parse_gin_flags(
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Turns what gin raises at a mistake in `source` into a UserError, most often in gin's own words."""
+    """Turns gin's exception for a mistake in `source` into a UserError, mostly with gin's own message."""
     try:
         yield
     except tokenize.TokenError as error:
@@ -150,17 +150,18 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def _find(file: str, search_paths: Sequence[str]) -> str:
-    """Where a gin file is; the name itself where it is nowhere, for gin to complain.
+    """Finds a gin file; returns the name itself if there is no such file, so that gin raises its error.
 
-    Gin would first look for a Python package of the name's first part, and break at a mere folder of that
-    name in the working directory (`runs/`). The project's own includes begin with `gin/` for the same reason.
+    Gin alone would first look for a Python package named like the path's first folder, and fail if the
+    working directory has a folder of that name (`runs/`). For this reason the project's includes begin with
+    `gin/`.
     """
     places = [os.path.join(folder, file) for folder in ("", *search_paths)]
     return next((place for place in places if os.path.isfile(place)), file)
 
 
 def _check_macro_exists(binding: str, config: str) -> None:
-    """Gin takes any macro name; a misspelt one would be ignored in silence."""
+    """Checks the name of a macro, because gin accepts any, and would ignore a misspelt one silently."""
     match = _MACRO_BINDING.match(binding)
     known = set(re.findall(r"^(\w+) = ", config, re.MULTILINE)) | set(re.findall(r"%(\w+)", config))
     if match is None or match[1] in known:
@@ -177,14 +178,14 @@ def _check_required_macros(config: str) -> None:
 
 
 def write_operative_config(path: epath.PathLike) -> None:
-    """Writes every gin value used so far to a file that gin can parse again."""
+    """Writes every gin value that was used so far to a file that gin can parse."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writing.write(path, gin.operative_config_str())
 
 
 def macro(name: str) -> Any:
-    """The value of a gin macro: `macro("MODEL")` is the model that the gin files describe.
+    """Returns the value of a gin macro: `macro("MODEL")` is the model that the gin files describe.
 
     Raises:
       errors.UserError: no gin file or binding gives it a value.
@@ -201,18 +202,19 @@ def run(main: Callable[..., Any], compilation_cache: bool = False) -> None:
     `from richhf_jax import train as train_script` and `train_script.train.model_dir = %MODEL_DIR`.
 
     Args:
-      main: a plain function (not yet registered with gin), all of whose arguments gin gives.
-      compilation_cache: whether the program has the flag --compilation_cache, which is on by default.
+      main: a function that isn't registered with gin; gin gives all its arguments.
+      compilation_cache: True adds the flag --compilation_cache, which is on by default.
     """
     cache_flags = (_COMPILATION_CACHE,) if compilation_cache else ()
     run_program(lambda: _configure_and_call(main, compilation_cache), (*_FLAGS, *cache_flags))
 
 
 def run_program(main: Callable[[], Any], gin_flags: Sequence[flags.FlagHolder] = MODEL_FLAGS) -> None:
-    """Parses the flags, calls `main` and exits: for a program with flags of its own.
+    """Parses the flags, calls `main` and exits, for a program with flags of its own.
 
     Args:
-      gin_flags: those flags of this module that the program takes; `--help` shows them beside its own.
+      main: a function without arguments.
+      gin_flags: the flags of this module that the program takes; `--help` shows them beside its own.
     """
     program = sys.argv[0]
     for flag in gin_flags:
@@ -221,7 +223,7 @@ def run_program(main: Callable[[], Any], gin_flags: Sequence[flags.FlagHolder] =
         app.run(lambda argv: _call_without_arguments(main, argv), flags_parser=_parse_flags)
     except errors.UserError as error:
         absl_logging.debug("The mistake was found here:", exc_info=True)  # Shown with --verbosity=1.
-        # Gin appends the call it happened in, which helps only those who know the code.
+        # Without the call that gin appends, which helps only people who know the code.
         name = os.path.basename(program.removesuffix("/__main__.py"))
         sys.exit(f"{name}: {str(error).split(_GIN_CALL_NOTE)[0]}")
 
@@ -236,10 +238,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:
-    """Our own messages and others' warnings; orbax, TFDS and clu drown them at INFO.
+    """Returns whether to show a message: this package's messages and the warnings of others are shown.
 
-    Gin logs every folder in which it doesn't find a file as an error; it raises one for the file. What others
-    log with a traceback (orbax, clu: a full disk) they raise, too, and it becomes one message.
+    The messages of orbax, TFDS and clu at INFO would hide them. Two kinds of warnings are left out, because
+    an exception follows: gin's for each folder without the file that it searches, and those with a traceback
+    (of orbax and clu at a full disk).
     """
     ours = pathlib.Path(record.pathname).is_relative_to(_ROOT / "richhf_jax")
     told_otherwise = record.module == "resource_reader" or record.exc_info
@@ -256,10 +259,10 @@ def configure(default_files: Sequence[str] = ()) -> Sequence[str]:
     """Parses the gin files and bindings of the command line.
 
     Args:
-      default_files: taken where the command line names no file.
+      default_files: gin files to take if the command line names none.
 
     Returns:
-      The files parsed.
+      The parsed files.
 
     Raises:
       errors.UserError: see `parse_gin_flags`; or there is no file at all.
@@ -278,14 +281,15 @@ def _configure_and_call(main: Callable[..., Any], has_cache: bool) -> None:
     if _DRY_RUN.value:
         print(gin.config_str())
         return
-    # These take seconds, so not for --help and --dry_run.
+    # These imports take seconds, so --help and --dry_run come without them.
     if _TFDS_DATA_DIR.value:
         import seqio
 
         seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
     from richhf_jax import compilation_cache, multihost
 
-    with multihost.session(*(flag.value for flag in _PROCESS_FLAGS)):
+    process_settings: list[Any] = [flag.value for flag in _PROCESS_FLAGS]
+    with multihost.session(*process_settings):
         if has_cache:
             compilation_cache.configure(_COMPILATION_CACHE.value)
         try:
@@ -297,10 +301,10 @@ def _configure_and_call(main: Callable[..., Any], has_cache: bool) -> None:
 
 
 def _register(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers `main` with gin; a module run with `python -m` answers to its real name, too.
+    """Registers `main` with gin, and a module that runs as `__main__` under its real name, too.
 
-    Otherwise a gin file that imports the module would load it a second time, and configure a
-    function that nobody calls.
+    Otherwise a gin file that imports the module would load it a second time, and configure a function that
+    nobody calls.
     """
     spec = sys.modules[main.__module__].__spec__
     if main.__module__ == "__main__" and spec is not None:

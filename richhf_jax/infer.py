@@ -1,20 +1,22 @@
-r"""Predicts a task's split, on one host or many; the same command again goes on where the last one ended.
+r"""Predicts a task's split, on one host or many. The same command again continues where the last one ended.
 
     python -m richhf_jax.infer --gin_file=experiments/quickstart.gin --gin_file=runs/infer.gin \
         --gin.MODEL_DIR=runs/mine
 
 The results are T5X's files: `<task>-predict.jsonl-00000-of-00002` and so on, one for each process that reads
-data of its own. All together have each example of the split once; a single one has them in order. A line is
+data of its own. Together they hold each example of the split once; a single file holds them in order. A line
+is
 
     {"inputs": {"filename": "test/1.png", "prompt": "a yellow cat", ...},    the record's own strings
      "prediction": {"id": "test/1.png", "prompt": "a yellow cat", "scores": {kind: 0.71, ...},
                     "tokens": [{"text": "a", "misaligned": false, "probability": 0.02}, ...]}}
 
 A prediction may also have "prompt_words_cut", the number of words that the model has no room for, and
-"heatmaps", {kind: path}: 8-bit greyscale PNG files; the paths begin in the folder of the results.
+"heatmaps", {kind: path}: 8-bit greyscale PNG files; the paths are relative to the folder of the results.
 
-What is done is kept in a folder `tmp-...` every `checkpoint_period` batches. `<task>-predict.run.json` says
-of which checkpoint, split and batches the results are, so that those of another run don't mix with them.
+Every `checkpoint_period` batches the results so far are saved in a folder `tmp-...`.
+`<task>-predict.run.json` names the checkpoint, the split and the batches of the results, so that results of
+another run don't mix with them.
 """
 
 import concurrent.futures
@@ -64,24 +66,24 @@ def infer(
     constrained_keywords: bool = True,
     write_heatmaps: bool = False,
 ) -> None:
-    """Predicts a whole split and writes what it found; does nothing where that is done.
+    """Predicts a whole split and writes the predictions; does nothing if they are complete.
 
     Args:
-      mode: 'predict', T5X's only mode that there is.
-      model: as it was trained.
-      checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest is meant.
-      output_dir: where the files go, a folder that all processes share; None: `inference/<split>/<step>`
-        beside the checkpoint.
-      dataset_cfg: what to predict; its feature lengths must ask for every kind.
-      partitioner: the mesh.
-      checkpoint_period: batches whose results a run that is ended loses at most.
-      shard_id, num_shards: where several jobs share the split, which of them this is, and how many there are.
+      mode: 'predict', the only mode of T5X's that is supported.
+      model: the model as it was trained.
+      checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR, whose newest checkpoint is taken.
+      output_dir: folder of the results, which all processes share; None: `inference/<split>/<step>` beside
+        the checkpoint.
+      dataset_cfg: the data to predict; its feature lengths must ask for every kind.
+      partitioner: splits states and batches over the mesh.
+      checkpoint_period: number of batches between saves; a run that is killed loses at most so many.
+      shard_id, num_shards: index of this job from 0, and number of jobs that share the split.
       constrained_keywords: as for `eval.evaluate`.
-      write_heatmaps: whether heatmaps are written, as PNG files.
+      write_heatmaps: True writes heatmaps as PNG files.
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
-        split; the name is a mixture's; `output_dir` has other results of this task, or can't be written.
+        split; the task is a mixture; `output_dir` has other results of this task, or can't be written.
     """
     _check(mode, checkpoint_period, shard_id, num_shards)
     _check_task(dataset_cfg.mixture_or_task_name)
@@ -150,14 +152,15 @@ def _check_task(name: str) -> None:
 
 
 def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:
-    """What all processes do alike, though each may have come to another point when the last run ended.
+    """Agrees with all processes on where to continue, as the last run may have stopped each at another point.
 
     Args:
-      output: this process's.
-      part: which part of each batch it predicts; several processes that share a model predict the same.
+      output: this process's output.
+      part: index of this process's part of each batch; processes that share a model predict the same part.
 
     Returns:
-      Whether this process has something to write, and the chunks of all that are done; None where all is.
+      (whether this process writes results, number of chunks that all processes have completed). The number
+      is None if all results are complete.
     """
     own = np.array([part, output.path.exists(), output.count_chunks()], np.int32)
     every = multihost_utils.process_allgather(own).reshape(-1, len(own))
@@ -168,7 +171,7 @@ def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:
 
 
 def _line(pair: split_predictions.Pair, heatmaps: Mapping[str, str]) -> str:
-    """A line of the results; see the top of this file."""
+    """Formats a line of the results; see the top of this file."""
     example, prediction = pair
     inputs = {name: value.decode() for name, value in example.items() if isinstance(value, bytes)}
     answer = prediction.to_dict()
@@ -180,20 +183,22 @@ def _line(pair: split_predictions.Pair, heatmaps: Mapping[str, str]) -> str:
 
 
 class _Output:
-    """One process's file of results, and what is written until it is complete.
+    """One process's file of results, and its chunks while it is incomplete.
 
-    A file under its final name is complete: it gets the name as the last step.
+    A file under its final name is complete, because it gets the name as the last step.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
     """
 
     def __init__(self, folder: epath.Path, name: str, index: int, count: int, run: Mapping[str, Any]):
-        """Args:
-        folder: for the files of all processes.
-        name: of the results.
-        index, count: of the file.
-        run: what makes results other ones, JSON-able.
+        """Names the files.
+
+        Args:
+          folder: folder for the files of all processes.
+          name: name of the results.
+          index, count: index of the file from 0, and number of files.
+          run: JSON-able arguments on which the results depend.
         """
         shard = f"{index:05}-of-{count:05}"
         self.path = folder / f"{name}.jsonl-{shard}"
@@ -203,8 +208,10 @@ class _Output:
         self._run = {**run, "files": count}
 
     def check_run(self) -> None:
-        """Raises:
-        errors.UserError: the folder has results of this name of another run.
+        """Checks that results in the folder, if any, are of the same run.
+
+        Raises:
+          errors.UserError: they are of another run.
         """
         if not self._run_path.exists():
             return
@@ -213,19 +220,21 @@ class _Output:
         writing.check_same_run(self.path.parent, earlier, self._run, fix)
 
     def count_chunks(self) -> int:
-        """How many are there, without a gap."""
+        """Counts the chunks up to the first gap."""
         return next(number for number in itertools.count() if not self._chunk(number).exists())
 
     def write_chunk(self, number: int, lines: Iterable[str]) -> None:
-        """Raises:
-        errors.UserError: it can't be written.
+        """Writes the lines of `checkpoint_period` batches.
+
+        Raises:
+          errors.UserError: it can't be written.
         """
         with self._writing():
-            os.sync()  # The heatmaps that the lines name, at once.
+            os.sync()  # Brings all heatmaps that the lines name to the disk.
             writing.write(self._chunk(number), "".join(lines))
 
     def finish(self, lines: Iterable[str]) -> None:
-        """Writes the file: all chunks, and the lines behind them.
+        """Writes the complete file: all chunks, then the given lines.
 
         Raises:
           errors.UserError: it can't be written.
@@ -240,7 +249,9 @@ class _Output:
             self._temporary.rmtree()
 
     def write_heatmaps(self, batch: int, pairs: Sequence[split_predictions.Pair]) -> list[dict[str, str]]:
-        """Heatmaps of a batch as 8-bit greyscale PNG files: not by id, as several images may have one.
+        """Writes the heatmaps of a batch as 8-bit greyscale PNG files.
+
+        The files are named by number, because several images may have the same id.
 
         Returns:
           For each image, kind -> path, relative to the results' folder.
@@ -271,11 +282,11 @@ class _Output:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Explains disk errors, and makes the folder this run's before anything is written there."""
+        """Explains disk errors, and first of all writes the run's arguments to the folder."""
         with writing.explained_disk_errors(self.path.parent, _WRITTEN_STAYS):
             self._temporary.mkdir(parents=True, exist_ok=True)
             if not self._run_path.exists():
-                # Other processes may write the same file now: each writes one of its own and moves it there.
+                # Other processes may write the same file now, so each writes its own and moves it there.
                 own = self._temporary / self._run_path.name
                 writing.write(own, json.dumps(self._run, indent=2) + "\n")
                 writing.move(own, self._run_path)

@@ -34,7 +34,7 @@ _FOREVER = np.iinfo(np.int64).max
 # Purposes of permutations, so that no two use the same seed.
 _RECORDS, _TASKS = range(2)
 # TensorFlow's public annotations lack it.
-_index_shuffle = cast(Any, tf.random).experimental.index_shuffle
+_index_shuffle = tf.random.experimental.index_shuffle
 
 
 @gin.configurable
@@ -103,7 +103,7 @@ def example_names(cfg: DatasetConfig, batch: int) -> list[str]:
         return examples.map(lambda example: task.name + ": " + example[feedback.FILENAME_FIELD])
 
     dataset = _deterministic(_stream(cfg, positions, names))
-    return [name.decode() for name in cast(Iterator[bytes], dataset.as_numpy_iterator())]
+    return [name.decode() for name in dataset.as_numpy_iterator()]
 
 
 def data_shapes(
@@ -122,7 +122,7 @@ def data_shapes(
     task = seqio.get_subtasks(seqio.get_mixture_or_task(cfg.mixture_or_task_name))[0]
     examples = _examples(task, cfg, _Records(task, cfg.split), tf.data.Dataset.range(1))
     converter = cast(Any, feature_converter_cls())
-    specs = cast(Any, examples.map(converter.convert_example).element_spec)
+    specs = examples.map(converter.convert_example).element_spec
     return {
         name: np.broadcast_to(np.zeros([], spec.dtype.as_numpy_dtype), [cfg.batch_size, *spec.shape])
         for name, spec in specs.items()
@@ -233,7 +233,7 @@ def evaluation_batches(
     )
     nothing = tuple(
         {name: np.zeros([0, *spec.shape[1:]], spec.dtype.as_numpy_dtype) for name, spec in specs.items()}
-        for specs in cast(Any, batches.element_spec)
+        for specs in batches.element_spec
     )
     iterator = _numpy(cfg, batches)
     for _ in range(start_step, -(-len(data) // cfg.batch_size)):
@@ -257,7 +257,7 @@ def _stream(
     for number, task in enumerate(tasks):
         ks = positions  # A single task has all positions.
         if len(tasks) > 1:
-            chosen_ones = cast(Any, schedule).filter(lambda chosen, _, number=number: chosen == number)
+            chosen_ones = schedule.filter(lambda chosen, _, number=number: chosen == number)
             ks = chosen_ones.map(lambda _, k: k)
         streams.append(convert(task, _examples(task, cfg, _Records(task, cfg.split), ks)))
     if len(tasks) == 1:
@@ -427,7 +427,7 @@ class _Records:
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=tf.constant(1, tf.int64), **one_string)
         record = tf.raw_ops.DatasetToSingleElement(dataset=dataset, **one_string)[0]
         example = self._features.deserialize_example(record, decoders=self._decoders)
-        return cast(dict[str, tf.Tensor], example)
+        return example
 
 
 def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.Dataset) -> tf.data.Dataset:

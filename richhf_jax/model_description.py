@@ -1,13 +1,14 @@
-"""What a checkpoint directory says of its model: model.json and vocabulary.model, beside the checkpoints.
+"""The description of a model in its checkpoint directory: model.json and vocabulary.model.
 
-Training and conversion write both; prediction needs nothing else, neither gin nor TensorFlow. JSON:
+Training and conversion write both. Prediction needs nothing else beside the checkpoints, neither gin nor
+TensorFlow. The entries of model.json:
 
-    variant, decoder_sees_image        of `network.rahf.Rahf`
+    variant, decoder_sees_image          attributes of `network.rahf.Rahf`
     t5_config, vit_config, heads_config  the fields of its configurations
-    feature_lengths                    {"image", "inputs", "targets"}: side in pixels; tokens
-    fit                                how pictures are brought to the square, see `pixels.square`
-    misalignment_threshold             words whose probability is above are marked
-    training                           what is known of it, for people: {"task", ...}
+    feature_lengths                      {"image": side in pixels, "inputs": tokens, "targets": tokens}
+    fit                                  how pictures become square, see `pixels.square`
+    misalignment_threshold               words with a higher probability of being misaligned are marked
+    training                             facts about the training, for people: {"task", ...}
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ _CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """See the module. `vocabulary` is a SentencePiece model; None where it could not be had."""
+    """The entries of model.json, see the module; `vocabulary` is a SentencePiece model, None if unknown."""
 
     network: rahf.Rahf
     feature_lengths: Mapping[str, int]
@@ -39,7 +40,7 @@ class ModelDescription:
     vocabulary: bytes | None
 
     def write(self, directory: epath.PathLike) -> None:
-        """Writes the files into a directory that there is."""
+        """Writes the files into an existing directory."""
         content = models.describe_rahf(
             self.network, self.feature_lengths, self.fit, self.misalignment_threshold
         )
@@ -47,12 +48,12 @@ class ModelDescription:
 
 
 def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: bytes | None) -> None:
-    """Writes what a model says of itself, and its vocabulary, into a directory that there is.
+    """Writes a model's description and its vocabulary into an existing directory.
 
     Args:
-      directory: a MODEL_DIR or an export.
-      content: of `models.BaseModel.describe`, and "training".
-      vocabulary: a SentencePiece model; None: no file.
+      directory: a MODEL_DIR, or an export.
+      content: the result of `models.BaseModel.describe`, and "training".
+      vocabulary: a SentencePiece model; None writes no vocabulary.
     """
     directory = epath.Path(directory)
     if vocabulary is not None:
@@ -61,14 +62,14 @@ def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: byt
 
 
 def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescription:
-    """Reads what `ModelDescription.write` wrote.
+    """Reads the files of `ModelDescription.write`.
 
     Args:
       directory: a MODEL_DIR, or an export.
-      dtype: of activations, in place of the training's: 'float32' or 'bfloat16'.
+      dtype: type of activations, 'float32' or 'bfloat16'; None: that of the training.
 
     Raises:
-      errors.UserError: a file or an entry is missing or makes no sense; the message says which.
+      errors.UserError: a file or an entry is missing or has a wrong value; the message says which.
     """
     directory = epath.Path(directory)
     path, vocabulary = directory / FILE, directory / VOCABULARY_FILE
@@ -115,7 +116,7 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that a configuration is made of: it must be hashable."""
+    """Turns JSON's lists into tuples, because a configuration must be hashable."""
     if isinstance(value, list):
         return tuple(map(_tuples, value))
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What training and inference ask of a model (T5X's `BaseModel`), and RAHF's answer."""
+"""The interface of a model for training and inference (T5X's `BaseModel`), and RAHF's implementation."""
 
 import abc
 import functools
@@ -10,11 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jaxtyping import Bool, Float, Float32, Int, PRNGKeyArray, Shaped, UInt8
 
 from richhf_jax import decoding, errors, feedback, losses
+from richhf_jax.shapes import Array
 
-Batch = Mapping[str, jax.Array]
+# Features by name, as the feature converter makes them.
+Batch = Mapping[str, Shaped[Array, "batch ..."]]
 Metrics = dict[str, losses.WeightedMean]
+# Features or predictions of the few examples that are drawn.
+Images = Mapping[str, Shaped[np.ndarray, "images ..."]]
 
 
 class BaseModel(abc.ABC):
@@ -25,88 +30,112 @@ class BaseModel(abc.ABC):
     `flax_mutables`, and `loss_fn` returns (loss, (metrics, new flax_mutables)), as in T5X.
 
     Attributes:
-      optimizer_def: the optimizer.
+      optimizer_def: the optimizer; None in a model that only predicts.
       FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
-        that of `input_pipeline`.
-      vocab_size: number of token ids that the network knows; None: it reads no text.
+        the default of `input_pipeline`.
+      vocab_size: number of token ids in the network's table; None: the network reads no text.
     """
 
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
 
-    def __init__(self, optimizer_def: optax.GradientTransformation):
-        self.optimizer_def = optimizer_def
+    def __init__(self, optimizer_def: optax.GradientTransformation | None):
+        self.optimizer_def: Any = optimizer_def
 
     @abc.abstractmethod
     def loss_fn(
         self,
         params: Any,
         batch: Batch,
-        dropout_rng: jax.Array | None,
-        normalizers: dict[str, jax.Array] | None = None,
-    ) -> tuple[jax.Array, Metrics]:
-        """Loss and metrics of a training batch. `dropout_rng=None` switches dropout off."""
+        dropout_rng: PRNGKeyArray | None,
+        normalizers: dict[str, Float[Array, ""]] | None = None,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Computes the loss and the metrics of a training batch.
 
-    def eval_fn(self, params: Any, batch: Batch, **mutables: Any) -> tuple[jax.Array, Metrics]:
-        """Loss and metrics without dropout."""
-        loss, metrics = self.loss_fn(params, batch, dropout_rng=None, **mutables)
+        Args:
+          params: the network's parameters.
+          batch: the whole batch, or a microbatch of it.
+          dropout_rng: key of the dropout; None switches dropout off.
+          normalizers: the whole batch's `loss_weights`, so that the losses of its microbatches add up to its
+            loss; None: the `loss_weights` of `batch`.
+        """
+
+    def eval_fn(self, params: Any, batch: Batch, **mutables: Any) -> tuple[Float[Array, ""], Metrics]:
+        """Computes the loss and the metrics without dropout."""
+        loss, aux = self.loss_fn(params, batch, dropout_rng=None, **mutables)
+        metrics: Any = aux  # With mutable collections: (metrics, new collections).
         return loss, metrics[0] if mutables else metrics
 
     @abc.abstractmethod
-    def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
-        """The normalizer of each loss, of a whole batch; `loss_fn` takes them for each microbatch."""
+    def loss_weights(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Computes the normalizer of each loss from a whole batch: `loss_fn` divides by it."""
 
     @abc.abstractmethod
     def predict_batch_with_aux(
-        self, params: Any, batch: Batch, rng: jax.Array | None = None
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Predictions, and what else the decoder knows of them."""
+        self, params: Any, batch: Batch, rng: PRNGKeyArray | None = None
+    ) -> tuple[dict[str, Shaped[Array, "batch ..."]], dict[str, Shaped[Array, "batch ..."]]]:
+        """Computes the predictions, and the decoder's other results, such as scores.
+
+        Args:
+          params: the network's parameters.
+          batch: the examples.
+          rng: key of random decoding.
+        """
 
     def predict_batch(
-        self, params: Any, batch: Batch, rng: jax.Array | None = None, **mutables: Any
-    ) -> dict[str, jax.Array]:
-        """Predictions alone."""
+        self, params: Any, batch: Batch, rng: PRNGKeyArray | None = None, **mutables: Any
+    ) -> dict[str, Shaped[Array, "batch ..."]]:
+        """Computes the predictions alone."""
         return self.predict_batch_with_aux(params, batch, rng, **mutables)[0]
 
     @abc.abstractmethod
-    def score_batch(self, params: Any, batch: Batch) -> jax.Array:
-        """Log-likelihood of each target sequence."""
+    def score_batch(self, params: Any, batch: Batch) -> Float[Array, "batch ..."]:
+        """Computes the log-likelihood of each target sequence."""
 
     @abc.abstractmethod
     def get_initial_variables(
         self,
-        rng: jax.Array,
+        rng: PRNGKeyArray,
         input_shapes: Mapping[str, tuple[int, ...]],
         input_types: Mapping[str, Any] | None = None,
     ) -> Mapping[str, Any]:
-        """Fresh `params`, and their logical axes as `params_axes`; maybe mutable collections beside them."""
+        """Makes fresh `params`, their logical axes as `params_axes`, and the mutable collections, if any.
 
-    # What a model may say of itself. The training loop asks; it knows no model.
+        Args:
+          rng: key of the random values.
+          input_shapes: feature -> shape in a batch.
+          input_types: feature -> type in a batch; None: the model knows them.
+        """
+
+    # Descriptions of the model, for a training loop that knows no particular model.
 
     def describe(
         self, feature_lengths: Mapping[str, int], batch_shapes: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Describes the model for those who use its checkpoints; JSON-able. None: nothing is written.
+        """Describes the model for users of its checkpoints.
 
         Args:
           feature_lengths: seqio's task feature lengths.
-          batch_shapes: name -> shape and type of a batch's features.
+          batch_shapes: feature -> shape and type in a batch.
+
+        Returns:
+          A JSON-able description; None: nothing is written.
         """
         del feature_lengths, batch_shapes
         return None
 
     def summary_images(
-        self, batch: Mapping[str, np.ndarray], predict: Callable[[], Mapping[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        """Draws what TensorBoard shows of an evaluation.
+        self, batch: Images, predict: Callable[[], Images]
+    ) -> dict[str, UInt8[np.ndarray, "images _ _ 3"]]:
+        """Draws the pictures that TensorBoard shows of an evaluation.
 
         Args:
           batch: a few examples.
-          predict: computes the predictions for these; what isn't called costs nothing. All processes must
-            decide alike.
+          predict: computes the predictions for these examples. It costs nothing if it isn't called. Either
+            all processes must call it, or none.
 
         Returns:
-          Tag -> uint8 [images, height, width, 3].
+          Tag -> RGB pictures.
         """
         del batch, predict
         return {}
@@ -133,7 +162,7 @@ class RahfModel(BaseModel):
     def __init__(
         self,
         module: nn.Module,
-        optimizer_def: optax.GradientTransformation,
+        optimizer_def: optax.GradientTransformation | None,
         decode_fn: Callable = decoding.temperature_sample,
         num_decodes: int = 1,
         misalignment_threshold: float = 0.5,
@@ -162,16 +191,18 @@ class RahfModel(BaseModel):
 
     @property
     def misalignment_threshold(self) -> float:
-        """Words whose probability of being misaligned is above are marked."""
+        """The probability of being misaligned above which a word is marked."""
         return self._misalignment_threshold
 
     def describe(self, feature_lengths, batch_shapes):
-        """See `describe_rahf`."""
+        """Describes the model: see `describe_rahf`."""
         fit = "letterbox" if "image_box" in batch_shapes else "resize"
         return describe_rahf(self.module, feature_lengths, fit, self._misalignment_threshold)
 
-    def summary_images(self, batch, predict):
-        """Image, true and predicted first heatmap, side by side: [images, height, 3 * width, 3]."""
+    def summary_images(
+        self, batch: Images, predict: Callable[[], Images]
+    ) -> dict[str, UInt8[np.ndarray, "images height three_widths 3"]]:
+        """Draws the image, the true and the predicted first heatmap side by side."""
         if not batch["heatmap_weights"].size:
             return {}
         maps = batch["heatmap_targets"][:, 0], 255 * predict()["heatmaps"][:, 0]
@@ -179,7 +210,7 @@ class RahfModel(BaseModel):
         return {"image_truth_prediction": np.concatenate([batch["image"], *grey], axis=2)}
 
     def progress_metrics(self, scalars):
-        """Losses by their kinds. Shares of texts that were cut are shown where there are any."""
+        """Names the losses by their kinds, and leaves out the shares of cut texts that are 0."""
         return {
             name.removeprefix("loss/"): value
             for name, value in scalars.items()
@@ -188,7 +219,7 @@ class RahfModel(BaseModel):
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids the network knows."""
+        """Number of token ids in the network's table."""
         return self.module.t5_config.vocab_size
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
@@ -237,7 +268,7 @@ class RahfModel(BaseModel):
             )
 
     def _outputs(self, params: Any, batch: Batch, dropout_rng: jax.Array | None) -> dict[str, jax.Array]:
-        return self.module.apply(
+        outputs: Any = self.module.apply(
             {"params": params},
             batch["image"],
             batch["encoder_input_tokens"],
@@ -249,13 +280,20 @@ class RahfModel(BaseModel):
             enable_dropout=dropout_rng is not None,
             rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         )
+        return outputs
 
-    def loss_weights(self, batch):
-        """Labelled slots of each kind and target tokens; at least 1, so an empty kind's loss is 0."""
+    def loss_weights(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Counts labelled slots of each kind and target tokens; at least 1, so an empty kind's loss is 0."""
         return {kind: jnp.maximum(count, 1.0) for kind, count in _label_counts(batch).items()}
 
-    def loss_fn(self, params, batch, dropout_rng, normalizers=None):
-        """See the class. Summed over microbatches with the whole batch's `normalizers` it is the same."""
+    def loss_fn(
+        self,
+        params: Any,
+        batch: Batch,
+        dropout_rng: PRNGKeyArray | None,
+        normalizers: dict[str, Float[Array, ""]] | None = None,
+    ) -> tuple[Float32[Array, ""], Metrics]:
+        """Computes the loss that the class describes, and its metrics; see the base class."""
         outputs = self._outputs(params, batch, dropout_rng)
         sums, metrics = {}, {}
         if "heatmaps" in outputs:
@@ -282,28 +320,34 @@ class RahfModel(BaseModel):
             metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
         metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
         for name in ("encoder_words_cut", "decoder_words_cut"):
-            if name in batch:  # The share of texts that are too long.
+            if name in batch:  # Becomes the share of texts that were too long.
                 cut = batch[name] > 0
                 metrics[f"data/{name}"] = losses.WeightedMean(
                     jnp.sum(cut, dtype=jnp.float32), jnp.full((), cut.size, jnp.float32)
                 )
         return loss, metrics
 
-    def predict_batch_with_aux(self, params, batch, rng=None):
-        """All outputs that the batch has slots for, in one program; the targets' values don't matter.
+    def predict_batch_with_aux(
+        self, params: Any, batch: Batch, rng: PRNGKeyArray | None = None
+    ) -> tuple[dict[str, Shaped[Array, "batch ..."]], dict[str, Shaped[Array, "batch ..."]]]:
+        """Predicts all outputs that the batch has slots for, in one program.
+
+        Only the shape of the batch's targets counts, not their values.
 
         Returns:
-          {"heatmaps": float32 [batch, heatmaps, height, width], "scores": float32 [batch, scores],
-          "tokens": int32 [batch, texts, target_length]} and {"decodes": int32 [batch, texts, num_decodes,
-          target_length], "scores": float32 [batch, texts, num_decodes]}, the best text last as in T5X.
-          With the features of `keywords.features` in the batch there is one decode, and the predictions hold
-          {"keyword_probability": float32, "keyword_misaligned": bool, both [batch, texts, target_length]} by
-          number of the word: NaN and False where there is none, or the decoder's length ended before it.
+          Two dictionaries. The predictions: "heatmaps" float32 [batch, heatmaps, height, width], "scores"
+          float32 [batch, scores], "tokens" int32 [batch, texts, target_length]. The decoder's results:
+          "decodes" int32 [batch, texts, num_decodes, target_length] and their log-probabilities "scores"
+          float32 [batch, texts, num_decodes], the best text last as in T5X. If the batch has the features of
+          `keywords.features`, there is one decode, and the predictions also hold "keyword_probability"
+          float32 and "keyword_misaligned" bool, both [batch, texts, target_length]: position i belongs to the
+          word of number i + 1. They are NaN and False where there is no such word, or where the decoder's
+          length ended before it.
         """
         tokens = batch["encoder_input_tokens"]
         batch_size, texts, target_length = batch["decoder_input_tokens"].shape
         apply = functools.partial(self.module.apply, {"params": params})
-        encoded = apply(batch["image"], tokens, batch.get("image_box"), method="encode")
+        encoded: Any = apply(batch["image"], tokens, batch.get("image_box"), method="encode")
         slots = feedback.Slots(batch["heatmap_weights"].shape[1], batch["score_weights"].shape[1], texts)
         predictions, aux = {}, {}
         if slots.heatmaps:
@@ -331,8 +375,15 @@ class RahfModel(BaseModel):
             predictions["tokens"] = aux["decodes"][:, :, -1]
         return predictions, aux
 
-    def _mark_words(self, decoder: tuple, batch: Batch) -> tuple[jax.Array, ...]:
-        """Tokens and their log-probability; by number of the word, the probability and what was decided."""
+    def _mark_words(
+        self, decoder: tuple[Array, Any, decoding.TokensToLogits], batch: Batch
+    ) -> tuple[
+        Int[Array, "sequences target_length"],
+        Float32[Array, " sequences"],
+        Float32[Array, "sequences target_length"],
+        Bool[Array, "sequences target_length"],
+    ]:
+        """Returns tokens, their log-probability, and each word's probability and decision, by its number."""
         pieces, words = (batch[name] for name in ("keyword_pieces", "keyword_words"))
         texts, length = pieces.shape[1:]
         text, decided_at = decoding.optional_suffixes(
@@ -349,10 +400,14 @@ class RahfModel(BaseModel):
         probability = jnp.where(is_word, jax.nn.sigmoid(log_odds), jnp.nan)
         return tokens, log_probs, probability, written & is_word
 
-    def _decoder(
-        self, params: Any, encoded: Any, length: int
-    ) -> tuple[jax.Array, Any, decoding.TokensToLogits]:
-        """What `decoding`'s functions take first, for prompts encoded one an example: inputs, cache, step."""
+    def _decoder(self, params: Any, encoded: Any, length: int) -> tuple[Array, Any, decoding.TokensToLogits]:
+        """Makes the first arguments of `decoding`'s functions: inputs, cache and step function.
+
+        Args:
+          params: the network's parameters.
+          encoded: `network.rahf.Encoded` examples with one prompt each.
+          length: number of tokens to decode.
+        """
         targets = jnp.zeros((encoded.tokens.shape[0], length), jnp.int32)
         step = functools.partial(
             self.module.apply, encoded=encoded, method="decode", decode=True, max_decode_length=length
@@ -363,7 +418,7 @@ class RahfModel(BaseModel):
             decoder_target_tokens=targets,
             mutable=["cache", "fixed_kv"],
         )
-        # Of the encoded prompts, keys and values are the same in every step, and for each of several decodes.
+        # The keys and values of the encoded prompts are the same in every step and for every decode.
         fixed = {"params": params, "fixed_kv": variables["fixed_kv"]}
 
         def tokens_to_logits(state: decoding.DecodingState):
@@ -377,8 +432,8 @@ class RahfModel(BaseModel):
 
         return targets, variables["cache"], tokens_to_logits
 
-    def score_batch(self, params, batch):
-        """Log-likelihood of each target text: float32 [batch, texts]."""
+    def score_batch(self, params: Any, batch: Batch) -> Float32[Array, "batch texts"]:
+        """Computes the log-likelihood of each target text."""
         logits = self._outputs(params, batch, dropout_rng=None)["logits"]
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(log_probs, batch["decoder_target_tokens"][..., None], axis=-1)
@@ -388,7 +443,7 @@ class RahfModel(BaseModel):
 def describe_rahf(
     module: nn.Module, feature_lengths: Mapping[str, int], fit: str, misalignment_threshold: float
 ) -> dict[str, Any]:
-    """Describes a `network.rahf.Rahf` and what it reads, for `model_description`; JSON-able."""
+    """Describes a `network.rahf.Rahf` and its inputs, for `model_description`; JSON-able."""
     return {
         **module.describe(),
         "feature_lengths": {name: feature_lengths[name] for name in ("image", "inputs", "targets")},
@@ -397,7 +452,7 @@ def describe_rahf(
     }
 
 
-def _label_counts(batch: Batch) -> dict[str, jax.Array]:
-    """Labelled heatmap and score slots, and target tokens."""
+def _label_counts(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Counts labelled heatmap and score slots, and target tokens."""
     names = {"heatmap": "heatmap_weights", "score": "score_weights", "keywords": "decoder_loss_weights"}
     return {kind: jnp.sum(batch[name]) for kind, name in names.items()}

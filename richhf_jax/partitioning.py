@@ -269,7 +269,7 @@ class PjitPartitioner:
     def replicated(self) -> NamedSharding:
         return self.sharding(())
 
-    def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def shard_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Moves this process's part of a batch (numpy) to its devices and returns the global arrays."""
         return {
             name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))

@@ -1,14 +1,17 @@
-r"""Compiles the train and predict steps for TPUs that aren't there, and says what they will take.
+r"""Compiles the train and predict steps for TPUs that aren't there, and prints their memory and time.
 
     python -m richhf_jax.precompile --topology=v5e:4x4 \
         --gin_file=experiments/rich_hf_18k.gin --gin_file=partitioning/v5e_16.gin --step=both --json=plan.json
 
-Takes the gin files of a training and reads no data. Prints, and with --json writes, for each step: memory a
-chip (parameters, optimizer, temporaries) against the chip's own; FLOPs and bytes a chip, and collectives by
-kind, all counted through loops; the step time and images a second that the chip's peaks bound; and how long
-the compilation took. Without --topology it compiles for the devices of this machine.
+It takes the gin files of a training and reads no data. For each step it prints, and with --json writes:
 
-Exit code 1, and the largest buffers, where a step doesn't fit.
+- memory of each chip (parameters, optimizer, temporaries), and how much the chip has;
+- FLOPs and bytes of each chip, and collectives by kind, all counted through loops;
+- the shortest step time and the most images a second that the chip's peaks allow;
+- how long the compilation took.
+
+Without --topology it compiles for the devices of this machine. If a step doesn't fit, it prints the largest
+buffers and exits with code 1.
 """
 
 import importlib.util
@@ -32,22 +35,22 @@ from tasks import vocabulary
 
 _STEPS = ("train", "predict")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "The TPU slice to compile for: v5e:4x4, v5p:2x2x2, v6e:2x4...; default this machine."
+    "topology", None, "The TPU slice to compile for: v5e:4x4, v5p:2x2x2, v6e:2x4...; default: this machine."
 )
-_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.", lower_bound=1)
-_STEP = flags.DEFINE_enum("step", "train", [*_STEPS, "both"], "What to compile.")
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Number of slices of that topology.", lower_bound=1)
+_STEP = flags.DEFINE_enum("step", "train", [*_STEPS, "both"], "The step to compile.")
 _JSON = flags.DEFINE_string(
-    "json", None, 'A file for the figures: of one step, or {"train": ..., "predict": ...} with --step=both.'
+    "json", None, 'File for the numbers of the step, or {"train": ..., "predict": ...} with --step=both.'
 )
 
-# Where the plan must not touch, nor wait for, a TPU of this machine.
+# Environment of a plan that must not use, nor wait for, a TPU of this machine.
 _OFF_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # Don't ask Google Cloud which machine this is.
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # Nor warn that it is none; the topology's name decides.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # Don't warn that it is none. The value doesn't count.
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Another process may use libtpu.
 }
-# What the gin files must say: runs/train.gin and runs/eval.gin do.
+# Macros that the gin files must set; runs/train.gin and runs/eval.gin do.
 _MACROS = {
     "train": ("TASK_FEATURE_LENGTHS", "BATCH_SIZE", "RANDOM_SEED", "USE_HARDWARE_RNG"),
     "predict": ("EVAL_FEATURE_LENGTHS", "EVAL_BATCH_SIZE", "CONSTRAINED_KEYWORDS"),
@@ -55,16 +58,16 @@ _MACROS = {
 _NO_RUN = "give an experiment's gin file, for instance --gin_file=experiments/rich_hf_18k.gin"
 _HOST_CHIPS = (2, 2, 1)
 _EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:2x4 (Google's names, with the sides of the slice)"
-# TPU v4's two cores work as one device. Those of later chips do so unasked.
+# Makes the two cores of a TPU v4 chip one device, which those of later chips are by default.
 _CHIP_CONFIG = {"v4": "megacore"}
 
 
-def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
-    """The devices of TPU slices that aren't there.
+def topology_devices(name: str, num_slices: int = 1) -> Sequence[partitioning.Device]:
+    """Returns the devices of TPU slices that aren't there.
 
     Args:
-      name: "v5e:4x4" for instance.
-      num_slices: so many of these.
+      name: topology of a slice, for instance "v5e:4x4".
+      num_slices: number of slices.
 
     Raises:
       errors.UserError: there is no such topology; libtpu isn't installed.
@@ -78,7 +81,7 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
 
     sides = [int(side) for side in parsed[2].split("x")]
     sides += [1] * (len(_HOST_CHIPS) - len(sides))
-    options = {"chips_per_host_bounds": tuple(map(min, sides, _HOST_CHIPS))}
+    options: dict[str, Any] = {"chips_per_host_bounds": tuple(map(min, sides, _HOST_CHIPS))}
     if parsed[1] in _CHIP_CONFIG:
         options["chip_config_name"] = _CHIP_CONFIG[parsed[1]]
     if num_slices > 1:
@@ -91,7 +94,10 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
 
 
 def step_shapes(step: str) -> dict[str, np.ndarray]:
-    """The batch of a step, as gin's macros say, as zeros that take no memory.
+    """Makes the batch of a step, by gin's macros, of zeros that take no memory.
+
+    Args:
+      step: "train" or "predict".
 
     Raises:
       errors.UserError: a macro is missing, or the lengths make no sense.
@@ -109,18 +115,18 @@ def step_shapes(step: str) -> dict[str, np.ndarray]:
     return batch
 
 
-def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]:
-    """Compiles one step of what gin describes.
+def plan_step(name: str, devices: Sequence[partitioning.Device] | None) -> dict[str, Any]:
+    """Compiles one step of the model that gin describes.
 
     Args:
       name: "train" or "predict".
-      devices: default this machine's.
+      devices: the devices to compile for; None: those of this machine.
 
     Returns:
-      See `plan.make`.
+      The plan, see `plan.make`.
 
     Raises:
-      errors.UserError: the configuration doesn't work out for these devices.
+      errors.UserError: the batch or an array doesn't split over these devices.
     """
     partitioner = gin.get_configurable(partitioning.PjitPartitioner)(devices=devices)
     batch = step_shapes(name)
@@ -149,7 +155,7 @@ def plan_step(name: str, devices: Sequence[jax.Device] | None) -> dict[str, Any]
 def make_trainer(
     step: str, partitioner: partitioning.PjitPartitioner, batch: Mapping[str, np.ndarray]
 ) -> trainer_lib.Trainer:
-    """As training and evaluation make it."""
+    """Makes the trainer in the same way as training and evaluation."""
     if step == "predict":
         return trainer_lib.Trainer(gin_utils.macro("MODEL"), partitioner, batch)
     return gin.get_configurable(trainer_lib.Trainer)(
@@ -162,10 +168,13 @@ def make_trainer(
 
 
 def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float, str | None]:
-    """The program, the seconds it took, and the compiler's words if it refused for want of memory.
+    """Compiles a step.
+
+    Returns:
+      (the program, seconds that compiling took, the compiler's message if the chip's memory is too small).
 
     Raises:
-      errors.UserError: it isn't the chip's main memory, but the limit on its on-chip memory.
+      errors.UserError: the step is over the limit on on-chip memory, not over the main memory.
     """
     start = time.monotonic()
     try:
@@ -179,13 +188,13 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, floa
                 f"xla_tpu_scoped_vmem_limit_kib is too small for this step: {reason}"
             ) from error
         seconds, refusal = time.monotonic() - start, str(error).splitlines()[0]
-    logging.info("it doesn't fit; compiling it again to see what takes the memory")
+    logging.info("the step doesn't fit; compiling it again to find what takes the memory")
     return lowered.compile(compiler_options={"xla_tpu_no_crash_on_oom": "true"}), seconds, refusal
 
 
 def _configure(steps: Sequence[str]) -> None:
     """Parses the gin files, which must describe a run."""
-    # It has no value there, and plays no part here.
+    # MODEL_DIR has no value in the files and isn't used here.
     flags.FLAGS.gin_bindings = ["MODEL_DIR = None", *flags.FLAGS.gin_bindings]
     try:
         gin_utils.configure()
@@ -204,7 +213,7 @@ def main() -> None:
 
     Raises:
       errors.UserError: see `plan_step`; the JSON file can't be written.
-      SystemExit: with code 1, where a step doesn't fit.
+      SystemExit: with code 1, if a step doesn't fit.
     """
     steps = _STEPS if _STEP.value == "both" else (_STEP.value,)
     if _TOPOLOGY.value:

@@ -43,12 +43,12 @@ _SHOWN_PROMPT = "shown_prompt"
 # Folded into the example's seed, so that an example's random draws are all different.
 _HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
 # TensorFlow's public annotations lack it.
-_experimental_random = cast(Any, tf.random).experimental
+_experimental_random = tf.random.experimental
 
 
 def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Gives each example a `SEED`, int64 [2], unless the reader has done so (`input_pipeline` does)."""
-    if SEED in cast(Mapping[str, Any], dataset.element_spec):
+    if SEED in dataset.element_spec:
         return dataset
     add = seqio.map_over_dataset(lambda example, seed: example | {SEED: tf.stack(seed)}, num_seeds=1)
     return cast(Any, add)(dataset)
@@ -162,7 +162,7 @@ def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> t
     # Padding fits wherever all words do.
     fitting = tf.reduce_sum(tf.cast(ends <= room, counts.dtype), axis=1)
     kept = tf.minimum(tf.maximum(fitting, 1), counts)
-    first_words = cast(Any, tf.RaggedTensor).from_tensor(words.to_tensor(), lengths=kept)
+    first_words = tf.RaggedTensor.from_tensor(words.to_tensor(), lengths=kept)
     shorter = tf.strings.reduce_join(first_words, axis=1, separator=" ")
     return tf.where(kept < counts, shorter, texts), tf.cast(counts - kept, tf.int32)
 

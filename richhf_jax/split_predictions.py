@@ -1,4 +1,4 @@
-"""A checkpoint's predictions for the examples of a task: what evaluation and inference share."""
+"""Predictions of a checkpoint for the examples of a task, for evaluation and inference."""
 
 import collections
 import dataclasses
@@ -23,7 +23,7 @@ from richhf_jax import (
 )
 from richhf_jax import trainer as trainer_lib
 
-# A task example, and what the model says of it.
+# A task example, and the model's prediction for it.
 Pair = tuple[Mapping[str, Any], feedback.RichFeedback]
 
 
@@ -35,15 +35,21 @@ def load(
 ) -> tuple[trainer_lib.Trainer, trainer_lib.AnyState, int]:
     """Makes a trainer for its predict step, and reads the checkpoint onto the mesh.
 
+    Args:
+      model: the model as it was trained.
+      checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR, whose newest checkpoint is taken.
+      cfg: the data to predict.
+      partitioner: splits states and batches over the mesh.
+
     Returns:
-      The trainer, what it predicts with, and the checkpoint's step.
+      (the trainer, the state to predict with, the checkpoint's step).
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
         split.
     """
     if jax.process_count() > 1:
-        # jax takes it then, for training to save at.
+        # With several processes jax handles SIGTERM, for training to save a checkpoint. Here it shall end us.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     directory, step = checkpoints.find_checkpoint(checkpoint_path)
     if model.vocab_size is not None:
@@ -60,16 +66,16 @@ def whole_split(
     partitioner: partitioning.PjitPartitioner,
     constrained_keywords: bool,
 ) -> Iterator[list[Pair]]:
-    """All examples of a split with their predictions, in the data's order, in process 0; in others none.
+    """Predicts all examples of a split, in the data's order.
 
     Args:
-      trainer, state: of `load`.
-      cfg: what to read.
-      partitioner: the mesh.
+      trainer, state: results of `load`.
+      cfg: the data to predict.
+      partitioner: splits states and batches over the mesh.
       constrained_keywords: as for `eval.evaluate`.
 
     Yields:
-      Those of a batch.
+      The examples of a batch with their predictions; [] in any process but 0.
 
     Raises:
       errors.UserError: as `input_pipeline.evaluation_batches`; the vocabulary can't mark keywords.
@@ -78,7 +84,7 @@ def whole_split(
     own = partitioner.own_rows(cfg.batch_size)
 
     def dispatched():
-        # Every process reads all, so that process 0 has what the predictions are of.
+        # Every process reads all examples, because process 0 needs them beside the predictions.
         for examples, batch in _progress(input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))):
             pieces, batch = decoder.prepare(examples, batch)
             yield (
@@ -102,22 +108,24 @@ def own_part(
     num_shards: int = 1,
     start_step: int = 0,
 ) -> Iterator[list[Pair]]:
-    """This process's part of a split's examples with their predictions; it reads no others.
+    """Predicts this process's part of a split's examples, and reads no others.
 
-    Args: as for `whole_split`, and
-      shard_id, num_shards: where several jobs, each maybe of several processes, share the split: which of
-        them this is, and how many there are.
-      start_step: batches to leave out.
+    Args:
+      trainer, state, cfg, partitioner, constrained_keywords: as for `whole_split`.
+      shard_id, num_shards: index of this job from 0, and number of jobs that share the split. Each job may
+        have several processes.
+      start_step: number of batches to skip.
 
     Yields:
-      Those of a batch, maybe none. All jobs and processes yield as often.
+      This process's examples of a batch with their predictions, maybe none. All jobs and processes yield
+      the same number of times.
 
     Raises:
       errors.UserError: as `whole_split`.
     """
     decoder = _Decoder(cfg, constrained_keywords)
     layout = partitioner.get_data_layout(cfg.batch_size)
-    # The jobs' batches, one behind the other, are one batch that the processes of all of them share.
+    # The batches of all jobs together are one batch, which the processes of all jobs share.
     joined = dataclasses.replace(cfg, batch_size=cfg.batch_size * num_shards)
     index, count = shard_id * layout.num_shards + layout.shard_id, num_shards * layout.num_shards
     shard_info = seqio.ShardInfo(index, count)
@@ -135,7 +143,7 @@ def own_part(
 
 
 def _progress(batches: Iterator[Any], done: int = 0) -> Iterator[Any]:
-    """The same, with a bar in process 0."""
+    """Yields the batches, and shows a progress bar in process 0."""
     silent = jax.process_index() > 0
     yield from tqdm.tqdm(
         batches, desc="predicting", unit=" batches", mininterval=1, disable=silent, initial=done
@@ -143,7 +151,7 @@ def _progress(batches: Iterator[Any], done: int = 0) -> Iterator[Any]:
 
 
 def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same, each behind the making of the next: device and host work on two of them at a time."""
+    """Yields each item after making the next one, so that device and host work on two at a time."""
     made = collections.deque(itertools.islice(items, 1))
     for item in items:
         made.append(item)
@@ -152,7 +160,7 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 class _Decoder:
-    """Task examples -> what else the model reads; its outputs -> feedback."""
+    """Makes the decoder's features from task examples, and feedback from the model's outputs."""
 
     def __init__(self, cfg: input_pipeline.DatasetConfig, constrained_keywords: bool):
         features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
@@ -162,13 +170,13 @@ class _Decoder:
     def prepare(
         self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, np.ndarray]
     ) -> tuple[list[keywords.KeywordPieces], dict[str, np.ndarray]]:
-        """The examples' words (none for free decoding), and the batch with these."""
+        """Returns the pieces of the examples' words ([] for free decoding), and the batch with them."""
         if self._suffix is None:
             return [], dict(batch)
         rows, _, length = batch["decoder_input_tokens"].shape
         prompts = [example[feedback.PROMPT_FIELD].decode() for example in examples]
         pieces = [keywords.keyword_pieces(prompt, self._vocabulary.encode, length) for prompt in prompts]
-        return pieces, batch | keywords.features(pieces, rows, length, self._suffix)
+        return pieces, dict(batch) | keywords.features(pieces, rows, length, self._suffix)
 
     def finish(
         self,
@@ -176,7 +184,7 @@ class _Decoder:
         pieces: Sequence[keywords.KeywordPieces],
         outputs: Mapping[str, np.ndarray],
     ) -> list[Pair]:
-        """Each example with its prediction; row i of the outputs is example i's."""
+        """Returns each example with its prediction, from row i of the outputs for example i."""
         pairs = []
         for i, example in enumerate(examples):
             prompt = example[feedback.PROMPT_FIELD].decode()

@@ -1,4 +1,4 @@
-r"""Trains a model as gin says, and continues where it was when the same command is given again.
+r"""Trains the model that gin files describe. The same command again continues from the last checkpoint.
 
     python -m richhf_jax.train --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=runs/mine
 
@@ -37,13 +37,13 @@ from richhf_jax import trainer as trainer_lib
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps",
     None,
-    "FIRST:LAST: writes a trace of these steps, counted from this run's first, to MODEL_DIR/profile.",
+    "FIRST:LAST writes a trace of these steps, counted from 1 at this run's first, to MODEL_DIR/profile.",
 )
 
 _NUM_SUMMARY_IMAGES = 8
-# How many of a broken step's examples a message lists.
+# Number of a broken step's examples that a message lists.
 _NUM_NAMED_EXAMPLES = 16
-# Raised by TensorFlow and clu where they can't write.
+# The exceptions of TensorFlow and clu when they can't write.
 _LIBRARIES_ERRORS = (tf.errors.OpError, asynclib.AsyncError)
 _CHECKPOINTS_STAY = (
     "Complete checkpoints stay; make room or give the right to write, then continue by the same command"
@@ -66,26 +66,26 @@ def train(
     use_hardware_rng: bool = False,
     trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
 ) -> None:
-    """Trains until `total_steps`, from MODEL_DIR's newest checkpoint where there is one.
+    """Trains until `total_steps`, from MODEL_DIR's newest checkpoint if there is one.
 
     Args:
-      model: what to train.
-      model_dir: where checkpoints, logs and the operative configuration go.
+      model: the model to train.
+      model_dir: directory of checkpoints, logs and the operative configuration.
       train_dataset_cfg: the training data.
-      train_eval_dataset_cfg: what to measure the losses on now and then; None measures nothing.
-      partitioner: the mesh.
-      checkpoint_cfg: when to save, and from where the first parameters come.
-      total_steps: steps in all, those of earlier runs in `model_dir` included.
-      eval_steps: batches an evaluation takes.
-      eval_period: steps between evaluations.
-      log_period: steps between progress lines and scalars.
-      random_seed: of initial parameters and dropout; the data has its own.
+      train_eval_dataset_cfg: the data on which losses are measured now and then; None measures nothing.
+      partitioner: splits states and batches over the mesh.
+      checkpoint_cfg: when to save, and the source of the first parameters.
+      total_steps: number of steps, including those of earlier runs in `model_dir`.
+      eval_steps: number of batches in an evaluation.
+      eval_period: number of steps between evaluations.
+      log_period: number of steps between progress lines, and between scalars.
+      random_seed: seed of initial parameters and dropout; the data has its own.
       use_hardware_rng: see `trainer.Trainer`.
-      trainer_cls: makes the trainer; gin sets its microbatches.
+      trainer_cls: makes the trainer; gin sets the number of microbatches.
 
     Raises:
-      errors.UserError: the loss stopped being finite, MODEL_DIR can't be written, or the configuration
-        doesn't work out.
+      errors.UserError: the loss is not finite, MODEL_DIR can't be written, or a setting doesn't fit another
+        one or the data.
     """
     schedule = _Schedule(total_steps, log_period, eval_period, checkpoint_cfg.save)
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
@@ -118,7 +118,7 @@ def train(
         def describe_step(step: int) -> str:
             return _describe_step(train_dataset_cfg, step, model_dir, checkpointer)
 
-        devices = partitioner.mesh.devices.flatten()
+        devices = partitioner.mesh.devices.flatten().tolist()
         log = training_log.TrainingLog(
             model_dir,
             total_steps,
@@ -140,7 +140,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class _Schedule:
-    """What happens at which step."""
+    """The steps at which things happen."""
 
     total_steps: int
     log_period: int
@@ -148,20 +148,22 @@ class _Schedule:
     save: checkpoints.SaveCheckpointConfig | None
 
     def check(self, evaluates: bool) -> None:
-        """Raises:
-        errors.UserError: the best checkpoints are to be kept, but they aren't measured.
+        """Checks that each checkpoint is measured if the best ones are to be kept.
+
+        Raises:
+          errors.UserError: a checkpoint isn't measured.
         """
         if self.save is None or self.save.keep_best is None:
             return
         if not evaluates:
             raise errors.UserError(
-                "SaveCheckpointConfig.keep_best needs validation data: train_eval_dataset_cfg is None"
+                "SaveCheckpointConfig.keep_best needs validation data, but train_eval_dataset_cfg is None"
             )
         if self.save.period % self.eval_period:
             raise errors.UserError(
-                "SaveCheckpointConfig.keep_best needs an evaluation at each checkpoint: the period of"
-                f" checkpoints, {self.save.period} steps, must be a multiple of that of evaluations,"
-                f" {self.eval_period} steps (CHECKPOINT_PERIOD, EVAL_PERIOD)"
+                "SaveCheckpointConfig.keep_best needs an evaluation at each checkpoint:"
+                f" CHECKPOINT_PERIOD, {self.save.period} steps, must be a multiple of"
+                f" EVAL_PERIOD, {self.eval_period} steps"
             )
 
     def saves(self, step: int, last: bool) -> bool:
@@ -173,7 +175,7 @@ class _Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingLoop:
-    """The training loop, with all that takes part in it."""
+    """The training loop with its parts."""
 
     trainer: trainer_lib.Trainer
     checkpointer: checkpoints.Checkpointer
@@ -187,7 +189,7 @@ class _TrainingLoop:
     ) -> int:
         """Trains from a position of the data until the end or a signal; returns the last step."""
         step, total_steps = int(state.step), self.schedule.total_steps
-        # Unparsed where no command line was: in tests.
+        # Tests call `train` without a command line, so flags aren't parsed.
         profile_steps = _PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None
         profiler = training_log.Profiler(self.model_dir, profile_steps, step, total_steps)
         batches = stream.batches(position)
@@ -198,7 +200,7 @@ class _TrainingLoop:
                 asked = time.monotonic()
                 batch = next(batches)
                 ready = time.monotonic()
-                # Nothing but the batch may go to the device, and nothing may come back.
+                # Only the batch, moved explicitly, may go to the device, and nothing may come back.
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.trainer.train_step(state, batch)
                 step += 1
@@ -209,7 +211,7 @@ class _TrainingLoop:
                     logging.info("%s: saving a checkpoint, then exiting", name)
                     last = True
                 save_now = self.schedule.saves(step, last)
-                # Before every save too: a state that is not finite must not become a checkpoint.
+                # Also before every save, because a state that is not finite must not become a checkpoint.
                 if last or save_now or step % self.schedule.log_period == 0:
                     self.log.write(step)
                     self.checkpointer.check()
@@ -218,14 +220,14 @@ class _TrainingLoop:
                     scalars = self.evaluation.run(state, step)
                 if save_now:
                     self.checkpointer.save(state, stream.position(step), step, scalars)
-            self.checkpointer.wait()  # In here: another signal shall not end it.
+            self.checkpointer.wait()  # Inside `_stop_signal`, so that another signal doesn't end it.
         return step
 
 
 def _stream(
     model: models.BaseModel, cfg: input_pipeline.DatasetConfig, partitioner: partitioning.PjitPartitioner
 ) -> input_pipeline.TrainStream:
-    """Opens the batches that a model wants."""
+    """Opens a stream of the model's batches."""
     converter = {"feature_converter_cls": model.FEATURE_CONVERTER_CLS} if model.FEATURE_CONVERTER_CLS else {}
     return input_pipeline.TrainStream(cfg, partitioner.get_data_layout, **converter)
 
@@ -235,7 +237,11 @@ def _initial_state(
     checkpointer: checkpoints.Checkpointer,
     restore: checkpoints.RestoreCheckpointConfig | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Takes the newest whole checkpoint; else makes a fresh state, with parts from elsewhere if asked."""
+    """Restores the newest whole checkpoint, or makes a fresh state, with parts from `restore` if given.
+
+    Returns:
+      (state, position in the training data).
+    """
     if restored := checkpointer.restore_newest(trainer.abstract_state):
         logging.info("continuing from step %d", int(restored[0].step))
         return restored
@@ -252,7 +258,7 @@ def _write_description(
     checkpoint_cfg: checkpoints.CheckpointConfig,
     model_dir: str,
 ) -> None:
-    """Writes what predictions need to know beside the parameters, if the model says it."""
+    """Writes the model's description, which predictions need beside the parameters, if it has one."""
     content = model.describe(cfg.task_feature_lengths, stream.batch_shapes)
     if content is None:
         return
@@ -268,7 +274,7 @@ def _write_description(
 def _describe_step(
     cfg: input_pipeline.DatasetConfig, step: int, model_dir: str, checkpointer: checkpoints.Checkpointer
 ) -> str:
-    """What to say of a step that went wrong. All its examples go to a file, for there may be thousands."""
+    """Describes a step that went wrong. Writes all its examples to a file, as there may be thousands."""
     names = input_pipeline.example_names(cfg, step - 1)
     path = epath.Path(model_dir) / f"examples_of_step_{step}.txt"
     if jax.process_index() == 0:
@@ -283,18 +289,21 @@ def _describe_step(
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[int], str | None]]:
-    """Inside, SIGTERM and Ctrl-C ask for a stop after a step; a second Ctrl-C stops at once.
+    """Makes SIGTERM and Ctrl-C ask for a stop after a step; a second Ctrl-C stops at once.
 
-    Yields a function that is called after every step, and names what asks for a stop, if anything. (A handler
-    must not log: it may interrupt a log call.) Of several processes, all stop at the same step: jax's
-    coordination service has a handler for SIGTERM in each, which stays in place here, and makes them agree.
+    Several processes all stop at the same step: the handler for SIGTERM of jax's coordination service makes
+    them agree, so it stays in place.
+
+    Yields:
+      A function to call after every step. It names the signal that asks for a stop; None: go on. (A handler
+      must not log, because it may interrupt a log call.)
     """
     received = []
     several = jax.process_count() > 1
 
     def ask(signum, frame):
         del frame
-        if received and signum == signal.SIGINT:  # SIGTERM may come twice, to a wrapper and to all.
+        if received and signum == signal.SIGINT:  # A wrapper may send SIGTERM again.
             raise KeyboardInterrupt
         received.append(signal.Signals(signum).name)
         if several:
@@ -316,7 +325,7 @@ def _stop_signal() -> Iterator[Callable[[int], str | None]]:
 
 
 class _Evaluation:
-    """Measures losses and draws pictures of held-out data, for TensorBoard (MODEL_DIR/training_eval)."""
+    """Measures losses and draws pictures of validation data, for TensorBoard (MODEL_DIR/training_eval)."""
 
     def __init__(
         self,
@@ -331,12 +340,12 @@ class _Evaluation:
         self._trainer = trainer
         self._stream = _stream(model, cfg, partitioner) if cfg else None
         self._num_batches = num_batches
-        if self._stream:
+        if cfg:
             self._own_rows = partitioner.own_rows(cfg.batch_size)
             self._writer = training_log.create_writer(model_dir, "training_eval", cfg.mixture_or_task_name)
 
     def run(self, state: trainer_lib.TrainState, step: int) -> dict[str, float] | None:
-        """Measures always the same batches, so that curves compare."""
+        """Measures the same batches each time, so that the points of a curve compare."""
         if not self._stream:
             return None
         batches = self._stream.batches({})
@@ -354,7 +363,7 @@ class _Evaluation:
         self, state: trainer_lib.TrainState, batch: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Draws this process's first examples of a batch."""
-        # The predictions are those of all processes' examples, and every process has them all.
+        # Every process has the predictions for the examples of all processes.
         rows = self._own_rows[:_NUM_SUMMARY_IMAGES]
 
         def predict() -> dict[str, np.ndarray]:
@@ -370,7 +379,7 @@ class _Evaluation:
 
 
 def _write_model_info(path: str, params: Any) -> None:
-    """One line a parameter, and their number (T5X's file)."""
+    """Writes one line a parameter, and their number (T5X's file)."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     lines = [
         f"{jax.tree_util.keystr(p, simple=True, separator='/')} {leaf.dtype} {leaf.shape}"

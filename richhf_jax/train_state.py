@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import PartitionSpec
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class InferenceState:
-    """What evaluation and prediction take of a training state (T5X's name).
+    """The parts of a training state that evaluation and prediction use (T5X's name).
 
     Attributes:
       params: float32 parameters.
@@ -21,15 +21,15 @@ class InferenceState:
     """
 
     params: Any
-    flax_mutables: Any = flax.struct.field(default_factory=dict)
+    flax_mutables: Any = struct.field(default_factory=dict)
 
     @classmethod
     def of(cls, state: "TrainState | InferenceState") -> "InferenceState":
-        """Takes the parts of a state, of arrays, shapes or shardings."""
+        """Selects the parts from a state of arrays, shapes or shardings."""
         return cls(state.params, state.flax_mutables)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """Everything that a training step changes.
 
@@ -37,13 +37,13 @@ class TrainState:
       step: int32 scalar, steps taken.
       params: float32 parameters.
       opt_state: the optimizer's state.
-      flax_mutables: as of `InferenceState`.
+      flax_mutables: as in `InferenceState`.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
-    flax_mutables: Any = flax.struct.field(default_factory=dict)
+    flax_mutables: Any = struct.field(default_factory=dict)
 
     @classmethod
     def create(
@@ -61,7 +61,7 @@ class TrainState:
         return TrainState(self.step + 1, params, opt_state, flax_mutables or {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Names the parts for a checkpoint. A model without mutable collections saves none."""
+        """Returns the parts by the names they have in a checkpoint; no `flax_mutables` if there are none."""
         parts = {"step": self.step, "params": self.params, "opt_state": self.opt_state}
         return parts | ({"flax_mutables": self.flax_mutables} if self.flax_mutables else {})
 
@@ -79,20 +79,21 @@ def logical_axes(
 ) -> TrainState:
     """Finds the logical axes of the whole state.
 
-    Moments are laid out as their parameters; what has no axes is replicated.
+    The optimizer's moments have the axes of their parameters; arrays without axes are replicated.
 
     Args:
       optimizer_def: the optimizer that made `state.opt_state`.
-      params_axes: a tree like `state.params`, of `PartitionSpec`s of axis names.
-      state: arrays or `ShapeDtypeStruct`s.
-      mutables_axes: collection -> a tree like it; None, or a collection that is absent: replicated.
+      params_axes: a tree like `state.params`, of `PartitionSpec`s of logical axis names.
+      state: the state, of arrays or `ShapeDtypeStruct`s.
+      mutables_axes: collection -> a tree like it, of `PartitionSpec`s. Collections that are absent are
+        replicated; None: all are.
 
     Returns:
-      A TrainState of `PartitionSpec`s of logical axis names; empty = replicated.
+      A TrainState of `PartitionSpec`s of logical axis names; an empty one means replicated.
     """
     opt_axes = optax.tree_map_params(
         optimizer_def,
-        # An optimizer that acts on some parameters only masks the places of the others.
+        # An optimizer of only some parameters has a `MaskedNode` in the place of each other one.
         lambda leaf, axes: leaf if isinstance(leaf, optax.MaskedNode) else axes,
         state.opt_state,
         params_axes,

@@ -15,7 +15,7 @@ from richhf_jax import train_state as train_state_lib
 
 TrainState = train_state_lib.TrainState
 InferenceState = train_state_lib.InferenceState
-# What evaluation and prediction take: they look at the parameters and the mutable collections alone.
+# Input of evaluation and prediction, which use the parameters and the mutable collections alone.
 AnyState = TrainState | InferenceState
 Metrics = models.Metrics
 
@@ -24,7 +24,7 @@ class Trainer:
     """Runs a model's train, eval and predict steps on a partitioner's mesh.
 
     Attributes:
-      model: what is trained.
+      model: the model to train.
       abstract_state: the training state as `ShapeDtypeStruct`s with shardings.
     """
 
@@ -32,7 +32,7 @@ class Trainer:
         self,
         model: models.BaseModel,
         partitioner: partitioning.PjitPartitioner,
-        batch_shapes: Mapping[str, jax.ShapeDtypeStruct],
+        batch_shapes: Mapping[str, jax.ShapeDtypeStruct | np.ndarray],
         random_seed: int = 0,
         use_hardware_rng: bool = False,
         num_microbatches: int | None = None,
@@ -40,17 +40,17 @@ class Trainer:
         """Traces the model's initialisation; compiles nothing yet.
 
         Args:
-          model: what to train.
-          partitioner: the mesh.
-          batch_shapes: of a whole batch; every array's first axis is the batch.
-          random_seed: of initial parameters and dropout.
-          use_hardware_rng: draw random numbers with XLA's RngBitGenerator ("unsafe_rbg"). Dropout is faster
+          model: the model to train.
+          partitioner: splits states and batches over the mesh.
+          batch_shapes: feature -> shape and type in a whole batch; the first axis of each is the batch.
+          random_seed: seed of initial parameters and dropout.
+          use_hardware_rng: draws random numbers with XLA's RngBitGenerator ("unsafe_rbg"). Dropout is faster
             on TPU and programs compile faster; but the numbers depend on the mesh and the platform.
-          num_microbatches: split each batch into so many parts, one after the other, and add up the
-            gradients: the same step with less memory.
+          num_microbatches: splits each batch into this many parts, computes one after the other, and adds up
+            the gradients: the same step with less memory.
 
         Raises:
-          ValueError: the batch doesn't split so.
+          ValueError: the batch size is no multiple of `num_microbatches`.
         """
         batch_size = next(iter(batch_shapes.values())).shape[0]
         if num_microbatches and batch_size % num_microbatches:
@@ -60,8 +60,8 @@ class Trainer:
         self._num_microbatches = num_microbatches or 1
         self._rng_impl = "unsafe_rbg" if use_hardware_rng else "threefry2x32"
         init_rng, dropout_rng = jax.random.split(jax.random.key(random_seed, impl=self._rng_impl))
-        # On the host: a step that is compiled must not fetch its constants from the device.
-        self._dropout_key = np.asarray(jax.random.key_data(dropout_rng))
+        # On the host, because compiling a step must not fetch a constant from the device.
+        self._dropout_key: Any = np.asarray(jax.random.key_data(dropout_rng))
         self._batch_shapes = batch_shapes
         shapes = {name: array.shape for name, array in batch_shapes.items()}
         self._init = functools.partial(model.get_initial_variables, init_rng, shapes)
@@ -104,15 +104,15 @@ class Trainer:
         given: Mapping[tuple[str, ...], jax.Array] | None = None,
         given_mutables: Mapping[tuple[str, ...], jax.Array] | None = None,
     ) -> TrainState:
-        """Makes a state at step 0, where it lives.
+        """Makes a state at step 0, each array on the devices that hold it.
 
         Args:
-          given: parameters by name, in place of fresh ones (which then cost nothing).
-          given_mutables: arrays of the mutable collections by name, likewise.
+          given: path of names -> parameter, in place of fresh ones, which are then not computed.
+          given_mutables: path of names -> array of the mutable collections, in place of fresh ones.
         """
-        given = {"params": given or {}, "flax_mutables": given_mutables or {}}
+        kept = {"params": dict(given or {}), "flax_mutables": dict(given_mutables or {})}
         wanted = {}
-        for part, arrays in given.items():
+        for part, arrays in kept.items():
             shardings = traverse_util.flatten_dict(getattr(self._state_sharding, part))
             wanted[part] = {name: sharding for name, sharding in shardings.items() if name not in arrays}
 
@@ -126,7 +126,7 @@ class Trainer:
             return {part: {name: flat[part][name] for name in names} for part, names in wanted.items()}
 
         made = jax.jit(fresh, out_shardings=wanted)() if any(wanted.values()) else wanted
-        params, mutables = (traverse_util.unflatten_dict({**given[part], **made[part]}) for part in given)
+        params, mutables = (traverse_util.unflatten_dict(kept[part] | made[part]) for part in kept)
         create = functools.partial(TrainState.create, self.model.optimizer_def)
         return jax.jit(create, out_shardings=self._state_sharding)(params, mutables)
 
@@ -142,11 +142,15 @@ class Trainer:
         )
 
     def predict(self, state: AnyState, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Returns predictions for a batch; see the model's `predict_batch`."""
+        """Returns the predictions for a batch; see the model's `predict_batch`."""
         return self._steps["predict"](InferenceState.of(state), self._partitioner.shard_batch(batch))
 
     def lower(self, step: str) -> jax.stages.Lowered:
-        """Lowers a step, "train", "eval" or "predict", for ahead-of-time compilation: nothing is computed."""
+        """Lowers a step for ahead-of-time compilation, without running it.
+
+        Args:
+          step: "train", "eval" or "predict".
+        """
         sharding = self._partitioner.batch_sharding
         batch = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -169,12 +173,12 @@ class Trainer:
         dropout_rng = jax.random.wrap_key_data(self._dropout_key, impl=self._rng_impl)
 
         def of(part: models.Batch, index: int | jax.Array, mutables: Any):
-            # One number for both: folding twice in "unsafe_rbg" mixes up steps and parts.
+            # One number for step and part: folding in two numbers mixes up steps and parts in "unsafe_rbg".
             rng = jax.random.fold_in(dropout_rng, state.step * count + index)
             given = {"flax_mutables": mutables} if mutables else {}
             (loss, aux), grads = differentiate(state.params, part, rng, normalizers, **given)
             metrics, mutables = aux if mutables else (aux, mutables)
-            # Each part's loss is its share of the whole, so shares add up, and weigh 1 together.
+            # Each part's loss is its share of the whole loss: the shares add up, and their weights to 1.
             metrics["loss"] = losses.WeightedMean(loss, jnp.full((), 1.0 / count))
             return (grads, metrics), mutables
 
@@ -188,7 +192,8 @@ class Trainer:
 
         def accumulate(carry, part_and_index):
             total, mutables = carry
-            more, mutables = of(*part_and_index, mutables)
+            part, index = part_and_index
+            more, mutables = of(part, index, mutables)
             return (jax.tree.map(jnp.add, total, more), mutables), None
 
         zeros = jax.tree.map(
@@ -202,12 +207,12 @@ class Trainer:
 
 
 def _mutables(state: InferenceState) -> dict[str, Any]:
-    """A model's keyword argument for its mutable collections; a model that has none need not know of it."""
+    """Returns the keyword argument with the mutable collections; none if the model has no collections."""
     return {"flax_mutables": state.flax_mutables} if state.flax_mutables else {}
 
 
 def axes_by_param(params_axes: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns Flax's axes (`kernel_axes: AxisMetadata`) into a tree like the arrays', of `PartitionSpec`s."""
+    """Turns Flax's axes (`kernel_axes: AxisMetadata`) into `PartitionSpec`s, in the parameters' tree."""
     tree: dict[str, Any] = {}
     for name, value in params_axes.items():
         if isinstance(value, Mapping):
@@ -218,7 +223,7 @@ def axes_by_param(params_axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarize(metrics: list[Metrics]) -> dict[str, float]:
-    """Merges the metrics of several steps, and fetches them: the one place that waits for the device."""
+    """Fetches the metrics of several steps, which waits for the device, and merges them."""
     fetched = jax.device_get(metrics)
     totals = fetched[0]
     for step in fetched[1:]:

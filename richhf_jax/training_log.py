@@ -1,6 +1,6 @@
-"""What a training run says of itself: progress lines, TensorBoard scalars, its speed, a profile.
+"""Logs of a training run: progress lines, TensorBoard scalars, its speed, a profile.
 
-Nothing in here makes the training loop wait for the device, but `TrainingLog.write`.
+Only `TrainingLog.write`, and the profile's last step, make the training loop wait for the device.
 """
 
 import concurrent.futures
@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,19 +22,23 @@ from richhf_jax.costs import chips, counter
 
 
 def create_writer(model_dir: str, *folders: str) -> metric_writers.MetricWriter:
-    """For TensorBoard, in a folder of MODEL_DIR. Of several processes the first alone writes files."""
+    """Makes a writer for TensorBoard in a folder of MODEL_DIR. Only process 0 writes files."""
     return metric_writers.create_default_writer(
         os.path.join(model_dir, *folders), just_logging=jax.process_index() > 0
     )
 
 
-def step_seconds_at_peak(trainer: trainer_lib.Trainer, devices: Sequence[jax.Device]) -> float | None:
-    """How long a training step takes at the chips' peak, if all they computed were the model.
+def step_seconds_at_peak(trainer: trainer_lib.Trainer, devices: Sequence[Any]) -> float | None:
+    """Computes the time of a training step if the chips computed only the model, at their peak.
 
-    This is what model FLOP utilisation compares with; see `counter.model_flops`.
+    Model FLOP utilisation is this time as a share of the real one; see `counter.model_flops`.
+
+    Args:
+      trainer: makes the step.
+      devices: all `jax.Device`s of the mesh.
 
     Returns:
-      Seconds; None where the chip isn't known (every CPU).
+      Seconds; None for an unknown chip, such as any CPU.
     """
     chip = chips.spec(devices[0].device_kind)
     if chip is None:
@@ -44,19 +49,25 @@ def step_seconds_at_peak(trainer: trainer_lib.Trainer, devices: Sequence[jax.Dev
 
 @dataclasses.dataclass(frozen=True)
 class StepTimes:
-    """Steps in a row.
+    """Times of steps in a row.
 
     Attributes:
-      seconds: [steps] from when the device was free, or the batch asked for if that was later, until the
-        device completed the step.
-      input_seconds: [steps] how long of this there was no batch yet.
+      seconds: [steps] time until the device completed the step. It begins when the device was free, or, if
+        that is later, when the loop asked for the batch.
+      input_seconds: [steps] the part of this time in which there was no batch yet.
     """
 
     seconds: np.ndarray
     input_seconds: np.ndarray
 
     def scalars(self, batch_size: int, num_devices: int, seconds_at_peak: float | None) -> dict[str, float]:
-        """What TensorBoard shows, by T5X's names where it has them."""
+        """Computes the scalars for TensorBoard, by T5X's names where it has them.
+
+        Args:
+          batch_size: number of images in a step.
+          num_devices: number of chips.
+          seconds_at_peak: see `step_seconds_at_peak`.
+        """
         mean = self.seconds.mean()
         found = {
             "timing/images_per_second": batch_size / mean,
@@ -71,21 +82,22 @@ class StepTimes:
 
 
 class StepTimer:
-    """Sees when the device completes each step, from a thread of its own."""
+    """Measures when the device completes each step, in a thread of its own."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "step_timer")
         self._steps: list[tuple[float, float, concurrent.futures.Future[float]]] = []
-        self._free: float | None = None  # Since when; None before the first step, which compiles.
+        # When the device became free; None before the end of the first step, which compiles.
+        self._free: float | None = None
 
     def add(self, asked: float, ready: float, metrics: trainer_lib.Metrics) -> None:
-        """A step that was just dispatched.
+        """Adds a step that was just dispatched.
 
         Args:
-          asked: when the loop asked for its batch, by `time.monotonic`.
-          ready: when it had it.
-          metrics: the step's, on the device.
+          asked: when the loop asked for the step's batch, in seconds of `time.monotonic`.
+          ready: when the loop got the batch, likewise.
+          metrics: the step's metrics, on the device.
         """
         self._steps.append((asked, ready, self._thread.submit(self._completed, metrics)))
 
@@ -94,7 +106,7 @@ class StepTimer:
         return self._clock()
 
     def take(self) -> StepTimes | None:
-        """Waits for the steps added since the last time. The run's first isn't among them."""
+        """Waits for the steps added since the last call, and returns their times, without the run's first."""
         times = []
         for asked, ready, future in self._steps:
             done = future.result()
@@ -111,7 +123,7 @@ class StepTimer:
 
 
 class TrainingLog:
-    """Progress lines, and TensorBoard scalars under MODEL_DIR/train."""
+    """Writes progress lines, and TensorBoard scalars under MODEL_DIR/train."""
 
     def __init__(
         self,
@@ -127,13 +139,13 @@ class TrainingLog:
         """Opens the writer.
 
         Args:
-          model_dir: where the scalars go.
-          total_steps: steps in all.
-          first_step: steps done before this run.
-          batch_size: images, of all processes.
-          num_devices: of all processes.
+          model_dir: MODEL_DIR.
+          total_steps: number of steps, those of earlier runs included.
+          first_step: number of steps done before this run.
+          batch_size: number of images in a step, of all processes.
+          num_devices: number of chips, of all processes.
           seconds_at_peak: see `step_seconds_at_peak`.
-          describe_step: describes a step, by its number, when it goes wrong.
+          describe_step: describes a step that went wrong, given its number.
           progress_metrics: selects and names the metrics that a progress line shows.
         """
         self._writer = create_writer(model_dir, "train")
@@ -146,15 +158,15 @@ class TrainingLog:
         self._since = time.monotonic(), first_step
 
     def add(self, metrics: trainer_lib.Metrics, asked: float, ready: float) -> None:
-        """A step that was just dispatched; see `StepTimer.add`."""
+        """Adds a step that was just dispatched; see `StepTimer.add`."""
         self._metrics.append(metrics)  # Still on the device.
         self._timer.add(asked, ready, metrics)
 
     def write(self, step: int) -> None:
-        """Fetches what was added since the last time.
+        """Fetches and writes the metrics of the steps added since the last call.
 
         Raises:
-          errors.UserError: something is not finite: the loss, or the gradient, and so the state.
+          errors.UserError: a metric is not finite, such as the loss or the gradient's norm.
         """
         fetched = jax.device_get(self._metrics)
         then, since_step = self._since
@@ -192,7 +204,7 @@ def _check_finite(
 
 
 def _speed(timing: dict[str, float]) -> list[str]:
-    """What a progress line tells of `StepTimes.scalars`."""
+    """Selects and formats the values of `StepTimes.scalars` for a progress line."""
     shown = []
     if images := timing.get("timing/images_per_second"):
         shown.append(f"{images:.1f} images/s")
@@ -212,12 +224,16 @@ class Profiler:
     """Writes a trace of some steps to MODEL_DIR/profile, for TensorBoard's profile plugin."""
 
     def __init__(self, model_dir: str, profile_steps: str | None, first_step: int, total_steps: int):
-        """Args:
-          profile_steps: 'FIRST:LAST', counted from 1, this run's first step; None: no trace.
-          first_step: steps done before this run.
+        """Parses the steps.
+
+        Args:
+          model_dir: MODEL_DIR.
+          profile_steps: 'FIRST:LAST', where 1 is this run's first step; None: no trace.
+          first_step: number of steps done before this run.
+          total_steps: number of steps, those of earlier runs included.
 
         Raises:
-          errors.UserError: these aren't steps of this run.
+          errors.UserError: `profile_steps` are no steps of this run.
         """
         self._folder = os.path.join(model_dir, "profile")
         self._first = self._last = None
@@ -244,7 +260,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Ends the trace if it runs."""
+        """Ends the trace if it is running."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

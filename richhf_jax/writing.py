@@ -1,11 +1,11 @@
-"""Files and directories that are complete once they have their name; the messages where that fails.
+"""Writes files and directories that are complete once they have their name, and explains disk errors.
 
     with writing.explained_disk_errors(out), writing.atomic(out) as new:
         new.write_text(...)
 
-What stands under its final name is complete, also after a kill or a power cut. It is written beside that
-place and brought to the disk; then it is renamed, and the folder is brought to the disk. A file's path may be
-a URL ("gs://..."): a bucket keeps what it has taken, so nothing is synchronised there.
+A file with its final name is complete, also after a kill or a power cut. It is written under another name in
+the same folder and synchronised to the disk; then it is renamed, and the folder is synchronised. A file's
+path may be a URL ("gs://..."): a bucket keeps each file that it has taken, so nothing is synchronised there.
 """
 
 import contextlib
@@ -23,26 +23,26 @@ from etils import epath
 from richhf_jax import errors
 
 FIX = "Make the folder, make room or give the right to write; then give the same command again"
-# No room, or no right to write.
+# Codes of the errors that mean no room, or no right to write.
 NO_ROOM_OR_RIGHT = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 )
-# File systems that can't synchronise a folder answer so.
+# Codes of file systems that can't synchronise a folder.
 _CAN_NOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
-# The last file and the code that a line of TensorStore's names.
+# The last file and the error code in a message of TensorStore.
 _TENSORSTORE_OS_ERROR = re.compile(r".*\"(?P<file>[^\"]+)\".*os_error_code='(?P<code>\d+)'")
 
 
 @contextlib.contextmanager
 def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a path to write a file to, which becomes `path` at the end; after an error, `path` is as before.
+    """Yields a path to write a file to. The file becomes `path` at the end; after an error, `path` stays.
 
-    The file is `.NAME.new` in the same folder. A kill leaves it there, and the next call replaces it: two
+    The new file is `.NAME.new` in the same folder. A kill leaves it there, and the next call replaces it: two
     processes must not write the same file at the same time. Links are followed. A device or a pipe, such as
     /dev/stdout, is written directly.
 
     Raises:
-      OSError: it can't be written. The error names `path`.
+      OSError: the file can't be written. The error names `path`.
     """
     final = epath.Path(path if _is_url(path) else os.path.realpath(path))
     if not _is_url(path) and os.path.exists(final) and not os.path.isfile(final):
@@ -75,7 +75,7 @@ def move(new: epath.PathLike, final: epath.PathLike) -> None:
     """Gives a finished file or directory its final name, in place of a file or an empty directory there.
 
     Raises:
-      OSError: it can't be renamed, or not be brought to the disk.
+      OSError: it can't be renamed, or can't be synchronised to the disk.
     """
     if _is_url(final):
         epath.Path(new).replace(final)
@@ -102,23 +102,23 @@ def _sync(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: epath.PathLike, flag: str) -> Iterator[pathlib.Path]:
-    """Yields a directory to write to, which becomes `path` at the end; after an error nothing is left of it.
+    """Yields a directory to write to. It becomes `path` at the end; after an error it is deleted.
 
     Args:
-      path: a local place that isn't there, or an empty directory. Its parents are made.
-      flag: which flag gave it, for messages.
+      path: a local path that doesn't exist, or an empty directory. Its parents are made.
+      flag: the flag that gave the path, for messages.
 
     Raises:
       errors.UserError: see `check_is_new`.
-      OSError: it can't be written, or something appeared at `path` meanwhile, which stays.
+      OSError: it can't be written; or meanwhile something else was made at `path`, which stays.
     """
     check_is_new(path, flag)
     final = pathlib.Path(path).absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that it is on the same disk and renaming moves nothing.
+    # In the same folder, so that it is on the same disk and renaming copies nothing.
     with tempfile.TemporaryDirectory(
         prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True
-    ) as private:  # For the user alone; the directory in it has the usual permissions.
+    ) as private:  # Only the user may read it; the directory in it has the usual permissions.
         directory = pathlib.Path(private) / final.name
         directory.mkdir()
         yield directory
@@ -129,7 +129,7 @@ def check_is_new(path: epath.PathLike, flag: str) -> None:
     """Checks that a new directory can be made.
 
     Raises:
-      errors.UserError: the path isn't local, or there is a file or a directory that isn't empty.
+      errors.UserError: the path isn't local, or is a file or a directory that isn't empty.
     """
     check_is_local(path, flag)
     place = pathlib.Path(path)
@@ -140,7 +140,11 @@ def check_is_new(path: epath.PathLike, flag: str) -> None:
 
 
 def check_is_local(path: epath.PathLike, flag: str) -> None:
-    """Raises errors.UserError where a path is a URL."""
+    """Checks that a path is no URL.
+
+    Raises:
+      errors.UserError: it is one.
+    """
     if _is_url(path):
         raise errors.UserError(
             f"{flag}={path}: a local directory is needed; copy the files when they are there"
@@ -161,13 +165,13 @@ def explained_disk_errors(
     """Turns an OSError into a UserError: "FILE: REASON. FIX".
 
     Args:
-      path: the file to name where the error names none.
-      fix: what stays, and what to do.
-      also: other exceptions that a library raises where it can't write.
-      only: the codes (`errno`) of OSErrors to explain; others pass. None: all.
+      path: the file to name if the error names none.
+      fix: what remains of the results, and what to do.
+      also: other exceptions that a library raises when it can't write.
+      only: codes (`errno`) of the OSErrors to explain; others pass unchanged. None: all.
 
     Raises:
-      errors.UserError: in place of these errors.
+      errors.UserError: in place of these exceptions.
     """
     try:
         yield
@@ -179,13 +183,13 @@ def explained_disk_errors(
 
 
 def reason(error: BaseException) -> str:
-    """Returns what is wrong, in one line: "No space left on device: FILE"."""
+    """Describes an error in one line: "No space left on device: FILE"."""
     file, words = _file_and_words(error)
     return f"{words}: {file}" if file else words
 
 
 def _file_and_words(error: BaseException) -> tuple[str | None, str]:
-    """Returns the file that an error names, and what it says; the operating system's words where known."""
+    """Returns the file that an error names, and its message, from the operating system if it has one."""
     if isinstance(error, OSError) and error.strerror:
         return error.filename and os.fsdecode(error.filename), error.strerror
     first = str(error).partition("\n")[0]
@@ -195,16 +199,16 @@ def _file_and_words(error: BaseException) -> tuple[str | None, str]:
 
 
 def check_same_run(place: epath.PathLike, then: Mapping[str, Any], now: Mapping[str, Any], fix: str) -> None:
-    """Checks that a run is continued with the arguments that it was begun with.
+    """Checks that a run continues with the arguments with which it began.
 
     Args:
-      place: where the run's results are.
-      then: the arguments that the run recorded, as JSON gives them back.
-      now: those given now, JSON-able; arguments that `then` has besides are of no account.
+      place: the run's results, for the message.
+      then: the arguments that the run recorded, read from JSON.
+      now: the arguments given now, JSON-able. Further arguments in `then` are ignored.
       fix: what to do, for the message.
 
     Raises:
-      errors.UserError: an argument differs; all that do are named with both values.
+      errors.UserError: arguments differ; the message names each with both values.
     """
     changes = [
         f"{name} was {then.get(name)!r}, now it is {value!r}"

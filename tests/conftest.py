@@ -1,4 +1,4 @@
-"""Strict mode for every test: two CPU devices, no silent broadcasting, no state left in gin.
+"""Strict mode of every test: two CPU devices, no silent broadcasting, no state left in gin.
 
 Warnings are errors, too: see pyproject.toml.
 """
@@ -25,7 +25,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 
 # Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
 # a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
-CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords")
+CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords", "models")
 jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
@@ -40,13 +40,13 @@ def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """The same random numbers in every run."""
+    """Makes a generator of the same random numbers in every run."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
 def clean_globals():
-    """Gin's configuration and absl's verbosity are global; no test sees another's."""
+    """Resets gin's configuration and absl's verbosity, which are global, after each test."""
     verbosity = logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
@@ -56,7 +56,7 @@ def clean_globals():
 
 @pytest.fixture(autouse=True, scope="module")
 def clean_data_dir():
-    """So is where seqio looks for data; a module's tests may share it."""
+    """Resets seqio's data directory, which is global, too, after each module."""
     yield
     if "seqio" in sys.modules:
         sys.modules["seqio"].set_tfds_data_dir_override(None)
@@ -95,7 +95,7 @@ def make_model():
 def random_values():
     """Fills a tree of shapes with random numbers: a zero bias or a scale of one would hide its misuse.
 
-    By numpy: compiling a network's own initialisers takes seconds.
+    NumPy draws them, because compiling a network's own initialisers takes seconds.
     """
     import jax
 
@@ -147,7 +147,7 @@ SMALL_SPLITS = {"train": 32, "validation": 8, "test": 8}
 
 @pytest.fixture(scope="session")
 def synthetic_data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A TFDS data directory with both synthetic data sets, of a few examples a split."""
+    """Makes a TFDS data directory with both synthetic data sets, of a few examples a split."""
     import tensorflow_datasets as tfds
 
     from richhf_jax.datasets import synthetic_captions, synthetic_rich_hf
@@ -166,7 +166,7 @@ def synthetic_data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
 
 @pytest.fixture(scope="session")
 def sample_sources_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Small files in the form of every real source; `consolidated` holds the raw ratings as TFRecords."""
+    """Writes small files in the format of every real source; `consolidated` has the ratings as TFRecords."""
     from richhf_jax.datasets import consolidate, sample_sources
 
     folder = tmp_path_factory.mktemp("sources") / "samples"
@@ -179,7 +179,7 @@ def sample_sources_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
 
 @pytest.fixture(scope="session")
 def sample_data_dir(sample_sources_dir: pathlib.Path) -> pathlib.Path:
-    """A TFDS data directory with rich_hf_18k and web_captions, built by the shipped commands."""
+    """Makes a TFDS data directory with rich_hf_18k and web_captions, by the shipped commands."""
     from richhf_jax.datasets.rich_hf_18k import __main__ as rich_hf_18k
     from richhf_jax.datasets.web_captions import __main__ as web_captions
 
@@ -231,5 +231,5 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
 
 @pytest.fixture(scope="session")
 def model_dir(make_model_dir) -> pathlib.Path:
-    """A MODEL_DIR of the multi-head variant."""
+    """Makes a MODEL_DIR of the multi-head variant."""
     return make_model_dir()

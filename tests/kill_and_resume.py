@@ -1,16 +1,18 @@
-r"""Training that is interrupted again and again, compared with a run in one go.
+r"""Compares training that is interrupted again and again with a run in one go.
 
     python tests/kill_and_resume.py --data_dir=DIR
     python tests/kill_and_resume.py --data_dir=DIR --elastic
 
-The first kills the training of the tiny RAHF by SIGKILL at random moments, some of them while a checkpoint is
-being written, and gives the same command again each time. All losses and the final parameters must be, bit by
-bit, those of the uninterrupted run. The second runs it on 8, then 2, then 4 processes; each but the last job
-ends because one of its processes is killed. The losses must be those of a single process to 1e-5 (sums of
-float32 in another order). It learns at a hundredth of the rate: at the full one such rounding grows tenfold
-every few steps from the 30th on, and a wrong example shows in any case, by a changed loss of some percent.
+The first command kills the training of the tiny RAHF by SIGKILL at random moments, some of them while a
+checkpoint is being written, and gives the same command again each time. All losses and the final parameters
+must equal those of the uninterrupted run, bit by bit.
 
-DIR is where `python -m richhf_jax.datasets --data_dir=DIR` put the synthetic data. Exit code 1: they differ.
+The second runs the training on 8, then 2, then 4 processes; each job but the last ends because one of its
+processes is killed. The losses must equal those of a single process to 1e-5, because float32 sums have
+another order. The learning rate is a hundredth of the usual one: at the full rate, rounding errors grow
+tenfold every few steps from the 30th on. A wrong example still shows: it changes the loss by some percent.
+
+`python -m richhf_jax.datasets --data_dir=DIR` makes the synthetic data in DIR. Exit code 1: the runs differ.
 """
 
 import argparse
@@ -143,30 +145,30 @@ class Run:
             ]
 
     def finish(self, processes: list[subprocess.Popen]) -> None:
-        """Waits for the end, which must be a good one."""
+        """Waits for the end of the training, which must succeed."""
         codes = [process.wait() for process in processes]
         if any(codes):
             sys.exit(f"exit codes {codes}\n{self._log.read_text()[-3000:]}")
 
     def losses(self) -> list[tuple[int, float]]:
-        """(step, loss) in the order of computation; a step that was done again stands there again."""
+        """Returns (step, loss) in the order of computation; a repeated step has several."""
         lines = self._losses_file.read_text().split("\n")[:-1]  # without one that is only half there
         return [(int(step), float.fromhex(loss)) for step, loss in map(str.split, lines)]
 
     def checkpoints(self) -> list[int]:
-        """Steps of the complete checkpoints."""
+        """Returns the steps of the complete checkpoints."""
         names = [path.name for path in self.model_dir.glob("checkpoint_*")]
         return sorted(int(name.split("_")[1]) for name in names if name.split("_")[1].isdigit())
 
     def unfinished(self) -> set[tuple[str, int]]:
-        """Checkpoints that are being written, or were when a process was killed: names and inodes."""
+        """Returns names and inodes of incomplete checkpoints: being written, or left by a killed process."""
         paths = self.model_dir.glob("*.orbax-checkpoint-tmp*")
         with contextlib.suppress(FileNotFoundError):  # One was finished just now.
             return {(path.name, path.stat().st_ino) for path in paths}
         return set()
 
     def params(self) -> dict:
-        """The final parameters, as numpy."""
+        """Reads the final parameters as NumPy arrays."""
         state = self.model_dir / f"checkpoint_{self.checkpoints()[-1]}" / "state"
         reader = ocp.PyTreeCheckpointer()
         tree = reader.metadata(state).item_metadata.tree
@@ -175,7 +177,7 @@ class Run:
 
 
 def wait_until(condition, process: subprocess.Popen) -> None:
-    """Looks every few milliseconds."""
+    """Waits until a condition holds, and checks it every few milliseconds."""
     while not condition():
         if process.poll() is not None:
             sys.exit("training ended before it was to be killed: give more --steps, or look at its log")
@@ -183,7 +185,7 @@ def wait_until(condition, process: subprocess.Popen) -> None:
 
 
 def kill_at_a_random_moment(run: Run, period: int, rng: random.Random) -> str:
-    """Starts the training, kills it, and says when that was."""
+    """Starts the training, kills it, and returns a description of the moment."""
     leftovers = run.unfinished()
     (process,) = run.start()
     before, kind = len(run.losses()), rng.choice(["saving", "saving", "stepping", "any time"])
@@ -220,7 +222,7 @@ def kill_one_of(run: Run, processes: int, period: int, rng: random.Random) -> st
 
 
 def largest_difference(whole: Run, parts: Run) -> float:
-    """Of losses, relative, over all steps ever done in parts; infinite where a step is missing."""
+    """Computes the largest relative difference of losses over all steps in parts; inf if one is missing."""
     truth = dict(whole.losses())
     done = parts.losses()
     if {step for step, _ in done} != set(truth):
@@ -229,7 +231,7 @@ def largest_difference(whole: Run, parts: Run) -> float:
 
 
 def main() -> None:
-    """Runs what the command line says."""
+    """Runs the comparison that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -256,7 +258,7 @@ def main() -> None:
         parts.finish(parts.start(last))
         whole.finish(uninterrupted)
     else:
-        whole.finish(uninterrupted)  # Before the others begin, which find its program compiled.
+        whole.finish(uninterrupted)  # Before the others, so that they find its program compiled.
         print(f"uninterrupted: {len(whole.losses())} steps", flush=True)
         for number in range(options.kills):
             message = kill_at_a_random_moment(parts, options.period, rng)

@@ -21,13 +21,13 @@ def seed(number):
 
 
 def disk(height, width, y, x):
-    """A white disk around a place given in shares of the sides, on black; uint8 [height, width]."""
+    """Draws a white disk on black, centred at a place in shares of the sides: uint8 [height, width]."""
     rows, columns = (np.arange(height) + 0.5) / height - y, (np.arange(width) + 0.5) / width - x
     return np.uint8(255 * (rows[:, None] ** 2 + columns**2 < 0.1**2))
 
 
 def centre(pixels):
-    """The centroid in pixels: (row, column), 0.5 being the first pixel's middle."""
+    """Computes the centroid (row, column) in pixels; 0.5 is the middle of the first pixel."""
     weights = np.float64(pixels) / np.float64(pixels).sum()
     rows, columns = np.indices(pixels.shape) + 0.5
     return np.array([(rows * weights).sum(), (columns * weights).sum()])
@@ -38,7 +38,7 @@ def picture(height, width, *place):
 
 
 def show(image, heatmaps, window, monkeypatch, fit="resize"):
-    """`augmentation.show` with a window that isn't drawn."""
+    """Calls `augmentation.show` with a given window in place of a random one."""
     monkeypatch.setattr(augmentation, "draw_window", lambda *args: tf.constant(window))
     monkeypatch.setattr(augmentation, "recolour", lambda image, *args: image)
     encoded = [tf.constant(consolidate.encode_png(pixels)) for pixels in (image, *heatmaps)]
@@ -170,7 +170,7 @@ def test_half_of_the_examples_are_cropped_to_shares_and_places_all_over():
 
 
 def colours(count=8, **kwargs):
-    """Images of random pixels, recoloured with certainty of what is in `kwargs`."""
+    """Recolours images of random pixels, with probability 1 for the changes in `kwargs`."""
     image = np.random.default_rng(0).integers(40, 216, (16, 16, 3), np.uint8)
     off = {"jitter_probability": 0.0, "grey_probability": 0.0, "jpeg_probability": 0.0}
     recolour = functools.partial(augmentation.recolour, tf.constant(image), **{**off, **kwargs})

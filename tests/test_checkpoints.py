@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from richhf_jax import checkpoints, errors, optimizers, partitioning, train_state
 
-# When one array can't be read or written, Orbax leaves what it began with the others behind.
+# If one array can't be read or written, Orbax leaves unfinished work on the others behind.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 AXES = {"dense": {"kernel": PartitionSpec("embed", "mlp"), "bias": PartitionSpec("mlp")}}
@@ -32,7 +32,7 @@ def optimizer():
 
 @pytest.fixture(scope="module")
 def state(optimizer):
-    """After a step, so that no two of its arrays are equal."""
+    """Makes a state after a step, so that no two of its arrays are equal."""
     params = {"dense": {"kernel": jnp.arange(8.0).reshape(2, 4), "bias": jnp.arange(4.0)}}
     fresh = train_state.TrainState.create(optimizer, params)
     return fresh.apply_gradient(optimizer, jax.tree.map(jnp.cos, params))
@@ -56,7 +56,7 @@ def abstract(optimizer, state):
 
 @pytest.fixture(autouse=True)
 def _sweep():
-    """What is left behind is found now, not in another module's tests."""
+    """Collects garbage, so that leftovers are found now and not in another module's tests."""
     yield
     gc.collect()
 
@@ -69,7 +69,7 @@ def save(directory, state, steps, **cfg):
 
 
 def restore(directory, abstract_state):
-    """State and position of the newest, or None."""
+    """Restores state and position of the newest checkpoint, or None."""
     with checkpoints.Checkpointer(str(directory)) as checkpointer:
         return checkpointer.restore_newest(abstract_state)
 
@@ -131,7 +131,7 @@ def test_a_model_needs_its_mutable_collections(tmp_path, state):
 
 
 def test_the_layout_of_a_checkpoint_without_mutable_collections(tmp_path, state):
-    """Checkpoints of versions that knew no mutable collections are like it."""
+    """Checkpoints of versions without mutable collections have the same form."""
     save(tmp_path, state, [3])
     saved = ocp.StandardCheckpointHandler().metadata(tmp_path / "checkpoint_3/state").tree
     assert set(saved) == {"step", "params", "opt_state"}
@@ -254,7 +254,7 @@ def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path):
 
 
 def data_files(directory):
-    """The files with the arrays' values."""
+    """Returns the files with the arrays' values."""
     return sorted((directory / "state/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size)
 
 
@@ -275,7 +275,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def large(state):
-    """A state whose arrays are too large for a checkpoint's index, where small ones' values stand."""
+    """Makes a state of arrays too large for a checkpoint's index, which holds the values of small ones."""
     values = np.random.default_rng(0).random((2, 64, 64), np.float32)  # Not compressible.
     params = {"dense": {"bias": jnp.asarray(values[0]), "kernel": jnp.asarray(values[1])}}
     return train_state.TrainState(jnp.zeros((), jnp.int32), params, ())
@@ -350,7 +350,7 @@ def test_a_checkpoint_of_another_model_is_not_damaged(tmp_path, two_checkpoints,
 
 @pytest.fixture
 def small_disk():
-    """Files can't become larger than this: the next best thing to a full disk."""
+    """Limits the size of files, which resembles a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,4 +1,4 @@
-"""Compiled programs are found again, and a cache that can't be used is no trouble."""
+"""Compiled programs are found again, and a cache that can't be used stops nothing."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ SETTINGS = (
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A user's cache folder, in which nothing is yet, and jax as it starts."""
+    """Makes an empty cache folder, and resets jax's settings to those at its start."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     before = {name: getattr(jax.config, name) for name in SETTINGS}
@@ -124,7 +124,7 @@ finally:
 
 @pytest.fixture
 def score(model_dir, tmp_path):
-    """Scores an image into a folder: (programs found, programs compiled and kept), stderr."""
+    """Scores an image into a folder; returns (programs found, programs compiled and kept), stderr."""
     Image.new("RGB", (16, 12), (200, 10, 10)).save(tmp_path / "a.png")
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

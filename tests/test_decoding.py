@@ -1,4 +1,4 @@
-"""Decoding against all sequences there are: the language models here are small enough to list them."""
+"""Decoding compared with all sequences: the language models here are small enough to list them."""
 
 import itertools
 
@@ -71,7 +71,7 @@ class PrefixModel:
         return logits, cache | {"hash": prefix_hash, "index": cache["index"] + 1}
 
     def sequences(self, row):
-        """Every complete or full-length sequence -> its log-probability."""
+        """Maps every complete or full-length sequence to its log-probability."""
         found = {}
 
         def extend(tokens, prefix_hash, log_prob):
@@ -127,7 +127,7 @@ def test_a_narrow_beam_search_step_by_step(model):
 
 
 def narrow_beam_search(model, row, beams):
-    """The same search on lists, by the log-probabilities of `sequences`; the worst first."""
+    """Does the same search on lists, by the log-probabilities of `sequences`; the worst comes first."""
     prefix = {}  # prefix -> its log-probability, that of all sequences that begin so
     for seq, log_prob in model.sequences(row).items():
         for size in range(1, LENGTH + 1):
@@ -194,7 +194,7 @@ def test_greedy_is_what_topk_1_or_no_temperature_give(model):
 
 
 def kept(probabilities, temperature, topk, topp):
-    """The distribution that is drawn from, one token at a time."""
+    """Computes the distribution from which each token is drawn."""
     probabilities = probabilities ** (1 / temperature)
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities)
@@ -266,7 +266,7 @@ def test_caches_of_scanned_layers_have_their_batch_second():
 
 
 def optional_text(words, suffix, positions):
-    """Words of pieces, each with an optional suffix -> what `constrained_decode` takes for one input."""
+    """Makes the text for `constrained_decode` from words of pieces, each with an optional suffix."""
     pieces, skip_to = [], []
     for word in words:
         pieces += [*word, *suffix]
@@ -326,7 +326,7 @@ class ConstrainedModel(PrefixModel):
         return tuple(np.asarray(x) for x in results)
 
     def forced(self, row, marks):
-        """The text with these words marked, its log-probability, and each word's log-odds; without a loop."""
+        """Returns the text with these words marked, its log-probability, and each word's log-odds."""
         tokens, decisions = [], []
         following = [*(word[0] for word in self.words[1:]), EOS]
         for word, mark, after in zip(self.words, marks, following, strict=True):
@@ -340,7 +340,7 @@ class ConstrainedModel(PrefixModel):
         return tokens, log_probs[np.arange(len(tokens)), tokens].sum(), log_odds
 
     def teacher_forced(self, row, tokens):
-        """The logits at each position: float64 [length, vocab]."""
+        """Computes the logits at each position: float64 [length, vocab]."""
         hashes = [1]
         for token in tokens[:-1]:
             hashes.append((hashes[-1] * VOCAB + token + 1) % 997)

@@ -31,7 +31,7 @@ def _quick(quick_compilation):
 
 
 class EncoderDecoder(nn.Module):
-    """Our stacks around one token table, reading text alone."""
+    """Our encoder and decoder around one token table, for text only."""
 
     config: t5.T5Config
 
@@ -96,7 +96,7 @@ def their_model(name, seed):
 
 
 def our_params(model, directory):
-    """The same weights in our tree."""
+    """Converts the weights to our tree."""
     model.save_pretrained(directory)
     tensors = huggingface.open_huggingface(str(directory)).tensors
     return traverse_util.unflatten_dict({name: value.read() for name, value in tensors.items()}, sep="/")
@@ -128,14 +128,14 @@ def our_generate(name, beams):
 
 
 def random_inputs(seed):
-    """Of different lengths, padded with 0."""
+    """Makes inputs of different lengths, padded with 0."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(2, VOCAB, (BATCH, INPUT_LENGTH))
     return np.where(np.arange(INPUT_LENGTH) < rng.integers(2, INPUT_LENGTH + 1, (BATCH, 1)), tokens, 0)
 
 
 def both(directory, name, seed, beams, alpha=0.0):
-    """(tokens, scores) of ours, the best first, and tokens and all that `generate` says of theirs."""
+    """Returns our (tokens, scores), the best first, and the tokens and the whole output of `generate`."""
     model, inputs = their_model(name, seed), random_inputs(seed)
     tokens, scores = our_generate(name, beams)(our_params(model, directory), inputs, alpha)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def both(directory, name, seed, beams, alpha=0.0):
 
 
 def ended_before(tokens):
-    """Whether a sequence has ended before each of its positions."""
+    """Returns whether a sequence has ended before each of its positions."""
     return np.cumsum(tokens == 1, axis=1) - (tokens == 1) > 0
 
 

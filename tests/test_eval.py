@@ -1,4 +1,4 @@
-"""Evaluation with a model that answers from the labels, so no network is compiled."""
+"""Evaluation with a model that answers from the labels, so that no network is compiled."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Prompts, labels and target strings, exactly both ways."""
+"""Prompts, labels and target strings, converted exactly in both directions."""
 
 import pytest
 

@@ -68,7 +68,7 @@ def run(folder: pathlib.Path, *args: str) -> subprocess.CompletedProcess:
 
 
 def fails_with(folder: pathlib.Path, *args: str) -> str:
-    """The message of a run that must fail as a user's mistake does."""
+    """Returns the message of a run that must fail with a user's mistake."""
     result = run(folder, *args)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -252,7 +252,7 @@ def test_macro(folder):
 
 
 def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):
-    """Gin takes a folder `runs/` beside us, where the quickstart writes, for a package."""
+    """Gin takes the quickstart's folder `runs/`, in the working directory, for a package."""
     for folder in ("runs", "experiments", "models"):
         (tmp_path / folder).mkdir()
     result = subprocess.run(

@@ -35,7 +35,7 @@ datasets           | tensorflow torch | inputs writing
 benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache multihost writing
 metrics            |                |
-models             | jax            | decoding losses
+models             | jax            | decoding losses shapes
 model_description  |                | models network pixels writing
 optimizers         | jax            |
 pages              |                | writing

@@ -1,4 +1,4 @@
-"""Inference: with a model that answers from the labels, and once the shipped gin files on two processes."""
+"""Inference with a model that answers from the labels, and once by the shipped gin files on two processes."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ CONFIG = input_pipeline.DatasetConfig(
 
 
 class Answers:
-    """A trainer whose model writes the targets and marks every word. `broken`: the call that fails."""
+    """A trainer whose model writes the targets and marks every word; the call number `broken` fails."""
 
     def __init__(self, broken: int | None = None):
         self.calls = 0
@@ -63,7 +63,7 @@ class Answers:
 
 @pytest.fixture(scope="module")
 def read(synthetic_data_dir):
-    """`evaluation_batches` that reads the same only once."""
+    """Replaces `evaluation_batches` by a function that reads the same data only once."""
     seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
     real, known = input_pipeline.evaluation_batches, {}
 
@@ -112,7 +112,7 @@ def records(*paths: pathlib.Path) -> list[dict]:
 
 @pytest.fixture
 def examples(read) -> list[dict]:
-    """The split's, in its order."""
+    """Returns the split's examples, in its order."""
     return [example for rows, _ in read(CONFIG, seqio.ShardInfo(0, 1)) for example in rows]
 
 
@@ -274,7 +274,7 @@ def bindings(tmp_path) -> dict:
 
 @pytest.fixture
 def one_process(tmp_path, quick_compilation, random_values, bindings, synthetic_data_dir) -> list[dict]:
-    """What a single process writes, by a model of random parameters in MODEL_DIR."""
+    """Predicts in a single process, with random parameters in MODEL_DIR."""
     seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
     given = [f"{name} = {value!r}" for name, value in bindings.items()]
     own_devices = "PjitPartitioner.num_cpu_devices = None"
@@ -289,7 +289,7 @@ def one_process(tmp_path, quick_compilation, random_values, bindings, synthetic_
 
 
 def run_two_processes(flags: list[str]) -> str:
-    """The program as users start it; gives what both wrote."""
+    """Starts the program in two processes as users do; returns the output of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

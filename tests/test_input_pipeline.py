@@ -34,7 +34,7 @@ def take(cfg, count, shard_info=ONE_HOST, **kwargs):
 
 
 def ids(batches):
-    """Something that tells examples apart: the sum of their pixels."""
+    """Returns the sum of an image's pixels, which tells examples apart."""
     return [int(image.astype(np.int64).sum()) for batch in batches for image in batch["image"]]
 
 

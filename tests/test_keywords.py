@@ -1,4 +1,4 @@
-"""Any prompt through the shipped vocabulary and the constrained decoder, whose model here knows nothing."""
+"""Any prompt passes the shipped vocabulary and the constrained decoder, here with random logits."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ PIECES = {"a": [5], "yellow": [6, 7], "cat": [8], "\u200b": [], "_0": [3]}
 
 
 def encode(text):
-    """Of a vocabulary with a piece or two a word and one for the suffix, which drops zero-width spaces."""
+    """Encodes with one or two pieces a word and one for the suffix; drops zero-width spaces."""
     word = text.removesuffix(feedback.MISALIGNED_SUFFIX)
     return PIECES[word] + PIECES["_0"] * (word != text)
 
@@ -95,14 +95,14 @@ WORDS = [
         "</s>",
     ),
 ]
-# What `feedback.labels_from_text`, which sees the text alone, can't tell apart: words that end as if they
-# were marked, and those with spaces of other kinds in them.
+# Words that `feedback.labels_from_text`, which sees only the text, can't read: they end as if they were
+# marked, or have spaces of other kinds in them.
 UNCLEAR = {"x_0", "_0", "_0_0", "a\tb", "\u00a0"}
 SEPARATORS = [" ", " ", " ", ", ", ". ", '"', "!? ", ":", ";", "   "]
 
 
 def random_prompts(rng, count, words):
-    """Each of up to so many words, the longest of just as many; some of separators alone."""
+    """Makes `count` prompts of at most `words` words, the first of exactly as many."""
     sizes = rng.integers(0, words + 1, count)
     sizes[0] = words
     return [
@@ -138,7 +138,7 @@ def decode(rng, texts, vocab, suffix, length):
 
 
 def spelt(text):
-    """As the shipped vocabulary gives it back: tab and U+2581 are spaces, of several one remains."""
+    """Normalises a text as the shipped vocabulary does: tab and U+2581 are spaces, several become one."""
     return " ".join(re.split("[ \t▁]+", text)).strip(" ")
 
 

@@ -1,4 +1,4 @@
-"""A short form of kill_and_resume.py; its several processes are test_multihost's."""
+"""A short form of kill_and_resume.py; test_multihost runs its form with several processes."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The scripts of launch/ with a stand-in for Python, and what linters say of all files there."""
+"""The scripts of launch/ with a stand-in for Python, and linters on all files of launch/."""
 
 import os
 import pathlib
@@ -43,7 +43,7 @@ def venv(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def launch(script: str, venv: pathlib.Path, *args: str, fail: str = "") -> tuple[int, str, list[str]]:
-    """Exit code, stdout and stderr, and the commands it ran."""
+    """Runs a script; returns exit code, stdout and stderr, and the commands that it ran."""
     log = venv.parent / "log"
     log.unlink(missing_ok=True)
     result = subprocess.run(
@@ -159,7 +159,7 @@ def test_mistakes(venv, args, message):
 
 
 def lint(tool: str, *args: str, stdin: str = "") -> str:
-    """What a linter of the test packages has to say."""
+    """Returns the output of a linter of the test packages."""
     command = [str(TOOLS / tool), *args]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False).stdout
 

@@ -1,4 +1,4 @@
-"""launch/local.sh, with a stand-in for Python that does what the process's index is told to do."""
+"""launch/local.sh with a stand-in for Python, whose action depends on the process's index."""
 
 import os
 import pathlib
@@ -46,7 +46,7 @@ def start(tmp_path: pathlib.Path):
 
 
 def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
-    """Exit code, and the lines written, sorted: those of several processes come in any order."""
+    """Returns exit code and output lines, sorted because those of several processes come in any order."""
     output = process.communicate(timeout=60)[0]
     return process.returncode, sorted(line for line in output.splitlines() if not line.startswith("inst"))
 

@@ -1,6 +1,6 @@
 """The launchers for clouds and clusters, with stand-ins for the tools that they call.
 
-What `--dry-run` prints stands in golden/; to update a file, put there what the failing test prints.
+The output of `--dry-run` is in golden/. To update a file, replace it by the output of the failing test.
 """
 
 import os
@@ -56,7 +56,7 @@ TOOLS = ("gcloud", "docker", "xpk", "sky", "sbatch", "srun", "scontrol", "sleep"
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> pathlib.Path:
-    """A clone of the launchers and gin files, all committed."""
+    """Makes a repository with the launchers and gin files, all committed."""
     root = tmp_path_factory.mktemp("my clone")
     for name in ("launch", "gin"):
         shutil.copytree(ROOT / name, root / name)
@@ -74,7 +74,7 @@ def repository(tmp_path_factory) -> pathlib.Path:
 
 
 class Fakes:
-    """The stand-ins on the PATH, and what they were asked."""
+    """Stand-ins on the PATH, and the calls that they got."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -91,7 +91,7 @@ class Fakes:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **kwargs)
 
     def calls(self) -> list[list[str]]:
-        """Name and arguments of each call since the last time."""
+        """Returns name and arguments of each call since the last time."""
         file = self.folder / "calls"
         text = file.read_text() if file.exists() else ""
         file.unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def test_dry_run_prints_the_commands(fakes, repository, name):
 
 
 def executed(fakes: Fakes, shown: str) -> list[list[str]]:
-    """What a shell calls that is given the printed commands."""
+    """Returns the calls of a shell that runs the printed commands."""
     result = fakes.run(["bash", "-euo", "pipefail", "-c", shown], cwd=fakes.folder)
     assert result.returncode == 0, result.stderr
     return fakes.calls()
@@ -145,7 +145,7 @@ def flag(call: list[str], name: str) -> str:
 
 
 def last_command(name: str, call: list[str], fakes: Fakes, repository: pathlib.Path) -> tuple[str, str]:
-    """The command that the tool's last call leads to on a machine that trains, and where it runs."""
+    """Returns the command that the tool's last call starts on a training machine, and its folder."""
     commit = fakes.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=repository).stdout.strip()
     version = f"richhf_jax-{commit}"
     if name == "tpu_vm":
@@ -202,7 +202,7 @@ def test_flags_of_other_names_and_the_users_own_partitioning(fakes, repository):
 
 
 def vm_calls(fakes: Fakes) -> list[str]:
-    """In order, what was done to the VMs."""
+    """Returns the actions on the VMs, in order."""
     verbs = []
     for call in fakes.calls():
         trains = any("restartable.sh" in arg for arg in call)

@@ -17,7 +17,7 @@ CLOSE = {"rel": 1e-9, "abs": 1e-12}
 
 
 def _pysaliency(module: str):
-    """Loads one file of pysaliency: importing the package needs torch, its metrics don't."""
+    """Loads one file of pysaliency, because importing the package needs torch but its metrics don't."""
     [folder] = importlib.util.find_spec("pysaliency").submodule_search_locations
     spec = importlib.util.spec_from_file_location(f"pysaliency_{module}", f"{folder}/{module}.py")
     loaded = importlib.util.module_from_spec(spec)
@@ -26,7 +26,7 @@ def _pysaliency(module: str):
 
 
 def _maps(seed: int, quantised: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A ground truth of a few disks and a noisy prediction of it; quantised to 8 bits there are many ties."""
+    """Makes a ground truth of a few disks and a noisy prediction; quantising to 8 bits makes many ties."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:48, :64]
     target = np.zeros((48, 64), np.float32)
@@ -320,7 +320,7 @@ def test_a_kind_that_only_some_predictions_have_names_the_record():
 
 
 def _scene(misaligned: tuple[bool, ...], artifact: bool) -> Scene:
-    """Objects side by side, each one column of 4 pixels."""
+    """Makes a scene of objects side by side, each one column of 4 pixels."""
     masks = [np.arange(4)[None, :].repeat(4, 0) == i for i in range(len(misaligned))]
     none = np.zeros((4, 4), bool)
     return Scene(

@@ -1,4 +1,4 @@
-"""model.json and vocabulary.model: what is written is read, and what is missing is named."""
+"""model.json and vocabulary.model are read as written, and a missing part is named."""
 
 import dataclasses
 import json

@@ -10,7 +10,7 @@ import pytest
 from richhf_jax import errors, feedback
 from richhf_jax.costs import counter
 
-# Few heads, which are slow to compile.
+# Few heads, because each is slow to compile.
 SLOTS = {"multi_head": (1, 2, 1), "augmented_prompt": (2, 3, 2)}
 LOSS_WEIGHTS = {"heatmap": 3.0, "score": 0.5, "keywords": 2.0}
 LABEL_SMOOTHING, Z_LOSS = 0.1, 0.01
@@ -38,7 +38,7 @@ class Case:
         self.predict = jax.jit(model.predict_batch_with_aux)
 
     def gradients(self, **changed):
-        """Loss, metrics and gradients of the batch, divided by its own weights whatever is changed."""
+        """Returns loss, metrics and gradients of a changed batch, with the unchanged batch's weights."""
         normalizers = self.model.loss_weights(self.batch)
         (loss, metrics), found = self.compiled_gradients(self.params, self.batch | changed, None, normalizers)
         return float(loss), metrics, jax.tree.map(np.asarray, found)
@@ -54,7 +54,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def make(make_model, make_batch, random_values):
-    """Makes a case."""
+    """Makes a `Case`."""
 
     @functools.cache
     def parameters(variant, *bindings):
@@ -106,7 +106,7 @@ def log_softmax(logits):
 
 
 def numpy_losses(outputs, batch):
-    """Each loss as a sum and what it is divided by."""
+    """Computes each loss as a sum and its divisor."""
     heat = batch["heatmap_targets"] / 255
     error = ((np.asarray(outputs["heatmaps"]) - heat) ** 2).mean(axis=(2, 3))
     heatmap = (batch["heatmap_weights"] * error).sum(), batch["heatmap_weights"].sum()
@@ -234,7 +234,7 @@ def test_dropout_only_with_a_seed(make):
 
 
 def as_targets(batch, tokens):
-    """The batch with these texts, int [batch, texts, length], to be scored."""
+    """Returns the batch with these texts, int [batch, texts, length], as targets."""
     return batch | {
         "decoder_input_tokens": np.pad(tokens[..., :-1], ((0, 0), (0, 0), (1, 0))),
         "decoder_target_tokens": tokens,
@@ -308,7 +308,7 @@ def test_every_one_of_several_texts_has_its_own_cache(make, decode_fn, scanned):
 
 
 def keyword_features(rng, case):
-    """For each text two words of a piece or two, and a suffix of one: with EOS at most 7 pieces."""
+    """Makes two words of one or two pieces for each text, and a suffix of one: with EOS at most 7 pieces."""
     shape = case.batch["decoder_target_tokens"].shape
     pieces, words = np.zeros((2, *shape), np.int32)
     for index in np.ndindex(*shape[:2]):

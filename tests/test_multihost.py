@@ -1,4 +1,4 @@
-"""Several processes: what they need to find each other, and that their number and the mesh change nothing."""
+"""Several processes find each other, and neither their number nor the mesh changes the results."""
 
 import json
 import os
@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 @pytest.fixture
 def initialize(monkeypatch):
-    """In place of jax's: lists the calls."""
+    """Replaces jax's functions by ones that list the calls."""
     calls = []
     for name in (
         "SLURM_STEP_NUM_TASKS",
@@ -101,7 +101,7 @@ def test_flags_that_do_not_fit_together(initialize, given, message):
 
 
 def run_python(*args: str, **environment: str) -> subprocess.Popen:
-    """A script, with as many CPU devices as it asks for."""
+    """Starts a script, which sets its own number of CPU devices."""
     kept = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     kept |= {"PYTHONPATH": str(HERE.parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
     return subprocess.Popen(
@@ -116,7 +116,7 @@ def free_port() -> int:
 
 
 def test_a_port_in_use():
-    """Also: the failing process says what it knows, and ends with exit code 1."""
+    """The failing process prints its message, too, and ends with exit code 1."""
     code = """
 import sys
 from richhf_jax import errors, multihost
@@ -141,7 +141,7 @@ except errors.UserError as error:
 
 @pytest.fixture(scope="module")
 def twenty_steps(tmp_path_factory, make_model, make_batch) -> dict[str, np.ndarray]:
-    """The losses of RAHF's 20 steps, by layout."""
+    """Computes the losses of 20 steps of RAHF, for each layout."""
     folder = tmp_path_factory.mktemp("steps")
     # 8 examples a step; the decoder, which takes longest to compile, has nothing to learn.
     batches = make_batch(make_model("augmented_prompt"), 1, 1, 0, batch_size=160)
@@ -163,7 +163,7 @@ def test_twenty_steps_are_the_same_on_every_mesh(twenty_steps, layout):
 
 
 def test_a_lost_process_ends_the_others_and_fewer_continue(tmp_path, synthetic_data_dir):
-    """Two processes, one of which is killed, then one: the same curve as of one alone."""
+    """Two processes, one of which is killed, and then one, give the same curve as one process alone."""
     process = run_python(
         *(str(HERE / "kill_and_resume.py"), f"--data_dir={synthetic_data_dir}", f"--out={tmp_path}"),
         *("--model=mlp", "--elastic", "--processes=2,1", "--steps=30", "--period=5"),

@@ -102,7 +102,7 @@ def test_learning_rates_are_multiplied_by_name():
 
 
 def orthogonalized(matrix, steps=5):
-    """Muon's iteration on a matrix, in float64."""
+    """Computes Muon's iteration on a matrix, in float64."""
     x = matrix / np.linalg.norm(matrix)
     for _ in range(steps):
         gram = x @ x.T

@@ -113,7 +113,7 @@ def test_a_process_takes_the_rows_of_its_devices(monkeypatch):
     np.testing.assert_array_equal(partitioner(num_partitions=2).own_rows(6), range(6))
 
     class OfTwoDevices:
-        """The third and the first quarter of a batch, in the mesh's order."""
+        """Returns the third and the first quarter of a batch, in the mesh's order."""
 
         def addressable_devices_indices_map(self, shape):
             assert shape == (8,)
@@ -125,7 +125,7 @@ def test_a_process_takes_the_rows_of_its_devices(monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What `make_mesh` asks of a device."""
+    """The attributes of a device that `make_mesh` reads."""
 
     id: int
     slice_index: int

@@ -1,4 +1,4 @@
-"""Pictures in the model's square: what training shows, to the pixel, without TensorFlow."""
+"""Pictures in the model's square equal those of training, to the pixel, without TensorFlow."""
 
 import doctest
 

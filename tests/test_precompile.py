@@ -1,4 +1,4 @@
-"""Plans of small models for this machine; topologies, and what doesn't fit, without a compiler for TPUs."""
+"""Plans of small models for this machine; topologies and steps that don't fit, without a TPU compiler."""
 
 import importlib.util
 import json
@@ -143,7 +143,7 @@ def test_plan_of_a_prediction():
     configure()
     made = precompile.plan_step("predict", None)
     assert (made["step"], made["batch_images"], made["bytes_per_chip"]["optimizer"]) == ("predict", 2, 0)
-    assert made["uncounted_loops"] == []  # Decoding goes on until 5 tokens, at most.
+    assert made["uncounted_loops"] == []  # Decoding ends after at most 5 tokens.
     assert 0.5 < made["flops_per_image"] / made["model_flops_per_image"] < 2
 
 
@@ -163,7 +163,7 @@ def test_a_train_step_costs_as_much_in_loops():
 
 
 class Lowered:
-    """Refuses as libtpu does, unless it is told not to."""
+    """A lowered step that libtpu refuses to compile unless an option says otherwise."""
 
     def __init__(self, message):
         self._message = message
@@ -218,7 +218,7 @@ def test_roofline_on_a_known_chip():
 
 @pytest.fixture
 def libtpu(monkeypatch):
-    """As if it were installed: what it is asked for, and a place for its error."""
+    """Pretends that libtpu is installed; holds the arguments of the call, and an error to raise."""
     asked = types.SimpleNamespace(options=None, error=None)
 
     def get_topology_desc(**options):
@@ -264,7 +264,7 @@ def test_libtpu_is_missing(monkeypatch):
 
 @pytest.fixture
 def command_line(tmp_path):
-    """Runs the program's main with flags, on plans that are given."""
+    """Makes a function that runs the program's main with flags, on given plans."""
 
     def run(monkeypatch, fits, **given):
         made = {"fits": fits, "step": "train"}

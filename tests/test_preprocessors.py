@@ -33,7 +33,7 @@ def record(**changes):
 
 
 def run(preprocess, *, seeds=(0,), lengths=None, example=None, **kwargs):
-    """One example of each seed through a task's chain of preprocessors."""
+    """Runs a task's preprocessors once for each seed, and returns the examples."""
     example = example or record()
     dataset = tf.data.Dataset.from_tensors(example).repeat(len(seeds))
     pairs = tf.data.Dataset.from_tensor_slices(np.int64([[0, seed] for seed in seeds]))
@@ -50,7 +50,7 @@ captions = functools.partial(run, preprocessors.captions)
 
 
 def decoded(tokens):
-    """Token rows -> their texts, each of which must be ended by EOS and padded."""
+    """Decodes rows of tokens; each must end with EOS and padding."""
     texts = []
     for row in tokens:
         (end,) = np.flatnonzero(row == VOCABULARY.eos_id)

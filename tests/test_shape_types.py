@@ -1,4 +1,4 @@
-"""Shape types are checked in tests, and only there."""
+"""Shape types are checked in tests, and only in tests."""
 
 import subprocess
 import sys

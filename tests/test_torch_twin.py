@@ -1,4 +1,4 @@
-"""The PyTorch model that the benchmark compares with is our model: same parameters, same outputs."""
+"""The benchmark's PyTorch model equals our model: same parameters, same outputs."""
 
 import re
 
@@ -28,7 +28,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """Our name of a parameter -> the twin's."""
+    """Translates our name of a parameter to the twin's."""
     name = ".".join(path)
     name = re.sub(r"^(heatmap_head|score_head)(_\w+)?\.", lambda m: f"{m[1]}.{(m[2] or '_all')[1:]}.", name)
     name = re.sub(r"\.(conv|deconv)_(\d+)\.", r".blocks.\2.conv.", name)
@@ -41,7 +41,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def torch_value(path: tuple[str, ...], value: np.ndarray) -> torch.Tensor:
-    """Our layout of a parameter -> PyTorch's."""
+    """Transposes a parameter from our layout to PyTorch's."""
     if path[-1] == "kernel" and value.ndim == 2:
         value = value.T
     elif path[-1] == "kernel":
@@ -53,7 +53,7 @@ def torch_value(path: tuple[str, ...], value: np.ndarray) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=list(SLOTS))
 def both(request, make_model, make_batch, random_values):
-    """Our model with parameters, the twin with the same, a batch, and the slots."""
+    """Makes our model with parameters, the twin with the same ones, a batch, and the slots."""
     variant = request.param
     model = make_model(
         variant,
@@ -101,7 +101,7 @@ def test_outputs_and_loss(both, monkeypatch):
     )
     for twins, expected in pairs:
         np.testing.assert_allclose(twins, expected, **TOLERANCE)
-        # They say something: they differ by far more than the tolerance.
+        # The outputs differ from each other by far more than the tolerance.
         assert np.std(expected) > 100 * TOLERANCE["atol"]
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
 
@@ -116,7 +116,7 @@ def test_greedy_decoding(both):
     decoder = network.GreedyDecoder(twin, model.module.t5_config, 4 * slots.texts, torch.float32)
     with torch.no_grad():
         encoded, valid = twin.encode(tensors["image"], tensors["encoder_input_tokens"])
-        for _ in range(2):  # Nothing is left of the first time.
+        for _ in range(2):  # The second time shows that the first left nothing behind.
             decoder.start(encoded[:, -slots.texts :].flatten(0, 1), valid[:, -slots.texts :].flatten(0, 1))
             for _ in range(5):
                 decoder.step()

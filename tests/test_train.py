@@ -1,6 +1,6 @@
 """The quickstart's own gin files end to end: train, stop, resume, evaluate, report; as users run them.
 
-Only sizes and steps are smaller (see SMALL). The fixtures tell one story, which the tests look at.
+Only sizes and steps are smaller (see SMALL). The fixtures do the runs once; the tests check their results.
 """
 
 import collections
@@ -117,7 +117,7 @@ class Program:
         self._process.send_signal(signum)
 
     def finish(self) -> int:
-        """The exit code."""
+        """Waits for the end and returns the exit code."""
         with self._process:
             self.output += self._process.stdout.read().decode()
         return self._process.returncode
@@ -136,7 +136,7 @@ def launch(tmp_path_factory, synthetic_data_dir):
 
 @pytest.fixture(scope="module")
 def pretrained(launch) -> pathlib.Path:
-    """MODEL_DIR of the quickstart's first half."""
+    """Runs the quickstart's first half and returns its MODEL_DIR."""
     program = launch("train", "quickstart_pretrain.gin", "--gin.MODEL_DIR=pretrain", *PRETRAINING)
     assert program.finish() == 0, program.output
     return launch.folder / "pretrain"
@@ -144,7 +144,7 @@ def pretrained(launch) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def finetuned(launch, pretrained) -> dict[str, Program]:
-    """The second half: "whole" in one go; in another MODEL_DIR "stopped" and "resumed"."""
+    """Runs the second half: "whole" in one go; "stopped" and "resumed" in another MODEL_DIR."""
 
     def start(model_dir: str, *flags: str) -> Program:
         where = (f"--gin.MODEL_DIR={model_dir}", f"--gin.INITIAL_CHECKPOINT_PATH={pretrained.name}")
@@ -166,7 +166,7 @@ def finetuned(launch, pretrained) -> dict[str, Program]:
 
 @pytest.fixture(scope="module")
 def evaluated(launch, finetuned) -> pathlib.Path:
-    """Where the evaluation of the resumed run writes."""
+    """Evaluates the resumed run and returns the folder of the results."""
     flags = ("--gin.MODEL_DIR=parts", "--gin.INITIAL_CHECKPOINT_PATH=pretrain", "--gin.EVAL_BATCH_SIZE=6")
     program = launch("eval", "quickstart.gin", *flags)
     assert program.finish() == 0, program.output
@@ -304,7 +304,7 @@ def test_evaluating_what_is_not_there(launch, finetuned):
 
 
 class Stream:
-    """In place of the training data: no arrays."""
+    """Replaces the training data; it has no arrays."""
 
     batch_shapes = None
 
@@ -319,7 +319,7 @@ class Stream:
 
 
 class Counting:
-    """In place of the trainer. The state counts; at step 3 what `broken` names is not finite."""
+    """Replaces the trainer. The state counts steps; at step 3 the metric `broken` is not finite."""
 
     broken: tuple[str, ...] = ()
 
@@ -347,7 +347,7 @@ class Counting:
 
 
 class Points(models.BaseModel):
-    """points @ kernel, centred by batch statistics: inputs of other names than RAHF's, and no text."""
+    """points @ kernel, centred by batch statistics; its inputs have other names than RAHF's, and no text."""
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         kernel = jax.random.normal(rng, (input_shapes["points"][1], 4))
@@ -390,7 +390,7 @@ COUNTED.summary_images = models.BaseModel.summary_images.__get__(COUNTED)
 
 @pytest.fixture
 def small_train(tmp_path, monkeypatch):
-    """Trains a `Counting` in this process, or what else is given."""
+    """Trains a `Counting`, or another given trainer, in this process."""
     monkeypatch.setattr(Counting, "broken", ())
     monkeypatch.setattr(input_pipeline, "TrainStream", Stream)
     monkeypatch.setattr(input_pipeline, "check_vocabulary", lambda cfg, vocab_size: None)
@@ -442,7 +442,9 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, small_
 def test_the_best_checkpoints_are_those_of_the_validation_data(tmp_path, small_train, monkeypatch):
     save = checkpoints.SaveCheckpointConfig(period=1, keep=1, keep_best=1)
     kwargs = {"total_steps": 8, "save": save, "eval_cfg": small_train.cfg}
-    with pytest.raises(errors.UserError, match="checkpoints, 1 steps, must be a multiple .*, 2 steps"):
+    with pytest.raises(
+        errors.UserError, match="CHECKPOINT_PERIOD, 1 steps, .*multiple of EVAL_PERIOD, 2 steps"
+    ):
         small_train(**kwargs, eval_period=2)
     small_train(**kwargs, eval_period=1)
     assert checkpoint_names(tmp_path) == ["checkpoint_4", "checkpoint_8"]
@@ -478,7 +480,7 @@ def test_what_can_not_be_written_is_named(tmp_path, small_train, monkeypatch, fi
 
 
 class PointsStream(Stream):
-    """Batches of 20 points, each of its own."""
+    """Yields batches of 20 points, no two of which are equal."""
 
     batch_shapes = {
         "points": jax.ShapeDtypeStruct((20, 3), np.float32),
@@ -494,7 +496,7 @@ class PointsStream(Stream):
 
 @pytest.fixture
 def train_points(small_train, monkeypatch):
-    """Trains `Points` by the real trainer."""
+    """Trains `Points` with the real trainer."""
     monkeypatch.setattr(input_pipeline, "TrainStream", PointsStream)
     monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: None)
 
@@ -553,7 +555,7 @@ def fetches(monkeypatch):
             if threading.current_thread() is not threading.main_thread() or not outermost[0]:
                 return original(*args, **kwargs)
             counts[name] += 1
-            outermost[0] = False  # What it calls in turn is the same fetch.
+            outermost[0] = False  # Calls within it belong to the same fetch.
             try:
                 return original(*args, **kwargs)
             finally:

@@ -1,6 +1,6 @@
-"""Training steps: the same whatever the microbatches and the mesh.
+"""Training steps are the same with any microbatches and on any mesh.
 
-Most tests train `Affine`, which compiles in no time; two train RAHF.
+Most tests train `Affine`, which compiles quickly; two train RAHF.
 """
 
 import jax
@@ -24,7 +24,7 @@ def _quick(quick_compilation):
 
 
 class Affine(models.BaseModel):
-    """points @ kernel + bias, with a weighted squared error; a metric shows what the seed draws."""
+    """points @ kernel + bias, with a weighted squared error; a metric shows the number drawn by the seed."""
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         kernel = jax.random.normal(rng, (input_shapes["points"][1], 4))
@@ -57,7 +57,7 @@ class Affine(models.BaseModel):
 
 @pytest.fixture
 def batch(rng):
-    """Eight examples; the even ones, which two microbatches have together, weigh next to nothing."""
+    """Makes eight examples; the even ones, the first of two microbatches, have almost no weight."""
     points, targets = rng.normal(size=(8, 3)), rng.normal(size=(8, 4))
     weights = np.array([[0, 5, 0, 1, 0, 2, 0.5, 1]]).T
     values = {"points": points, "targets": targets, "weights": weights}
@@ -278,7 +278,7 @@ def test_mutable_collections_are_laid_out_as_their_axes_say(batch):
 
 @pytest.fixture(scope="module")
 def rahf_model(make_model):
-    """With an epsilon that lets Adam's first step show the gradients, not their signs alone."""
+    """Makes RAHF. With Adam's large epsilon the first step shows more than the gradients' signs."""
     model = make_model("augmented_prompt")
     model.optimizer_def = optax.adam(0.02, eps=0.01)
     return model
@@ -286,7 +286,7 @@ def rahf_model(make_model):
 
 @pytest.fixture(scope="module")
 def rahf_batch(rahf_model, make_batch):
-    """Eight examples; those of the first of two microbatches have no score. Heat is on the left."""
+    """Makes eight examples; the first of two microbatches has no scores. The left half is hot."""
     batch = make_batch(rahf_model, 1, 2, 1, batch_size=8)
     batch["score_weights"][::2] = 0
     assert batch["score_weights"].any()
@@ -296,7 +296,7 @@ def rahf_batch(rahf_model, make_batch):
 
 @pytest.fixture(scope="module")
 def rahf_params(rahf_model, rahf_batch, random_values):
-    """Random parameters, by name."""
+    """Makes random parameters, by name."""
     shapes = {name: value.shape for name, value in rahf_batch.items()}
     variables = jax.eval_shape(lambda: rahf_model.get_initial_variables(jax.random.key(0), shapes))
     params = traverse_util.flatten_dict(random_values(variables["params"]))

@@ -15,7 +15,7 @@ from richhf_jax.costs import chips
 
 
 class Clock:
-    """Tells when the steps complete."""
+    """Returns the times at which the steps complete."""
 
     def __init__(self, *times):
         self._times = iter(times)

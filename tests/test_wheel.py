@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it scores an image with the core's packages alone."""
+"""The wheel has all its files, and scores an image with only the core's packages."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ predict.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, as the build writes beside the sources."""
+    """Builds the wheel from a copy, because the build writes beside the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     names = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -55,7 +55,7 @@ def wheel(tmp_path_factory):
 
 
 def core_distributions() -> list[importlib.metadata.Distribution]:
-    """The packages that the core requires, and those that these require."""
+    """Returns the packages that the core requires, and their requirements."""
     text = (ROOT / "setup.py").read_text()
     core = re.search(r"^CORE = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
     waiting = re.findall(r'^    "(.+)",$', core, re.MULTILINE)

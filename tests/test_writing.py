@@ -18,7 +18,7 @@ def full_disk(*args):
 
 
 def tree(folder: pathlib.Path) -> list[str]:
-    """Everything in a folder, hidden files too."""
+    """Lists everything in a folder, also hidden files."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
@@ -36,7 +36,7 @@ def umask():
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, ...]]:
-    """What is brought to the disk and renamed, by name and in order."""
+    """Lists the files that are synchronised and renamed, in order."""
     found = []
     fsync, replace = os.fsync, os.replace
 
@@ -258,7 +258,7 @@ class TestNewDirectory:
 
 
 class LibraryError(Exception):
-    """As a library raises one."""
+    """A library's own exception."""
 
 
 @pytest.mark.parametrize(

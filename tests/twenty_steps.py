@@ -1,9 +1,9 @@
 """Trains RAHF of the size of small.gin for 20 steps on 4 devices, for test_multihost.
 
     python twenty_steps.py DIR 0 127.0.0.1:PORT     process 0 of 2, with 2 of the devices; or process 1
-    python twenty_steps.py DIR                      one process, with each of LAYOUTS after the other
+    python twenty_steps.py DIR                      one process, with one of LAYOUTS after the other
 
-DIR holds batch.npz, 20 steps' examples; DIR/<layout>.json gets the losses.
+DIR/batch.npz holds the examples of 20 steps; the losses go to DIR/<layout>.json.
 """
 
 import json
@@ -25,11 +25,11 @@ LAYOUTS = {
 
 
 def losses(batches: dict[str, np.ndarray], devices: int, layout: dict) -> list[float]:
-    """Of 20 steps, on this process's part of the batches.
+    """Computes the losses of 20 steps, on this process's part of the batches.
 
     Args:
       batches: name -> [steps * batch, ...].
-      devices: of this process.
+      devices: the devices of this process.
       layout: arguments of the partitioner.
     """
     partitioner = partitioning.PjitPartitioner(num_cpu_devices=devices, **layout)
@@ -57,7 +57,7 @@ def losses(batches: dict[str, np.ndarray], devices: int, layout: dict) -> list[f
 
 
 def main(folder: str, index: str | None = None, address: str | None = None) -> None:
-    """See above."""
+    """Runs the steps of the command line, see the top of this file."""
     tests = str(pathlib.Path(__file__).parent)
     files = ["models/rahf.gin", "small.gin", "variants/augmented_prompt.gin", "losses/default.gin"]
     bindings = [
