@@ -33,8 +33,6 @@ _BLOCK = 1000
 _FOREVER = np.iinfo(np.int64).max
 # Purposes of permutations, so that no two use the same seed.
 _RECORDS, _TASKS = range(2)
-# TensorFlow's public annotations lack it.
-_index_shuffle = tf.random.experimental.index_shuffle
 
 
 @gin.configurable
@@ -312,7 +310,7 @@ def _permute(index: tf.Tensor, count: int, kind: int, seed: int, round_: tf.Tens
     """Returns the place of `index` in a permutation of `count`; each round has its own, without a table."""
     seeds = tf.stack([tf.constant(seed, tf.int64), 2 * round_ + kind])
     last = tf.constant(count - 1, tf.int64)
-    return _index_shuffle(index, seeds, last)
+    return tf.random.experimental.index_shuffle(index, seeds, last)
 
 
 def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]) -> np.ndarray:

@@ -42,8 +42,6 @@ AUGMENT = "augment"
 _SHOWN_PROMPT = "shown_prompt"
 # Folded into the example's seed, so that an example's random draws are all different.
 _HEATMAP_DRAW, _SCORE_DRAW, _CAPTION_DRAW = range(3)
-# TensorFlow's public annotations lack it.
-_experimental_random = tf.random.experimental
 
 
 def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -184,7 +182,7 @@ def draw_kinds(
     labelled = tf.constant([float(kind in kinds) for kind in all_kinds])
     indices = tf.range(len(all_kinds))
     if count < len(all_kinds):
-        shuffled = _experimental_random.stateless_shuffle(indices, seed)
+        shuffled = tf.random.experimental.stateless_shuffle(indices, seed)
         first = tf.argsort(tf.gather(labelled, shuffled), direction="DESCENDING", stable=True)
         indices = tf.gather(shuffled, first)[:count]
     return indices, tf.gather(labelled, indices)
@@ -271,7 +269,7 @@ def rich_feedback(
     score_fields = [feedback.SCORE_FIELDS[kind] for kind in feedback.SCORES]
 
     def convert(example):
-        fold_in = functools.partial(_experimental_random.stateless_fold_in, example[SEED])
+        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[SEED])
         heatmap_kinds, heatmap_weights = draw_kinds(
             feedback.HEATMAPS, kinds, slots.heatmaps, fold_in(_HEATMAP_DRAW)
         )
@@ -315,9 +313,9 @@ def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """
 
     def draw(example):
-        seed = _experimental_random.stateless_fold_in(example[SEED], _CAPTION_DRAW)
+        seed = tf.random.experimental.stateless_fold_in(example[SEED], _CAPTION_DRAW)
         texts = example["captions"]["text"]
-        seed = _experimental_random.stateless_fold_in(seed, 2)  # `captions` uses 0 and 1.
+        seed = tf.random.experimental.stateless_fold_in(seed, 2)  # `captions` uses 0 and 1.
         drawn = tf.random.stateless_uniform([], seed, maxval=tf.size(texts), dtype=tf.int32)
         names = {feedback.FILENAME_FIELD: example["image/filename"], feedback.PROMPT_FIELD: texts[drawn]}
         return example | names
@@ -349,10 +347,10 @@ def captions(
     side = sequence_length["image"]
 
     def convert(example):
-        seed = _experimental_random.stateless_fold_in(example[SEED], _CAPTION_DRAW)
-        draw = tf.random.stateless_uniform([], _experimental_random.stateless_fold_in(seed, 0))
+        seed = tf.random.experimental.stateless_fold_in(example[SEED], _CAPTION_DRAW)
+        draw = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0))
         shown = draw < shown_share
-        words = mask_words(_shown_prompt(example), _experimental_random.stateless_fold_in(seed, 1))
+        words = mask_words(_shown_prompt(example), tf.random.experimental.stateless_fold_in(seed, 1))
         task = tf.constant(feedback.CAPTION_TASK_STRING)
         prompt = tf.where(shown, task + " " + words, task)
         unused = slots.heatmaps + slots.scores if variant == feedback.AUGMENTED_PROMPT else 0
