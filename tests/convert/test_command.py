@@ -250,7 +250,7 @@ def test_what_is_not_recognised(tmp_path):
     (tmp_path / "folder/readme.md").touch()
     messages = {
         "nothing": "nothing: no such file or directory",
-        "weights.h5": r"weights.h5 is a file of 8 bytes that begins with b'\\x89HDF....', none of",
+        "weights.h5": r"weights.h5 is a file of 8 bytes that begins with b'\\x89HDF....', in none of",
         "folder": "folder is a directory with readme.md, in none of the known formats: a checkpoint of T5X; ",
     }
     for place, message in messages.items():
