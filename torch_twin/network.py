@@ -367,8 +367,8 @@ class Rahf(nn.Module):
           prompts: int [batch, prompts, length], 0 = padding.
 
         Returns:
-          [batch, prompts, patches + length, embed], and its mask, bool [batch, prompts, patches + length], False
-          at padding.
+          [batch, prompts, patches + length, embed], and its mask, bool [batch, prompts, patches + length],
+          which is False at padding.
         """
         vision = self.image_projection(self.vit(images))
         text = self.token_embedder(prompts)

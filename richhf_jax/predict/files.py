@@ -46,7 +46,7 @@ _PNG = b"\x89PNG"
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
       position: number of the first record that isn't done, counted over all inputs.
