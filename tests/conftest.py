@@ -25,7 +25,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 
 # Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
 # a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
-CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords", "models")
+CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords", "models", "predict")
 jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
@@ -34,7 +34,7 @@ jaxtyping.install_import_hook(
 
 @pytest.fixture
 def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
-    """Lets a test see what a function itself says of shapes that don't fit."""
+    """Lets a test see the function's own message about types and shapes that don't fit."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

@@ -51,7 +51,7 @@ train_state        | jax            |
 checkpoints        | jax            | train_state writing
 convert            | jax            | checkpoints
 predict            | jax            | checkpoints compilation_cache inputs keywords model_description
-                                      models pages partitioning pixels writing
+                                      models pages partitioning pixels shapes writing
 export             | jax tensorflow | augmentation checkpoints convert keywords model_description predict
                                       preprocessors
 trainer            | jax            | losses models partitioning train_state

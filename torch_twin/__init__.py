@@ -1,1 +1,1 @@
-"""RAHF's network in PyTorch, for `benchmarks.steps --torch` and its test. No part of the wheel."""
+"""RAHF's network in PyTorch, for `benchmarks.steps --torch` and its test. The wheel doesn't contain it."""

@@ -1,12 +1,13 @@
-"""The network of `richhf_jax.network` in PyTorch, to compare with: `benchmarks.steps --torch`.
+"""The network of `richhf_jax.network` in PyTorch, for comparison in `benchmarks.steps --torch`.
 
 Sizes come from our own configurations. Names are those of our parameter tree, and a test loads our parameters
 and gets our outputs. Feature maps are [batch, channels, height, width], attention [batch, heads, length, kv].
-Only what the presets tiny, base and large have is here; `Rahf` names what it can't build.
+The module can build the presets tiny, base and large; `Rahf` names the parts that it can't build.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Attention(nn.Module):
-    """Attention; `scale` multiplies the logits, None is 1 / sqrt(head_dim)."""
+    """Attention. `scale` multiplies the logits; None: 1 / sqrt(head_dim)."""
 
     def __init__(self, width: int, heads: int, head_dim: int, bias: bool, scale: float | None):
         super().__init__()
@@ -34,14 +35,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, width, bias)
 
     def split(self, x: Tensor) -> Tensor:
-        """[batch, length, heads * kv] -> [batch, heads, length, kv]."""
+        """Splits [batch, length, heads * kv] into [batch, heads, length, kv]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.key(x)), self.split(self.value(x))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Queries from `x` [batch, length, embed]; `bias` broadcasts to [batch, heads, length, kv_length]."""
+        """Attends from `x` [batch, length, embed] to keys and values [batch, heads, kv_length, kv].
+
+        `bias` broadcasts to [batch, heads, length, kv_length].
+        """
         query = self.split(self.query(x))
         x = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=self.scale)
         return self.out(x.transpose(1, 2).flatten(2))
@@ -115,7 +119,7 @@ class ViT(nn.Module):
         self.encoder_norm = norm()
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [batch, height, width, 3] -> [batch, patches, embed]."""
+        """Encodes uint8 [batch, height, width, 3] to [batch, patches, embed]."""
         x = (images / 127.5 - 1.0).permute(0, 3, 1, 2)
         for layer in self.stem:
             x = layer(x)
@@ -127,18 +131,20 @@ class ViT(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """T5's relative position biases, of positions that are known beforehand."""
+    """T5's relative position biases, for positions that are known beforehand."""
+
+    buckets: Tensor
 
     def __init__(self, heads: int, positions: np.ndarray, bidirectional: bool):
         super().__init__()
         self.rel_embedding = nn.Parameter(torch.randn(heads, 32) / 32**0.5)
         relative = positions[None, :] - positions[:, None]
         buckets = torch.from_numpy(layers.relative_position_bucket(relative, bidirectional)).long()
-        # A product with one-hot vectors, as ours: a look-up's gradient adds millions of numbers to a few.
+        # A product with one-hot vectors is fast; a look-up's gradient would add millions of numbers to a few.
         self.register_buffer("buckets", F.one_hot(buckets, 32).to(torch.uint8), persistent=False)
 
     def forward(self) -> Tensor:
-        """-> [1, heads, length, length]."""
+        """Returns the biases, [1, heads, length, length]."""
         one_hot = self.buckets.to(self.rel_embedding.dtype).flatten(0, 1).T
         return (self.rel_embedding @ one_hot).unflatten(-1, self.buckets.shape[:2])[None]
 
@@ -156,7 +162,7 @@ def _t5_norm(cfg: t5.T5Config) -> nn.RMSNorm:
 
 
 class Encoder(nn.Module):
-    """T5's encoder, of an image's tokens and a text's."""
+    """T5's encoder, for an image's tokens and a text's."""
 
     def __init__(self, cfg: t5.T5Config, image_tokens: int, text_tokens: int):
         super().__init__()
@@ -169,7 +175,7 @@ class Encoder(nn.Module):
         self.encoder_norm = _t5_norm(cfg)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """[batch, length, embed], bool [batch, length] -> [batch, length, embed]."""
+        """Encodes [batch, length, embed]; `valid`, bool [batch, length], is False at padding."""
         bias = self.relpos_bias()
         bias = bias + mask_to_bias(valid, bias.dtype)
         for layer in self.layers:
@@ -178,7 +184,7 @@ class Encoder(nn.Module):
 
 
 def mask_to_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bool [batch, length] -> [batch, 1, 1, length] to add to attention's logits."""
+    """Converts a mask, bool [batch, length], to a bias of attention's logits, [batch, 1, 1, length]."""
     return torch.where(valid, 0.0, layers.MASKED_LOGIT).to(dtype)[:, None, None]
 
 
@@ -197,12 +203,13 @@ class DecoderLayer(nn.Module):
     def forward(
         self, y: Tensor, bias: Tensor, cross: Sequence[Tensor], cross_bias: Tensor, cache: Callable
     ) -> Tensor:
-        """[batch, length, embed] -> the same shape.
+        """Returns the layer's outputs, [batch, length, embed].
 
         Args:
-          bias, cross_bias: of the two attentions.
-          cross: keys and values of what was encoded.
-          cache: keys and values of `y` -> those to attend to.
+          y: inputs, [batch, length, embed].
+          bias, cross_bias: biases of self-attention and cross-attention.
+          cross: keys and values of the encoder's outputs.
+          cache: maps keys and values of `y` to those that self-attention attends to.
         """
         x = self.pre_self_attention_layer_norm(y)
         y = y + self.self_attention(x, *cache(*self.self_attention.keys_and_values(x)), bias)
@@ -222,16 +229,17 @@ class Decoder(nn.Module):
         self.logits_dense = nn.Linear(cfg.emb_dim, cfg.vocab_size, bias=False)
 
     def bias(self) -> Tensor:
-        """Relative positions and the causal mask: [1, heads, length, length]."""
+        """Returns the bias of relative positions and the causal mask, [1, heads, length, length]."""
         bias = self.relpos_bias()
         return bias + torch.full_like(bias, layers.MASKED_LOGIT).triu(1)
 
     def cross(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, of [batch, encoded length, embed]."""
-        return [layer.encoder_decoder_attention.keys_and_values(encoded) for layer in self.layers]
+        """Returns each layer's keys and values of [batch, encoded length, embed]."""
+        decoder_layers = cast(Iterable[DecoderLayer], self.layers)
+        return [layer.encoder_decoder_attention.keys_and_values(encoded) for layer in decoder_layers]
 
     def forward(self, y: Tensor, encoded: Tensor, valid: Tensor) -> Tensor:
-        """Teacher forcing: embedded inputs [batch, length, embed] -> logits [batch, length, vocab]."""
+        """Returns logits [batch, length, vocab] for embedded inputs [batch, length, embed]."""
         bias = self.bias()
         cross_bias = mask_to_bias(valid, bias.dtype)
         for layer, cross in zip(self.layers, self.cross(encoded), strict=True):
@@ -240,7 +248,7 @@ class Decoder(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps the map's size; an even kernel's extra row and column stand after it."""
+    """A convolution that keeps the map's size. An even kernel pads one row and column more at the end."""
 
     def __init__(self, channels: int, filters: int, side: int):
         super().__init__(channels, filters, side, padding=(side - 1) // 2)
@@ -288,7 +296,7 @@ def _blocks(width: int, epsilon: float, head_layers: Sequence[tuple]) -> nn.Sequ
 
 
 class HeatmapHead(nn.Module):
-    """Feature map -> heatmap [batch, height, width]."""
+    """A head from a feature map to a heatmap [batch, height, width]."""
 
     def __init__(self, cfg: rahf.HeadsConfig, width: int):
         super().__init__()
@@ -302,7 +310,7 @@ class HeatmapHead(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """Feature map -> score [batch]."""
+    """A head from a feature map to a score [batch]."""
 
     def __init__(self, cfg: rahf.HeadsConfig, width: int, patches: int):
         super().__init__()
@@ -322,11 +330,11 @@ class Rahf(nn.Module):
     """The whole network.
 
     Args:
-      module: whose sizes and variant it takes.
-      prompt_length, target_length: tokens, padding included.
+      module: our network; its sizes and variant are copied.
+      prompt_length, target_length: lengths in tokens, padding included.
 
     Raises:
-      errors.UserError: the module has something that isn't built here.
+      errors.UserError: the module has a part that can't be built here.
     """
 
     def __init__(self, module: rahf.Rahf, prompt_length: int, target_length: int):
@@ -352,10 +360,15 @@ class Rahf(nn.Module):
         )
 
     def encode(self, images: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [batch, height, width, 3], int [batch, prompts, length] -> each prompt fused with its image.
+        """Encodes each prompt together with its image.
+
+        Args:
+          images: uint8 [batch, height, width, 3].
+          prompts: int [batch, prompts, length], 0 = padding.
 
         Returns:
-          [batch, prompts, patches + length, embed], and bool [batch, prompts, patches + length]: no padding.
+          [batch, prompts, patches + length, embed], and its mask, bool [batch, prompts, patches + length],
+          which is False at padding.
         """
         vision = self.image_projection(self.vit(images))
         text = self.token_embedder(prompts)
@@ -366,7 +379,7 @@ class Rahf(nn.Module):
         return encoded.unflatten(0, prompts.shape[:2]), valid
 
     def maps(self, encoded: Tensor, slots: feedback.Slots) -> tuple[Tensor, Tensor]:
-        """Encoded prompts -> heatmaps [batch, heatmaps, height, width] and scores [batch, scores]."""
+        """Returns heatmaps [batch, heatmaps, height, width] and scores [batch, scores] of encoded prompts."""
 
         def features(prompts):  # -> [batch * prompts, embed, rows, columns]
             patches = encoded[:, prompts, : self.grid[0] * self.grid[1]]
@@ -381,7 +394,7 @@ class Rahf(nn.Module):
         return heatmaps.unflatten(0, (-1, slots.heatmaps)), scores.unflatten(0, (-1, slots.scores))
 
     def forward(self, batch: Mapping[str, Tensor], slots: feedback.Slots) -> tuple[Tensor, Tensor, Tensor]:
-        """Heatmaps and scores as of `maps`, and teacher-forced logits [batch * texts, length, vocab]."""
+        """Returns the results of `maps`, and teacher-forced logits [batch * texts, length, vocab]."""
         encoded, valid = self.encode(batch["image"], batch["encoder_input_tokens"])
         texts = self.token_embedder(batch["decoder_input_tokens"].flatten(0, 1))
         logits = self.decoder(
@@ -390,7 +403,7 @@ class Rahf(nn.Module):
         return *self.maps(encoded, slots), logits
 
     def loss(self, batch: Mapping[str, Tensor], slots: feedback.Slots) -> Tensor:
-        """`models.RahfModel.loss_fn` where all losses weigh 1 and every heatmap and score has a label."""
+        """Computes `models.RahfModel.loss_fn` with loss weights 1 and a label for every heatmap and score."""
         heatmaps, scores, logits = self(batch, slots)
         return (
             F.mse_loss(heatmaps, batch["heatmap_targets"] / 255.0)
@@ -421,25 +434,36 @@ def _check(module: rahf.Rahf) -> None:
 
 
 class GreedyDecoder(nn.Module):
-    """Writes texts, the most probable token at a time.
+    """Writes texts; each token is the most probable one.
 
-    Its state is in buffers, which `step` changes in place: so CUDA graphs can replay it.
+    Its state is in buffers, which `step` changes in place, so that CUDA graphs can replay it.
     """
 
+    tokens: Tensor
+    position: Tensor
+    cache: Tensor
+    cross: Tensor
+    bias: Tensor
+    cross_bias: Tensor
+
     def __init__(self, network: Rahf, cfg: t5.T5Config, texts: int, dtype: torch.dtype):
-        """Args:
-        texts: how many at once.
-        dtype: of keys and values.
+        """Makes an empty state.
+
+        Args:
+          network: the network that writes.
+          cfg: sizes of its T5.
+          texts: number of texts at once.
+          dtype: type of keys and values.
         """
         super().__init__()
-        # In a list: its parameters are not this module's.
+        # The list keeps the network's parameters out of this module's.
         self.network = [network]
         length, encoded_length = (
             part.relpos_bias.buckets.shape[0] for part in (network.decoder, network.encoder)
         )
         shape = (cfg.num_decoder_layers, 2, texts, cfg.num_heads)
         for name, tensor in {
-            "tokens": torch.zeros(texts, length + 1, dtype=torch.int64),  # The first is no token.
+            "tokens": torch.zeros(texts, length + 1, dtype=torch.int64),  # Column 0 is no token.
             "position": torch.zeros(1, dtype=torch.int64),
             "cache": torch.zeros(*shape, length, cfg.head_dim, dtype=dtype),
             "cross": torch.zeros(*shape, encoded_length, cfg.head_dim, dtype=dtype),
@@ -449,7 +473,7 @@ class GreedyDecoder(nn.Module):
             self.register_buffer(name, tensor)
 
     def start(self, encoded: Tensor, valid: Tensor) -> None:
-        """Takes what the texts are about, [texts, encoded length, embed] and bool [texts, encoded length]."""
+        """Starts texts from encoded prompts, [texts, encoded length, embed], and their mask without embed."""
         (network,) = self.network
         for kept, keys_and_values in zip(self.cross, network.decoder.cross(encoded), strict=True):
             kept.copy_(torch.stack(keys_and_values))

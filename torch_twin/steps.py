@@ -1,9 +1,10 @@
-"""The train and predict step of the PyTorch model, as its users would run them."""
+"""The train step and the predict step of the PyTorch model, as PyTorch's users would run them."""
 
 import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ Batch = Mapping[str, np.ndarray]
 class TorchSteps:
     """The steps on one GPU, or on the CPU where there is none.
 
-    Compiled by `torch.compile`, parameters in float32, autocast to the dtype of the model that it copies,
-    TensorFloat32 where that is float32, convolutions with channels last, fused AdamW, gradients clipped at a
+    The steps use `torch.compile`, parameters in float32, autocast to the dtype of the model that it copies,
+    TensorFloat32 if that is float32, convolutions with channels last, fused AdamW, and gradients clipped at a
     norm of 1. Weights are random.
     """
 
@@ -27,15 +28,16 @@ class TorchSteps:
         torch.manual_seed(0)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TensorFloat32, as jax has it by default.
+            torch.set_float32_matmul_precision("high")  # TensorFloat32, which is jax's default, too.
         self._module = module
         self._dtype = getattr(torch, np.dtype(module.t5_config.dtype).name)
         network = twin.Rahf(module, prompt_length, target_length)
-        self._network = network.to(self._device, memory_format=torch.channels_last)
-        self._run: Callable[[dict[str, torch.Tensor]], None] | None = None
+        # Torch's annotations of `to` lack memory_format.
+        self._network: twin.Rahf = cast(Any, network).to(self._device, memory_format=torch.channels_last)
+        self._run: Callable[[dict[str, torch.Tensor]], object] | None = None
 
     def prepare(self, step: str, batch: Batch) -> None:
-        """Makes `run` a "train" or "predict" step, and forgets the last one with its memory."""
+        """Makes `run` a "train" or "predict" step, and frees the last step's memory."""
         self._run = None
         self._network.zero_grad(set_to_none=True)
         if self._device.type == "cuda":
@@ -45,16 +47,17 @@ class TorchSteps:
         self._run = make(batch, _slots(batch))
 
     def run(self, batch: Batch) -> None:
-        """One step, from the batch in the host's memory until the device is done."""
+        """Takes one step, from the batch in the host's memory until the device is done."""
+        assert self._run is not None, "`prepare` comes first"
         with warnings.catch_warnings():
-            # torch.compile's own, of its lowerings; they say nothing about the result.
+            # torch.compile warns about its lowerings, which doesn't concern the result.
             warnings.simplefilter("ignore")
             self._run({name: torch.from_numpy(value).to(self._device) for name, value in batch.items()})
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
     def peak_bytes(self) -> int | None:
-        """Most memory that tensors had at once since `prepare`; None on a CPU."""
+        """Returns the most bytes that tensors had at once since `prepare`; None on a CPU."""
         return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -89,9 +92,9 @@ class TorchSteps:
             return network.maps(encoded, slots)
 
         outputs = torch.compile(outputs)
-        # A step of decoding is many small kernels: with CUDA graphs they start at once.
-        graphs = {"mode": "reduce-overhead"} if self._device.type == "cuda" else {}
-        decode_step = torch.compile(decoder.step, **graphs)
+        # A step of decoding has many small kernels; CUDA graphs start them together.
+        mode = "reduce-overhead" if self._device.type == "cuda" else None
+        decode_step = torch.compile(decoder.step, mode=mode)
         length = batch["decoder_input_tokens"].shape[-1]
 
         def run(tensors):

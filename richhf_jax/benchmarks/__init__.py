@@ -1,1 +1,1 @@
-"""Benchmarks: what is printed are ratios within one run, as machines and their loads differ."""
+"""Benchmarks. They print ratios within one run, because machines and their loads differ."""

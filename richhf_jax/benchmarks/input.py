@@ -1,14 +1,14 @@
 """Measures the input pipeline against decoding the same images alone.
 
-A data set in RichHF-18K's format is made of procedural scenes (a JPEG and two heatmaps a record, the task
-rich_hf_18k_multi_head). Then two rates are measured in turn, several times in one run:
+It makes a data set of procedural scenes in RichHF-18K's format (a JPEG and two heatmaps a record, for the
+task rich_hf_18k_multi_head). Then it measures two rates in turn, several times in one run:
 
-  decoding   the same bytes, from memory, decoded and thrown away
-  pipeline   input_pipeline.get_dataset as in training: read, checked, decoded, cropped, recoloured, tokenised
-             and batched
+  decoding   decodes the same bytes from memory and throws the pixels away
+  pipeline   runs input_pipeline.get_dataset as in training: reads, checks, decodes, crops, recolours,
+             tokenises and batches
 
-Both use all cores that the process may use (taskset -c 0,1 ... gives it two). The ratio is what to look at:
-machines differ, and their load changes; the rates are the medians of the turns.
+Both use all cores that the process may use (taskset -c 0,1 ... gives it two). Look at the ratio, because
+machines differ and their load changes. The rates are medians of the turns.
 """
 
 import argparse
@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Warnings about GPUs don't matter here.
 
 import seqio
 import tensorflow as tf
@@ -35,19 +36,18 @@ from richhf_jax.benchmarks import noisy_scenes
 from richhf_jax.datasets.rich_hf_18k import builder
 
 TASK = "rich_hf_18k_multi_head"
-# As in gin/experiments/rich_hf_18k.gin.
+# These lengths are those of gin/experiments/rich_hf_18k.gin.
 FEATURE_LENGTHS = {"inputs": 64, "targets": 64, "heatmaps": 2, "scores": 4, "texts": 1}
 TURNS = 5
-# Share of a turn that isn't counted: tf.data is settling how many threads each step has.
+# Share of a turn that isn't counted, in which tf.data chooses the number of threads for each step.
 WARM_UP = 1 / 3
 
 
 def decoding(data_dir: pathlib.Path, batch_size: int) -> tf.data.Dataset:
-    """Endless: the data set's bytes, in memory, are decoded. An element stands for `batch_size` records."""
+    """Decodes the data set's bytes from memory, endlessly. An element stands for `batch_size` records."""
     fields = (feedback.IMAGE_FIELD, *feedback.HEATMAP_FIELDS.values())
-    data = tfds.builder(builder.RichHf18k.name, data_dir=data_dir).as_dataset(
-        split="train", decoders={field: tfds.decode.SkipDecoding() for field in fields}
-    )
+    made: Any = tfds.builder(builder.RichHf18k.name, data_dir=data_dir)
+    data = made.as_dataset(split="train", decoders={field: tfds.decode.SkipDecoding() for field in fields})
     encoded = [tuple(record[field] for field in fields) for record in data.as_numpy_iterator()]
 
     def decode(image, *heatmaps):
@@ -61,7 +61,7 @@ def decoding(data_dir: pathlib.Path, batch_size: int) -> tf.data.Dataset:
 def pipeline(
     data_dir: pathlib.Path, image_size: int, batch_size: int, augment: bool = True
 ) -> tf.data.Dataset:
-    """Endless: the batches of a training."""
+    """Returns the endless batches of a training."""
     seqio.set_tfds_data_dir_override(str(data_dir))
     lengths = {"image": image_size, **FEATURE_LENGTHS}
     cfg = input_pipeline.DatasetConfig(TASK, lengths, "train", batch_size, augment=augment)
@@ -69,9 +69,9 @@ def pipeline(
 
 
 def rates(dataset: tf.data.Dataset, batch_size: int, seconds: float) -> tuple[float, float]:
-    """Records a second, and records a second of processor time, in a turn of this length.
+    """Measures records a second, and records a second of processor time, in a turn of `seconds`.
 
-    After it, nothing goes on in the background.
+    Nothing runs in the background afterwards.
     """
     iterator = iter(dataset)
     end = time.perf_counter() + WARM_UP * seconds
@@ -87,22 +87,23 @@ def rates(dataset: tf.data.Dataset, batch_size: int, seconds: float) -> tuple[fl
 def measure(
     data_dir: pathlib.Path, image_size: int, batch_size: int, seconds: float, augment: bool = True
 ) -> dict[str, float]:
-    """Both rates, in turn.
+    """Measures both rates, in turn.
 
     Args:
-      data_dir: with the data set (`noisy_scenes.write`).
-      image_size: side in pixels.
-      batch_size: records.
-      seconds: of a turn.
+      data_dir: the TFDS folder with the data set (`noisy_scenes.write`).
+      image_size: side of the images, in pixels.
+      batch_size: records in a batch.
+      seconds: length of a turn.
       augment: whether the pipeline augments.
 
     Returns:
-      decoding_per_second, pipeline_per_second: records, medians of the turns
-      decoding_per_cpu_second, pipeline_per_cpu_second: records a second of processor time, likewise
-      ratio, cpu_ratio: the pipeline's rate over decoding's. Other programs change the first one more.
-      ratio_min, ratio_max: of neighbouring turns
-      memory_growth_bytes: the process's peak over what it had before
-      cores, seconds
+      decoding_per_second, pipeline_per_second: records a second, medians of the turns
+      decoding_per_cpu_second, pipeline_per_cpu_second: records a second of processor time, medians, too
+      ratio, cpu_ratio: the pipeline's rate over decoding's; other programs change `ratio` more
+      ratio_min, ratio_max: extremes of the ratios of neighbouring turns
+      memory_growth_bytes: the process's peak memory less its memory before
+      cores: number of cores that the process may use
+      seconds: duration of the measurement
     """
     start, before = time.perf_counter(), _resident_bytes()
     datasets = {
@@ -137,7 +138,7 @@ def _resident_bytes() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.benchmarks.input",
         description=__doc__,
@@ -147,16 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--image_size", type=int, default=512, help="side in pixels, 64 to 512 (default 512)")
     parser.add_argument("--batch_size", type=int, default=32, help="records a batch (default 32)")
     parser.add_argument(
-        "--seconds", type=float, default=6.0, help=f"of each of the {TURNS} turns (default 6)"
+        "--seconds", type=float, default=6.0, help=f"length of each of the {TURNS} turns (default 6)"
     )
-    parser.add_argument("--no_augmentation", action="store_true", help="to see what augmentation costs")
     parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="where to write the figures as well"
+        "--no_augmentation", action="store_true", help="switch augmentation off, to see its cost"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file"
     )
     parser.add_argument(
         "--data_dir",
         type=pathlib.Path,
-        help="where the data set is kept, and found again; default: a temporary folder",
+        help="keep the data set in this folder, and use it again; default: a temporary folder",
     )
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():

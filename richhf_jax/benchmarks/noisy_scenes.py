@@ -1,4 +1,4 @@
-"""A data set in RichHF-18K's format, of procedural scenes that cost as much to decode as photographs."""
+"""Writes a data set in RichHF-18K's format, of procedural scenes that decode as slowly as photographs."""
 
 import io
 import pathlib
@@ -11,14 +11,14 @@ from richhf_jax.datasets import records, rendering_pool, scenes
 from richhf_jax.datasets.rich_hf_18k import builder
 
 JPEG_QUALITY = 95
-# Noise in grey levels: a JPEG then has as many bits a pixel as a photograph's, 4 (130 KB at 512 px).
+# Noise, in grey levels. With it, a JPEG has 4 bits a pixel, like a photograph's (130 KB at 512 px).
 GRAIN = 8.0
 
 
 class _NoisyScenes(builder.RichHf18k, skip_registration=True):
-    """Rated scenes in place of what was joined."""
+    """RichHF-18K's data set, with rated scenes in place of real images."""
 
-    name = builder.RichHf18k.name  # The tasks' data.
+    name = builder.RichHf18k.name  # The name of the tasks' data set.
 
     def __init__(self, image_size: int, examples: int, **kwargs):
         self._scene = scenes.SceneConfig(image_size=image_size, grain=GRAIN)
@@ -36,7 +36,7 @@ class _NoisyScenes(builder.RichHf18k, skip_registration=True):
 
 
 def write(data_dir: pathlib.Path, image_size: int, examples: int) -> None:
-    """Writes the data set into a TFDS folder, unless one is there: one split, 'train'."""
+    """Writes the data set, with one split 'train', into a TFDS folder, unless it is there."""
     data = _NoisyScenes(image_size, examples, data_dir=data_dir)
     if not data.is_prepared():
         data.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))

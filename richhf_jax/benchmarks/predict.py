@@ -1,10 +1,10 @@
 """Measures prediction on this machine: the command against the bare call, batches against single images.
 
-Of models with random parameters at 64 px, the tiny one and one of base's widths. In turn, on equal images:
+The models have random parameters at 64 px: the tiny one, and one of base's widths. In turn, on equal images:
 
-    bare            the compiled call on batches that lie ready in the host's memory, until the last is done
-    png, npz, none  what `richhf_jax.predict` does after compilation: reads PNG files and prompts, computes,
-                    and writes predictions.jsonl and heatmaps in this format
+    bare            the compiled call on batches in the host's memory, until the last is done
+    png, npz, none  the work of `richhf_jax.predict` after compilation: it reads PNG files and prompts,
+                    computes, and writes predictions.jsonl and heatmaps in this format
     batched         `RahfPredictor` called with all images
     one by one      `RahfPredictor` called with one image after the other
 
@@ -46,11 +46,11 @@ class Case:
         """Makes the model, compiles it for batches and for single images, and writes the images.
 
         Args:
-          preset: a gin file of gin/models/.
-          bindings: gin's, on top.
-          batch_size: of a batch.
-          images: how many.
-          folder: a new one, for all files.
+          preset: a gin file in gin/models/.
+          bindings: gin bindings, applied after the file.
+          batch_size: images in a batch.
+          images: number of images.
+          folder: a new folder for all files.
         """
         gin.clear_config()
         gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, [preset], bindings)
@@ -75,13 +75,13 @@ class Case:
         self.one_by_one(1)
 
     def bare(self) -> float:
-        """Images a second."""
+        """Measures the bare call, in images a second."""
         begin = time.perf_counter()
         jax.block_until_ready([self.predictor.run(features) for features in self._batches])
         return len(self.pairs) / (time.perf_counter() - begin)
 
     def command(self, heatmaps: str) -> float:
-        """Images a second, with heatmaps in a format of `prediction_files`."""
+        """Measures the command, in images a second; `heatmaps` is one of `HEATMAP_FORMATS`."""
         out = self._folder / f"out{next(self._numbers)}"
         with PredictionFiles(str(out), {"checkpoint": "random"}, 0, heatmaps) as files:
             begin = time.perf_counter()
@@ -93,13 +93,13 @@ class Case:
             return len(self.pairs) / (time.perf_counter() - begin)
 
     def batched(self) -> float:
-        """Images a second."""
+        """Measures one call with all images, in images a second."""
         begin = time.perf_counter()
         self.predictor(*map(list, zip(*self.pairs, strict=True)))
         return len(self.pairs) / (time.perf_counter() - begin)
 
     def one_by_one(self, count: int) -> float:
-        """Images a second, of the first `count`."""
+        """Measures a call for each of the first `count` images, in images a second."""
         begin = time.perf_counter()
         for pair in self.pairs[:count]:
             self.predictor(*pair)
@@ -107,7 +107,7 @@ class Case:
 
 
 def _random(rng: np.random.Generator) -> Callable[[Any], np.ndarray]:
-    """A leaf's shape -> values of standard deviation 1 / sqrt(fan-in)."""
+    """Returns a function that fills a leaf's shape with values of standard deviation 1 / sqrt(fan-in)."""
 
     def value(leaf):
         deviation = max(np.prod(leaf.shape[:-1]), 1) ** -0.5
@@ -117,7 +117,7 @@ def _random(rng: np.random.Generator) -> Callable[[Any], np.ndarray]:
 
 
 def _write_images(folder: pathlib.Path, count: int, side: int) -> None:
-    """Pictures of blocks and noise, a prompt of 4 to 12 words beside each."""
+    """Writes pictures of blocks and noise, with a prompt of 4 to 12 words beside each."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for number in range(count):
@@ -146,7 +146,7 @@ CASES = {
 
 
 def measure(name: str, batch_size: int, turns: int) -> dict[str, float]:
-    """Medians over the turns, images a second and ratios."""
+    """Measures a case; returns medians over the turns, in images a second, and ratios."""
     preset, bindings, images, single = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         case = Case(preset, bindings, batch_size, images, pathlib.Path(folder))
@@ -159,16 +159,20 @@ def measure(name: str, batch_size: int, turns: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.benchmarks.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="default %(default)s")
-    parser.add_argument("--turns", type=int, default=5, metavar="N", help="default %(default)s")
-    parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated; default all")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also writes the figures to FILE")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="images in a batch; default %(default)s"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=5, metavar="N", help="number of turns; default %(default)s"
+    )
+    parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated; default: all")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args(arguments)
     try:
         figures = {name: measure(name, options.batch_size, options.turns) for name in options.case or CASES}

@@ -1,19 +1,19 @@
 """Measures the model's train step and predict step on this machine's devices.
 
-A step is taken with random images and tokens from the host's memory, of the preset's image size, until the
+A step takes random images and tokens, of the preset's image size, from the host's memory; it ends when the
 devices are done. Training: AdamW with its state in float32; the augmented prompt has 4 prompts an image (1
-heatmap, 2 scores, 1 text). Prediction: all seven outputs, the text decoded greedily to its full length; the
-augmented prompt has 7 prompts an image. What is computed in bfloat16 is the preset's choice.
+heatmap, 2 scores, 1 text). Prediction: all seven outputs; the text is decoded greedily to its full length;
+the augmented prompt has 7 prompts an image. The preset chooses what is computed in bfloat16.
 
 With --torch the same model in PyTorch (torch.compile, autocast, fused AdamW) takes its steps in turn with
 ours, on one device. Look at the ratio: both ran in the same minutes.
 
-Model FLOPs are those of one forward pass with teacher forcing, three times as many for training;
-recomputation doesn't count. Utilisation is their share of what the data sheets of the devices promise for
-bfloat16. Peak memory of ours is what XLA reserves on a device for the program with its arguments, that of
-PyTorch what its tensors had at once.
+Model FLOPs are those of one forward pass with teacher forcing, and three times as many for training;
+recomputation doesn't count. Utilisation is the ratio between them and the devices' peak bfloat16 FLOPs by
+their data sheets. For our steps, peak memory is what XLA reserves on a device for the program with its
+arguments; for PyTorch's, it is the most memory that tensors had at once.
 
-Other settings of the model by gin: --gin.REMAT_POLICY=minimal, --gin.SCAN_LAYERS=True, ...
+gin changes other settings of the model: --gin.REMAT_POLICY=minimal, --gin.SCAN_LAYERS=True, ...
 """
 
 import argparse
@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 # By default jax takes most of a GPU's memory at its start; PyTorch needs some, too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -42,19 +42,19 @@ from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import chips, counter
 from richhf_jax.network import rahf
 
-# Tokens of a prompt and of a text, as in gin/sizes/base.gin.
+# Lengths in tokens of a prompt and of a text, as in gin/sizes/base.gin.
 PROMPT_LENGTH = TARGET_LENGTH = 64
-# A training example of the augmented prompt; as in gin/variants/augmented_prompt.gin.
+# Slots of a training example, as in gin/variants/.
 TRAIN_SLOTS = {feedback.MULTI_HEAD: feedback.ALL_SLOTS, feedback.AUGMENTED_PROMPT: feedback.Slots(1, 2, 1)}
 STEPS = ("train", "predict")
-# Steps that one takes before it is the other's turn; the first of a turn isn't counted.
+# Timed steps in a turn of a contender. One more step, which isn't counted, begins the turn.
 TURN = 5
 
 Batch = Mapping[str, np.ndarray]
 
 
 def make_model(preset: str, variant: str, bindings: Sequence[str] = ()) -> models.RahfModel:
-    """The model of a gin file, with losses that weigh 1 and texts that never end before their full length.
+    """Makes the model of a gin file, with loss weights 1 and texts that never end before their full length.
 
     Raises:
       errors.UserError: see `gin_utils.parse_gin_flags`.
@@ -67,7 +67,7 @@ def make_model(preset: str, variant: str, bindings: Sequence[str] = ()) -> model
 
 
 def random_batch(module: rahf.Rahf, slots: feedback.Slots, batch_size: int) -> Batch:
-    """A batch as of the feature converter: no padding, a label in every slot."""
+    """Makes a batch like the feature converter's, without padding and with a label in every slot."""
     rng = np.random.default_rng(0)
     height, width = (side * module.vit_config.patch_size for side in module.vit_config.grid)
 
@@ -92,7 +92,7 @@ def random_batch(module: rahf.Rahf, slots: feedback.Slots, batch_size: int) -> B
 
 
 def _random_params(shapes: Any) -> dict[tuple[str, ...], jax.Array]:
-    """Parameters by name, of standard deviation 1 / sqrt(fan-in); biases and scales are 1."""
+    """Makes parameters by name, with standard deviation 1 / sqrt(fan-in); biases and scales are 1."""
     rng = np.random.default_rng(0)
 
     def value(leaf):
@@ -109,20 +109,22 @@ class OurSteps:
     """Our steps, as the trainer compiles them.
 
     Attributes:
-      devices: that share a batch.
-      flops_per_image: the model's, of the step prepared last.
+      devices: the devices that share a batch.
+      flops_per_image: the model's FLOPs an image, in the step prepared last.
     """
 
-    def __init__(self, model: models.RahfModel, devices: Sequence[jax.Device]):
+    def __init__(self, model: models.RahfModel, devices: Sequence[partitioning.Device]):
         self._model = model
         self._partitioner = partitioning.PjitPartitioner(devices=devices)
-        self._state = None
-        self._step = self._compiled = None
+        # Set by `prepare`.
+        self._state: Any = None
+        self._compiled: Any = None
+        self._step = ""
         self.devices = devices
         self.flops_per_image = 0.0
 
     def prepare(self, step: str, batch: Batch) -> None:
-        """Compiles what `run` runs, "train" or "predict", and counts the model's FLOPs.
+        """Compiles the step for `run`, "train" or "predict", and counts the model's FLOPs.
 
         Raises:
           errors.UserError: the batch doesn't split over the devices.
@@ -132,15 +134,15 @@ class OurSteps:
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
         trainer = trainer_lib.Trainer(self._model, self._partitioner, shapes)
         if self._state is None:
-            # Not the network's own initialisers: they take minutes to compile on a CPU.
+            # The network's own initialisers would take minutes to compile on a CPU.
             self._state = trainer.init_state(_random_params(trainer.abstract_state.params))
         self._step, self._compiled = step, trainer.lower(step).compile()
         flops = counter.model_flops(trainer.lower("eval"), training=step == "train")
         self.flops_per_image = flops / batch_size
 
     def run(self, batch: Batch) -> None:
-        """One step, from the batch in the host's memory until the devices are done."""
-        arrays = self._partitioner.shard_batch(batch)
+        """Takes one step, from the batch in the host's memory until the devices are done."""
+        arrays = self._partitioner.shard_batch(dict(batch))
         if self._step == "train":
             self._state, metrics = self._compiled(self._state, arrays)
             jax.block_until_ready((self._state, metrics))
@@ -148,7 +150,7 @@ class OurSteps:
             jax.block_until_ready(self._compiled(trainer_lib.InferenceState.of(self._state), arrays))
 
     def peak_bytes(self) -> int:
-        """What the program takes on a device: arguments, results and temporaries."""
+        """Returns the program's memory on a device: arguments, results and temporaries."""
         memory = self._compiled.memory_analysis()
         # A donated argument and its result are the same bytes.
         return (
@@ -160,7 +162,7 @@ class OurSteps:
 
 
 def measure(contenders: Mapping[str, Any], batch: Batch, count: int, label: str) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each contender, in turns of `TURN`."""
+    """Measures the seconds of `count` steps of each contender, in turns of `TURN`."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for done in tqdm.trange(0, count, TURN, desc=label, disable=not sys.stderr.isatty()):
         for name, contender in contenders.items():
@@ -175,18 +177,18 @@ def measure(contenders: Mapping[str, Any], batch: Batch, count: int, label: str)
 def figures(
     seconds: Mapping[str, list[float]], contenders: Mapping[str, Any], batch_size: int, flops: float
 ) -> dict[str, Any]:
-    """What was measured of one step.
+    """Computes the figures of one step.
 
     Args:
-      seconds: of each contender's steps.
-      contenders: by the same names, "jax" and perhaps "torch".
+      seconds: contender's name -> seconds of its steps.
+      contenders: "jax" and perhaps "torch" -> the contender.
       batch_size: images a step.
-      flops: the model's, an image.
+      flops: the model's FLOPs an image.
 
     Returns:
-      "batch_size", "model_flops_per_image"; for each contender "images_per_second" by the median step, the
-      "step_seconds", "peak_bytes" and "mfu", None where it isn't known; and with both the "ratio" of images a
-      second, jax / torch.
+      "batch_size", "model_flops_per_image"; for each contender "images_per_second" by the median step,
+      "step_seconds", "peak_bytes" and "mfu" (model FLOPs utilisation), None if unknown; and with both
+      contenders the "ratio" of images a second, jax / torch.
     """
     devices = contenders["jax"].devices
     chip = chips.spec(devices[0].device_kind)
@@ -208,13 +210,13 @@ def figures(
 def measure_variant(
     model: models.RahfModel, batch_size: int, count: int, with_torch: bool
 ) -> list[dict[str, Any]]:
-    """The figures of both steps.
+    """Measures both steps of a model and returns their figures.
 
     Raises:
-      errors.UserError: the batch doesn't fit the devices or their memory; there is no PyTorch, or it has no
-        such model.
+      errors.UserError: the batch doesn't fit the devices or their memory; PyTorch is missing; or the twin
+        can't build the model.
     """
-    module = model.module
+    module = cast(rahf.Rahf, model.module)
     ours = OurSteps(model, jax.local_devices()[:1] if with_torch else jax.local_devices())
     contenders = {"jax": ours}
     if with_torch:
@@ -252,7 +254,7 @@ def _torch_steps(module: rahf.Rahf) -> Any:
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """A line a contender."""
+    """Formats the figures of a step, one line for each contender."""
     lines = [
         f"{row['variant']} {row['step']}, batches of {row['batch_size']}, prompts an image:"
         f" {row['prompts_per_image']}, model TFLOP an image: {row['model_flops_per_image'] / 1e12:.3g}"
@@ -285,10 +287,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--variant", choices=[*TRAIN_SLOTS, "both"], default="both")
     parser.add_argument("--batch_size", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--steps", type=int, default=20, help="timed of each kind (default 20)")
-    parser.add_argument("--torch", action="store_true", help="PyTorch as well; with it on one device")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (default 20)")
+    parser.add_argument("--torch", action="store_true", help="measure PyTorch, too; both then use one device")
     parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="where to write the figures as well"
+        "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file"
     )
     parser.add_argument(
         "--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="or --gin.NAME=VALUE"
@@ -297,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command."""
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -315,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except errors.UserError as error:
         sys.exit(f"richhf_jax.benchmarks.steps: {error}")
     if options.json:
-        content = {**_setting(options, model.module), "steps": rows}
+        content = {**_setting(options, cast(rahf.Rahf, model.module)), "steps": rows}
         writing.write(options.json, json.dumps(content, indent=2) + "\n")
 
 

@@ -2,15 +2,15 @@ r"""Converts weights that others published to a checkpoint of ours, and back.
 
     python -m richhf_jax.convert --from=t5-v1_1-base --from=B_16.npz --to=pretrained
 
-What is understood: checkpoints of T5X; directories of Hugging Face's T5, mT5 and ViT; .npz of the
-vision_transformer and big_vision line; rahf_model.pt, the PyTorch release of RAHF's authors; and our own
-checkpoints and .safetensors. The model is that of the gin files; models/rahf_base.gin where none is given, or
-models/rahf_pytorch_release.gin for that release.
+It reads checkpoints of T5X; directories of Hugging Face's T5, mT5 and ViT; .npz of the vision_transformer and
+big_vision line; rahf_model.pt, the PyTorch release of RAHF's authors; and our own checkpoints and
+.safetensors. The gin files say what the model is. Without any it is models/rahf_base.gin, or for that release
+models/rahf_pytorch_release.gin.
 
 Prints what becomes of every array: it is loaded; or resampled to the model's grid of positions; or
-initialised: no source has it, and it stays fresh in a training; or unused: the model has no place for it. A
+initialised (no source has it, so training starts it fresh); or unused (the model has no place for it). A
 shape that does not fit is an error. The result goes to the new directory --to: `checkpoint_0`, for
-INITIAL_CHECKPOINT_PATH; the printed table as conversion.txt; the model's configuration as config.gin; for
+INITIAL_CHECKPOINT_PATH; the printed table as conversion.txt; the model's configuration as config.gin; and for
 predictions model.json and vocabulary.model.
 """
 
@@ -30,20 +30,27 @@ from richhf_jax.convert.source import ConvertError, Source
 from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
 
 _FROM = flags.DEFINE_multi_string(
-    "from", [], "A file or directory of weights; give the flag again for more, say one with T5, one with ViT."
+    "from",
+    [],
+    "A file or directory of weights. Give the flag again for more: one with T5 and one with ViT, say.",
 )
 _TO = flags.DEFINE_string("to", None, "A new directory for the result.")
 _FORMAT = flags.DEFINE_enum(
     "format",
     "orbax",
     ["orbax", "safetensors", "huggingface"],
-    "What to write: a checkpoint of ours, one file of our names, or t5/ and vit/ for transformers.",
+    "The result's form: our checkpoint, one file with our names, or t5/ and vit/ for transformers.",
 )
 _TEXT_LENGTH = flags.DEFINE_integer(
-    "text_length", 64, "For predictions: tokens of a prompt, and of the decoder's text.", lower_bound=2
+    "text_length",
+    64,
+    "For predictions: length in tokens of a prompt, and of the decoder's text.",
+    lower_bound=2,
 )
 _ALLOW_MISMATCHED_SHAPES = flags.DEFINE_bool(
-    "allow_mismatched_shapes", False, "Take a parameter whose shape does not fit as initialised."
+    "allow_mismatched_shapes",
+    False,
+    "Leave out a parameter whose shape does not fit; training starts it fresh.",
 )
 
 
@@ -51,9 +58,9 @@ class Format(NamedTuple):
     """A format that we read.
 
     Attributes:
-      name: for messages.
-      recognises: path -> whether it looks like this. Asked in the order of `FORMATS`.
-      open: path -> the opened weights.
+      name: the format's name in messages.
+      recognises: tells whether a path looks like this format; called in the order of `FORMATS`.
+      open: opens the weights at a path.
     """
 
     name: str
@@ -80,10 +87,10 @@ _WRITERS = {
 
 
 def find_format(path: str) -> Format:
-    """Recognises what is at a path.
+    """Recognises the format of the weights at a path.
 
     Raises:
-      ConvertError: there is nothing, or nothing that we know.
+      ConvertError: there is no such path, or it has an unknown format.
     """
     place = pathlib.Path(path)
     if not place.exists():
@@ -98,18 +105,18 @@ def find_format(path: str) -> Format:
         with place.open("rb") as file:
             what = f"a file of {place.stat().st_size} bytes that begins with {file.read(8)!r}"
     known = "; ".join(candidate.name for candidate in FORMATS)
-    raise ConvertError(f"--from={path} is {what}, none of what is understood: {known}")
+    raise ConvertError(f"--from={path} is {what}, in none of the known formats: {known}")
 
 
 def default_gin_file(paths: Sequence[str]) -> str:
-    """The model that is meant where the user names none."""
+    """Returns the gin file of the model for weights whose user names no model."""
     if [find_format(path) for path in paths] == [RELEASE]:
         return "models/rahf_pytorch_release.gin"
     return "models/rahf_base.gin"
 
 
 def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape and dtype of every parameter, at the image size that the ViT's position table is for."""
+    """Returns name -> shape and dtype of each parameter, at the image size of the ViT's position table."""
     vit_config = model.module.vit_config
     height, width = (side * vit_config.patch_size for side in vit_config.grid)
     shapes = {
@@ -124,7 +131,7 @@ def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of scanned layers, those of the single ones."""
+    """Replaces the shapes of scanned layers by those of the single layers."""
     single = {}
     for name, leaf in shapes.items():
         names = layers.layer_names(name, leaf.shape[0] if leaf.shape else 0)
@@ -135,14 +142,14 @@ def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 def describe(
     model: Any, paths: Sequence[str], text_length: int, vocabulary: str | None, unstacked: bool
 ) -> ModelDescription:
-    """What a prediction needs to know beside the parameters.
+    """Describes the model for predictions.
 
     Args:
       model: a `models.RahfModel`.
       paths: where the parameters came from.
-      text_length: tokens of a prompt and of the decoder's text.
-      vocabulary: a SentencePiece model's path; only a local one is read. None: the small one of `tasks/`.
-      unstacked: whether the parameters are written as of single layers, whatever the model says.
+      text_length: length in tokens of a prompt, and of the decoder's text.
+      vocabulary: path of a SentencePiece model; only a local one is read. None: the small one of `tasks/`.
+      unstacked: whether the parameters are written as single layers, even if the model scans its layers.
     """
     side = model.module.vit_config.grid[0] * model.module.vit_config.patch_size
     place = _small_vocabulary() if vocabulary is None else pathlib.Path(vocabulary)
@@ -179,21 +186,21 @@ def convert(
     allow_mismatched_shapes: bool = False,
     description: ModelDescription | None = None,
 ) -> str:
-    """Converts, writes, and prints the table.
+    """Converts weights, writes the result, and prints the table.
 
     Args:
-      model: what the weights are for, a `models.RahfModel`.
-      paths: what to read; each in one of `FORMATS`.
-      to: a directory that is not there yet, or empty.
+      model: the model for the weights, a `models.RahfModel`.
+      paths: the weights to read, each in one of `FORMATS`.
+      to: a directory that doesn't exist yet, or is empty.
       output: "orbax", "safetensors" or "huggingface".
       allow_mismatched_shapes: see the flag.
-      description: to be written beside the parameters.
+      description: the description to write beside the parameters; None: none.
 
     Returns:
-      What was printed.
+      The printed table.
 
     Raises:
-      ConvertError: see the functions that this calls. Nothing is written then.
+      ConvertError: the weights can't be read or don't fit the model; nothing is written.
       errors.UserError: `to` isn't new, or can't be written.
     """
     writing.check_is_new(to, "--to")
@@ -222,11 +229,11 @@ def convert(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     paths, to = _FROM.value, _TO.value
     if not paths or not to:
         raise ConvertError("give what to read, --from=PATH, and a new directory for the result, --to=DIR")
-    jax.config.update("jax_platforms", "cpu")  # Nothing is computed: leave an accelerator to others.
+    jax.config.update("jax_platforms", "cpu")  # Nothing is computed, so an accelerator stays free.
     gin_files = gin_utils.configure([default_gin_file(paths)])
     print(f"model: {' '.join(gin_files)}")
     model = gin_utils.macro("MODEL")

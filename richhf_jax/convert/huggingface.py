@@ -1,8 +1,8 @@
-"""Hugging Face's T5 (1.0 and 1.1) and ViT: directories of `config.json` and weights, and their names.
+"""Reads Hugging Face's T5 (1.0 and 1.1) and ViT: directories of `config.json` and weights, and their names.
 
-What a torch linear layer keeps as [out, in] is [in, out] here, and a convolution's [out, in, height, width]
-is [height, width, in, out]. ViT's class token and the position it stands at are two parameters there and
-their sum here: only the sum has an effect.
+In torch, a linear layer's kernel is [out, in] and a convolution's [out, in, height, width]; here they are
+[in, out] and [height, width, in, out]. There, ViT's class token and its position are two parameters. Here
+they are one, their sum, because only the sum has an effect.
 """
 
 import functools
@@ -22,7 +22,7 @@ from richhf_jax.convert.source import ConvertError, Source, Tensor
 APPROXIMATE_GELU = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}
 # `feed_forward_proj` -> T5Config.mlp_activations. The gated "gelu" is the tanh approximation, as is flax's.
 ACTIVATIONS = {"relu": ("relu",), "gated-gelu": ("gelu", "linear"), "gated-silu": ("silu", "linear")}
-# What our T5 takes for granted, and what Hugging Face takes where the configuration is silent.
+# Fixed settings of our T5. They are also Hugging Face's defaults.
 T5_FIXED = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
@@ -30,9 +30,9 @@ T5_FIXED = {
 }
 T5_TYPES = ("t5", "mt5")
 POSITIONS, CLASS_TOKEN = "embeddings.position_embeddings", "embeddings.cls_token"
-# The token table under its other names. Where several are there, they are one table.
+# Names of the token table. Where a file has several of them, they are one table.
 _SHARED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# Ours -> theirs: as all releases of transformers save them, and as version 5 has them in memory.
+# Our names -> theirs: first as all releases of transformers save them, then as version 5 has them in memory.
 _VIT_LAYERS = ("encoder.layer", "layers")
 _VIT_LAYER = {
     "pre_attention_layer_norm": ("layernorm_before", "layernorm_before"),
@@ -47,7 +47,7 @@ _VIT_LAYER = {
 
 
 def is_huggingface(path: str) -> bool:
-    """Whether a directory is of transformers: it holds a config.json."""
+    """Tells whether a directory was written by transformers: it holds a config.json."""
     return (pathlib.Path(path) / "config.json").is_file()
 
 
@@ -55,7 +55,8 @@ def open_huggingface(path: str) -> Source:
     """Opens a directory that transformers' `save_pretrained` wrote, or that was downloaded from its hub.
 
     Raises:
-      ConvertError: it is not of T5 or ViT; the weights are absent, damaged or not those of the configuration.
+      ConvertError: the model is neither T5 nor ViT; or its weights are missing, damaged, or don't fit its
+        configuration.
     """
     directory = pathlib.Path(path)
     config = read_json(directory / "config.json")
@@ -80,7 +81,7 @@ def _open_t5(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
         raise ConvertError(
             f"{path}/config.json: feed_forward_proj {feed_forward!r} is none of {', '.join(ACTIVATIONS)}"
         )
-    # Transformers 5 writes tie_word_embeddings = true always, and what that meant before under another name.
+    # Transformers 5 always writes tie_word_embeddings = true; its former meaning has another name.
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)) is not False
     tied = scaled and config["model_type"] == "t5"
     depths = config["num_layers"], config.get("num_decoder_layers") or config["num_layers"]
@@ -111,7 +112,7 @@ def _open_vit(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor])
         known = ", ".join(map(repr, APPROXIMATE_GELU))
         raise ConvertError(f"{path}/config.json: hidden_act is {activation!r}; our ViT has {known}")
     prefix = "vit." if any(name.startswith("vit.") for name in state) else ""
-    # A number, or (height, width).
+    # The image size is a number, or (height, width).
     height, width = np.broadcast_to(config.get("image_size", 224), 2).tolist()
     patch_size = config.get("patch_size", 16)
     tensors = vit_tensors(state, prefix, (height // patch_size, width // patch_size))
@@ -138,12 +139,12 @@ def _open_vit(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor])
 def t5_names(
     num_encoder_layers: int, num_decoder_layers: int, activations: Iterable[str], tied: bool
 ) -> dict[str, str]:
-    """Our names of T5's parameters -> Hugging Face's.
+    """Returns our names of T5's parameters -> Hugging Face's.
 
     Args:
-      num_encoder_layers, num_decoder_layers: 0 for no encoder or no decoder.
-      activations: of the feed-forward blocks, as in `T5Config.mlp_activations`.
-      tied: the logits reuse the token table (T5 1.0).
+      num_encoder_layers, num_decoder_layers: numbers of layers; 0: no encoder, no decoder.
+      activations: activations of the feed-forward blocks, see `T5Config.mlp_activations`.
+      tied: whether the logits reuse the token table (T5 1.0).
     """
     hidden = ["wi"] if len(tuple(activations)) == 1 else ["wi_0", "wi_1"]
     names = {"token_embedder/embedding": _SHARED[0]}
@@ -179,9 +180,10 @@ def t5_names(
 
 
 def vit_names(num_layers: int, dialect: int = 0) -> dict[str, str]:
-    """Our names of ViT's parameters -> Hugging Face's; without class token and positions.
+    """Returns our names of ViT's parameters -> Hugging Face's, without class token and positions.
 
     Args:
+      num_layers: number of layers.
       dialect: 0 for the names in saved models, 1 for those in memory since transformers 5.
     """
     projection = "embeddings.patch_embeddings.projection"
@@ -197,19 +199,19 @@ def vit_names(num_layers: int, dialect: int = 0) -> dict[str, str]:
 
 
 def t5_tensors(state: Mapping[str, Tensor], prefix: str = "", tied: bool = True) -> dict[str, Tensor]:
-    """The T5 of a state dict, by our names.
+    """Returns the T5 of a state dict, by our names.
 
     Args:
-      state: theirs; each tensor's `origin` is its name here.
-      prefix: before all of T5's names.
-      tied: see `t5_names`; where not, and there is no `lm_head`, the logits' kernel is the token table.
+      state: Hugging Face's state dict; each tensor's `origin` is its name there.
+      prefix: beginning of all of T5's names.
+      tied: see `t5_names`. If False and there is no `lm_head`, the logits' kernel is the token table.
     """
     table = next((prefix + name for name in _SHARED if prefix + name in state), prefix + _SHARED[0])
     head = f"{prefix}lm_head.weight"
     renamed = {prefix + _SHARED[0]: table, head: head if head in state else table}
     depths = _depth(state, f"{prefix}encoder.block."), _depth(state, f"{prefix}decoder.block.")
     tensors = {}
-    # As no parameter of one kind is in the other, the names of both may be asked for.
+    # Each kind of feed-forward block has names of its own, so the names of all kinds can be tried.
     for activations in ACTIVATIONS.values():
         for ours, theirs in t5_names(*depths, activations, tied).items():
             theirs = renamed.get(prefix + theirs, prefix + theirs)
@@ -221,12 +223,12 @@ def t5_tensors(state: Mapping[str, Tensor], prefix: str = "", tied: bool = True)
 def vit_tensors(
     state: Mapping[str, Tensor], prefix: str = "", grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """The ViT of a state dict, by our names.
+    """Returns the ViT of a state dict, by our names.
 
     Args:
-      state: theirs; each tensor's `origin` is its name here.
-      prefix: before all of ViT's names.
-      grid: rows and columns of the position table, in patches; a square where not given.
+      state: Hugging Face's state dict; each tensor's `origin` is its name there.
+      prefix: beginning of all of ViT's names.
+      grid: rows and columns of the position table, in patches; None: it is a square.
 
     Raises:
       ConvertError: the position table does not have a row for each patch and one for the class token.
@@ -245,10 +247,15 @@ def vit_tensors(
 def split_positions(
     positions: Tensor, class_token: Tensor, grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Positions [1, 1 + patches, D], the class token's first, and the token [1, 1, D] -> ours.
+    """Converts positions and class token to our parameters.
+
+    Args:
+      positions: [1, 1 + patches, embed]; the class token's position comes first.
+      class_token: [1, 1, embed].
+      grid: see `vit_tensors`.
 
     Raises:
-      ConvertError: the rows do not make up such a grid.
+      ConvertError: the number of rows doesn't fit the grid.
     """
     rows, width = positions.shape[1:]
     side = math.isqrt(rows - 1)
@@ -268,7 +275,7 @@ def split_positions(
 
 
 def from_torch(name: str, tensor: Tensor) -> Tensor:
-    """A parameter of our `name`, from torch's layout of it to ours."""
+    """Converts the parameter with our name `name` from torch's layout to ours."""
     axes = _torch_axes(name, len(tensor.shape))
     return tensor.mapped(
         tuple(tensor.shape[a] for a in axes), functools.partial(np.transpose, axes=axes)
@@ -276,20 +283,20 @@ def from_torch(name: str, tensor: Tensor) -> Tensor:
 
 
 def to_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `from_torch`, of values."""
+    """Converts a parameter's values from our layout to torch's, the inverse of `from_torch`."""
     return np.transpose(array, np.argsort(_torch_axes(name, array.ndim)))
 
 
 def _torch_axes(name: str, ndim: int) -> tuple[int, ...]:
-    """Which of torch's axes ours are, in order."""
+    """Returns the torch axis of each of our axes."""
     if name.endswith("/kernel") and ndim == 4:
         return (2, 3, 1, 0)
-    # T5's position biases are [buckets, heads] there.
+    # T5's position biases are [buckets, heads] in torch.
     return (1, 0) if ndim == 2 and name.endswith(("/kernel", "/rel_embedding")) else tuple(range(ndim))
 
 
 def _depth(state: Iterable[str], prefix: str) -> int:
-    """1 + the highest N of the names "PREFIXN.…"."""
+    """Returns 1 + the highest N of the names "PREFIXN.…"; 0 without such names."""
     numbers = (name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix))
     return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
 
@@ -302,7 +309,7 @@ def _unused(
 
 
 def _check_complete(path: str, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ConvertError where a parameter that the configuration speaks of is not among the weights."""
+    """Raises ConvertError where the weights lack a parameter of the configuration."""
     if absent := [theirs for ours, theirs in names.items() if ours not in tensors]:
         raise ConvertError(
             f"{path}: the weights lack {len(absent)} of the {len(names)} parameters of its config.json: "
@@ -311,7 +318,7 @@ def _check_complete(path: str, names: Mapping[str, str], tensors: Mapping[str, T
 
 
 def _pixel_note(directory: pathlib.Path) -> str:
-    """Says so where the weights want other pixels than [-1, 1], which is what our network feeds its ViT."""
+    """Returns a note if the weights need other pixels than [-1, 1], which our network feeds its ViT."""
     file = directory / "preprocessor_config.json"
     if not file.is_file():
         return ""
@@ -325,7 +332,7 @@ def _pixel_note(directory: pathlib.Path) -> str:
 
 
 def _read_weights(directory: pathlib.Path) -> dict[str, Tensor]:
-    """The weights of a directory, safetensors before torch's own."""
+    """Reads the weights of a directory; safetensors go before torch's own files."""
     readers = {
         "model.safetensors": safetensors_files.read_safetensors,
         "pytorch_model.bin": torch_files.read_torch_file,
@@ -355,14 +362,14 @@ def _read_shards(index: pathlib.Path, read) -> dict[str, Tensor]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file's content, an object.
+    """Reads a JSON file that holds an object.
 
     Raises:
-      ConvertError: it is truncated, or none.
+      ConvertError: the file is truncated, or holds no JSON object.
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:  # Bytes that are no text, too.
+    except ValueError as error:  # This includes bytes that are no text.
         raise ConvertError(f"{path} is truncated, or no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConvertError(f"{path} is no JSON object")

@@ -1,4 +1,4 @@
-"""Layers one after the other, layers_0, layers_1, ..., and layers stacked for `nn.scan`."""
+"""Converts between single layers, layers_0, layers_1, ..., and layers stacked for `nn.scan`."""
 
 import re
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ _STACKED = re.compile(r"(^|.*/)layers/(.*)")
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of a model with `scan_layers` from that of one without.
+    """Makes the tree of a model with `scan_layers` from the tree of a model without.
 
     {"encoder": {"layers_0": {"w": [3]}, "layers_1": {"w": [3]}}} -> {"encoder": {"layers": {"w": [2, 3]}}}
 
     Args:
-      params: a nested tree; every layers_0, layers_1, ... in it is stacked, all else is as it was.
+      params: a nested tree; every layers_0, layers_1, ... in it is stacked, all else stays as it is.
 
     Raises:
       ValueError: a stack lacks a layer, or its layers are not alike.
@@ -43,7 +43,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `stack_layers`: the tree of a model without `scan_layers`."""
+    """Makes the tree of a model without `scan_layers`, the inverse of `stack_layers`."""
     flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
     result = {}
     for name, value in flat.items():
@@ -55,7 +55,7 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_names(name: str, depth: int) -> list[str]:
-    """The names of a stacked parameter's layers; [] for a parameter that is not stacked.
+    """Returns the names of a stacked parameter's layers; [] for a parameter that is not stacked.
 
     >>> layer_names("encoder/layers/mlp/wo/kernel", 2)
     ['encoder/layers_0/mlp/wo/kernel', 'encoder/layers_1/mlp/wo/kernel']
@@ -65,7 +65,7 @@ def layer_names(name: str, depth: int) -> list[str]:
 
 
 def unstack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`unstack_layers` of what a reader found: {name: tensor}, nothing is read."""
+    """Unstacks a reader's tensors as `unstack_layers` does arrays; no values are read."""
     result = {}
     for name, tensor in tensors.items():
         if names := layer_names(name, tensor.shape[0] if tensor.shape else 0):
@@ -76,5 +76,5 @@ def unstack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """A key to sort names by that puts layers_2 before layers_10."""
+    """Returns a key for sorting names that puts layers_2 before layers_10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""Which array of which source becomes which parameter of a model, as a table that a user can check."""
+"""Maps the arrays of sources to the parameters of a model, and shows it as a table for the user."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from richhf_jax.convert.source import ConvertError, Source, Tensor
 
 LOADED, RESAMPLED, INITIALISED, UNUSED = "loaded", "resampled", "initialised", "unused"
 _POSITION_TABLE = "position_embedding/embedding"
-# Settings with which weights mean nearly the same: outputs differ by a thousandth or less.
+# Settings that change a network's outputs by a thousandth or less.
 _OF_LITTLE_WEIGHT = ("layer_norm_epsilon", "approximate_gelu")
 # Where gin sets the network's configurations, for messages.
 _GIN_NAMES = {"t5_config": "t5.T5Config", "vit_config": "vit.ViTConfig"}
@@ -21,15 +21,15 @@ _GIN_NAMES = {"t5_config": "t5.T5Config", "vit_config": "vit.ViTConfig"}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What becomes of one array.
+    """The fate of one array.
 
     Attributes:
-      status: LOADED; RESAMPLED, to another grid of positions; INITIALISED: in the model alone, so it stays
-        fresh in a training; UNUSED: in a source alone.
-      name: our name, or the source's where there is none of ours.
-      shape: the model's; of an unused array its own; None where not known.
+      status: LOADED; RESAMPLED to another grid of positions; INITIALISED: only the model has it, so training
+        starts it fresh; UNUSED: only a source has it.
+      name: our name; of an unused array without one, the source's name.
+      shape: the shape in the model; of an unused array its own shape, None if unknown.
       origin: "[number of the source] its name there".
-      source_shape: where it differs from `shape`.
+      source_shape: the shape in the source, where it differs from `shape`.
     """
 
     status: str
@@ -41,9 +41,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Attributes:
-    rows: every parameter of the model, and what of the sources is unused.
-    tensors: name in the model -> the array, in the model's shape and type; without what is INITIALISED.
+    """The mapping from sources to a model.
+
+    Attributes:
+      rows: every parameter of the model, and every unused array of the sources.
+      tensors: name in the model -> the array, in the model's shape and type; INITIALISED ones are left out.
     """
 
     rows: tuple[Row, ...]
@@ -53,15 +55,15 @@ class Plan:
 def make_plan(
     model: Mapping[str, Any], sources: Sequence[Source], allow_mismatched_shapes: bool = False
 ) -> Plan:
-    """Finds each parameter in the sources. Nothing is read.
+    """Finds each parameter in the sources. No values are read.
 
     Args:
-      model: name -> the parameter's `ShapeDtypeStruct`; layers scanned ("encoder/layers/...") or not.
-      sources: what to take from.
-      allow_mismatched_shapes: a parameter whose shape does not fit is initialised.
+      model: name -> the parameter's `ShapeDtypeStruct`; layers are scanned ("encoder/layers/...") or not.
+      sources: the opened checkpoints.
+      allow_mismatched_shapes: whether a parameter whose shape does not fit counts as initialised.
 
     Raises:
-      ConvertError: two sources have the same parameter, a shape does not fit, or nothing does.
+      ConvertError: two sources have the same parameter, a shape does not fit, or no parameter is found.
     """
     found = _merge(sources)
     rows, tensors, mismatches = [], {}, []
@@ -96,7 +98,7 @@ def make_plan(
 
 
 def _merge(sources: Sequence[Source]) -> dict[str, tuple[int, Tensor]]:
-    """Name -> number of its source and its tensor."""
+    """Returns name -> (number of the source, tensor), for all sources."""
     found: dict[str, tuple[int, Tensor]] = {}
     for number, source in enumerate(sources, 1):
         for name, tensor in source.tensors.items():
@@ -114,7 +116,7 @@ def _origin(number: int, tensor: Tensor) -> str:
 def _take(
     name: str, shape: tuple[int, ...], left: dict[str, tuple[int, Tensor]]
 ) -> tuple[str, Tensor | None]:
-    """A parameter's origin and tensor, of a scanned one all layers stacked; takes it out of `left`."""
+    """Takes a parameter out of `left`; a scanned parameter is stacked. Returns its origin and tensor."""
     names = layers.layer_names(name, shape[0] if shape else 0) or [name]
     parts = [left.pop(n) for n in names if n in left]
     if not parts:
@@ -123,7 +125,7 @@ def _take(
         return _origin(*parts[0]), parts[0][1]
     first = parts[0][1]
     alike = all(part.shape == first.shape for _, part in parts)
-    # Layers that are not alike make no array: their shape is then that of the list.
+    # Layers of different shapes make no array; their shape is then (number of layers,), which fits nothing.
     stacked = Tensor(
         origin=f"{first.origin} ... {parts[-1][1].origin}",
         shape=(len(parts), *(first.shape if alike else ())),
@@ -138,34 +140,33 @@ def _resampled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def resample_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Position embeddings for another grid of patches.
+    """Resamples position embeddings for another grid of patches, bilinearly, with corners on corners.
 
-    Bilinear, corners on corners: what vision_transformer and big_vision do where they train further at
-    another resolution, so the ViTs they publish met such tables before.
+    vision_transformer and big_vision do the same when they train on at another resolution.
 
     Args:
-      table: [rows, columns, D].
-      grid: rows and columns wanted.
+      table: [rows, columns, embed].
+      grid: numbers of rows and columns wanted.
 
     Returns:
-      float32 [*grid, D].
+      float32 [*grid, embed].
     """
     zoom = (grid[0] / table.shape[0], grid[1] / table.shape[1], 1)
     return np.asarray(scipy.ndimage.zoom(table.astype(np.float32), zoom, order=1))
 
 
 def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> list[str]:
-    """Compares what shapes can't show: heads, activations, tied logits, the norms' epsilon.
+    """Compares settings that shapes can't show: heads, activations, tied logits, the norms' epsilon.
 
     Args:
       configs: the model's configurations: {"t5_config": T5Config, "vit_config": ViTConfig}.
+      sources: the opened checkpoints.
 
     Returns:
-      What the user should know: settings that differ but hardly change what a network computes, and the
-      sources' own notes.
+      Notes for the user: settings that differ but hardly change the outputs, and the sources' own notes.
 
     Raises:
-      ConvertError: another setting differs: with it the weights mean something else.
+      ConvertError: another setting differs, so the weights would compute something else.
     """
     notes, wrong = [], []
     for source in sources:
@@ -190,7 +191,7 @@ def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> lis
 
 
 def format_table(plan: Plan, sources: Sequence[Source], notes: Sequence[str] = ()) -> str:
-    """Every row, aligned, and how many there are of each kind."""
+    """Formats the rows as an aligned table, with the number of arrays of each status."""
     cells = [(row.status, row.name, _shapes(row), row.origin) for row in plan.rows]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
     lines = [f"[{number}] {source.path}: {source.description}" for number, source in enumerate(sources, 1)]

@@ -1,4 +1,4 @@
-"""Our own checkpoints, whole or of parameters alone, and our own .safetensors files."""
+"""Reads our own checkpoints, with or without an optimizer's state, and our own .safetensors files."""
 
 import math
 import pathlib
@@ -7,12 +7,12 @@ from richhf_jax import checkpoints
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
-# What our .safetensors files say of themselves.
+# Metadata of our .safetensors files.
 SAFETENSORS_METADATA = {"format": "richhf_jax"}
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a `checkpoint_<step>` or a MODEL_DIR is here."""
+    """Tells whether a path is a `checkpoint_<step>`, or a MODEL_DIR with one."""
     try:
         checkpoints.find_checkpoint(path)
     except checkpoints.CheckpointError:
@@ -24,7 +24,7 @@ def open_checkpoint(path: str) -> Source:
     """Opens a checkpoint of `richhf_jax.train` or of a conversion; the optimizer's state is left out.
 
     Raises:
-      ConvertError: it is damaged, or holds no parameters.
+      ConvertError: the checkpoint is damaged, or holds no parameters.
     """
     directory, step = checkpoints.find_checkpoint(path)
     index = pathlib.Path(directory, "state", zarr_arrays.ORBAX_INDEX)
@@ -37,15 +37,15 @@ def open_checkpoint(path: str) -> Source:
 
 
 def is_safetensors(path: str) -> bool:
-    """Whether a .safetensors file is here, or a directory with one and nothing of Hugging Face's."""
+    """Tells whether a path is a .safetensors file, or a directory with a model.safetensors."""
     return _safetensors_file(path) is not None
 
 
 def open_safetensors(path: str) -> Source:
-    """Opens what `--format=safetensors` wrote.
+    """Opens a file that `--format=safetensors` wrote, or its directory.
 
     Raises:
-      ConvertError: it is absent, damaged, or another's.
+      ConvertError: there is no such file, it is damaged, or this project did not write it.
     """
     file = _safetensors_file(path)
     if file is None:
@@ -53,7 +53,8 @@ def open_safetensors(path: str) -> Source:
     metadata = safetensors_files.read_metadata(file)
     if SAFETENSORS_METADATA.items() - metadata.items():
         raise ConvertError(
-            f"{file} is a safetensors file, but not of this project; of Hugging Face's, give the directory"
+            f"{file} is a safetensors file, but not of this project; if it is Hugging Face's, give its"
+            " directory"
         )
     return _source(str(file), "our safetensors", safetensors_files.read_safetensors(file))
 

@@ -1,7 +1,7 @@
 """Opens the weights that RAHF's authors published, `rahf_model.pt` (https://github.com/youweiliang/RichHF).
 
-They are a PyTorch state dict of ViT-L/16-384, T5-base 1.0 and heads of the authors' own; the configuration
-`gin/models/rahf_pytorch_release.gin` is that network in our terms. The weights' licence is CC BY-NC 4.0.
+They are a PyTorch state dict of ViT-L/16-384, T5-base 1.0 and the authors' own heads;
+`gin/models/rahf_pytorch_release.gin` configures the same network here. The weights' licence is CC BY-NC 4.0.
 
     vit.*, t5.*                    as in Hugging Face's transformers 4.32; ViT's pooler is not used
     visual_token_projection        a linear layer
@@ -9,7 +9,7 @@ They are a PyTorch state dict of ViT-L/16-384, T5-base 1.0 and heads of the auth
                                    last_conv1, last_conv2
     score_predictor.KIND.*         conv_layers (6), linear_layers (3)
 
-Of the augmented-prompt variant, which was not published, the heads have no `.KIND`.
+The heads of the augmented-prompt variant, which was not published, have no `.KIND`.
 """
 
 import math
@@ -22,11 +22,11 @@ from richhf_jax import feedback
 from richhf_jax.convert import huggingface, torch_files
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
-# Only this release has it.
+# A name that only this release has.
 _MARK = "visual_token_projection.weight"
-# The token table again: T5 1.0's is one, under four names.
+# Further names of the token table, which T5 1.0 has only once.
 TIED = ("t5.encoder.embed_tokens.weight", "t5.decoder.embed_tokens.weight", "t5.lm_head.weight")
-# What the arrays do not say of themselves.
+# Settings that the arrays don't show.
 SETTINGS = {
     "t5_config.mlp_activations": ("relu",),
     "t5_config.logits_via_embedding": True,
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 class _Weights:
-    """A state dict that can say what is missing, and gives layers in our layout."""
+    """A state dict that names missing entries, and returns layers in our layout."""
 
     def __init__(self, path: str, state: Mapping[str, Tensor]):
         self._path, self._state = path, state
@@ -52,12 +52,15 @@ class _Weights:
         return tensor
 
     def conv(self, name: str) -> dict[str, Tensor]:
-        """[out, in, height, width] -> [height, width, in, out]."""
+        """Returns a convolution: [out, in, height, width] -> [height, width, in, out]."""
         kernel = huggingface.from_torch(f"{name}/kernel", self._parameter(f"{name}.weight", 4))
         return {"kernel": kernel, "bias": self[f"{name}.bias"]}
 
     def deconv(self, name: str) -> dict[str, Tensor]:
-        """[in, out, height, width] -> [height, width, in, out], mirrored: see `convolutions.deconv`."""
+        """Returns a deconvolution: [in, out, height, width] -> [height, width, in, out].
+
+        The kernel is mirrored, see `convolutions.deconv`.
+        """
         kernel = self._parameter(f"{name}.weight", 4)
         inputs, out, height, width = kernel.shape
         kernel = kernel.mapped(
@@ -66,12 +69,15 @@ class _Weights:
         return {"kernel": kernel, "bias": self[f"{name}.bias"]}
 
     def dense(self, name: str) -> dict[str, Tensor]:
-        """[out, in] -> [in, out]."""
+        """Returns a dense layer: [out, in] -> [in, out]."""
         kernel = huggingface.from_torch(f"{name}/kernel", self._parameter(f"{name}.weight", 2))
         return {"kernel": kernel, "bias": self[f"{name}.bias"]}
 
     def dense_on_map(self, name: str, channels: int) -> dict[str, Tensor]:
-        """As `dense`, of a square map; theirs is [channels, side, side], ours [side, side, channels]."""
+        """Returns a dense layer of a square map.
+
+        The map's values are ordered [channels, side, side] in the release, and [side, side, channels] here.
+        """
         layer = self.dense(name)
         inputs, out = layer["kernel"].shape
         side = math.isqrt(inputs // channels)
@@ -86,16 +92,16 @@ class _Weights:
         return layer | {"kernel": layer["kernel"].mapped((inputs, out), permuted)}
 
     def norm(self, name: str) -> dict[str, Tensor]:
-        """[channels, 1, 1] -> [channels]."""
+        """Returns a norm: [channels, 1, 1] -> [channels]."""
         scale = self._parameter(f"{name}.scale", 3)
         return {"scale": scale.reshaped(math.prod(scale.shape))}
 
 
 def is_rahf_pytorch(path: str | pathlib.Path) -> bool:
-    """Whether a file is the authors' release.
+    """Tells whether a file is the authors' release.
 
     Raises:
-      ConvertError: a file that begins like one of torch, and is broken.
+      ConvertError: the file begins like one of torch, but is broken.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -110,13 +116,13 @@ def open_rahf_pytorch(path: str | pathlib.Path) -> Source:
     """Opens the authors' release, multi-head or augmented-prompt, of any size.
 
     Raises:
-      ConvertError: see `torch_files.read_torch_file`; or not this release.
+      ConvertError: see `torch_files.read_torch_file`; or the file is not this release.
     """
     return map_state(str(path), torch_files.read_torch_file(path))
 
 
 def map_state(path: str, state: Mapping[str, Tensor]) -> Source:
-    """The release's state dict -> our names and layouts. `path` is for messages."""
+    """Converts the release's state dict to our names and layouts. `path` is the file's name in messages."""
     if _MARK not in state:
         raise ConvertError(f"{path}: not RAHF's PyTorch release, which has {_MARK!r}")
     weights = _Weights(path, state)
@@ -139,7 +145,7 @@ def map_state(path: str, state: Mapping[str, Tensor]) -> Source:
 
 
 def _heads(what: str, kinds: Sequence[str], state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Our name and theirs of each head that there is."""
+    """Yields our name and theirs of each head in the state dict."""
     if f"{what}_predictor.conv_layers.0.weight" in state:
         yield f"{what}_head", f"{what}_predictor"
     else:
@@ -147,7 +153,7 @@ def _heads(what: str, kinds: Sequence[str], state: Mapping[str, Tensor]) -> Iter
 
 
 def _heatmap_head(weights: _Weights, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Our layers of one heatmap head; the numbers are those of `HeadsConfig.heatmap_layers`."""
+    """Yields our layers of one heatmap head, numbered as in `HeadsConfig.heatmap_layers`."""
     for i in (0, 1):  # convolution, ReLU, norm
         yield f"conv_{i}", weights.conv(f"{name}.conv_layers.{3 * i}")
         yield f"norm_{i}", weights.norm(f"{name}.conv_layers.{3 * i + 2}")
@@ -165,7 +171,7 @@ def _heatmap_head(weights: _Weights, name: str) -> Iterator[tuple[str, dict[str,
 
 
 def _score_head(weights: _Weights, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Our layers of one score head."""
+    """Yields our layers of one score head."""
     for i in range(6):  # convolution, norm, ReLU
         yield f"conv_{i}", weights.conv(f"{name}.conv_layers.{3 * i}")
         yield f"norm_{i}", weights.norm(f"{name}.conv_layers.{3 * i + 1}")

@@ -1,7 +1,7 @@
 """Reads .safetensors files array by array.
 
-The `safetensors` library checks a file; the numbers are read here, because its numpy side knows no bfloat16,
-and because a memory map, which it reads through, would count as memory beside the arrays read from it.
+The `safetensors` library only checks a file. The numbers are read here, because the library's numpy side
+knows no bfloat16, and because the memory map that it reads through would add to the memory of the arrays.
 """
 
 import json
@@ -16,7 +16,7 @@ import safetensors
 
 from richhf_jax.convert.source import ConvertError, Tensor
 
-# https://github.com/huggingface/safetensors: the names of types in a header, which are little-endian.
+# Names of types in a header, see https://github.com/huggingface/safetensors. Numbers are little-endian.
 _DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -30,10 +30,10 @@ _DTYPES = {
 
 
 def read_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
-    """A file's arrays by name; nothing but the header is read.
+    """Returns a file's arrays by name; only the header is read.
 
     Raises:
-      ConvertError: there is no such file, it is truncated or none of safetensors', or of an unknown type.
+      ConvertError: there is no such file, it is truncated or no safetensors file, or a type is unknown.
     """
     header, start = _header(path)
     return {
@@ -42,14 +42,14 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
-    """What a file says of itself; {} where it says nothing. Raises as `read_safetensors`."""
+    """Returns a file's metadata, {} if it has none. Raises the errors of `read_safetensors`."""
     return _header(path)[0].get("__metadata__", {})
 
 
 def _header(path: str | pathlib.Path) -> tuple[dict[str, Any], int]:
-    """The header, checked, and where the numbers begin."""
+    """Returns the checked header, and the byte at which the numbers begin."""
     try:
-        # Checks the header, and that the arrays fill the file exactly.
+        # This checks the header, and that the arrays fill the file exactly.
         with safetensors.safe_open(path, framework="numpy"):
             pass
         with open(path, "rb") as file:
@@ -63,7 +63,9 @@ def _header(path: str | pathlib.Path) -> tuple[dict[str, Any], int]:
 
 def _tensor(path: str | pathlib.Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
     if entry["dtype"] not in _DTYPES:
-        raise ConvertError(f"{path}: {name} is of type {entry['dtype']}; understood are {', '.join(_DTYPES)}")
+        raise ConvertError(
+            f"{path}: {name} has the unknown type {entry['dtype']}; known are {', '.join(_DTYPES)}"
+        )
     shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
     begin, end = (start + offset for offset in entry["data_offsets"])
 

@@ -1,4 +1,4 @@
-"""What a reader of foreign weights gives: our parameters' names, and arrays that are read when asked for."""
+"""Opened weights, which every reader gives: our parameters' names, and arrays that are read when needed."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from richhf_jax import errors
 
 
 class ConvertError(errors.UserError):
-    """Weights that are not there, not what they should be, or do not fit; the message names the file."""
+    """Weights are missing, damaged, of an unknown kind, or do not fit; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Tensor:
     """One parameter, in our layout.
 
     Attributes:
-      origin: its name in the foreign checkpoint; several, joined by " + ", where it is made from several.
-      shape, dtype: as `read` will give it. Known without reading the values.
-      read: reads the values, anew at each call, so that no more than is in use is ever in memory. float32, or
-        as stored where that is another floating-point type.
+      origin: its name in the foreign checkpoint; several names are joined by " + ".
+      shape, dtype: shape and type of the result of `read`; known without reading the values.
+      read: reads the values, again at each call, so that only those in use are in memory. They are float32,
+        or another floating-point type if they are stored so.
     """
 
     origin: str
@@ -31,17 +31,17 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
     def reshaped(self, *shape: int) -> "Tensor":
-        """The same values in another shape."""
+        """Returns the same values in another shape."""
         return self.mapped(shape, lambda array: array.reshape(shape))
 
     def astype(self, dtype: Any) -> "Tensor":
-        """The same values, of another type."""
+        """Returns the same values as another type."""
         return dataclasses.replace(
             self, dtype=np.dtype(dtype), read=lambda: self.read().astype(dtype, copy=False)
         )
 
     def unstacked(self) -> list["Tensor"]:
-        """The slices along the first axis. Read one after the other, they read the whole array once."""
+        """Returns the slices along the first axis. Reading them in order reads the whole array once."""
         return [
             dataclasses.replace(
                 self, origin=f"{self.origin}[{i}]", shape=self.shape[1:], read=lambda i=i: _read(self)[i]
@@ -50,7 +50,7 @@ class Tensor:
         ]
 
     def mapped(self, shape: tuple[int, ...], fn: Callable[[np.ndarray], np.ndarray]) -> "Tensor":
-        """`fn` of the values, which makes them this shape."""
+        """Returns `fn` of the values; `shape` is the shape of its result."""
         return dataclasses.replace(self, shape=tuple(shape), read=lambda: fn(self.read()))
 
 
@@ -64,15 +64,15 @@ class Source:
     """An opened checkpoint.
 
     Attributes:
-      path: where it was found.
-      description: what it is, for the printed table: "Hugging Face T5 1.1, 12 + 12 layers".
+      path: the place where it was found.
+      description: its kind, for the printed table: "Hugging Face T5 1.1, 12 + 12 layers".
       tensors: our name of a parameter ("encoder/layers_0/attention/query/kernel", layers never scanned) ->
-        the array. Names that a model of ours may not have (a class token, say) are here all the same.
-      unused: names in the foreign checkpoint that no parameter of ours stands for (optimizer states that a
-        format is known to hold are left out).
-      settings: what its network is beyond its shapes, as the settings of ours that say the same:
-        {"t5_config.num_heads": 12}. They must agree with the model's; see `plan.check_settings`.
-      note: what else the user should know of it, a sentence; "" for nothing.
+        the array. It also holds parameters that not every model of ours has (a class token, say).
+      unused: names in the foreign checkpoint that have no parameter of ours (optimizer states that a format
+        is known to hold are left out).
+      settings: settings of its network that shapes don't show, by our names: {"t5_config.num_heads": 12}.
+        They must agree with the model's; see `mapping.check_settings`.
+      note: another fact that the user should know, as a sentence; "" if there is none.
     """
 
     path: str

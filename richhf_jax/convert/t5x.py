@@ -1,7 +1,7 @@
-"""T5X's checkpoints, in the older layout (msgpack and zarr) and in Orbax's.
+"""Reads T5X's checkpoints, in the older layout (msgpack and zarr) and in Orbax's.
 
-Both hold one zarr array a parameter, named by its path in T5X's tree, which is ours. They differ in where the
-names stand and where the arrays lie:
+Both hold one zarr array for each parameter, named by its path in T5X's tree, which is also ours. They differ
+in the places of the names and of the arrays:
 
     older    checkpoint                            msgpack: {"version", "optimizer": {"target", "state"}}; a
                                                    leaf is an array, or the TensorStore spec of one
@@ -25,29 +25,29 @@ from richhf_jax import checkpoints
 from richhf_jax.convert import layers, source, zarr_arrays
 
 _MSGPACK, _ORBAX = "checkpoint", zarr_arrays.ORBAX_INDEX
-# In place of an array, in the msgpack file that early versions of Orbax wrote.
+# Early versions of Orbax wrote this in place of an array into the msgpack file.
 _PLACEHOLDER = "PLACEHOLDER://"
 _T5X_NAME = re.compile(rb"\('(target|state)'")
 _BIAS_IN_LAYER = re.compile(r"(encoder|decoder)/(encoder|decoder|layers_\d+)/relpos_bias/")
 
 
 def is_t5x(path: str) -> bool:
-    """Whether a checkpoint of T5X is here, or a file of the name that T5X's have."""
+    """Tells whether a path is a checkpoint of T5X, or a file with the name of T5X's index."""
     return _find_index(path) is not None
 
 
 def open_t5x(path: str) -> source.Source:
-    """Opens a checkpoint of T5X; nothing but small arrays is read.
+    """Opens a checkpoint of T5X; only small arrays are read.
 
     Args:
-      path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest is meant.
+      path: a `checkpoint_<step>` directory, or a MODEL_DIR whose newest checkpoint is taken.
 
     Returns:
       The parameters under T5X's names. The optimizer's state is left out.
 
     Raises:
-      ConvertError: there is none, it is damaged, or it is of another architecture. A damaged array is found
-        at its `read` where the file's presence doesn't show it.
+      ConvertError: there is no checkpoint, it is damaged, or it has another architecture. Damaged numbers in
+        an array are found only when the array is read.
     """
     index = _find_index(path)
     if index is None:
@@ -60,7 +60,7 @@ def open_t5x(path: str) -> source.Source:
     num_slots = sum(name[0] == "state" for name in leaves)
     _check_architecture(index, ["/".join(name[1:]) for name in params])
     arrays = zarr_arrays.ZarrArrays(index)
-    # T5X's own t5 is never scanned, but a model of ours that T5X has trained may be.
+    # T5X's own t5 is never scanned, but a model of ours that T5X trained may be.
     tensors = layers.unstack_tensors(
         {"/".join(k[1:]): _tensor(arrays, k, leaf, is_version_2=version == 2) for k, leaf in params.items()}
     )
@@ -77,31 +77,31 @@ def open_t5x(path: str) -> source.Source:
 
 
 def _find_index(path: str) -> pathlib.Path | None:
-    """The file with the names of a checkpoint's arrays."""
+    """Finds the file with the names of a checkpoint's arrays."""
     given = pathlib.Path(path)
     if given.is_file():
         return given if given.name == _MSGPACK else None
     newest = checkpoints.newest_checkpoint(given)
     for place in [given] if newest is None else [given, newest]:
         for index in (place / _MSGPACK, place / "state" / _MSGPACK, place / _ORBAX, place / "state" / _ORBAX):
-            # A checkpoint of our own has an index of Orbax's, too, but other names at the top.
+            # Our own checkpoints also have Orbax's index, but with other names at the top.
             if index.is_file() and (index.name == _MSGPACK or _T5X_NAME.search(index.read_bytes())):
                 return index
     return None
 
 
 def _read_msgpack(index: pathlib.Path) -> tuple[int | None, dict[tuple[str, ...], Any]]:
-    """T5X's version of the file (None: not given), and the names of its leaves."""
+    """Returns T5X's version of the file (None: not given), and its leaves by name."""
     with index.open("rb") as file:
         if file.read(21) == b"model_checkpoint_path":
             raise source.ConvertError(
                 f"{index} is TensorFlow's: convert it with t5x/scripts/convert_tf_checkpoint.py first"
             )
         try:
-            # Mapped, so that the file isn't in memory beside the arrays that are read out of it.
+            # The file is mapped, so it isn't in memory beside the arrays that are read from it.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 tree = serialization.msgpack_restore(content)  # pyright: ignore[reportArgumentType]: a buffer
-        except Exception as error:  # msgpack's, and whatever else bytes that aren't msgpack lead to.
+        except Exception as error:  # Bytes that aren't msgpack lead to errors of many types.
             raise source.ConvertError(
                 f"{index} is truncated, or not a checkpoint of T5X ({type(error).__name__}: {error})"
             ) from error
@@ -119,7 +119,7 @@ def _is_spec(value: Any) -> bool:
 def _check_architecture(index: pathlib.Path, names: list[str]) -> None:
     if any(_BIAS_IN_LAYER.match(name) for name in names):
         raise source.ConvertError(
-            f"{index} is of T5X's scalable_t5 (umT5), where each layer has position biases of its own; in T5 "
+            f"{index} is of T5X's scalable_t5 (umT5), where each layer has its own position biases; in T5 "
             "all layers share them: give a checkpoint of T5X's t5 network"
         )
     if not any(name.startswith("encoder/") for name in names):
@@ -129,7 +129,7 @@ def _check_architecture(index: pathlib.Path, names: list[str]) -> None:
 def _tensor(
     arrays: zarr_arrays.ZarrArrays, key: tuple[str, ...], leaf: Any, is_version_2: bool
 ) -> source.Tensor:
-    """A parameter from its leaf of the index."""
+    """Makes a parameter's tensor from its leaf in the index."""
     origin = ".".join(key)
     if isinstance(leaf, np.ndarray):
         return source.Tensor(origin, leaf.shape, leaf.dtype, lambda: leaf)
@@ -141,7 +141,7 @@ def _tensor(
         path = leaf
     elif leaf is not None:
         raise source.ConvertError(f"{arrays.index}: {origin} is not an array but {leaf!r:.60}")
-    # A path may be of the place where the checkpoint once was: the folder's name alone holds here.
+    # The path may be of a place where the checkpoint once was, so only the folder's name counts.
     name = str(path).rstrip("/").rpartition("/")[2]
     if not path or name in ("", ".", ".."):
         raise source.ConvertError(f"{arrays.index}: {origin} lies at {path!r}, which names no folder")

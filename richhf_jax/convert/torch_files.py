@@ -1,14 +1,14 @@
-"""Reads what `torch.save` wrote, without torch and without running anything that the file says.
+"""Reads files of `torch.save`, without torch and without running anything that the file says.
 
-Two layouts, both read by looking at https://github.com/pytorch/pytorch, `torch/serialization.py`:
+There are two layouts, see `torch/serialization.py` in https://github.com/pytorch/pytorch:
 
     zip (torch >= 1.6)   NAME/data.pkl, the pickled state dict; NAME/data/KEY, the numbers of a storage;
                          NAME/byteorder, "little" or "big". Nothing in it is compressed.
-    legacy               four pickles (magic number, version, facts of the system, the state dict), one of the
-                         storages' keys, then for each key its length (int64) and its numbers, little-endian.
+    legacy               five pickles (magic number, version, facts of the system, the state dict, the keys of
+                         storages), then for each key its length (int64) and its numbers, little-endian.
 
-A tensor is a view (offset, shape, strides) of a storage. Pickles are programs; here they may name an ordered
-dictionary, torch's way to rebuild a tensor, and the kinds of storage, and nothing else.
+A tensor is a view (offset, shape, strides) of a storage. Pickles are programs; here they may name only an
+ordered dictionary, torch's functions that rebuild a tensor or a parameter, and the kinds of storage.
 """
 
 import collections
@@ -40,17 +40,24 @@ STORAGE_DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-# What trainers put a state dict under, beside their own state.
+# Names under which trainers put a state dict, beside their own state.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_ZIP_HEADER = struct.Struct("<4s22xHH")  # of a member: magic ... length of its name, of its extra field
+_ZIP_HEADER = struct.Struct("<4s22xHH")  # Of a member: magic, ..., lengths of its name and extra field.
 
 
 @dataclasses.dataclass
 class _Storage:
-    """Numbers in the file. In the legacy layout it is known only after the state dict where they are."""
+    """Numbers in the file. In the legacy layout, `start` is known only after the state dict is read.
+
+    Attributes:
+      dtype: type of the numbers.
+      length: number of numbers.
+      start: the first byte in the file.
+      byteswapped: whether the file's byte order differs from this machine's.
+    """
 
     dtype: np.dtype
     length: int
@@ -60,7 +67,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A tensor: a view of a storage; offset and strides in numbers, not bytes."""
+    """A tensor, as a view of a storage. Offset and strides count numbers, not bytes."""
 
     storage: _Storage
     offset: int
@@ -78,13 +85,13 @@ class _View:
 
     @property
     def span(self) -> int:
-        """Numbers of the storage from the tensor's first to its last."""
+        """Number of the storage's numbers from the tensor's first to its last."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
     def read(self, path: pathlib.Path) -> np.ndarray:
-        """The numbers, from the file."""
+        """Reads the tensor's numbers from the file."""
         dtype = self.storage.dtype
         start = self.storage.start + self.offset * dtype.itemsize
         numbers = np.fromfile(path, dtype, self.span, offset=start)
@@ -95,7 +102,7 @@ class _View:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but plain data and `_View`s."""
+    """An unpickler that makes only plain data and `_View`s."""
 
     def __init__(self, file: BinaryIO, path: pathlib.Path, storage: Callable[[np.dtype, str, int], _Storage]):
         super().__init__(file)
@@ -117,7 +124,7 @@ class _Unpickler(pickle.Unpickler):
         return allowed[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        # ("storage", its class, key, device, length), and in the legacy layout None: not itself a view.
+        # ("storage", its class, key, device, length); the legacy layout adds None, as it is no view itself.
         kind, storage_class, key, _device, length, *view_of = pid
         if kind != "storage" or type(length) is not int or any(view_of):
             raise ValueError(f"unknown kind of storage: {pid}")
@@ -131,15 +138,16 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(path: str | pathlib.Path) -> dict[str, Tensor]:
-    """Opens a state dict that `torch.save` wrote, in either layout; values are read when asked for.
+    """Opens a state dict that `torch.save` wrote, in either layout; values are read when needed.
 
     A state dict that a trainer put under a name of `WRAPPERS` is found there.
 
     Returns:
-      name -> the tensor, in torch's layout and as stored (bfloat16 by ml_dtypes); views and tied weights too.
+      Name -> the tensor, in torch's layout and stored type (bfloat16 by ml_dtypes), with views and tied
+      weights.
 
     Raises:
-      ConvertError: no such file; not a file of torch, or truncated; anything in it but a state dict.
+      ConvertError: there is no such file; it is truncated or not torch's; or it holds no plain state dict.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -153,7 +161,7 @@ def read_torch_file(path: str | pathlib.Path) -> dict[str, Tensor]:
             content = (_read_zip if start.startswith(_ZIP_MAGIC) else _read_legacy)(file, path)
         except ConvertError:
             raise
-        except Exception as error:  # what a broken pickle raises may be anything
+        except Exception as error:  # A broken pickle may raise anything.
             raise ConvertError(
                 f"{path}: truncated, or not a file of torch.save ({type(error).__name__}: {error})"
             ) from error
@@ -164,7 +172,7 @@ def read_torch_file(path: str | pathlib.Path) -> dict[str, Tensor]:
 
 
 def is_torch_start(start: bytes) -> bool:
-    """Whether a file that starts so may be one of `torch.save`: a zip, or a pickle."""
+    """Tells from a file's first bytes whether it may be one of `torch.save`: a zip, or a pickle."""
     return start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC))
 
 
@@ -172,7 +180,7 @@ def _what_it_is(start: bytes) -> str:
     if not start:
         return "an empty file; download it again"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "a web page, not weights; the download asked for something first (a sign-in, a confirmation)"
+        return "a web page, not weights; the download needs a step before (a sign-in, a confirmation)"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of git-lfs, not weights; fetch them with `git lfs pull`"
     return "not a file of torch.save"
@@ -232,7 +240,7 @@ def _read_legacy(file: BinaryIO, path: pathlib.Path) -> Any:
 
 
 def _state_dict(content: Any, path: pathlib.Path) -> Mapping[str, _View]:
-    """The state dict, which is the content or in it."""
+    """Finds the state dict, which is the content itself or in it."""
     if isinstance(content, dict):
         for name in WRAPPERS:
             if isinstance(content.get(name), dict):

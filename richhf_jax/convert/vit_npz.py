@@ -1,9 +1,9 @@
-"""ViT weights as .npz, of the vision_transformer and big_vision line (augreg, SigLIP's image side, ...).
+"""Reads ViT weights (.npz) of the vision_transformer and big_vision line (augreg, SigLIP's image side, ...).
 
 https://github.com/google-research/vision_transformer and https://github.com/google-research/big_vision. A
-dense layer's kernel is [in, out] as here, but attention's keep heads and their width as axes of their own.
-Over the years the line has put the position table in three places and numbered a layer's parts in two ways,
-and a whole stack of layers may be one array; all are understood.
+dense layer's kernel is [in, out] as here, but attention kernels have separate axes for the heads and their
+width. The position table may be in three places, a layer's parts may be numbered in two ways, and a whole
+stack of layers may be one array.
 """
 
 import math
@@ -19,11 +19,13 @@ import numpy as np
 from richhf_jax.convert import huggingface
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
-# What may stand before all names of a ViT: "target" is of flax's old optimizers, "img" of two-tower models.
+# Possible beginnings of all names of a ViT: "target" comes from flax's old optimizers, "img" from two-tower
+# models.
 _PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/", "opt/target/img/")
 _POSITIONS = ("pos_embedding", "Transformer/pos_embedding", "Transformer/posembed_input/pos_embedding")
 _LAYER = "Transformer/encoderblock"
-# Ours -> theirs: parts numbered each by its own kind, and (before flax's linen) all in one row.
+# Our names -> theirs: first with each kind of part numbered by itself, then (before flax's linen) with all
+# parts numbered in one row.
 _PARTS = {
     "pre_attention_layer_norm": ("LayerNorm_0", "LayerNorm_0"),
     "attention": ("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
@@ -33,15 +35,15 @@ _PARTS = {
 
 
 def is_vit_npz(path: str) -> bool:
-    """Whether a file is a .npz by its name."""
+    """Tells whether a path is a file named .npz."""
     return path.endswith(".npz") and pathlib.Path(path).is_file()
 
 
 def open_vit_npz(path: str) -> Source:
-    """Opens a .npz; nothing but the arrays' headers is read.
+    """Opens a .npz; only the arrays' headers are read.
 
     Raises:
-      ConvertError: it is truncated, or holds no ViT.
+      ConvertError: the file is truncated, or holds no ViT.
     """
     state = read_npz(path)
     prefixes = [
@@ -61,7 +63,7 @@ def open_vit_npz(path: str) -> Source:
             tensors[f"vit/encoder_norm/{name}"] = vit[f"Transformer/encoder_norm/{name}"]
     except KeyError as error:
         raise ConvertError(f"{path} is no whole ViT: it lacks {error}") from error
-    # [heads, kv], or with the layers before them
+    # A bias is [heads, kv], or [layers, heads, kv].
     heads = next(t.shape[-2] for name, t in vit.items() if re.fullmatch(rf"{_LAYER}.*/query/bias", name))
     used = {origin.split("[")[0] for tensor in tensors.values() for origin in tensor.origin.split(" + ")}
     return Source(
@@ -79,7 +81,7 @@ def open_vit_npz(path: str) -> Source:
 
 
 def _layers(vit: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The parameters of each layer, by their names within it."""
+    """Returns the parameters of each layer, by their names within it."""
     stacked = {
         name.removeprefix(f"{_LAYER}/"): t.unstacked()
         for name, t in vit.items()
@@ -98,7 +100,7 @@ def _layers(vit: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _layer(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters of one layer."""
+    """Converts one layer to our names and shapes."""
     numbering = int("MlpBlock_3/Dense_0/kernel" in layer)
     theirs = {ours: names[numbering] for ours, names in _PARTS.items()}
     tensors = {}
@@ -107,7 +109,7 @@ def _layer(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[f"{part}/{name}"] = layer[f"{theirs[part]}/{name}"]
     for name in ("query", "key", "value", "out"):
         kernel = layer[f"{theirs['attention']}/{name}/kernel"]
-        # [D, heads, kv], and [heads, kv, D] for the output.
+        # The kernel is [embed, heads, kv], and [heads, kv, embed] for the output.
         width = kernel.shape[-1 if name == "out" else 0]
         joined = math.prod(kernel.shape) // width
         tensors[f"attention/{name}/kernel"] = kernel.reshaped(
@@ -122,7 +124,7 @@ def _layer(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _embeddings(vit: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Patches, their positions, and the class token. The positions' first row may be of the token."""
+    """Converts patch embedding, positions and class token. The first position may be the token's."""
     positions = next((vit[name] for name in _POSITIONS if name in vit), None)
     if positions is None:
         raise KeyError(_POSITIONS[0])
@@ -145,10 +147,10 @@ def _embeddings(vit: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_npz(path: str) -> dict[str, Tensor]:
-    """The arrays of a .npz by name; nothing but their headers is read.
+    """Returns the arrays of a .npz by name; only their headers are read.
 
     Raises:
-      ConvertError: it is truncated, none, or one of its arrays is.
+      ConvertError: the file or one of its arrays is truncated, or it is no .npz.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -165,7 +167,7 @@ def _tensor(path: str, archive: zipfile.ZipFile, member: str) -> Tensor:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = read_header(file)
-    # Numpy writes bfloat16 as two bytes of no type.
+    # numpy writes bfloat16 as two bytes without a type.
     dtype = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
     def read() -> np.ndarray:

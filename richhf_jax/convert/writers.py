@@ -1,4 +1,4 @@
-"""Writes parameters: as a checkpoint of ours, as one .safetensors file, as Hugging Face directories."""
+"""Writes parameters as our checkpoint, as one .safetensors file, or as Hugging Face directories."""
 
 import json
 import pathlib
@@ -19,7 +19,7 @@ _POSITIONS = "vit/position_embedding/embedding"
 
 
 def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:
-    """Writes checkpoint_0 in `directory`, for INITIAL_CHECKPOINT_PATH. Returns lines for the user: none."""
+    """Writes checkpoint_0 in `directory`, for INITIAL_CHECKPOINT_PATH. Returns no lines for the user."""
     del configs
     device = jax.local_devices(backend="cpu")[0]
     params = {name: jax.device_put(array, device) for name, array in _read(tensors)}
@@ -28,7 +28,7 @@ def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], con
 
 
 def write_safetensors(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:
-    """Writes model.safetensors, whose names are ours joined by "/". Returns lines for the user: none."""
+    """Writes model.safetensors, with our names joined by "/". Returns no lines for the user."""
     del configs
     _save(directory, dict(_read(tensors)), own.SAFETENSORS_METADATA)
     return []
@@ -37,17 +37,18 @@ def write_safetensors(directory: pathlib.Path, tensors: Mapping[str, Tensor], co
 def write_huggingface(
     directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Mapping[str, Any]
 ) -> list[str]:
-    """Writes t5/ and vit/, which transformers' `from_pretrained` opens; a part that is not there is left out.
+    """Writes t5/ and vit/, which transformers' `from_pretrained` opens. A missing part is left out.
 
     Args:
-      tensors: layers not scanned.
-      configs: the model's, {"t5_config": T5Config, "vit_config": ViTConfig}.
+      directory: the folder for t5/ and vit/.
+      tensors: our names -> the parameters, with layers not scanned.
+      configs: the model's configurations, {"t5_config": T5Config, "vit_config": ViTConfig}.
 
     Returns:
-      Lines for the user: what is left out, and why.
+      Lines for the user, which say what is left out, and why.
 
     Raises:
-      ConvertError: a part is not whole, or Hugging Face's T5 knows no such activations.
+      ConvertError: a part is not whole, or Hugging Face's T5 doesn't know the activations.
     """
     t5_config, vit_config = configs["t5_config"], configs["vit_config"]
     lines = []
@@ -73,7 +74,11 @@ def write_huggingface(
 
 
 def _is_there(names: Any, tensors: Mapping[str, Tensor], lines: list[str], part: str) -> bool:
-    """Whether all the names are; adds to `lines` where none is."""
+    """Tells whether the tensors have all the names; if they have none, adds a line to `lines`.
+
+    Raises:
+      ConvertError: the tensors have only some of the names.
+    """
     absent = [name for name in names if name not in tensors]
     if len(absent) == len(names):
         lines.append(f"{part} is left out: no source has it")
@@ -86,9 +91,9 @@ def _is_there(names: Any, tensors: Mapping[str, Tensor], lines: list[str], part:
 
 
 def _read(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """The values, in the order of the source: layers that are stacked there are read once."""
+    """Yields names and values in the order of the source, so that layers stacked there are read once."""
     for name in sorted(tensors, key=lambda name: layers.natural_order(tensors[name].origin)):
-        # A view would keep the array it is of; and safetensors writes the memory as it lies.
+        # A view would keep the whole array in memory, and safetensors writes memory without its strides.
         yield name, np.ascontiguousarray(tensors[name].read())
 
 
@@ -100,7 +105,7 @@ def _to_torch(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def _embeddings(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Class token and positions. The token's own position is part of our token: zeros."""
+    """Converts class token and positions. Our token includes its position, so that position becomes zeros."""
     table = tensors[_POSITIONS].read()
     rows = table.reshape(1, -1, table.shape[-1])
     return {

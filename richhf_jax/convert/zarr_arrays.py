@@ -1,7 +1,7 @@
-"""Arrays as T5X and Orbax keep them: in zarr, read by TensorStore.
+"""Reads the zarr arrays of T5X and Orbax with TensorStore.
 
-Not by Orbax, which knows nothing of T5X's older layout, takes 15 ms an array however small, and prints
-what it finds damaged a second time when the program ends.
+Orbax can't read them instead: it doesn't know T5X's older layout, takes 15 ms even for a small array, and
+prints damage a second time when the program ends.
 """
 
 import json
@@ -17,7 +17,7 @@ _OCDBT = "manifest.ocdbt"
 
 
 def orbax_names(index: pathlib.Path) -> list[tuple[str, ...]]:
-    """The names of an Orbax checkpoint's leaves, each a path in its tree, as keys.
+    """Returns the names of an Orbax checkpoint's leaves, each as the keys of its path in the tree.
 
     Raises:
       ConvertError: the index is damaged.
@@ -35,13 +35,15 @@ class ZarrArrays:
     """The zarr arrays beside an index, each in a folder or all in one OCDBT database.
 
     Attributes:
-      index: the file that names them.
-
-    Raises:
-      ConvertError: the database is damaged.
+      index: the file that names the arrays.
     """
 
     def __init__(self, index: pathlib.Path):
+        """Opens the folder of an index.
+
+        Raises:
+          ConvertError: the database is damaged.
+        """
         self.index, folder = index, f"{index.parent.absolute()}/"
         spec = {"driver": "file", "path": folder}
         if (index.parent / _OCDBT).is_file():
@@ -53,10 +55,14 @@ class ZarrArrays:
             raise ConvertError(f"{folder}{_OCDBT} {_damaged(error)}") from error
 
     def tensor(self, name: str, origin: str) -> Tensor:
-        """The array of a folder.
+        """Returns the array of a folder.
+
+        Args:
+          name: the folder's name.
+          origin: the array's name in the checkpoint.
 
         Raises:
-          ConvertError: it is not there or damaged. Damaged numbers are found when they are read.
+          ConvertError: the array is missing or damaged. Damaged numbers are found only when they are read.
         """
         array = self._open(name)
 
@@ -69,7 +75,7 @@ class ZarrArrays:
         return Tensor(origin, array.shape, array.dtype.numpy_dtype, read)
 
     def _open(self, name: str) -> ts.TensorStore:
-        """An array, all of whose chunks are there: zarr takes a missing one for zeros."""
+        """Opens an array and checks that it has all its chunks, because zarr reads a missing one as zeros."""
         where = self.index.parent / name
         try:
             spec = {"driver": "zarr", "kvstore": (self._store / f"{name}/").spec().to_json()}
@@ -86,5 +92,5 @@ class ZarrArrays:
 
 
 def _damaged(error: Exception) -> str:
-    """What TensorStore says, less its specs and source lines."""
+    """Returns the end of a message: TensorStore's words, without its specs and source lines."""
     return f"can't be read ({str(error).split(' [')[0]}): copy the whole checkpoint again"

@@ -1,1 +1,1 @@
-"""What a compiled program costs: FLOPs, bytes and collectives, and what a chip can do."""
+"""Costs of a compiled program (FLOPs, bytes, collectives), compared with the abilities of a chip."""

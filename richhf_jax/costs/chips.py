@@ -1,4 +1,4 @@
-"""What a chip can do, by its maker's data sheet: the yardsticks of plans and of utilisation."""
+"""Speeds and memory of chips, from their makers' data sheets, for plans and utilisation."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ class ChipSpec:
     """One jax device.
 
     Attributes:
-      name: as people call it.
-      peak_flops: dense bfloat16 FLOP/s.
+      name: the chip's usual name.
+      peak_flops: peak speed with dense bfloat16, in FLOP/s.
       hbm_bytes: device memory; drivers and compilers keep some percent of it for themselves.
-      hbm_bandwidth: of that memory, bytes/s.
-      ici_bandwidth: to the neighbouring chips, in one direction over all links, bytes/s (ICI, NVLink; PCIe
-        where there is neither).
+      hbm_bandwidth: bandwidth of that memory, in bytes/s.
+      ici_bandwidth: bandwidth to the neighbouring chips, in one direction over all links, in bytes/s (ICI or
+        NVLink; PCIe where there is neither).
     """
 
     name: str
@@ -28,7 +28,7 @@ class ChipSpec:
 # TPUs: docs.cloud.google.com/tpu/docs/<name>: peak compute per chip (bf16), HBM, and half of the
 # bidirectional inter-chip interconnect bandwidth. jax sees each of TPU7x's two TensorCores as a device,
 # with half of the chip's memory.
-# GPUs: NVIDIA's data sheet of each: BFLOAT16 Tensor Core without sparsity (which doubles it), GPU memory,
+# GPUs: NVIDIA's data sheets: BFLOAT16 Tensor Core without sparsity (which doubles it), GPU memory,
 # and half of the NVLink or PCIe bandwidth, which is given for both directions together.
 _SPECS = {
     "TPU v4": ChipSpec("TPU v4", 275e12, 32 * _GIB, 1200e9, 300e9),
@@ -48,12 +48,12 @@ _OTHER_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v
 
 
 def spec(device_kind: str) -> ChipSpec | None:
-    """The data sheet of a device.
+    """Returns the data sheet of a device.
 
     Args:
       device_kind: jax's `device.device_kind`, "TPU v5 lite" or "NVIDIA H200" for instance.
 
     Returns:
-      None where it isn't known; so for every CPU.
+      The data sheet; None for an unknown device, and for every CPU.
     """
     return _SPECS.get(_OTHER_NAMES.get(device_kind, device_kind))

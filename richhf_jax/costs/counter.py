@@ -1,10 +1,10 @@
-"""What a program costs a device, counted from XLA's text of it: FLOPs, bytes, collectives.
+"""Counts the FLOPs, bytes and collectives of a program from XLA's text of it.
 
-XLA's own `compiled.cost_analysis()` counts a loop's body once, whatever its trips. This counts through
-loops, by XLA's rules otherwise (`HloCostAnalysis`): a multiply-add is 2 FLOPs, a convolution counts the
-positions where kernel and input meet, an elementwise operation 1 an element and a transcendental one 0,
-as XLA keeps these apart. Takes optimised text (`compiled.as_text()`, of one device of the mesh) and
-unoptimised text (`lowered.as_text(dialect="hlo")`, of the whole mesh).
+XLA's own `compiled.cost_analysis()` counts a loop's body once. This module multiplies it by the number of
+trips. Otherwise it follows XLA's rules (`HloCostAnalysis`): a multiply-add is 2 FLOPs; a convolution counts
+the positions where kernel and input meet; an elementwise operation is 1 FLOP an element; a transcendental one
+is 0, because XLA counts these separately. It takes optimised text (`compiled.as_text()`, for one device of
+the mesh) and unoptimised text (`lowered.as_text(dialect="hlo")`, for the whole mesh).
 """
 
 import collections
@@ -21,13 +21,13 @@ from richhf_jax.costs import hlo
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Names for values: nothing is computed, nothing moves.
+# These operations only name values; they compute and move nothing.
 _FREE = {
     "add-dependency", "after-all", "bitcast", "constant", "get-dimension-size", "get-tuple-element",
     "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id", "tuple",
 }  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
-# `counter < limit`, or `<=`, which has one trip more.
+# Trips that a loop makes at the limit itself: none with `counter < limit`, one with `<=`.
 _TRIPS_AT_THE_LIMIT = {"LT": 0, "GT": 0, "LE": 1, "GE": 1}
 
 
@@ -36,10 +36,10 @@ class Collective:
     """Transfers of one kind between devices.
 
     Attributes:
-      count: how often one happens.
-      bytes: of the whole arrays: as gathered, or as they are before they are reduced, split or sent.
-      sent_bytes: what a device sends at least, n devices taking part: of the bytes (n-1)/n, and for an
-        all-reduce twice as much (a reduce-scatter and an all-gather).
+      count: number of transfers.
+      bytes: bytes of the whole arrays, after a gather, or before they are reduced, split or sent.
+      sent_bytes: bytes that a device sends at least. With n devices this is (n-1)/n of `bytes`, and twice as
+        much for an all-reduce (a reduce-scatter and an all-gather).
     """
 
     count: float = 0
@@ -49,14 +49,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one run of a program, or of a part of it, costs a device.
+    """Costs of one run of a program, or of a part of it, for a device.
 
     Attributes:
-      flops: see the module.
-      bytes_accessed: operands and results of every operation that isn't part of a fusion, in the device's
-        main memory (a TPU's on-chip arrays don't count). Of a slice, only what is read or written.
-      collectives: by kind.
-      uncounted_loops: names of loops whose trips the text doesn't tell; their bodies count once.
+      flops: floating-point operations, counted as the module says.
+      bytes_accessed: bytes of operands and results of every operation outside fusions, in the device's main
+        memory (a TPU's on-chip arrays don't count). A slice counts only the bytes that it reads or writes.
+      collectives: kind -> transfers between devices.
+      uncounted_loops: names of loops whose number of trips is unknown; their bodies count once.
     """
 
     flops: float = 0
@@ -66,15 +66,15 @@ class Costs:
 
 
 def analyze(hlo_text: str) -> Costs:
-    """Counts a program.
+    """Counts the costs of a program.
 
-    A loop's trips are what XLA knows of it (`known_trip_count`), or the constant that its condition compares
-    the counter with: an upper bound for a loop that may end early, such as decoding. Of the branches of a
-    conditional the one with the most FLOPs counts.
+    A loop's number of trips is XLA's `known_trip_count`, or the constant that its condition compares the
+    counter with. That is an upper bound for a loop that may end early, such as decoding. A conditional counts
+    as its branch with the most FLOPs.
 
     Args:
-      hlo_text: optimised (costs are of one device) or not (of all devices together; there are no collectives
-        in it yet).
+      hlo_text: XLA's text. Optimised text gives the costs of one device. Unoptimised text gives those of all
+        devices together; it has no collectives yet.
 
     Raises:
       ValueError: the text is no HLO module.
@@ -83,11 +83,12 @@ def analyze(hlo_text: str) -> Costs:
 
 
 def model_flops(forward: jax.stages.Lowered, training: bool = False) -> float:
-    """Of the model's mathematics for a whole batch: what is recomputed to save memory doesn't count.
+    """Counts the FLOPs of the model's mathematics for a whole batch, without recomputation.
 
     Args:
       forward: a forward pass, not compiled: the step "eval" or "predict".
-      training: with the backward pass, which takes twice as many (PaLM, arXiv:2204.02311, appendix B).
+      training: whether to add the backward pass, which takes twice as many FLOPs (PaLM, arXiv:2204.02311,
+        appendix B).
     """
     return analyze(forward.as_text(dialect="hlo")).flops * (3 if training else 1)
 
@@ -97,10 +98,10 @@ class Buffer:
     """Arrays of one shape that one line of the model makes.
 
     Attributes:
-      bytes: of one of them.
-      shape: "f32[8,16]".
-      made_by: the line, as jax names it, or an argument's name.
-      count: how many there are, one after the other or at once.
+      bytes: size of one array.
+      shape: type and shape, such as "f32[8,16]".
+      made_by: jax's name of the line, or an argument's name.
+      count: number of such arrays, alive at different times or at once.
     """
 
     bytes: int
@@ -110,10 +111,11 @@ class Buffer:
 
 
 def largest_buffers(hlo_text: str, limit: int = 10) -> list[Buffer]:
-    """The largest arrays in a device's main memory, by their size; not all of them live at once.
+    """Returns the largest arrays in a device's main memory, the largest first; not all live at once.
 
     Args:
-      hlo_text: optimised.
+      hlo_text: XLA's optimised text.
+      limit: number of kinds of arrays.
 
     Raises:
       ValueError: the text is no HLO module.
@@ -139,11 +141,13 @@ def largest_buffers(hlo_text: str, limit: int = 10) -> list[Buffer]:
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """A computation as it is called: where its parameters come from.
+    """A call of a computation, which tells where its parameters come from.
 
     Attributes:
-      arguments: names in `caller`.
-      loop_body: of the loop whose condition or body this is, if it is one.
+      computation: the called computation.
+      caller: the call that contains this one; None for the program's entry.
+      arguments: the arguments' names in `caller`.
+      loop_body: the loop's body, if this is a loop's body or condition.
     """
 
     computation: hlo.Computation
@@ -153,14 +157,14 @@ class _Frame:
 
 
 class _Program:
-    """One module."""
+    """An HLO module with cached counts."""
 
     def __init__(self, text: str):
         self._computations, self._entry = hlo.parse(text)
         header = text[: text.find("\n")]
         counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
         self._num_devices = math.prod(int(count) for count in counts)
-        # Kept with the module, not with the class.
+        # These caches live as long as the object, not as long as the class.
         self._fused_flops = functools.cache(self._count_fused_flops)
         self._parameter_bytes = functools.cache(self._count_parameter_bytes)
         self._root_bytes = functools.cache(self._count_root_bytes)
@@ -170,7 +174,7 @@ class _Program:
         return self._of(_Frame(self._computations[self._entry]))
 
     def _of(self, frame: _Frame) -> Costs:
-        """Of a computation that isn't fused."""
+        """Counts the costs of a computation that isn't fused."""
         channels: set[str] = set()
         parts = []
         for instruction in frame.computation.values():
@@ -219,14 +223,14 @@ class _Program:
             direction = compare.attribute("direction")
             counter, limit = compare.operands[:: -1 if direction in ("GT", "GE") else 1]
             end = self._scalar(frame, limit)
-            # jax counts by 1, from 0 where nothing else stands there.
+            # jax's counters rise by 1, from 0 if no other start is known.
             start = self._scalar(frame, counter, initially=True) or 0
             if end is not None and direction in _TRIPS_AT_THE_LIMIT:
                 bounds.append(max(0, end - start + _TRIPS_AT_THE_LIMIT[direction]))
         return min(bounds, default=None)
 
     def _comparisons(self, frame: _Frame) -> Iterator[tuple[_Frame, hlo.Instruction]]:
-        """Comparisons of single whole numbers in a loop's condition."""
+        """Yields the comparisons of single whole numbers in a loop's condition."""
         for instruction in frame.computation.values():
             if instruction.opcode in ("fusion", "call"):
                 yield from self._comparisons(_Frame(self._called(instruction), frame, instruction.operands))
@@ -238,10 +242,13 @@ class _Program:
     def _scalar(
         self, frame: _Frame, name: str, index: int | None = None, initially: bool = False
     ) -> int | None:
-        """A whole number (element `index` of a tuple), where it is a constant, else None.
+        """Returns the whole number that a name stands for, if it is a constant, else None.
 
         Args:
-          initially: of what a loop changes, the value before the first trip will do.
+          frame: the call in which the name stands.
+          name: the instruction's name.
+          index: element of the instruction's tuple; None: it is no tuple.
+          initially: whether a value that a loop changes may be taken as it is before the first trip.
         """
         instruction = frame.computation[name]
         opcode, operands = instruction.opcode, instruction.operands
@@ -294,7 +301,7 @@ class _Program:
             return 0
         if opcode == "fusion":
             return self._fusion_bytes(instruction, operands)
-        if opcode.endswith("-start"):  # Its result holds the operands again.
+        if opcode.endswith("-start"):  # The result contains the operands.
             return hlo.main_memory_size(shape)
         if opcode in _SLICES:
             read = [_part(operands[0], hlo.size(shape)), *map(hlo.main_memory_size, operands[1:])]
@@ -310,7 +317,7 @@ class _Program:
         return sum(read) + sum(written for array, written in results if array.in_main_memory)
 
     def _count_parameter_bytes(self, name: str, number: int) -> float:
-        """What a fused computation reads of a parameter: all of it, or the slices that it takes."""
+        """Counts the bytes that a fused computation reads of a parameter: all of it, or its slices."""
         parameters = (p for p in self._computations[name].values() if p.opcode == "parameter")
         (parameter,) = (parameter for parameter in parameters if parameter.number == number)
         return min(hlo.size(parameter.shape), self._bytes_read(name, parameter.name))
@@ -326,7 +333,7 @@ class _Program:
             elif user.opcode == "fusion":
                 numbers = (i for i, operand in enumerate(user.operands) if operand == value)
                 total += sum(self._parameter_bytes(_called_name(user), i) for i in numbers)
-            elif not (user.opcode == "dynamic-update-slice" and first):  # Which updates it in place.
+            elif not (user.opcode == "dynamic-update-slice" and first):  # This one updates in place.
                 return math.inf
         return total
 
@@ -338,7 +345,7 @@ class _Program:
         return users
 
     def _count_root_bytes(self, name: str) -> list[float]:
-        """What a fused computation writes, of each of its results."""
+        """Counts the bytes that a fused computation writes of each of its results."""
         computation = self._computations[name]
         root = hlo.root(computation)
         results = [computation[value] for value in root.operands] if root.opcode == "tuple" else [root]
@@ -363,12 +370,14 @@ class _Program:
         channels: set[str],
         fused_in: str = "",
     ) -> Iterator[tuple[str, Collective]]:
-        """Those of an instruction, by kind.
+        """Yields the kind and the costs of each collective of an instruction.
 
         Args:
-          channels: ids of the fused ones met so far, to which it adds. A TPU's asynchronous collective stands
-            in several fusions, from the one that starts it to the one that waits for it, with work between.
-          fused_in: the fused computation's name.
+          instruction: the instruction.
+          computation: the computation that contains it.
+          channels: ids of the fused collectives met so far; this function adds to it. A TPU's asynchronous
+            collective stands in several fusions, from the one that starts it to the one that waits for it.
+          fused_in: name of the fused computation; '' outside fusions.
         """
         kind = instruction.opcode.removesuffix("-start")
         if kind == "fusion":
@@ -382,7 +391,7 @@ class _Program:
             if channel in channels:
                 return
             channels.add(channel)
-        if fused_in.startswith("all-reduce-scatter"):  # A TPU's: each device keeps its slice.
+        if fused_in.startswith("all-reduce-scatter"):  # On a TPU; each device keeps its slice.
             kind = "reduce-scatter"
         size = sum(hlo.size(computation[name].shape) for name in instruction.operands)
         group = self._group_size(instruction)
@@ -392,7 +401,7 @@ class _Program:
         yield kind, Collective(1, size, 2 * sent if kind == "all-reduce" else sent)
 
     def _group_size(self, instruction: hlo.Instruction) -> int:
-        """Devices that take part together; XLA has three ways to write which."""
+        """Returns the number of devices in a group; XLA has three notations for groups."""
         if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.rest):
             return int(groups[1])
         if groups := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest):
@@ -409,7 +418,7 @@ def _called_name(instruction: hlo.Instruction) -> str:
 
 
 def _passes_on(loop_body: hlo.Computation, index: int | None) -> bool:
-    """Whether a loop leaves an element of the tuple that it carries as it was."""
+    """Tells whether a loop passes on an element of its tuple unchanged."""
     root = hlo.root(loop_body)
     if root.opcode != "tuple" or index is None:
         return False
@@ -418,7 +427,7 @@ def _passes_on(loop_body: hlo.Computation, index: int | None) -> bool:
 
 
 def _part(shape: str, size: float) -> float:
-    """Bytes of a part of an array: they count where the array does."""
+    """Returns the bytes of a part of an array; 0 if the array isn't in main memory."""
     return size if hlo.main_memory_size(shape) else 0
 
 

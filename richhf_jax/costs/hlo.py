@@ -1,4 +1,4 @@
-"""XLA's text of a program: its computations and instructions, and what one instruction computes.
+"""Parses XLA's text of a program into computations and instructions, and counts one instruction's FLOPs.
 
 A shape is text as XLA writes it: `f32[2,3]{1,0}`, or `(f32[2,3]{1,0}, s32[])` for a tuple.
 """
@@ -32,11 +32,11 @@ _ELEMENTWISE = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
+    """One line of a computation.
 
     Attributes:
-      name, shape, opcode: `%name = shape opcode(...)`
-      operands: names in the same computation.
+      name, shape, opcode: the parts of `%name = shape opcode(...)`.
+      operands: the operands' names in the same computation.
       rest: the text from the operands on.
       is_root: whether it is the computation's result.
     """
@@ -49,13 +49,13 @@ class Instruction:
     is_root: bool
 
     def attribute(self, name: str) -> str:
-        """Of `name=value` or `name=%value` the value, of `name={values}` these; "" where there is none."""
+        """Returns the value in `name=value`, `name=%value` or `name={values}`; "" if there is none."""
         found = re.search(rf"\b{name}=(?:%?([^\s,{{]+)|{{([^}}]*)}})", self.rest)
         return (found[1] or found[2] or "") if found else ""
 
     @property
     def number(self) -> int:
-        """Of a parameter: which one."""
+        """Number of a parameter, from 0."""
         return int(self.rest[: self.rest.find(")")])
 
 
@@ -66,10 +66,11 @@ class Array(NamedTuple):
     """One array of a shape.
 
     Attributes:
-      name: without its layout: `f32[2,3]`.
-      dims: sizes.
-      bytes: of all elements.
-      in_main_memory: of the device; else on a TPU's chip (`S(1)` in the layout), or in the host's memory.
+      name: type and shape without the layout, such as `f32[2,3]`.
+      dims: size of each dimension.
+      bytes: bytes of all elements.
+      in_main_memory: whether it is in the device's main memory, not on a TPU's chip (`S(1)` in the layout) or
+        in the host's memory.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Array(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """A module's computations by name, and the entry's name.
+    """Returns a module's computations by name, and the entry's name.
 
     Raises:
       ValueError: the text is no HLO module.
@@ -101,12 +102,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def root(computation: Computation) -> Instruction:
-    """The result."""
+    """Returns the instruction that is a computation's result."""
     return next(instruction for instruction in computation.values() if instruction.is_root)
 
 
 def _operands(opcode: str, rest: str) -> tuple[str, ...]:
-    if opcode in ("constant", "parameter"):  # A value or a number, no name.
+    if opcode in ("constant", "parameter"):  # Their brackets hold a value or a number, no name.
         return ()
     inside = rest[: rest.find(")")]
     return tuple(found[1] for part in inside.split(", ") if (found := _OPERAND.search(part)))
@@ -114,7 +115,7 @@ def _operands(opcode: str, rest: str) -> tuple[str, ...]:
 
 @functools.cache
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The array, or all arrays of a tuple."""
+    """Returns the array of a shape, or all arrays of a tuple."""
     found = []
     for dtype, sides, layout in _ARRAY.findall(shape):
         dims = tuple(int(side.lstrip("<=")) for side in sides.split(",") if side)
@@ -128,25 +129,26 @@ def arrays(shape: str) -> tuple[Array, ...]:
 
 
 def size(shape: str) -> int:
-    """Bytes."""
+    """Returns the bytes of a shape."""
     return sum(array.bytes for array in arrays(shape))
 
 
 def main_memory_size(shape: str) -> int:
-    """Bytes in the device's main memory."""
+    """Returns the bytes of a shape that are in the device's main memory."""
     return sum(array.bytes for array in arrays(shape) if array.in_main_memory)
 
 
 def elements(shape: str) -> int:
-    """Of the first array, where there are several."""
+    """Returns the number of elements of a shape; of a tuple, those of its first array."""
     return math.prod(arrays(shape)[0].dims)
 
 
 def flops(instruction: Instruction, operands: Sequence[str]) -> float:
-    """FLOPs of an instruction, but for what it calls; by the rules of XLA's `HloCostAnalysis`.
+    """Counts the FLOPs of an instruction by the rules of XLA's `HloCostAnalysis`, without what it calls.
 
     Args:
-      operands: their shapes.
+      instruction: the instruction.
+      operands: the operands' shapes.
     """
     opcode, shape = instruction.opcode, instruction.shape
     if opcode in _ELEMENTWISE:
@@ -166,22 +168,30 @@ def flops(instruction: Instruction, operands: Sequence[str]) -> float:
 
 
 def window_size(instruction: Instruction) -> int:
-    """Elements of a window."""
+    """Returns the number of elements of an instruction's window."""
     return math.prod(side.size for side in _window(instruction))
 
 
 class _Side(NamedTuple):
-    """A window in one dimension."""
+    """A window in one dimension.
+
+    Attributes:
+      size: elements of the window.
+      stride: distance of consecutive windows.
+      pad: zeros before the first element; a negative number leaves out so many elements.
+      lhs_dilate: distance of the input's elements, with zeros between them.
+      rhs_dilate: distance of the kernel's elements.
+    """
 
     size: int
     stride: int
-    pad: int  # before the first element; negative: so many of these are left out
-    lhs_dilate: int  # distance of the input's elements, with zeros between
-    rhs_dilate: int  # likewise of the kernel's
+    pad: int
+    lhs_dilate: int
+    rhs_dilate: int
 
 
 def _window(instruction: Instruction) -> list[_Side]:
-    """`window={size=3x3 stride=2x2 pad=0_1x0_1}`, where what isn't written is 1, or 0 for padding."""
+    """Parses `window={size=3x3 stride=2x2 pad=0_1x0_1}`. A missing field is 1, or 0 for padding."""
     fields = dict(part.split("=") for part in instruction.attribute("window").split())
     if "size" not in fields:
         return []
@@ -194,8 +204,8 @@ def _window(instruction: Instruction) -> list[_Side]:
 
 
 def _convolution_flops(instruction: Instruction, input_shape: str, kernel_shape: str) -> float:
-    """2 for each pair of numbers of kernel and input that meet: none with padding or with dilation's gaps."""
-    labels = re.split("_|->", instruction.attribute("dim_labels"))  # of `b01f_01io->b01f`
+    """Counts 2 for each pair of kernel and input elements that meet; padding and gaps don't count."""
+    labels = re.split("_|->", instruction.attribute("dim_labels"))  # Such as `b01f_01io->b01f`.
     shapes = (input_shape, kernel_shape, instruction.shape)
     inputs, kernel, outputs = (
         dict(zip(names, arrays(shape)[0].dims, strict=True))
@@ -205,13 +215,13 @@ def _convolution_flops(instruction: Instruction, input_shape: str, kernel_shape:
         _meetings(inputs[str(i)], outputs[str(i)], side) for i, side in enumerate(_window(instruction))
     )
     batch_groups = int(instruction.attribute("batch_group_count") or 1)
-    # The kernel's "i" counts the features of one group already.
+    # The kernel's "i" is the number of features of one group.
     return 2 * meetings * kernel["i"] * kernel["o"] * (inputs["b"] // batch_groups)
 
 
 @functools.cache
 def _meetings(input_size: int, output_size: int, side: _Side) -> int:
-    """Pairs of a place in the output and one in the kernel that meet an element of the input."""
+    """Counts the pairs of output position and kernel position that meet an element of the input."""
     places = np.arange(output_size)[:, None] * side.stride + np.arange(side.size) * side.rhs_dilate - side.pad
     inside = (places >= 0) & (places <= (input_size - 1) * side.lhs_dilate)
     return int(np.sum(inside & (places % side.lhs_dilate == 0)))

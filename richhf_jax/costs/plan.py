@@ -1,4 +1,4 @@
-"""What a compiled step takes of each chip, and what bounds its speed: as a dict for JSON, and as a table.
+"""Plans a compiled step: its memory on each chip and the bounds of its speed, for JSON and as a table.
 
 plan = make(...)
 print(table(plan))
@@ -22,13 +22,13 @@ class Step:
 
     Attributes:
       name: "train" or "predict".
-      batch_images: images in a batch, of all chips.
-      prompts_per_image: prompts that are encoded for each.
+      batch_images: images in a batch, for all chips together.
+      prompts_per_image: prompts that are encoded for each image.
       mesh: size of each mesh axis.
-      device_kind: jax's.
-      parameters: their number.
-      state_bytes_per_chip: {"parameters", "optimizer"}.
-      model_flops: of the model's mathematics for a batch: no recomputation.
+      device_kind: jax's name of the device.
+      parameters: number of parameters.
+      state_bytes_per_chip: {"parameters", "optimizer"} -> bytes.
+      model_flops: FLOPs of the model's mathematics for a batch, without recomputation.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Step:
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Of a tree of arrays or `ShapeDtypeStruct`s with shardings, what each device holds."""
+    """Returns the bytes that each device holds of a tree of arrays or `ShapeDtypeStruct`s with shardings."""
     leaves = jax.tree.leaves(tree)
     sizes = (jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves)
     return sum(size.size * size.dtype.itemsize for size in sizes)
@@ -51,15 +51,20 @@ def bytes_per_chip(tree: Any) -> int:
 def make(
     step: Step, compiled: jax.stages.Compiled, compile_seconds: float, refusal: str | None = None
 ) -> dict[str, Any]:
-    """Everything about a compiled step, ready for JSON.
+    """Makes the plan of a compiled step, ready for JSON.
 
     Args:
-      compile_seconds: that compilation took.
-      refusal: the compiler's words where it refused the program for its memory, and had to be forced.
+      step: the step before it is compiled.
+      compiled: the compiled step.
+      compile_seconds: duration of the compilation.
+      refusal: the compiler's message, if it refused the program for its memory and had to be forced.
 
     Returns:
-      Bytes are of one chip and one step, so are "flops_per_chip" and the collectives; "fits" and the roofline
-      are None where the chip isn't known. docs/accelerators.md, section Memory plan, explains each.
+      The plan; docs/accelerators.md, section Memory plan, explains each entry. Bytes, "flops_per_chip" and
+      collectives are those of one chip and one step. "fits" and the roofline are None for an unknown chip.
+
+    Raises:
+      NotImplementedError: the backend's compiler doesn't tell the memory of a program.
     """
     chip = chips.spec(step.device_kind)
     num_chips = math.prod(step.mesh.values())
@@ -94,7 +99,7 @@ def make(
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes a chip; "outputs" without those that take a donated argument's place."""
+    """Returns bytes a chip. "outputs" leaves out those that take the place of a donated argument."""
     stats = compiled.memory_analysis()
     if stats is None:
         raise NotImplementedError("the compiler of this backend doesn't say how much memory a program takes")
@@ -108,7 +113,7 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def _roofline(costs: counter.Costs, chip: chips.ChipSpec, batch_images: int) -> dict[str, float]:
-    """Seconds that a step takes at least, if each part of a chip worked at its peak, beside the others."""
+    """Returns the least seconds of a step, if all parts of a chip work at their peak at the same time."""
     sent = sum(collective.sent_bytes for collective in costs.collectives.values())
     seconds = {
         "compute": costs.flops / chip.peak_flops,
@@ -120,7 +125,7 @@ def _roofline(costs: counter.Costs, chip: chips.ChipSpec, batch_images: int) -> 
 
 
 def table(plan: Mapping[str, Any]) -> str:
-    """A plan for reading."""
+    """Formats a plan as text."""
     axes = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items())
     lines = [
         f"{plan['step']} step of {plan['batch_images']} images ({plan['prompts_per_image']} prompts each) on"
@@ -135,7 +140,7 @@ def table(plan: Mapping[str, Any]) -> str:
     ]
     if plan["uncounted_loops"]:
         names = ", ".join(plan["uncounted_loops"])
-        lines.append(f"  loops counted once, for want of their number of trips: {names}")
+        lines.append(f"  loops counted once, because their number of trips is unknown: {names}")
     lines.append("Collectives a chip, a step" if plan["collectives"] else "No collectives")
     for kind, one in plan["collectives"].items():
         lines.append(_line(f"{kind} x {one['count']:,}", _size(one["bytes"])))

@@ -1,1 +1,1 @@
-"""Checkpoints -> what runs or is read elsewhere: `python -m richhf_jax.export`."""
+"""Exports checkpoints to programs and weights for use elsewhere: `python -m richhf_jax.export`."""

@@ -9,8 +9,8 @@
     safetensors  model.safetensors
     orbax        checkpoint_<step>/ without optimizer state
 
-Each has model.json, vocabulary.model and MODEL_CARD.md beside it, so that `RahfPredictor` and
-`richhf_jax.predict` take all but savedmodel as a checkpoint.
+Each has model.json, vocabulary.model and MODEL_CARD.md beside it. `RahfPredictor` and `richhf_jax.predict`
+take each, except savedmodel, as a checkpoint.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _HERE = pathlib.Path(__file__).parent
 
 
 class Job(NamedTuple):
-    """What is exported: a description, the parameters by name, and the step they are of."""
+    """The model to export: its description, its parameters by name, and the checkpoint's step."""
 
     description: model_description.ModelDescription
     params: program.Arrays
@@ -51,7 +51,7 @@ def _write_stablehlo(directory: pathlib.Path, job: Job) -> None:
 
 def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
     try:
-        # Needs TensorFlow, which the others don't.
+        # This module needs TensorFlow; the others don't.
         saved_model = importlib.import_module("richhf_jax.export.saved_model")
     except ModuleNotFoundError as error:
         raise errors.UserError(f"a SavedModel needs {error.name}: pip install -e '.[export]'") from error
@@ -61,7 +61,7 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
 
 
 def _write_guide(directory: pathlib.Path, interface: dict[str, Any], example: str) -> None:
-    """Writes what a program and its author need to know: interface.json and example.py."""
+    """Writes interface.json, for programs that call the export, and example.py, for their authors."""
     (directory / INTERFACE).write_text(json.dumps(interface, indent=2) + "\n")
     shutil.copy(_HERE / example, directory / "example.py")
 
@@ -78,13 +78,13 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     """Writes an export.
 
     Args:
-      checkpoint: as for `RahfPredictor.from_checkpoint`.
+      checkpoint: a path that `RahfPredictor.from_checkpoint` takes.
       to: one of `FORMATS`.
       out: a new directory; nothing is left of it after an error.
-      dtype: of activations, in place of the training's.
+      dtype: type of activations, 'float32' or 'bfloat16'; None: as in training.
 
     Raises:
-      errors.UserError: as `RahfPredictor.from_checkpoint`; the directory isn't new; TensorFlow is missing.
+      errors.UserError: the checkpoint can't be loaded; the directory isn't new; TensorFlow is missing.
     """
     writing.check_is_new(out, "--out")
     path = forward.checkpoint_path(checkpoint)
@@ -102,22 +102,25 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a MODEL_DIR, a checkpoint_<step> in it, an export"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a MODEL_DIR, a checkpoint_<step> in it, or an export",
     )
     parser.add_argument("--to", required=True, choices=list(FORMATS))
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of activations; default: as in training"
+        "--dtype", choices=("float32", "bfloat16"), help="type of activations; default: as in training"
     )
     options = parser.parse_args(arguments)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of files that a checkpoint needn't have.
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of missing files that a checkpoint doesn't need.
     try:
         with writing.explained_disk_errors(options.out, also=(safetensors.SafetensorError,)):
             export(options.checkpoint, options.to, options.out, options.dtype)

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: what a model is, what it was trained on, how good it is, and how to load it."""
+"""Writes MODEL_CARD.md, which tells a model's kind, training data, metrics and limits, and how to load it."""
 
 import json
 import pathlib
@@ -26,16 +26,16 @@ def write(
     """Writes the card.
 
     Args:
-      directory: where the export is.
-      description: of the model.
-      checkpoint: what was exported; evaluations beside it are its metrics.
-      num_parameters: of the model.
-      export_format: "stablehlo", "savedmodel", "safetensors" or "orbax": how to load it.
-      step: of the checkpoint.
+      directory: the export's directory.
+      description: the model's description.
+      checkpoint: the exported checkpoint; the card shows the evaluations beside it.
+      num_parameters: number of the model's parameters.
+      export_format: "stablehlo", "savedmodel", "safetensors" or "orbax"; it decides how to load the export.
+      step: the checkpoint's step.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("richhf_jax", "export"),
-        autoescape=False,  # Markdown.
+        autoescape=False,  # The card is Markdown, not HTML.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -60,7 +60,7 @@ def write(
 
 
 def evaluations(checkpoint: str) -> dict[str, Mapping[str, Any]]:
-    """'<task>, <split>' -> metrics.json, of the evaluations of a `checkpoint_<step>` in its MODEL_DIR."""
+    """Reads the evaluations of a `checkpoint_<step>` in its MODEL_DIR: '<task>, <split>' -> metrics.json."""
     path = epath.Path(checkpoint)
     step = path.name.rpartition("_")[2]
     found = {}

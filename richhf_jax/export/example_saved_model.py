@@ -1,4 +1,4 @@
-"""Scores an image by the SavedModel, without richhf_jax: python example.py IMAGE PROMPT.
+"""Scores an image with the SavedModel, without richhf_jax: python example.py IMAGE PROMPT.
 
 pip install tensorflow-text
 """
@@ -13,7 +13,7 @@ model = tf.saved_model.load(str(pathlib.Path(__file__).parent / "saved_model"))
 
 
 def main(path, prompt):
-    """Prints scores, heatmaps' peaks and words."""
+    """Prints the scores, the heatmaps' peaks and the words."""
     outputs = model.signatures["serving_default"](
         image_bytes=tf.constant([pathlib.Path(path).read_bytes()]), prompts=tf.constant([prompt])
     )

@@ -1,4 +1,4 @@
-"""Scores an image by the exported program, without richhf_jax: python example.py IMAGE PROMPT.
+"""Scores an image with the exported program, without richhf_jax: python example.py IMAGE PROMPT.
 
 pip install flatbuffers jax pillow safetensors sentencepiece
 """
@@ -22,13 +22,13 @@ side, length, target_length = (interface[name] for name in ("image_side", "input
 
 
 def tokens(text):
-    """Ids, EOS at the end, padded with 0. (What is too long ends anywhere; training cuts at a word.)"""
+    """Encodes a text to ids, then EOS, then zeros. (A long text is cut anywhere; training cuts at a word.)"""
     ids = [*vocabulary.encode(text)[: length - 1], interface["eos_id"]]
     return ids + [0] * (length - len(ids))
 
 
 def words_of(prompt):
-    """The words to be judged; their pieces in a row, and the number of the word that each is of."""
+    """Returns the words to judge, their pieces in a row, and for each piece the number of its word."""
     words = [word for word in re.split(interface["separators"], prompt) if word]
     words = [word for word in words if vocabulary.encode(word)]
     pairs = [(piece, i + 1) for i, word in enumerate(words) for piece in vocabulary.encode(word)]
@@ -37,7 +37,7 @@ def words_of(prompt):
 
 
 def square_of(path):
-    """An image as the model sees it, uint8 [side, side, 3]; and where in the square it lies."""
+    """Returns an image as the model sees it, uint8 [side, side, 3], and its place in the square."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     width = height = side
@@ -62,9 +62,9 @@ def main(path, prompt):
     }
     if interface["fit"] == "letterbox":
         inputs["image_box"] = box[None]
-    program = jax.export.deserialize((here / "rahf.stablehlo").read_bytes())
+    program = jax.export.deserialize(bytearray((here / "rahf.stablehlo").read_bytes()))
     outputs = jax.device_get(program.call(safetensors.numpy.load_file(here / "model.safetensors"), inputs))
-    # The decoder has room for so many words; of the others nothing is known.
+    # Nothing is known of words for which the decoder has no room.
     probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
     marks = [*outputs["misaligned"][0].tolist(), *[False] * len(words)]
     found = {

@@ -1,7 +1,7 @@
-"""The prediction as one function of plain arrays, which executable exports hold."""
+"""Makes the prediction a function of plain arrays, for the executable exports."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ Arrays = Mapping[str, Any]
 
 
 def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, jax.Array]]:
-    """(parameters by name, "/" between, inputs) -> outputs: `forward.predict_fn` with the suffix in it.
+    """Makes a function of parameters and inputs from `forward.predict_fn` and the vocabulary's suffix.
 
-    Inputs and their shapes are those of `input_shapes`; outputs are `predict_fn`'s, but called
-    "misaligned_probability" and "misaligned" (by number of the word, from 1 in column 0).
+    Returns:
+      A function (parameters, inputs) -> outputs. Parameters are named as in `flat`; inputs are those of
+      `input_shapes`. Outputs are those of `predict_fn`, but with the words' values called
+      "misaligned_probability" and "misaligned" ([batch, length]; column 0 is word 1).
     """
     predict = forward.predict_fn(description)
     suffix = keywords.suffix_pieces(forward.load_vocabulary(description.vocabulary).encode)
@@ -49,7 +51,7 @@ def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, 
 
 
 def input_shapes(description: ModelDescription, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `make`'s function takes; `batch` may be a symbol of `jax.export`."""
+    """Returns the inputs of `make`'s function; `batch` may be a symbol of `jax.export`."""
     lengths = description.feature_lengths
     prompts = len(feedback.task_prompts(description.network.variant, ""))
     shapes = {
@@ -64,12 +66,12 @@ def input_shapes(description: ModelDescription, batch: Any) -> dict[str, jax.Sha
 
 
 def flat(params: Any) -> dict[str, jax.Array]:
-    """Parameters by name, "/" between."""
-    return traverse_util.flatten_dict(params, sep="/")
+    """Names the parameters of a tree by their paths, joined by "/"."""
+    return cast(dict[str, jax.Array], traverse_util.flatten_dict(params, sep="/"))
 
 
 def interface(description: ModelDescription) -> dict[str, Any]:
-    """What a program that knows only JSON needs to make the inputs and to read the outputs."""
+    """Returns, as JSON, everything that a program needs to make the inputs and to read the outputs."""
     vocabulary = forward.load_vocabulary(description.vocabulary)
     return {
         "image_side": description.feature_lengths["image"],

@@ -1,15 +1,15 @@
 """Writes a TensorFlow SavedModel with two signatures.
 
-serving_default   takes image bytes and prompts: what training reads them with is part of the graph
+serving_default   takes image bytes and prompts; the graph decodes and encodes them as training does
 arrays            takes the arrays of `program.input_shapes`
 
-Prompts are encoded by tensorflow-text's operations. TensorFlow Serving links them; Python has them after
-`import tensorflow_text`, without which the model doesn't load.
+tensorflow-text's operations encode the prompts. TensorFlow Serving links them; in Python the model loads only
+after `import tensorflow_text`.
 """
 
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orbax.export as orbax_export
 import tensorflow as tf
@@ -21,7 +21,7 @@ from richhf_jax.model_description import ModelDescription
 from richhf_jax.predict import forward
 
 FOLDER = "saved_model"
-# What a program that loads it must have installed, and must import.
+# Packages that a program must install and import to load the model.
 REQUIRES = ("tensorflow", "tensorflow-text")
 
 
@@ -50,8 +50,8 @@ class Words(NamedTuple):
     """The words of some prompts.
 
     Attributes:
-      texts: string [batch, words], "" behind a prompt's last.
-      numbers: int32 [batch, words], 0 for a word that the vocabulary writes as nothing.
+      texts: string [batch, words], "" behind a prompt's last word.
+      numbers: int32 [batch, words], from 1; 0 for a word that the vocabulary writes as nothing.
       pieces: int32 [batch, target length], 0 = padding.
       piece_numbers: int32 [batch, target length], the number of each piece's word.
     """
@@ -65,7 +65,7 @@ class Words(NamedTuple):
 class _Vocabulary(NamedTuple):
     """The part of a seqio.Vocabulary that `preprocessors.encode` uses."""
 
-    encode_tf: Callable[[tf.Tensor], tf.RaggedTensor]
+    encode_tf: Callable[[tf.Tensor], Any]  # A ragged tensor of ids.
     eos_id: int
 
 
@@ -73,31 +73,33 @@ class PromptReader:
     """Encodes prompts in the graph, as training does.
 
     Attributes:
-      resources: what a SavedModel must keep for it.
+      resources: the tokenizer, which a SavedModel must keep.
     """
 
     def __init__(self, description: ModelDescription):
         self.resources = tensorflow_text.SentencepieceTokenizer(description.vocabulary)
         eos_id = forward.load_vocabulary(description.vocabulary).eos_id()
-        self._vocabulary = _Vocabulary(self.resources.tokenize, eos_id)
+        self._vocabulary: Any = _Vocabulary(self.resources.tokenize, eos_id)
         self._lengths = description.feature_lengths
         self._tasks = feedback.task_prompts(description.network.variant, "")
 
     def tokens(self, prompts: tf.Tensor) -> tf.Tensor:
-        """String [batch] -> int32 [batch, prompts, length]."""
+        """Encodes prompts, string [batch], to int32 [batch, prompts, length]."""
         texts = tf.constant(self._tasks)[None] + prompts[:, None]
         tokens, _ = preprocessors.encode(tf.reshape(texts, [-1]), self._lengths["inputs"], self._vocabulary)
         return tf.reshape(tokens, [-1, len(self._tasks), self._lengths["inputs"]])
 
     def words(self, prompts: tf.Tensor) -> Words:
-        """Finds in each prompt, string [batch], what `keywords.keyword_pieces` finds."""
+        """Finds the words of prompts, string [batch], as `keywords.keyword_pieces` does."""
         words = preprocessors.tokenize_prompt(prompts)
         pieces = words.with_values(self._vocabulary.encode_tf(words.values))
         written = tf.cast(pieces.row_lengths(axis=2) > 0, tf.int32).to_tensor()
         numbers = tf.cumsum(written, axis=1) * written
-        of_words = tf.RaggedTensor.from_tensor(numbers, lengths=words.row_lengths())
+        word_numbers = tf.RaggedTensor.from_tensor(  # pyright: ignore[reportAttributeAccessIssue]
+            numbers, lengths=words.row_lengths()
+        )
         flat = pieces.merge_dims(1, 2)
-        piece_numbers = tf.repeat(of_words.flat_values, pieces.values.row_lengths())
+        piece_numbers = tf.repeat(word_numbers.flat_values, pieces.values.row_lengths())
         shape = [None, self._lengths["targets"]]
         return Words(
             words.to_tensor(),
@@ -108,7 +110,7 @@ class PromptReader:
 
 
 def _of_strings(description: ModelDescription, reader: PromptReader, predict: Callable) -> Callable:
-    """Returns the function of strings; the words and, of each, the values [batch, words] are outputs."""
+    """Returns a function of image bytes and prompts; its outputs have the words and their values."""
     length = description.feature_lengths["targets"]
 
     @tf.function(
@@ -123,7 +125,7 @@ def _of_strings(description: ModelDescription, reader: PromptReader, predict: Ca
             "word_numbers": words.piece_numbers,
         }
         outputs = dict(predict(inputs))
-        # Of a word without number, or that there was no room for, nothing is known.
+        # Nothing is known of a word without a number, or of one for which there was no room.
         column = tf.clip_by_value(words.numbers - 1, 0, length - 1)
         known = (words.numbers > 0) & (words.numbers <= length)
         by_number = outputs.pop("misaligned_probability"), outputs.pop("misaligned")
@@ -138,14 +140,16 @@ def _of_strings(description: ModelDescription, reader: PromptReader, predict: Ca
 
 
 def _read_images(image_bytes: tf.Tensor, description: ModelDescription) -> dict[str, tf.Tensor]:
-    """Decodes and fits images as training does: string [batch] -> see `program.input_shapes`."""
+    """Decodes images, string [batch], as training does, to the arrays of `program.input_shapes`."""
     side = description.feature_lengths["image"]
     specs = {"image": tf.TensorSpec([side, side, 3], tf.uint8)}
     if description.fit == "letterbox":
         specs["image_box"] = tf.TensorSpec([4], tf.int32)
 
     def show(data):
-        shown = augmentation.show(data, [], side, seed=None, augment=False, fit=description.fit)
+        shown = augmentation.show(
+            data, [], side, seed=tf.zeros([2], tf.int64), augment=False, fit=description.fit
+        )
         return {name: shown[name] for name in specs}
 
     return tf.map_fn(show, image_bytes, fn_output_signature=specs)

@@ -1,4 +1,4 @@
-"""StableHLO: one program for CPU, GPU and TPU, for any number of images, beside its parameters."""
+"""Writes StableHLO: one program for CPU, GPU and TPU and any number of images, without its parameters."""
 
 import pathlib
 
@@ -13,9 +13,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(directory: pathlib.Path, description: ModelDescription, params: program.Arrays) -> None:
-    """Writes the program, a function of parameters by name and of inputs; see `program.make`.
+    """Writes the program, the function of parameters and inputs that `program.make` returns.
 
-    The parameters are arguments, not constants: a file of this kind holds at most 2 GB.
+    The parameters are arguments, not constants, because a file of this kind holds at most 2 GB.
     """
     (batch,) = jax.export.symbolic_shape("batch")
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in params.items()}

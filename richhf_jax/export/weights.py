@@ -1,4 +1,4 @@
-"""Parameters alone: one .safetensors file, or a checkpoint."""
+"""Writes parameters as one .safetensors file, or as a checkpoint."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ from richhf_jax.predict import forward
 
 
 def write_safetensors(directory: pathlib.Path, params: Arrays) -> None:
-    """Writes model.safetensors; names are the parameters', "/" between."""
+    """Writes model.safetensors, with the names of `program.flat`."""
     arrays = {name: np.ascontiguousarray(array) for name, array in params.items()}
     safetensors.numpy.save_file(arrays, directory / forward.WEIGHTS_FILE, own.SAFETENSORS_METADATA)
 

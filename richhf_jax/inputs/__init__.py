@@ -1,12 +1,12 @@
-"""What `python -m richhf_jax.predict INPUT...` reads -> a stream of records: an id, and how to load the rest.
+"""Reads the inputs of `python -m richhf_jax.predict` as a stream of records, which load their images later.
 
     an image                  prompt: --prompt, or else <stem>.txt beside it
     a folder                  its images, recursively, by path; prompt: <stem>.txt, or else --prompt
     .csv .jsonl .parquet      columns `image` (a path; in parquet also bytes), `prompt`, optionally `id`
     .tar                      pairs <key>.<image extension> and <key>.txt
 
-A folder is listed once, and its names stay in memory. A table or a tar is streamed twice, to count its
-records and to give them; a tar's keys stay in memory while their other half is still to come.
+A folder is listed once, and its names stay in memory. A table or a tar is streamed twice: once to count its
+records, once to give them. A tar's key stays in memory until the other half of its pair comes.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ class _Place:
 
     Attributes:
       path: as the user gave it.
-      read: starts to give the records, from the first on.
-      count: how many there are.
-      status: the file's; None of a folder.
+      read: iterates over the records, from the first on.
+      count: number of records.
+      status: size and times of the file; None for a folder.
     """
 
     path: str
@@ -50,26 +50,26 @@ class _Place:
 class Inputs:
     """The records of all places, in order; an image that can't be read is a record that doesn't load.
 
-    `len()` tells how many there are. Iterating gives them from the first on, each time.
+    `len()` is the number of records. Each iteration begins with the first one.
     """
 
     def __init__(self, paths: Sequence[str], prompt: str | None = None):
-        """Lists the folders and counts the records of the others; of parquet, only the footer is read.
+        """Lists the folders and counts the records of the other places.
 
         Args:
-          paths: of images, folders, tables and tars.
-          prompt: of images that are named, and of those in folders that have no sidecar.
+          paths: images, folders, tables and tars.
+          prompt: the prompt of single images, and of images in folders that have no .txt beside them.
 
         Raises:
-          errors.UserError: a place doesn't exist, can't be opened, is of an unknown kind, lacks a column or
-            is empty, or it has prompts of its own and `prompt` would be ignored.
+          errors.UserError: a place doesn't exist, can't be opened, has an unknown extension, lacks a column
+            or is empty, or it has prompts of its own and `prompt` would be ignored.
         """
         if prompt is not None:
             try:
                 prompt = checked_prompt(prompt, "--prompt")
             except InputError as error:
                 raise errors.UserError(str(error)) from error
-        for path in paths:  # A mistake in the last costs no reading of the others.
+        for path in paths:  # A mistake in the last path is found before the others are read.
             _check_kind(path, prompt)
         self._places = [_listed(path, prompt) for path in paths]
 
@@ -77,13 +77,13 @@ class Inputs:
         return sum(place.count for place in self._places)
 
     def __iter__(self) -> Iterator[Record]:
-        """Raises errors.UserError where a table or tar can no longer be read."""
+        """Yields the records. Raises errors.UserError where a table or tar can no longer be read."""
         for place in self._places:
             with _explained(place.path):
                 yield from place.read()
 
     def fingerprint(self) -> str:
-        """Tells folders apart by the names in them, and files by size and time of change: 16 characters."""
+        """Returns 16 characters that depend on the names in folders, and on files' sizes and change times."""
         digest = hashlib.sha256()
         for place in self._places:
             if place.status is None:
@@ -95,7 +95,7 @@ class Inputs:
 
 
 def _check_kind(path: str, prompt: str | None) -> None:
-    """Raises errors.UserError where the path alone tells that there are no records to read."""
+    """Raises errors.UserError where a path can't be an input, without reading it."""
     if os.path.isdir(path):
         return
     if not os.path.exists(path):
@@ -107,13 +107,13 @@ def _check_kind(path: str, prompt: str | None) -> None:
         raise archives.compressed(path)
     if extension not in _READERS:
         kinds = " ".join([*IMAGE_EXTENSIONS, *_READERS])
-        raise errors.UserError(f"{path}: unknown kind of file; taken are folders and {kinds}")
+        raise errors.UserError(f"{path}: unknown kind of file; name a folder or one of {kinds}")
     if prompt is not None:
         raise errors.UserError(f"{path}: has prompts of its own, --prompt would be ignored; leave it out")
 
 
 def _listed(path: str, prompt: str | None) -> _Place:
-    """A place whose kind is known, with its records counted."""
+    """Makes a place of a path that `_check_kind` passed, and counts its records."""
     with _explained(path):
         if os.path.isdir(path):
             names = list(files.folder_names(path))

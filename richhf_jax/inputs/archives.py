@@ -1,4 +1,4 @@
-"""Tars of pairs: <key>.<image extension> and <key>.txt, which need not be adjacent."""
+"""Reads tars of pairs: <key>.<image extension> and <key>.txt, which need not be adjacent."""
 
 import functools
 import os
@@ -20,7 +20,13 @@ _GZIP = b"\x1f\x8b"
 
 
 def tar_records(path: str) -> Iterator[Record]:
-    """Pairs, as their second half comes; then the halves, then the end, where it isn't whole."""
+    """Yields a record for each pair, in the order of the pairs' second halves.
+
+    Then come records that don't load: one for each half without its other, and one if the tar is damaged.
+
+    Raises:
+      errors.UserError: the tar is compressed.
+    """
     waiting: dict[str, tuple[str, tuple[int, int]]] = {}
     problem = ""
     with open(path, "rb") as file:
@@ -48,7 +54,7 @@ def tar_records(path: str) -> Iterator[Record]:
 
 
 def compressed(path: str) -> errors.UserError:
-    """What the user is told of a file that must be unpacked."""
+    """Returns the error for a file that must be unpacked first."""
     return errors.UserError(f"{path}: compressed; unpack it first (`gunzip` for .gz and .tgz)")
 
 
@@ -57,12 +63,16 @@ def _broken_member(path: str, key: str, problem: str) -> Record:
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Key, extension, (offset, size) of each image and text; tarfile.ReadError where the tar isn't whole."""
+    """Yields key, extension and (offset, size) of each image and text.
+
+    Raises:
+      tarfile.ReadError: the tar is cut off or damaged.
+    """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         end = 0
         while (member := tar.next()) is not None:
-            tar.members.clear()  # Else it remembers them all.
-            if member.size < 0 or tar.offset <= end:  # A negative size would send it round for ever.
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # Else it keeps all in memory.
+            if member.size < 0 or tar.offset <= end:  # A negative size would lead to an endless loop.
                 raise tarfile.ReadError("garbled header")
             end = tar.offset
             folder, slash, name = member.name.removeprefix("./").rpartition("/")
@@ -72,7 +82,7 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, int]]]:
             wanted = not name.startswith(".") and extension in (*IMAGE_EXTENSIONS, ".txt")
             if wanted and member.isfile() and not member.issparse():
                 yield f"{folder}{slash}{stem}", extension, (member.offset_data, member.size)
-        # To tarfile, a header that is absent or garbled ends the file as well as a block of zeros.
+        # tarfile takes a missing or garbled header for the end, which is a block of zeros.
         file.seek(tar.offset)
         if len(file.read(tarfile.BLOCKSIZE).strip(b"\0")) or file.tell() - tar.offset < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("no mark of the end")

@@ -1,4 +1,4 @@
-"""Images by name, alone or in folders, with their prompts in text files beside them."""
+"""Reads single images and folders of images, with their prompts in text files (sidecars) beside them."""
 
 import functools
 import os
@@ -17,17 +17,17 @@ _PROMPT_FIX = "the image needs a prompt: write it into this file, or give --prom
 
 
 def image_records(path: str, prompt: str | None) -> Iterator[Record]:
-    """The one image; `prompt` goes before its sidecar."""
+    """Yields the record of one image. `prompt` is taken, or else the sidecar."""
     yield Record(printable(os.path.basename(path)), functools.partial(_load_file, path, prompt, None))
 
 
 def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> Iterator[str | Record]:
-    """The paths of a folder's images, relative to it, recursively and sorted.
+    """Yields the paths of a folder's images, relative to it, recursively and sorted.
 
     Args:
       root: the folder that the user named.
-      inner: '', or 'a/b/' for the images in root/a/b alone.
-      above: the folders that this one is in, by device and inode.
+      inner: '' for all images; 'a/b/' for only the images in root/a/b.
+      above: the folders that contain this one, as (device, inode).
 
     Yields:
       A path; or, for a folder in `root` that can't be read, a record that doesn't load.
@@ -39,7 +39,7 @@ def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> 
     try:
         status = os.stat(path)
         here = (status.st_dev, status.st_ino)
-        if here in above:  # A link to a folder that it is in.
+        if here in above:  # A link to a folder that contains it.
             return
         with os.scandir(path) as entries:
             names = sorted(name for entry in entries if (name := _wanted(entry)))
@@ -56,12 +56,12 @@ def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> 
 
 
 def folder_records(root: str, names: Iterable[str | Record], prompt: str | None) -> Iterator[Record]:
-    """The images of a folder; a sidecar goes before `prompt`.
+    """Yields the records of a folder's images. The sidecar is taken, or else `prompt`.
 
     Args:
       root: the folder.
-      names: as `folder_names` gives them.
-      prompt: of images that have no sidecar.
+      names: the results of `folder_names`.
+      prompt: the prompt of images that have no sidecar; None: these don't load.
     """
     for name in names:
         if isinstance(name, Record):
@@ -73,7 +73,7 @@ def folder_records(root: str, names: Iterable[str | Record], prompt: str | None)
 
 
 def _wanted(entry: os.DirEntry) -> str:
-    """The name of an image, that of a folder with a slash (paths sort by it), '' for all else."""
+    """Returns the name of an image, the name of a folder with "/" added (for sorting), '' for others."""
     if entry.name.startswith("."):
         return ""
     if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
@@ -82,7 +82,7 @@ def _wanted(entry: os.DirEntry) -> str:
 
 
 def _load_file(path: str, prompt: str | None, fallback: str | None) -> tuple[bytes, str]:
-    """An image with `prompt`, or else the sidecar's, or else `fallback`."""
+    """Returns an image with `prompt`, or else the sidecar's prompt, or else `fallback`."""
     sidecar = f"{os.path.splitext(path)[0]}.txt"
     if prompt is None and fallback is not None and not os.path.lexists(sidecar):
         prompt = fallback

@@ -1,6 +1,6 @@
-"""Images as people store them -> bytes that TensorFlow decodes to what a viewer shows.
+"""Decodes image files to the picture that a viewer shows, or checks them for TensorFlow.
 
-JPEG, PNG, WebP, GIF and BMP are taken, in any colour mode. Free of TensorFlow.
+It takes JPEG, PNG, WebP, GIF and BMP in any colour mode. It doesn't need TensorFlow.
 """
 
 import io
@@ -9,11 +9,11 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-# Of each side, in pixels.
+# Largest side of an image, in pixels.
 MAX_SIDE = 8192
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# How a complete file ends. Where it doesn't (something follows, or is missing), TensorFlow and Pillow differ.
+# The last bytes of a complete file. Where something follows or is missing, TensorFlow and Pillow differ.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "WEBP": b""}
 # Bytes 24 and 25 of a PNG: bits a sample and colour type (https://www.w3.org/TR/png-3/#11IHDR).
 _PNG_DEPTH_AND_TYPE = slice(24, 26)
@@ -23,22 +23,22 @@ _REFUSED = "{}, not a picture of 8 bits a colour; save it as an RGB PNG"
 
 
 class ImageError(ValueError):
-    """Why there is no picture in these bytes."""
+    """There is no usable picture in a file's bytes; the message says why."""
 
 
 def checked(data: bytes) -> bytes:
-    """An image's bytes, such that TensorFlow shows what Pillow shows.
+    """Returns an image's bytes, changed if need be so that TensorFlow shows what Pillow shows.
 
-    `tf.io.decode_image(checked(data), channels=3, expand_animations=False)` works, and gives the picture
-    upright, over white where it is transparent, and the first frame of an animation. An upright greyscale or
-    RGB image of 8 bits stays as it is (JPEG, PNG, WebP); any other is encoded as PNG, without loss beside its
-    alpha, its further frames and bits beyond eight.
+    `tf.io.decode_image(checked(data), channels=3, expand_animations=False)` gives the picture upright, over
+    white where it is transparent, and the first frame of an animation. An upright greyscale or RGB image of 8
+    bits (JPEG, PNG, WebP) stays as it is. Any other is encoded as PNG; it loses only its alpha, its further
+    frames and the bits beyond eight.
 
-    All pixels are decoded once, so that a file that is cut off is found here. The size is known before that:
-    what memory it takes is bounded by MAX_SIDE (0.9 GB at 8192 x 8192 pixels with alpha).
+    All pixels are decoded once, so a file that is cut off is found here. Its size is checked before, so
+    MAX_SIDE bounds the memory (0.9 GB at 8192 x 8192 pixels with alpha).
 
     Raises:
-      ImageError: no image, one that is cut off or broken, or one of more than MAX_SIDE pixels a side.
+      ImageError: the bytes are no image, or one that is cut off, broken or larger than MAX_SIDE a side.
     """
     image = _open(data)
     try:
@@ -48,15 +48,15 @@ def checked(data: bytes) -> bytes:
 
 
 def decode(data: bytes, convert: bool = True) -> np.ndarray:
-    """An image's bytes -> uint8 [height, width, 3], the picture that TensorFlow shows of `checked(data)`.
+    """Decodes an image to uint8 [height, width, 3], the picture that TensorFlow shows of `checked(data)`.
 
     Args:
-      data: a file.
-      convert: whether pictures are taken that have more to show than 8 bits of red, green and blue: those of
-        16 bits, of inks (CMYK), and animations.
+      data: a file's bytes.
+      convert: whether to take pictures that have more to show than 8 bits of red, green and blue: pictures of
+        16 bits or in inks (CMYK), and animations.
 
     Raises:
-      ImageError: as `checked`; or the picture would have to be converted, and must not.
+      ImageError: see `checked`; or `convert` is False and the picture would have to be converted.
     """
     image = _open(data)
     if not convert and image.format == "PNG" and data[_PNG_DEPTH_AND_TYPE][0] == 16:
@@ -65,18 +65,26 @@ def decode(data: bytes, convert: bool = True) -> np.ndarray:
 
 
 def of_pillow(image: Image.Image, convert: bool = True) -> np.ndarray:
-    """A picture in memory -> uint8 [height, width, 3], as `decode` gives its file's."""
+    """Converts a picture in memory to uint8 [height, width, 3], as `decode` does with a file.
+
+    Args:
+      image: the picture; it may be a file that isn't read yet.
+      convert: see `decode`.
+
+    Raises:
+      ImageError: the file is broken; or `convert` is False and the picture would have to be converted.
+    """
     if not convert and (what := _more_than_rgb(image)):
         raise ImageError(_REFUSED.format(what))
     try:
         return np.asarray(_upright(image).convert("RGB"))
-    except Exception as error:  # As in `_open`: a picture in memory may be a file that isn't read yet.
+    except Exception as error:  # Pillow raises many types, see `_open`.
         raise ImageError(f"broken {image.format or image.mode}: {error}") from None
 
 
 def _more_than_rgb(image: Image.Image) -> str:
-    """What a picture has that is lost as 8 bits of red, green and blue; '' where nothing is."""
-    # MPO: a camera's JPEG with another view behind the picture.
+    """Names what a picture loses if converted to 8 bits of red, green and blue; '' if nothing."""
+    # MPO is a camera's JPEG with another view behind the picture.
     if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
         return f"an animation of {frames} frames"
     if image.mode.startswith(("I", "F")):
@@ -85,14 +93,14 @@ def _more_than_rgb(image: Image.Image) -> str:
 
 
 def _open(data: bytes) -> Image.Image:
-    """An image, all its pixels decoded; see `checked`."""
+    """Opens an image and decodes all its pixels. Raises ImageError, see `checked`."""
     if not data:
         raise ImageError("no bytes")
-    # Pillow raises what it likes at broken files (OSError, SyntaxError, ValueError, struct.error, ...), also
+    # Pillow raises many types at broken files (OSError, SyntaxError, ValueError, struct.error, ...), also
     # where text in a PNG would inflate to more than a megabyte.
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Our own limit is below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_SIDE is the limit.
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
         raise ImageError(_why_not_an_image(data)) from None
@@ -102,7 +110,7 @@ def _open(data: bytes) -> Image.Image:
         width, height = image.size
         raise ImageError(f"{width} x {height} pixels; at most {MAX_SIDE} x {MAX_SIDE} are taken")
     try:
-        if image.format == "PNG":  # Loading alone does not look at all checksums; libpng's readers do.
+        if image.format == "PNG":  # Loading alone doesn't check all checksums; readers with libpng do.
             Image.open(io.BytesIO(data)).verify()
         image.load()
         return image
@@ -120,7 +128,7 @@ def _why_not_an_image(data: bytes) -> str:
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """Whether TensorFlow shows a loaded image as Pillow does."""
+    """Tells whether TensorFlow shows a loaded image as Pillow does."""
     return (
         image.format in _ENDS
         and data.endswith(_ENDS[image.format])
@@ -140,7 +148,7 @@ def _as_png(image: Image.Image) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A picture as a viewer shows it, greyscale or RGB of 8 bits."""
+    """Returns a picture as a viewer shows it, greyscale or RGB of 8 bits."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion cuts values off at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -151,5 +159,5 @@ def _upright(image: Image.Image) -> Image.Image:
         image = flat
     elif image.mode != "L":
         image = image.convert("RGB")
-    image.info.clear()  # Among others a profile that belongs to the colours as they were.
+    image.info.clear()  # It may hold a colour profile of the picture before conversion.
     return image

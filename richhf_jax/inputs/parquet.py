@@ -1,4 +1,4 @@
-"""Parquet tables, of paths or with the images in them. Rows count from 0."""
+"""Reads parquet tables that hold images or paths of images. Rows count from 0."""
 
 import bisect
 import itertools
@@ -11,17 +11,22 @@ from richhf_jax import errors
 from richhf_jax.inputs.record import InputError, Record, checked_prompt
 from richhf_jax.inputs.tables import LoadImage, broken_row, check_columns, load_row, row_record
 
-# Rows that are read at once: names and prompts; images, of which some batches stay.
+# Rows that are read at once: of names and prompts, and of images.
 _NAME_ROWS = 1024
 _IMAGE_ROWS = 16
+# Number of batches of images that stay in memory.
 _KEPT_BATCHES = 4
 
 
 def parquet_records(path: str) -> Iterator[Record]:
-    """The rows; those that a broken row group loses don't load."""
+    """Yields a record for each row; rows that a broken row group loses don't load.
+
+    Raises:
+      errors.UserError: pyarrow is missing, or the file is no parquet file or lacks a column.
+    """
     file = _open(path)
     kind = str(file.schema_arrow.field("image").type)
-    # Images that are in the table stay on disk until they are loaded; of {bytes, path}, the path is read.
+    # Images in the table stay on disk until they are loaded. Of a struct {bytes, path}, the path is read now.
     load_image = _Images(path).load if "binary" in kind or kind.startswith("struct") else None
     columns = ["prompt", "id", "image.path" if load_image else "image"]
     row = end = 0
@@ -40,7 +45,7 @@ def parquet_records(path: str) -> Iterator[Record]:
 
 
 def count_rows(path: str) -> int:
-    """How many there are by the footer, which alone is read."""
+    """Returns the number of rows, from the footer; nothing else is read."""
     return _open(path).metadata.num_rows
 
 
@@ -50,7 +55,7 @@ def _open(path: str):
     except ImportError as error:
         raise errors.UserError(f"{path}: parquet needs pyarrow: `pip install pyarrow`") from error
     try:
-        # Pages are read as they are asked for, not whole columns of a row group.
+        # These options read page by page, not whole columns of a row group.
         file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (ValueError, OSError) as error:
         raise errors.UserError(f"{path}: no parquet file, or cut off; copy it again: {error}") from error
@@ -59,7 +64,11 @@ def _open(path: str):
 
 
 def _batches(file: Any, rows: int, group: int, columns: Sequence[str]) -> Iterator:
-    """Batches of a row group; those columns that aren't there are left out. InputError where it is broken."""
+    """Yields the batches of a row group, without columns that it lacks.
+
+    Raises:
+      InputError: the row group is broken.
+    """
     import pyarrow as pa
 
     try:
@@ -71,7 +80,7 @@ def _batches(file: Any, rows: int, group: int, columns: Sequence[str]) -> Iterat
 def _record(path: str, row: int, batch: Any, load_image: LoadImage | None) -> Record:
     try:
         (fields,) = batch.to_pylist()
-    except ValueError as error:  # No UTF-8.
+    except ValueError as error:  # The text isn't UTF-8.
         return broken_row(path, row, str(error))
     if load_image:
         fields["image"] = (fields.get("image") or {}).get("path")
@@ -79,10 +88,10 @@ def _record(path: str, row: int, batch: Any, load_image: LoadImage | None) -> Re
 
 
 class _Images:
-    """The images in a parquet file. It is read forwards: cheap where rows are loaded about in order.
+    """Loads the images in a parquet file. It reads forwards, so loading rows about in order is cheap.
 
-    The last few batches stay in memory, and those that a thread waits for; a row before them costs reading
-    its row group from the start.
+    The last few batches stay in memory, and so do those that a thread waits for. For a row before them, its
+    row group is read again from the start.
     """
 
     def __init__(self, path: str):
@@ -91,13 +100,14 @@ class _Images:
         groups = (self._file.metadata.row_group(group) for group in range(self._file.num_row_groups))
         self._starts = list(itertools.accumulate((group.num_rows for group in groups), initial=0))[:-1]
         self._group, self._batches = -1, iter(())
-        self._next_row = 0  # The first of the next batch.
-        self._kept = []  # (first row, images)
+        self._next_row = 0  # First row of the next batch.
+        self._kept = []  # Pairs of (first row, images).
         self._lock = threading.Lock()
-        self._waiting = set()  # Rows. A lock isn't fair: the others may read on for hundreds of rows.
+        # Rows that threads wait for. A lock isn't fair: other threads may read on for hundreds of rows.
+        self._waiting = set()
 
     def load(self, row: int, prompt: str, place: str) -> tuple[bytes, str]:
-        """A row's image and checked prompt."""
+        """Returns a row's image and checked prompt; see `tables.LoadImage`."""
         prompt = checked_prompt(prompt, place)
         self._waiting.add(row)
         with self._lock:
@@ -106,7 +116,9 @@ class _Images:
         if data is None and isinstance(path, str) and path:
             return load_row(os.path.dirname(self._path), path, prompt, place)
         if not isinstance(data, bytes):
-            raise InputError(f"{place}: no image; needed is a path, bytes, or a struct of `bytes` and `path`")
+            raise InputError(
+                f"{place}: no image; `image` must be a path, bytes, or a struct of `bytes` and `path`"
+            )
         return data, prompt
 
     def _image(self, row: int, place: str) -> Any:
@@ -121,7 +133,7 @@ class _Images:
         while self._next_row <= row:
             try:
                 images = next(self._batches).column("image")
-            except (InputError, StopIteration) as error:  # It stops behind the first error.
+            except (InputError, StopIteration) as error:  # The generator ends after its first error.
                 problem = f"row group {group} is broken from row {self._next_row} on"
                 raise InputError(f"{place}: {problem}") from error
             first, self._next_row = self._next_row, self._next_row + len(images)

@@ -1,4 +1,4 @@
-"""What every kind of input gives: records, which load later, in any thread, or tell why they can't."""
+"""Records, which every kind of input gives. They load later, in any thread, or tell why they can't."""
 
 import dataclasses
 import functools
@@ -9,12 +9,12 @@ from typing import NoReturn
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
-# More than any image that is decoded takes. It keeps a disk image of that name out of memory.
+# Larger than any image that is decoded. It keeps a huge file with an image's extension out of memory.
 _MAX_BYTES = 1 << 30
 
 
 class InputError(ValueError):
-    """Why a record can't be scored: unreadable, no prompt, ... The message is one line, for the user."""
+    """A record can't be scored (unreadable, no prompt, ...). The message tells the user why, in one line."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(printable(message).splitlines()))
@@ -25,9 +25,9 @@ class Record:
     """An image to score.
 
     Attributes:
-      id: its name for the user, the same in every run; two inputs may hold the same.
-      load: reads the image file's bytes (not decoded) and the prompt (stripped, not empty). Any thread may
-        call it, at any time, best in the records' order. Raises InputError.
+      id: the image's name for the user, the same in every run. Two records may have the same id.
+      load: returns the image file's bytes (not decoded) and the prompt (stripped, not empty), or raises
+        InputError. Any thread may call it at any time; it is fastest in the records' order.
     """
 
     id: str
@@ -35,7 +35,7 @@ class Record:
 
 
 def broken_record(name: str, problem: str) -> Record:
-    """A record that doesn't load: `problem` is why, and names the place."""
+    """Makes a record that doesn't load; `problem` says why, and names the place."""
     return Record(printable(name), functools.partial(_fail, problem))
 
 
@@ -44,16 +44,30 @@ def _fail(message: str) -> NoReturn:
 
 
 def printable(text: str) -> str:
-    """Text that any file takes: lone surrogates (in names that aren't UTF-8, in broken JSON) written out."""
+    r"""Writes lone surrogates as \udcXX, so that the text can be written to any file.
+
+    Such surrogates stand in names that aren't UTF-8, and in broken JSON.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_bytes(path: str, where: str, fix: str = "", offset: int = 0, size: int | None = None) -> bytes:
-    """A file's bytes, or a part of it; `where` and `fix` are what an error's message begins and ends with."""
+    """Reads a file, or a part of it.
+
+    Args:
+      path: the file.
+      where: the beginning of an error's message: the place, for the user.
+      fix: the end of an error's message: what to do.
+      offset: first byte of the part.
+      size: bytes of the part; None: the whole file.
+
+    Raises:
+      InputError: the file can't be read, is no regular file, is too large, or is shorter than the part.
+    """
     fix = fix and f" ({fix})"
     try:
         status = os.stat(path)
-        is_file = stat.S_ISREG(status.st_mode)  # Opening a pipe would wait for ever.
+        is_file = stat.S_ISREG(status.st_mode)  # Opening a pipe could wait for ever.
         wanted = status.st_size if size is None else size
         data = b""
         if is_file and wanted <= _MAX_BYTES:
@@ -73,7 +87,7 @@ def read_bytes(path: str, where: str, fix: str = "", offset: int = 0, size: int 
 
 
 def checked_prompt(text: str | bytes, where: str) -> str:
-    """A prompt as it is scored: stripped, UTF-8, not empty."""
+    """Returns a prompt as it is scored: stripped. Raises InputError where it isn't UTF-8, or is empty."""
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         text.encode()

@@ -1,4 +1,4 @@
-"""CSV and JSON lines, an image a row; and what the columns and rows of any table must be."""
+"""Reads CSV and JSON lines, one image a row, and checks the columns and rows of any table."""
 
 import csv
 import functools
@@ -10,18 +10,22 @@ from typing import Any
 from richhf_jax import errors
 from richhf_jax.inputs.record import Record, broken_record, checked_prompt, printable, read_bytes
 
-# Of a CSV's field. A quote that is never closed swallows as much before the rows go on.
+# Longest field of a CSV, in characters. A quote that is never closed swallows so much before an error.
 _MAX_FIELD = 1 << 24
 _PATH_FIX = "paths are relative to the table's folder; URLs aren't fetched"
 
-# (row's number, its prompt, where it is in words) -> the image's bytes and the checked prompt.
+# From (number of the row, its prompt, its place in words) to the image's bytes and the checked prompt.
 LoadImage = Callable[[int, str, str], tuple[bytes, str]]
 
 
 def csv_records(path: str) -> Iterator[Record]:
-    """The rows, numbered by their first line from 1."""
+    """Yields a record for each row, numbered by its first line, from 1.
+
+    Raises:
+      errors.UserError: the header is broken or lacks a column.
+    """
     csv.field_size_limit(max(_MAX_FIELD, csv.field_size_limit()))
-    # What isn't UTF-8 costs a row at most: a path may be so on disk, a prompt is found out on loading.
+    # Text that isn't UTF-8 loses one row at most: a path on disk may be so, a prompt is refused on loading.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, strict=True)
         try:
@@ -46,7 +50,7 @@ def csv_records(path: str) -> Iterator[Record]:
 
 
 def jsonl_records(path: str) -> Iterator[Record]:
-    """The rows, numbered by their line from 1."""
+    """Yields a record for each row, numbered by its line, from 1."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -60,28 +64,29 @@ def jsonl_records(path: str) -> Iterator[Record]:
 
 
 def check_columns(path: str, names: Sequence[str]) -> None:
-    """Raises errors.UserError where a column that is needed isn't there, or one is there twice."""
+    """Raises errors.UserError where a needed column is missing, or a column is there twice."""
     counts = {name: list(names).count(name) for name in ("image", "prompt", "id")}
     wrong = [name for name, number in counts.items() if number > 1 or (number == 0 and name != "id")]
     if wrong:
         there = printable(", ".join(map(repr, names[:20])))
-        needed = "needed are `image` and `prompt`, and `id` may be there, each once"
+        needed = "a table needs `image` and `prompt`, and may have `id`, each once"
         commas = " (UTF-8, separated by commas)" if path.lower().endswith(".csv") else ""
         raise errors.UserError(f"{path}: column `{wrong[0]}`: {needed}{commas}; the columns are {there}")
 
 
 def row_record(table: str, number: int, fields: Any, load_image: LoadImage | None = None) -> Record:
-    """A row, or why it is broken.
+    """Makes a row's record; it doesn't load where the row is broken.
 
     Args:
-      table: the file's path.
-      number: the row's, as users count.
-      fields: its values by column.
-      load_image: loads the record where the image is in the table; `fields` may then lack it.
+      table: the table's path.
+      number: the row's number, as users count.
+      fields: the row's values by column.
+      load_image: loads an image that is in the table itself; `fields` may then lack it. None: `image` is a
+        path.
     """
     if not isinstance(fields, dict):
         return broken_row(table, number, "not a JSON object")
-    image, prompt, row_id = (fields.get(name) for name in ("image", "prompt", "id"))
+    row_id = fields.get("id")
     for name in ("prompt",) if load_image else ("image", "prompt"):
         value = fields.get(name)
         if name not in fields:
@@ -93,18 +98,18 @@ def row_record(table: str, number: int, fields: Any, load_image: LoadImage | Non
             return broken_row(table, number, f"`{name}` is a {type(value).__name__}, not a string")
     if row_id is not None and type(row_id) not in (str, int):  # A bool is an int.
         return broken_row(table, number, f"`id` is a {type(row_id).__name__}, not a string or whole number")
-    place = _place(table, number)
+    prompt, place = fields["prompt"], _place(table, number)
     if load_image:
         load = functools.partial(load_image, number, prompt, place)
     else:
-        load = functools.partial(load_row, os.path.dirname(table), image, prompt, place)
+        load = functools.partial(load_row, os.path.dirname(table), fields["image"], prompt, place)
     if row_id in (None, ""):
-        row_id = image or f"{os.path.basename(table)}:{number}"
+        row_id = fields.get("image") or f"{os.path.basename(table)}:{number}"
     return Record(printable(str(row_id)), load)
 
 
 def broken_row(table: str, number: int, problem: str) -> Record:
-    """A row that doesn't load, and why."""
+    """Makes the record of a row that doesn't load; `problem` says why."""
     return broken_record(f"{os.path.basename(table)}:{number}", f"{_place(table, number)}: {problem}")
 
 
@@ -113,7 +118,7 @@ def _place(table: str, number: int) -> str:
 
 
 def load_row(folder: str, image: str, prompt: str, where: str) -> tuple[bytes, str]:
-    """The image at a path relative to the table's folder, and the checked prompt."""
+    """Returns the image at a path relative to the table's folder, and the checked prompt."""
     prompt = checked_prompt(prompt, where)
     path = os.path.join(folder, image)
     return read_bytes(path, f"{where}: {path}", _PATH_FIX), prompt

@@ -1,8 +1,8 @@
-"""Images with their predictions as the cards of an HTML page, to sort, filter and search.
+"""Writes images with their predictions as the cards of an HTML page, to sort, filter and search.
 
-A page holds its style and script itself and forbids the browser every network request; its images it holds
-too, or they lie in its folder. `templates/predictions.html` is a page of cards alone, `templates/report.html`
-has them below the figures of an evaluation; they share frame, cards, style and script.
+A page holds its style and script itself and forbids the browser every network request. Its images are in the
+page, too, or in its folder. `templates/predictions.html` is a page with nothing but cards;
+`templates/report.html` has them below the figures of an evaluation. Both share frame, cards and style.
 """
 
 import base64
@@ -22,20 +22,26 @@ from richhf_jax import feedback, writing
 from richhf_jax.feedback import RichFeedback
 from richhf_jax.pages import overlay
 
-# Larger pictures are shrunk: no screen shows them larger in the gallery, and a page should open at once.
-# Heatmaps are smooth, and their noise makes large files.
+# Largest sides of pictures, in pixels; larger ones are shrunk. No screen shows them larger in the gallery,
+# and a page should open at once. Heatmaps are smooth: they need fewer pixels, and their noise takes space.
 MAX_IMAGE_SIDE = 256
 MAX_HEATMAP_SIDE = 128
 
-# Up to so many images, whoever writes a gallery should give `data_uri`s: the page is then one file to send
-# around, of some tens of megabytes at most. For more, files beside the page: a browser then reads only those
-# in sight. The page takes either.
+# Up to this number of images, a gallery's pictures should be `data_uri`s: the page is then one file to send
+# around, of some tens of megabytes at most. Above it, they should be files beside the page: a browser then
+# reads only those in sight. The page takes both.
 MAX_EMBEDDED = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryItem:
-    """One image, uint8 [height, width, 3], with what was wanted, if that is known, and what was predicted."""
+    """One image with the prediction and, if it is known, the ground truth (`target`).
+
+    Attributes:
+      image: uint8 [height, width, 3].
+      target: the ground truth; None where it is unknown.
+      prediction: the model's feedback.
+    """
 
     image: np.ndarray
     target: RichFeedback | None
@@ -54,7 +60,7 @@ class Card:
       record: a line of predictions.jsonl (`RichFeedback.to_dict`): "id", "prompt", "scores", "tokens".
       size: the image's width and height in pixels, which may be more than the shown picture's.
       image: a `data_uri`, or a path relative to the page's folder, percent-encoded.
-      heatmaps: what lies over the image, with URIs of the same two forms.
+      heatmaps: the pictures that lie over the image, with URIs of the same two forms.
     """
 
     record: Mapping[str, Any]
@@ -66,10 +72,10 @@ class Card:
 def write_gallery(
     path: epath.PathLike, title: str, cards: Iterable[Card], details: Mapping[str, Any]
 ) -> None:
-    """Writes a page of predictions alone: the report's gallery, without ground truth.
+    """Writes a page of predictions: the report's gallery, without ground truth.
 
     Args:
-      path: the HTML file to write; relative URIs of the cards are relative to its folder.
+      path: the HTML file to write; the cards' relative URIs are relative to its folder.
       title: the page's headline.
       cards: the images to show, in input order.
       details: facts about the predictions, in a line below the title.
@@ -79,15 +85,16 @@ def write_gallery(
 
 
 def card_pictures(image: np.ndarray, heatmaps: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, bytes]]:
-    """The pictures of a card, of at most `MAX_IMAGE_SIDE` and `MAX_HEATMAP_SIDE`, for files or `data_uri`.
+    """Makes the pictures of a card, of at most `MAX_IMAGE_SIDE` and `MAX_HEATMAP_SIDE` pixels a side.
 
     Args:
       image: uint8 [height, width, 3].
-      heatmaps: kind -> [height, width] in [0, 1].
+      heatmaps: kind -> float [height, width] in [0, 1].
 
     Returns:
-      The image as PNG or JPEG, whichever is smaller: drawings stay as they are. Kind -> PNG to lay over it,
-      transparent where there is no heat; an empty heatmap has none.
+      Two values, for files or `data_uri`. The image as PNG or JPEG, whichever is smaller (a drawing becomes a
+      PNG, which loses nothing). And kind -> PNG to lay over it, transparent where there is no heat; a heatmap
+      without heat has no picture.
     """
     thumbnail = Image.fromarray(image)
     thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
@@ -96,13 +103,13 @@ def card_pictures(image: np.ndarray, heatmaps: Mapping[str, np.ndarray]) -> tupl
 
 
 def data_uri(picture: bytes) -> str:
-    """The bytes of a PNG or JPEG file -> a URI that holds them."""
+    """Returns a URI that holds the bytes of a PNG or JPEG file."""
     kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64," + base64.b64encode(picture).decode("ascii")
 
 
 def item_view(item: GalleryItem) -> dict[str, Any]:
-    """What stands in an item's card, with its pictures in the page.
+    """Returns the template's values for an item's card, with the pictures in them.
 
     Raises:
       ValueError: the target and the prediction are not of the same image.
@@ -117,12 +124,12 @@ def item_view(item: GalleryItem) -> dict[str, Any]:
 
 
 def render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> str:
-    """A page as HTML.
+    """Returns a page as HTML.
 
     Args:
-      template: a file of `templates/`.
-      views: the cards, as `item_view` gives them.
-      values: what else stands in the template.
+      template: name of a file in `templates/`.
+      views: the cards, as `item_view` returns them.
+      values: the template's other values.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("richhf_jax.pages"),
@@ -137,7 +144,7 @@ def render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> 
         **values,
         cards=views,
         has_files=any(not uri.startswith("data:") for view in views for uri in view["uris"]),
-        # What cards are sorted and filtered by.
+        # The values to sort and filter cards by.
         quantities=[name for name in (*feedback.SCORES, *map(_peak, feedback.HEATMAPS)) if name in known],
         colours=[f"rgb({r} {g} {b})" for r, g, b in overlay.COLOURS],
         opacity=round(100 * overlay.OPACITY),
@@ -145,17 +152,17 @@ def render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> 
 
 
 def _percent(share: float) -> str:
-    """A CSS length: 0.25 -> '25.0%', kept on the track between 0 and 1."""
+    """Returns a share, clipped to [0, 1], as a CSS length: 0.25 -> '25.0%'."""
     return f"{min(max(share, 0), 1):.1%}"
 
 
 def _peak(kind: str) -> str:
-    """What a heatmap's peak is called in the controls."""
+    """Returns the name of a heatmap's peak in the controls."""
     return f"{kind} peak"
 
 
 def _css_url(uri: str) -> str:
-    """What stands between the quotes of CSS's url("…"): a URI may hold neither quote nor backslash."""
+    """Escapes a URI for CSS's url("…"), which may hold neither quote nor backslash."""
     return uri.replace("\\", "%5C").replace('"', "%22").replace("\n", "%0A")
 
 
@@ -168,7 +175,7 @@ def _heatmap_pictures(heatmaps: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         if heatmap.max() > 0:
             scale = min(1, MAX_HEATMAP_SIDE / max(heatmap.shape))
             height, width = (max(1, round(length * scale)) for length in heatmap.shape)
-            # Shrunk before it is coloured: fewer pixels to colour.
+            # Shrinking first leaves fewer pixels to colour.
             pictures[kind] = _encoded(overlay.picture(overlay.resize(heatmap, (width, height))), "PNG")
     return pictures
 
@@ -188,7 +195,7 @@ def _embedded(heatmaps: Mapping[str, np.ndarray]) -> Heatmaps:
 
 
 def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
-    """What stands in a card; without a target, the prediction alone."""
+    """Returns the template's values for a card; without a target, only the prediction's."""
     record = card.record
     truth = target.to_dict() if target else {"scores": {}, "tokens": []}
     sides = [("ground truth", _embedded(target.heatmaps))] if target else []
@@ -219,7 +226,14 @@ def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A word of the prompt, or what stands between two."""
+    """A word of the prompt, or the characters between two words.
+
+    Attributes:
+      text: the characters.
+      truth: whether the word is misaligned.
+      predicted: whether the word is predicted to be misaligned.
+      probability: the model's probability of that, if there is one.
+    """
 
     text: str
     truth: bool = False
@@ -228,7 +242,7 @@ class _Piece:
 
     @property
     def marks(self) -> str:
-        """'misaligned', 'predicted misaligned', both or nothing, in words."""
+        """The marks in words: 'misaligned', 'predicted misaligned', both, or ''."""
         marks = {"misaligned": self.truth, "predicted misaligned": self.predicted}
         return " and ".join(words for words, is_marked in marks.items() if is_marked)
 
@@ -242,17 +256,17 @@ class _Piece:
 
     @property
     def heat(self) -> float:
-        """How strongly the word is shaded, 0 to 1."""
+        """The strength of the word's shade, 0 to 1."""
         return float(self.predicted) if self.probability is None else self.probability
 
 
 def _pieces(prompt: str, truth: Sequence[Mapping], predicted: Sequence[Mapping]) -> list[_Piece]:
-    """The prompt cut into words and what stands between them, nothing left out.
+    """Cuts the prompt into words and the characters between them; together they are the whole prompt.
 
     Args:
-      prompt: the text.
-      truth: "tokens" of the ground truth's record.
-      predicted: "tokens" of the prediction's record.
+      prompt: the prompt.
+      truth: the "tokens" of the ground truth's record.
+      predicted: the "tokens" of the prediction's record.
 
     >>> tokens = [{'text': 'a', 'misaligned': False}, {'text': 'cat', 'misaligned': True, 'probability': 0.8}]
     >>> [piece.text for piece in _pieces('a cat!', tokens, [])]

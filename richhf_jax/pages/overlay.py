@@ -1,6 +1,6 @@
-"""A heatmap as a picture: its colours, and the picture laid over an image.
+"""Draws a heatmap as a picture: its colours, and the picture laid over an image.
 
-Needs numpy and Pillow alone.
+This module needs only numpy and Pillow.
 """
 
 import io
@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-# How strongly a heatmap covers the image beneath it, unless asked otherwise.
+# Default opacity of the hottest places of a heatmap over an image.
 OPACITY = 0.85
 
 # Nine colours, evenly spaced, of matplotlib's "inferno" (CC0), whose lightness rises evenly with the value.
@@ -18,19 +18,20 @@ COLOURS = np.array(
         (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
     ]
 )  # fmt: skip
-# Heat fades in up to this value: one rater of three (1/3) is plainly seen, noise of a few percent is not.
+# From this heat on, the picture is opaque; below, it fades. So one rater of three (1/3) is plainly seen, and
+# noise of a few percent is not.
 _OPAQUE_HEAT = 0.4
 
 
 def resize(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A heatmap [height, width] -> float32 of `size` (width, height), bilinearly."""
+    """Resizes a heatmap [height, width] bilinearly to float32 of `size`, which is (width, height)."""
     if heatmap.shape == (size[1], size[0]):
         return heatmap
     return np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
 
 
 def picture(heatmap: np.ndarray) -> Image.Image:
-    """A heatmap [height, width] in [0, 1] -> RGBA of that size, transparent where there is no heat."""
+    """Colours a heatmap [height, width] in [0, 1]: RGBA of its size, transparent where there is no heat."""
     stops = np.linspace(0, 1, len(COLOURS))
     channels = [np.interp(heatmap, stops, channel) for channel in COLOURS.T]
     alpha = 255 * np.clip(np.float64(heatmap) / _OPAQUE_HEAT, 0, 1)
@@ -42,11 +43,11 @@ def draw(image: np.ndarray, heatmap: np.ndarray, opacity: float = OPACITY) -> Im
 
     Args:
       image: uint8 [height, width, 3].
-      heatmap: float32 [height, width] in [0, 1]; one of another size is stretched over the image.
-      opacity: of the hottest places, 0 (only the image is seen) to 1 (only the heat).
+      heatmap: float32 [height, width] in [0, 1]; a heatmap of another size is stretched over the image.
+      opacity: opacity of the hottest places, from 0 (only the image is seen) to 1 (only the heat).
 
     Returns:
-      RGB of the image's size.
+      An RGB picture of the image's size.
     """
     drawn = Image.fromarray(image)
     heat = picture(resize(heatmap, drawn.size))
@@ -55,13 +56,13 @@ def draw(image: np.ndarray, heatmap: np.ndarray, opacity: float = OPACITY) -> Im
 
 
 def grey_png(heatmap: np.ndarray) -> bytes:
-    """A heatmap [height, width] in [0, 1] -> an 8-bit greyscale PNG, 255 = 1: RichHF-18K's own form."""
+    """Encodes a heatmap [height, width] in [0, 1] as RichHF-18K does: an 8-bit greyscale PNG, 255 = 1."""
     return png(Image.fromarray(np.round(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)))
 
 
 def png(picture: Image.Image) -> bytes:
-    """A picture as a PNG file, quickly rather than small."""
+    """Encodes a picture as PNG, fast rather than small."""
     buffer = io.BytesIO()
-    # Level 1 takes a third of the time of 6, for a few percent of size.
+    # Level 1 takes a third of the time of level 6, and makes files a few percent larger.
     picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""The evaluation as tables in the paper's layout, and as an HTML page with training curves and a gallery.
+"""Reports an evaluation as tables in the paper's layout, and as an HTML page with curves and a gallery.
 
-The page's layout is `templates/report.html`; this module computes the figures and curves in it, `gallery` the
-cards.
+The page's layout is `templates/report.html`. This module computes its figures and training curves, and
+`gallery` its cards.
 """
 
 import dataclasses
@@ -26,7 +26,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One metric of a table: its key, heading, format, and which end is the good one (None: neither)."""
+    """One metric of a table.
+
+    Attributes:
+      key: the metric's name in `Row.metrics`.
+      label: the heading.
+      format: the format specification of its values.
+      higher_is_better: whether high values are good; None: neither high nor low ones are.
+      group: heading over this and neighbouring columns; '' = none.
+    """
 
     key: str
     label: str
@@ -62,8 +70,8 @@ def _heatmap_columns(kind: str) -> list[Column]:
 
 
 _HEATMAP_NOTE = (
-    "GT=0 are the samples whose ground truth is empty. The metrics from CC on are means over the others, "
-    "with every pixel above 0 as a fixation."
+    "GT=0: samples whose ground truth is empty. The metrics from CC on are means over the other samples; "
+    "every pixel above 0 is a fixation."
 )
 
 TABLES = (
@@ -86,13 +94,13 @@ TABLES = (
     ),
     Table(
         "Misaligned keywords",
-        "Of the misaligned words, pooled over the tokens of all samples.",
+        "Precision, recall and F1 of the misaligned words, pooled over the tokens of all samples.",
         [Column(f"keywords/{name}", name.capitalize(), ".1%") for name in ("precision", "recall", "f1")],
     ),
     Table(
         "Checks against the synthetic truth",
-        "Detection: does a heatmap's maximum tell flawed images from clean ones? Wrong-object test: on "
-        "images with several objects of which one is misaligned, how often does that one get more "
+        "Detection: does a heatmap's maximum tell flawed images from clean ones? Wrong-object test: in "
+        "images with several objects, one of them misaligned, how often does that object get more "
         "predicted misalignment than every other?",
         [
             *(
@@ -106,8 +114,8 @@ TABLES = (
     ),
 )
 
-# The figures at the top of the page: title, what is measured, key, key of its reference in the same row
-# (without one, the first other system's value is the reference).
+# The figures at the top of the page: title, name of the metric, its key, key of its reference in the same row
+# (None: the first other system's value is the reference).
 _HEADLINES = (
     *((kind, "PLCC", f"score/plcc/{kind}", None) for kind in feedback.SCORES),
     *((f"{kind} heatmap", "CC", f"heatmap/cc/{kind}", None) for kind in feedback.HEATMAPS),
@@ -117,7 +125,7 @@ _HEADLINES = (
 
 
 def format_tables(rows: Sequence[Row]) -> str:
-    """The tables as plain text for a terminal; a missing figure is a dash, an empty table is left out."""
+    """Formats the tables as plain text. A missing figure is a dash; an empty table is left out."""
     return "\n\n".join(_format_table(table, rows) for table in TABLES if _rows_of(table, rows))
 
 
@@ -134,7 +142,7 @@ def write_report(
     Args:
       path: the HTML file to write.
       title: the page's headline.
-      rows: the systems in the tables' order; the first is what the headline and the gallery show.
+      rows: the systems in the tables' order; the figures at the top and the gallery show the first one.
       curves: stage of the training -> "<line> <loss>" -> (step, value) pairs. "train loss/heatmap" and
         "validation loss/heatmap" are two lines of one chart. Values that are not finite are left out.
       gallery: the images to show.
@@ -167,7 +175,7 @@ def _cell(column: Column, row: Row) -> str:
 
 
 def _groups(table: Table) -> list[tuple[str, int]]:
-    """(group's heading, how many columns it spans) from left to right; none in a table without groups."""
+    """Returns (heading of a group, number of its columns) from left to right; [] without groups."""
     names = [column.group for column in table.columns]
     return [(name, names.count(name)) for name in dict.fromkeys(names)] if any(names) else []
 
@@ -181,7 +189,7 @@ def _format_table(table: Table, rows: Sequence[Row]) -> str:
     lines = [table.title]
     spans, start = [], 0
     for name, count in _groups(table):
-        # A group's heading stands over its columns and the two spaces between each.
+        # A group's heading is centred over its columns and the two spaces between them.
         spans.append(name.center(sum(widths[start : start + count]) + 2 * (count - 1)))
         start += count
     if spans:
@@ -228,7 +236,7 @@ def _headlines(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 # Curves.
 
-# An SVG's own units; the page scales the drawing.
+# Sizes of a chart in the SVG's own units; the page scales the drawing.
 _CHART = {"width": 260, "height": 165, "left": 34, "right": 8, "top": 6, "bottom": 22}
 
 
@@ -245,7 +253,7 @@ def _charts(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[dict[st
 
 def _chart(title: str, lines: Mapping[str, np.ndarray]) -> dict[str, Any]:
     steps, values = np.concatenate(list(lines.values())).T
-    # Losses fall by orders of magnitude: then only a logarithmic axis shows the later part.
+    # Where losses fall by orders of magnitude, only a logarithmic axis shows the later part.
     logarithmic = values.min() > 0 and values.max() > 10 * values.min()
     y_scale = np.log10 if logarithmic else np.asarray
     low, high = y_scale(values.min()), y_scale(values.max())
@@ -279,7 +287,7 @@ def _chart(title: str, lines: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, about four of them.
+    """Returns about four round numbers from low to high.
 
     >>> _ticks(0, 900)
     [0.0, 200.0, 400.0, 600.0, 800.0]
@@ -294,7 +302,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten times 1 and, where these are few, 2 and 5, from low to high.
+    """Returns powers of ten from low to high and, where these are few, 2 and 5 times them.
 
     >>> _log_ticks(0.03, 2)
     [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]

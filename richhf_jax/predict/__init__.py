@@ -1,1 +1,1 @@
-"""Scores images, in Python and by command. Nothing in here imports TensorFlow, seqio or gin."""
+"""Scores images, in Python and by command. Nothing in this folder imports TensorFlow, seqio or gin."""

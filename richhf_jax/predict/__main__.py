@@ -1,13 +1,14 @@
-"""Scores images: a file, a folder, a table, a tar; any number of them.
+"""Scores images: files, folders, tables and tars, any number of them.
 
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT image.png --prompt "a yellow cat"
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT FOLDER     # <name>.png and <name>.txt
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT table.csv  # image, prompt[, id]
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT pairs.tar  # <key>.png and <key>.txt
 
-Writes OUT/predictions.jsonl, a line an image in input order, and the heatmaps. An image that can't be scored
-(unreadable, without prompt, an id that was there before) is listed in OUT/errors.jsonl with the reason; the
-others are scored, and the exit code is 3. The same command again continues a run that was stopped or killed.
+Writes OUT/predictions.jsonl, one line for each image in input order, and the heatmaps. An image that can't be
+scored (unreadable, without a prompt, with an id that was there before) is listed in OUT/errors.jsonl with the
+reason; the others are scored, and the exit code is 3. To continue a run that was stopped or killed, give the
+same command again.
 """
 
 import argparse
@@ -25,20 +26,20 @@ from richhf_jax.predict.files import ERRORS, HEATMAP_FORMATS, PREDICTIONS, Predi
 from richhf_jax.predict.predictor import RahfPredictor
 
 SOME_FAILED = 3
-_STOPPED = 130  # As shells say of Ctrl-C.
+_STOPPED = 130  # The exit code that shells give to Ctrl-C.
 _SHOWN_FAILURES = 3
-_WRITTEN_STAYS = "What is written stays; when that is mended, the same command continues"
+_WRITTEN_STAYS = "What is written stays; when that is mended, the same command continues the run"
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command, its options parsed. Returns the exit code."""
+    """Runs the command with parsed options. Returns the exit code."""
     _check_out(options.out, options.inputs)
     path = forward.checkpoint_path(options.checkpoint)
     given = inputs.Inputs(options.inputs, options.prompt)
     total = len(given)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
     compilation_cache.configure(options.compilation_cache)
-    # Before there are files: a model that doesn't load leaves none.
+    # The model is loaded before files are made: one that doesn't load leaves none.
     predictor = RahfPredictor.from_checkpoint(
         path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
     )
@@ -69,6 +70,7 @@ def _score_rest(
     files: PredictionFiles,
     shard: range,
 ) -> None:
+    """Scores the records of this shard that are not done yet."""
     begin = files.progress.position
     records = pipeline.numbered(given, begin, shard.stop)
     shown = {"desc": "scoring", "unit": " images", "mininterval": 1, "smoothing": 0.05}
@@ -77,7 +79,7 @@ def _score_rest(
 
 
 def _summary(options: argparse.Namespace, files: PredictionFiles) -> int:
-    """Tells what there is. Returns the exit code."""
+    """Prints what was scored and what failed. Returns the exit code."""
     done = files.progress
     print(f"{done.predictions:,} images scored: {os.path.join(options.out, PREDICTIONS)}")
     if options.report:
@@ -92,15 +94,15 @@ def _summary(options: argparse.Namespace, files: PredictionFiles) -> int:
 
 
 def _check_out(out: str, places: Sequence[str]) -> None:
-    """Raises errors.UserError where nothing can be written, or the output would be read as input."""
+    """Raises errors.UserError where nothing can be written, or where the output would be read as input."""
     writing.check_is_local(out, "--out")
     for place in places:
         if os.path.isdir(place) and pathlib.Path(out).resolve().is_relative_to(pathlib.Path(place).resolve()):
-            raise errors.UserError(f"--out={out} lies in {place}, which is an input: name another place")
+            raise errors.UserError(f"--out={out} lies in {place}, which is an input: name another --out")
 
 
 def _shard(text: str) -> tuple[int, int]:
-    """'0/4' -> (0, 4)."""
+    """Parses '0/4' to (0, 4)."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is no INDEX/COUNT with INDEX from 0 to COUNT - 1")
@@ -109,61 +111,76 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line; None: that of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="an image, a folder, a .csv, .jsonl or .parquet, a .tar")
+    add("inputs", nargs="+", metavar="INPUT", help="an image, a folder, or a .csv, .jsonl, .parquet or .tar")
     add(
-        "--checkpoint", required=True, metavar="DIR", help="a MODEL_DIR, a checkpoint_<step> in it, an export"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a MODEL_DIR, a checkpoint_<step> in it, or an export",
     )
-    add("--out", required=True, metavar="OUT", help="a new directory, or that of the run to continue")
-    add("--prompt", help="of a single image, or of a folder's images that have no .txt")
+    add("--out", required=True, metavar="OUT", help="a new directory, or the one of the run to continue")
+    add("--prompt", help="the prompt of a single image, or of a folder's images that have no .txt")
     add(
         *("--heatmaps",),
         choices=HEATMAP_FORMATS,
         default="png",
-        help="as 8-bit PNGs (255 = 1), as float16 in one heatmaps.npz, or not at all; default %(default)s",
+        help="write heatmaps as 8-bit PNGs (255 = 1), as float16 in one heatmaps.npz, or not at all;"
+        " default %(default)s",
     )
-    add("--overlay", action="store_true", help="also write the images with each heatmap laid over")
+    add("--overlay", action="store_true", help="also write each image with each heatmap laid over it")
     add("--report", action="store_true", help="also write report.html, a gallery to sort, filter and search")
-    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, I from 0")
-    add("--batch-size", type=_positive, default=16, metavar="N", help="images at once; default %(default)s")
-    add("--dtype", choices=("float32", "bfloat16"), help="of activations; default: as in training")
+    add(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="score only part I of N equal parts; I counts from 0",
+    )
+    add(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="images scored at once; default %(default)s",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), help="type of activations; default: as in training")
     add(
         "--convert",
         action="store_true",
-        help="take images of 16 bits and in CMYK, and the first frame of animations, too",
+        help="also score images of 16 bits or in CMYK, and the first frame of animations",
     )
     add(
         "--threads",
         type=_positive,
         default=pipeline.default_threads(),
         metavar="N",
-        help="that read, decode and write; default %(default)s",
+        help="threads that read, decode and write; default %(default)s",
     )
     add(
         *("--no-compilation-cache",),
         dest="compilation_cache",
         action="store_false",
-        help="compile anew, and keep nothing; by default, compiled programs are kept in"
-        " ~/.cache/richhf_jax/compiled (in $XDG_CACHE_HOME, if that is set; or in $JAX_COMPILATION_CACHE_DIR"
-        " itself)",
+        help="compile again, and keep nothing; by default, compiled programs are kept in"
+        " $JAX_COMPILATION_CACHE_DIR, or else in richhf_jax/compiled below $XDG_CACHE_HOME or ~/.cache",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command and exits."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of files that a checkpoint needn't have.
+    """Runs the command and exits the process."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of missing files that a checkpoint doesn't need.
     options = parse(arguments)
     try:
         with writing.explained_disk_errors(options.out, _WRITTEN_STAYS):
@@ -171,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except errors.UserError as error:
         sys.exit(f"predict: {error}")
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("stopped; the same command continues the run", file=sys.stderr)
         sys.exit(_STOPPED)
 
 

@@ -1,13 +1,13 @@
-"""The files of a prediction run, such that it may be killed at any moment and continued.
+"""Writes the files of a prediction run. The run may be killed at any moment and continued.
 
-    OUT/predictions.jsonl   a line an image, in input order
-    OUT/errors.jsonl        a line an image that could not be scored: {"id", "reason"}
+    OUT/predictions.jsonl   one line for each image, in input order
+    OUT/errors.jsonl        one line for each image that could not be scored: {"id", "reason"}
     OUT/heatmaps/ID.KIND.png, or OUT/heatmaps.npz; OUT/overlays/ID.KIND.png; OUT/report.html
-    OUT/run.json            what was asked for, and how far the run is
+    OUT/run.json            the command's arguments, and how far the run is
 
-Once a second, what the batches gave is brought to the disk, pictures too; then run.json is replaced in one
-step. So all that run.json tells of is there, also after a power cut. A run that continues cuts the two .jsonl
-files to the sizes in run.json; other files it writes again, with the same bytes.
+Once a second, the lines and pictures of the batches are brought to the disk; then run.json is replaced in one
+step. So everything that run.json tells of is there, even after a power cut. A run that continues cuts the two
+.jsonl files to the sizes in run.json, and writes other files again, with the same bytes.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ from richhf_jax.predict.predictor import Prediction
 PREDICTIONS, ERRORS, STATE = "predictions.jsonl", "errors.jsonl", "run.json"
 HEATMAPS_FILE = "heatmaps.npz"
 HEATMAP_FORMATS = ("png", "npz", "none")
-# More cards than these make a page slow: it shows the first.
+# Most cards of a report; more make a page slow. It shows the first.
 MAX_CARDS = 5000
 
-# Of a file name; most file systems take 255 bytes.
+# Longest file name, and longest relative path, in bytes. Most file systems take names of 255 bytes.
 _MAX_NAME = 200
 _MAX_PATH = 1000
 # Bringing files to the disk takes some 20 ms, as long as a small batch.
@@ -49,13 +49,13 @@ _PNG = b"\x89PNG"
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-      position: the first record that isn't done, among all of the inputs.
-      predictions, errors: lines so far.
+      position: number of the first record that isn't done, counted over all inputs.
+      predictions, errors: numbers of lines written so far.
       predictions_bytes, errors_bytes: sizes of the two files.
-      done: whether all is written, the report included.
+      done: whether everything is written, the report included.
     """
 
     position: int
@@ -68,7 +68,13 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A record's prediction, its position, and where `save_pictures` put its heatmaps."""
+    """A record's prediction.
+
+    Attributes:
+      position: the record's position in all inputs.
+      prediction: the prediction.
+      places: kind -> path of the heatmap, as `save_pictures` returns it.
+    """
 
     position: int
     prediction: Prediction
@@ -77,14 +83,14 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A record that can't be scored, and why."""
+    """A record that can't be scored, and the reason."""
 
     id: str
     reason: str
 
 
 class PredictionFiles:
-    """The files of one run, a context that closes them. Not thread-safe but for `save_pictures`."""
+    """The files of one run; a context manager that closes them. Only `save_pictures` is thread-safe."""
 
     def __init__(
         self,
@@ -98,16 +104,16 @@ class PredictionFiles:
         """Opens a new run, or one to continue.
 
         Args:
-          out: the directory; made where it isn't there.
-          arguments: what the predictions depend on; a run continues with the same only.
-          first: the position of the first record.
+          out: the directory; it is made if it doesn't exist.
+          arguments: everything that the predictions depend on; a run continues only with the same arguments.
+          first: position of the run's first record, counted over all inputs.
           heatmaps: one of `HEATMAP_FORMATS`.
           overlays: whether to write the images with heatmaps laid over.
-          with_report: whether to write a page.
+          with_report: whether to write report.html.
 
         Raises:
           errors.UserError: the directory holds something else, or a run with other arguments.
-          OSError: it can't be written.
+          OSError: the directory can't be written.
         """
         self._out = pathlib.Path(out)
         self._arguments = dict(arguments) | {
@@ -148,7 +154,7 @@ class PredictionFiles:
             arguments, progress = state["arguments"], Progress(**state["progress"])
         except (ValueError, TypeError, KeyError) as error:
             raise errors.UserError(f"{path} is damaged ({error}): name a new --out") from error
-        if not progress.predictions:  # Nothing to lose: it begins anew, maybe with other arguments.
+        if not progress.predictions:  # There is nothing to lose: begin again, even with other arguments.
             return None
         was = arguments.get("checkpoint")
         again = "the same command" if was == self._arguments["checkpoint"] else f"--checkpoint={was}"
@@ -170,7 +176,7 @@ class PredictionFiles:
         return path.open("ab")
 
     def save_pictures(self, position: int, prediction: Prediction) -> dict[str, str]:
-        """Writes an image's pictures. Returns kind -> where its heatmap is, relative to the directory."""
+        """Writes an image's pictures. Returns kind -> path of its heatmap, relative to the directory."""
         name, places = file_name(prediction.id), {}
         for kind, heatmap in prediction.heatmaps.items():
             if self._heatmaps == "png":
@@ -180,7 +186,7 @@ class PredictionFiles:
                 places[kind] = f"{HEATMAPS_FILE}#{name}/{kind}"
             if self._overlays:
                 self._save(f"overlays/{name}.{kind}.png", overlay.png(prediction.overlay(kind)))
-        # A page shows no more; the number is the same whenever a batch is written.
+        # A page shows no more images. A batch is always written at the same number of predictions.
         if self._with_report and self.progress.predictions < MAX_CARDS:
             image, maps = gallery.card_pictures(prediction.image, prediction.heatmaps)
             self._save(f"{_PICTURES}/{position}.{'png' if image.startswith(_PNG) else 'jpg'}", image)
@@ -194,7 +200,12 @@ class PredictionFiles:
         path.write_bytes(content)
 
     def commit(self, position: int, results: Sequence[Scored | Failure]) -> None:
-        """Appends what the records up to a position gave, in their order; the position is the next one's."""
+        """Appends results to the files and brings them to the disk.
+
+        Args:
+          position: the position of the next record, which isn't done.
+          results: the results of the records before it that are not written yet, in the records' order.
+        """
         scored = [result for result in results if isinstance(result, Scored)]
         failures = [result for result in results if isinstance(result, Failure)]
         lines = {
@@ -202,7 +213,7 @@ class PredictionFiles:
             ERRORS: [dataclasses.asdict(result) for result in failures],
         }
         if self._heatmaps == "npz" and scored:
-            arrays = {
+            arrays: dict[str, Any] = {
                 f"{file_name(result.prediction.id)}/{kind}": np.float16(heatmap)
                 for result in scored
                 for kind, heatmap in result.prediction.heatmaps.items()
@@ -227,13 +238,13 @@ class PredictionFiles:
 
     def _save_progress(self) -> None:
         """Brings to the disk what is written, then what run.json tells of it."""
-        os.sync()  # The pictures and their folders: one call is cheaper than thousands of fsync.
+        os.sync()  # One call for the pictures and their folders is cheaper than thousands of fsync.
         for file in self._files.values():
-            os.fsync(file.fileno())  # This one, unlike sync, tells of errors.
+            os.fsync(file.fileno())  # Unlike sync, fsync tells of errors.
         self._write_state()
 
     def finish(self, title: str) -> None:
-        """Writes what is of all images: heatmaps.npz, report.html."""
+        """Writes the files that hold all images: heatmaps.npz and report.html."""
         if not self.progress.done:
             if self._heatmaps == "npz":
                 self._join_parts()
@@ -241,7 +252,7 @@ class PredictionFiles:
                 self._write_report(title)
             self.progress.done = True
             self._save_progress()
-        # Only now: a run that was killed above does it again.
+        # The parts go last, because a run that is killed above needs them again.
         shutil.rmtree(self._out / _PARTS, ignore_errors=True)
         if self.progress.predictions <= gallery.MAX_EMBEDDED:
             shutil.rmtree(self._out / _PICTURES, ignore_errors=True)
@@ -272,13 +283,13 @@ class PredictionFiles:
             yield from map(json.loads, itertools.islice(file, count))
 
     def failures(self, count: int) -> list[dict[str, str]]:
-        """The first lines of errors.jsonl."""
+        """Returns the first `count` lines of errors.jsonl."""
         with (self._out / ERRORS).open("rb") as file:
             return [json.loads(line) for line in itertools.islice(file, count)]
 
     def _card(self, line: Mapping[str, Any], embed: bool) -> gallery.Card:
         def uri(*names: str) -> str | None:
-            """Of the one that is there, if any is."""
+            """Returns the URI of the first of these pictures that exists, if one does."""
             name = next((name for name in names if (self._out / _PICTURES / name).exists()), None)
             if name is None or not embed:
                 return name and f"{_PICTURES}/{name}"
@@ -286,24 +297,27 @@ class PredictionFiles:
 
         number = line["position"]
         heatmaps = {kind: (peak, uri(f"{number}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
-        image = uri(f"{number}.png", f"{number}.jpg")
+        image = uri(f"{number}.png", f"{number}.jpg") or ""
         return gallery.Card(line, tuple(line["image_size"]), image, heatmaps)
 
 
 def _locked(directory: pathlib.Path) -> int:
-    """Takes the directory for this process: as long as the descriptor is open, or the process lives."""
+    """Locks the directory for this process until the returned descriptor is closed or the process ends."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise errors.UserError(f"another process writes to {directory}") from error
+        raise errors.UserError(
+            f"another process writes to {directory}: wait for it, or name another --out"
+        ) from error
     return descriptor
 
 
 def file_name(name: str) -> str:
-    """An id -> a relative path of its own: what isn't plain is percent-encoded, and "%" ends a folder's name
-    that could be a picture's.
+    """Returns a relative path for an id; different ids have different paths.
+
+    Special characters are percent-encoded. "%" is put behind a folder's name that could be a picture's.
 
     >>> file_name("cats/1.png"), file_name("../a b?.png"), file_name("a.png/b")
     ('cats/1.png', '%2E%2E/a b%3F.png', 'a.png%/b')
@@ -322,7 +336,7 @@ def _short(part: str) -> str:
 
 
 def _line(result: Scored) -> dict[str, Any]:
-    """A line of predictions.jsonl."""
+    """Returns a line of predictions.jsonl."""
     prediction = result.prediction
     height, width = prediction.image.shape[:2]
     return {

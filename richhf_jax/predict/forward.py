@@ -1,36 +1,38 @@
 """The model's forward pass for predictions: its features, its outputs, its parameters and vocabulary.
 
-What the predictor, the exports and the benchmarks share.
+The predictor, the exports and the benchmarks share this module.
 """
 
 import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import safetensors
 import safetensors.numpy
 import sentencepiece
 from etils import epath
 from flax import traverse_util
+from jaxtyping import Int32, Shaped, UInt8
 
 from richhf_jax import checkpoints, errors, feedback, keywords, model_description, models
 
-Features = Mapping[str, np.ndarray]
-# Arrays of jax, or on the host of numpy.
-Outputs = Mapping[str, Any]
+# The inputs of `predict_fn` on the host, and its outputs on the devices, by name.
+Features = Mapping[str, Shaped[np.ndarray, "batch ..."]]
+Outputs = Mapping[str, Shaped[jax.Array, "batch ..."]]
 
 WEIGHTS_FILE = "model.safetensors"
-# What TensorFlow's `tf.strings.split` splits at, as the training does.
+# The characters that TensorFlow's `tf.strings.split`, and so the training, splits at.
 _SPACES = re.compile(r"[ \t\n\v\f\r]+")
 
 
 class PredictionError(ValueError):
-    """Why an image or a prompt can't be scored."""
+    """An image or a prompt can't be scored; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,20 +40,20 @@ class Prepared:
     """One image and its prompt, ready for the device.
 
     Attributes:
-      image: uint8 [height, width, 3], as given.
-      prompt: as given.
-      square: uint8 [side, side, 3].
-      box: int32 [4], where in the square the image lies.
-      inputs: int32 [prompts, length].
-      words: the prompt's, for the decoder.
-      words_cut: of the longest prompt, at its end.
+      image: the image as given.
+      prompt: the prompt as given.
+      square: the image in the model's square, see `pixels.square`.
+      box: the image's place in the square: its first row and column, and those after its last.
+      inputs: the tokens of each prompt of the image (the augmented-prompt variant has several).
+      words: the prompt's words, for the decoder.
+      words_cut: number of words cut off the end of the longest prompt, for which the model has no room.
     """
 
-    image: np.ndarray
+    image: UInt8[np.ndarray, "height width 3"]
     prompt: str
-    square: np.ndarray
-    box: np.ndarray
-    inputs: np.ndarray
+    square: UInt8[np.ndarray, "side side 3"]
+    box: Int32[np.ndarray, " 4"]
+    inputs: Int32[np.ndarray, "prompts length"]
     words: keywords.KeywordPieces
     words_cut: int
 
@@ -64,8 +66,10 @@ class PromptEncoder:
     """
 
     def __init__(self, description: model_description.ModelDescription):
-        """Raises:
-        errors.UserError: the vocabulary is none, is another model's or can't mark keywords.
+        """Loads the model's vocabulary.
+
+        Raises:
+          errors.UserError: the vocabulary is missing or damaged, is another model's, or can't mark keywords.
         """
         self._description = description
         self._vocabulary = load_vocabulary(description.vocabulary)
@@ -77,8 +81,12 @@ class PromptEncoder:
             )
         self.suffix = keywords.suffix_pieces(self._vocabulary.encode)
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
-        """`preprocessors.encode` without TensorFlow: int32 [texts, length], and the most words cut of one."""
+    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "prompts length"], int]:
+        """Encodes prompts as `preprocessors.encode` does, without TensorFlow.
+
+        Returns:
+          The tokens, 0 = padding; and the number of words cut off the prompt that lost most.
+        """
         length = self._description.feature_lengths["inputs"]
         result = np.zeros((len(texts), length), np.int32)
         most = 0
@@ -92,14 +100,14 @@ class PromptEncoder:
         return result, most
 
     def _cut_at_word(self, text: str, room: int) -> tuple[str, int]:
-        """The words that fit into `room` pieces (at least one), and the number of the others."""
+        """Returns the words that fit into `room` pieces (at least one), and the number of other words."""
         words = [word for word in _SPACES.split(text) if word]
         ends = np.cumsum([len(pieces) for pieces in self._vocabulary.encode(words)])
         kept = max(int(np.sum(ends <= room)), 1)
         return " ".join(words[:kept]) if kept < len(words) else text, len(words) - kept
 
     def keyword_pieces(self, prompt: str) -> keywords.KeywordPieces:
-        """A prompt's words for the decoder."""
+        """Returns a prompt's words for the decoder."""
         length = self._description.feature_lengths["targets"]
         return keywords.keyword_pieces(prompt, self._vocabulary.encode, length)
 
@@ -109,8 +117,15 @@ def features(
     rows: int,
     description: model_description.ModelDescription,
     suffix: Sequence[int],
-) -> dict[str, np.ndarray]:
-    """Makes a batch of `rows` images, the last of which may be padding; see `predict_fn`."""
+) -> dict[str, Shaped[np.ndarray, "{rows} ..."]]:
+    """Makes the features of a batch for `predict_fn`.
+
+    Args:
+      prepared: the images, at most `rows`.
+      rows: rows of the batch; those behind the last image are padding.
+      description: the model's description.
+      suffix: `PromptEncoder.suffix`.
+    """
     batch = {
         "image": _stack([one.square for one in prepared], rows),
         "encoder_input_tokens": _stack([one.inputs for one in prepared], rows),
@@ -124,23 +139,23 @@ def features(
 
 
 def _stack(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """[rows, ...], zeros behind the last up to `count`."""
+    """Stacks arrays to [count, ...], with zeros behind the last."""
     result = np.zeros((count, *rows[0].shape), rows[0].dtype)
     for i, row in enumerate(rows):
         result[i] = row
     return result
 
 
-def predict_fn(description: model_description.ModelDescription) -> Callable[[Any, Features], Outputs]:
-    """All that RAHF says of a batch, as one function of parameters and features.
+def predict_fn(description: model_description.ModelDescription) -> Callable[..., Outputs]:
+    """Makes the function that computes all of RAHF's predictions for a batch.
 
     Returns:
-      A pure function of the parameters and of
+      A pure function of the parameters and of these features:
         image                 uint8 [batch, side, side, 3]
-        image_box             int32 [batch, 4], where images are letterboxed
+        image_box             int32 [batch, 4], only where the model letterboxes images, see `Prepared.box`
         encoder_input_tokens  int32 [batch, prompts, length]
         keyword_pieces, keyword_words, keyword_suffix   see `keywords.features`
-      to
+      Its outputs are:
         scores                float32 [batch, 4], in the order of `feedback.SCORES`
         heatmaps              float32 [batch, 2, side, side], in the order of `feedback.HEATMAPS`
         keyword_probability, keyword_misaligned   float32 and bool [batch, length], by number of the word
@@ -148,7 +163,7 @@ def predict_fn(description: model_description.ModelDescription) -> Callable[[Any
     model = _rahf_model(description)
     slots = {"heatmap_weights": len(feedback.HEATMAPS), "score_weights": len(feedback.SCORES)}
 
-    def predict(params, features):
+    def predict(params: Any, features: Mapping[str, Shaped[jax.Array, "batch ..."]]) -> Outputs:
         batch, _, length = features["keyword_pieces"].shape
         shapes = {name: jnp.zeros((batch, count)) for name, count in slots.items()}
         shapes["decoder_input_tokens"] = jnp.zeros((batch, 1, length), jnp.int32)
@@ -162,19 +177,21 @@ def predict_fn(description: model_description.ModelDescription) -> Callable[[Any
 def _rahf_model(description: model_description.ModelDescription) -> models.RahfModel:
     return models.RahfModel(
         description.network,
-        optimizer_def=None,
+        optimizer_def=optax.identity(),  # It is never used.
         misalignment_threshold=description.misalignment_threshold,
         resample_positions=True,  # Training checked the size.
         eos_id=load_vocabulary(description.vocabulary).eos_id(),
     )
 
 
-def load_vocabulary(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model.
+def load_vocabulary(model: bytes | None) -> sentencepiece.SentencePieceProcessor:
+    """Loads a SentencePiece model from its bytes (`ModelDescription.vocabulary`).
 
     Raises:
-      errors.UserError: it is none.
+      errors.UserError: there are no bytes, or they are no SentencePiece model.
     """
+    if model is None:
+        raise errors.UserError(f"the model has no {model_description.VOCABULARY_FILE}: prediction needs it")
     vocabulary = sentencepiece.SentencePieceProcessor()
     try:
         vocabulary.LoadFromSerializedProto(model)
@@ -184,14 +201,14 @@ def load_vocabulary(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def checkpoint_path(path: str) -> str:
-    """Where the parameters are: a `checkpoint_<step>`, or an export's model.safetensors.
+    """Finds the parameters: a `checkpoint_<step>`, or an export's model.safetensors.
 
     Args:
-      path: a MODEL_DIR, whose newest checkpoint is meant; a `checkpoint_<step>` in it; an export; or what
-        this function returned.
+      path: a MODEL_DIR, whose newest checkpoint is taken; a `checkpoint_<step>` in it; an export; or a path
+        that this function returned.
 
     Raises:
-      errors.UserError: there is none.
+      errors.UserError: there are no parameters.
     """
     if os.path.basename(path) == WEIGHTS_FILE and epath.Path(path).exists():
         return path
@@ -206,11 +223,11 @@ def load_params(place: str, description: model_description.ModelDescription) -> 
     """Reads a model's parameters, onto the first local device or the host.
 
     Args:
-      place: what `checkpoint_path` returned.
-      description: of the model.
+      place: a path that `checkpoint_path` returned.
+      description: the model's description.
 
     Raises:
-      errors.UserError: a parameter is missing or of another shape, or the file can't be read.
+      errors.UserError: a parameter is missing or has another shape, or the file can't be read.
     """
     wanted = abstract_params(description)
     if os.path.basename(place) == WEIGHTS_FILE:
@@ -219,7 +236,7 @@ def load_params(place: str, description: model_description.ModelDescription) -> 
 
 
 def abstract_params(description: model_description.ModelDescription) -> Any:
-    """The parameters' shapes, on the first local device."""
+    """Returns a `ShapeDtypeStruct` for each parameter, placed on the first local device."""
     lengths = description.feature_lengths
     side, target_length = lengths["image"], lengths["targets"]
     shapes = {
@@ -236,12 +253,12 @@ def abstract_params(description: model_description.ModelDescription) -> Any:
 
 
 def _read_safetensors(path: epath.Path, wanted: Any) -> Any:
-    """The wanted parameters, in their types."""
+    """Reads the wanted parameters and converts them to the wanted types."""
     try:
         found = safetensors.numpy.load(path.read_bytes())
     except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that numpy lacks.
         raise errors.UserError(f"{path} can't be read as float32 parameters: {error}") from error
-    flat = traverse_util.flatten_dict(wanted, sep="/")
+    flat = cast(dict[str, jax.ShapeDtypeStruct], traverse_util.flatten_dict(wanted, sep="/"))
     for name, leaf in flat.items():
         if name not in found or found[name].shape != leaf.shape:
             there = found[name].shape if name in found else "nothing"

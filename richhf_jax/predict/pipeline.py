@@ -1,4 +1,4 @@
-"""Records -> predictions in files, batch by batch: what `predict` does once it is configured."""
+"""Scores records batch by batch and writes their predictions: the work of the command `predict`."""
 
 import collections
 import dataclasses
@@ -17,16 +17,23 @@ from richhf_jax.predict.files import Failure, PredictionFiles, Scored
 from richhf_jax.predict.forward import PredictionError, Prepared
 from richhf_jax.predict.predictor import Prediction, RahfPredictor
 
-# Batches that are read ahead, and those that wait to be written: enough for no stage to stand still.
+# Number of batches that are read ahead, and of those that wait to be written. It keeps every stage busy.
 _AHEAD = 3
-# Of the images and heatmaps of the batches that are read ahead, and again of those that wait to be written.
+# Most memory for images and heatmaps of the batches read ahead, and as much again of those to be written.
 _AHEAD_BYTES = 1 << 30
+# Added to the priority number of the threads that read, decode and write.
 _NICENESS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbered:
-    """A record and its position among all of the inputs; `again`: its id was there before."""
+    """A record with its place among all inputs.
+
+    Attributes:
+      position: number of records before it, in all inputs.
+      record: the record.
+      again: whether an earlier record has the same id.
+    """
 
     position: int
     record: inputs.Record
@@ -34,7 +41,7 @@ class Numbered:
 
 
 def numbered(records: Iterable[inputs.Record], first: int, last: int) -> Iterator[Numbered]:
-    """The records from position `first` to before `last`; those before are looked at for their ids alone."""
+    """Yields the records from position `first` to before `last`; of earlier records it reads only the ids."""
     ids: set[str] = set()
     for position, record in enumerate(itertools.islice(records, last)):
         again = record.id in ids
@@ -46,16 +53,16 @@ def numbered(records: Iterable[inputs.Record], first: int, last: int) -> Iterato
 def score(
     predictor: RahfPredictor, records: Iterator[Numbered], files: PredictionFiles, progress: Any, threads: int
 ) -> None:
-    """Scores records, batch by batch: threads read and decode, the device computes, threads write.
+    """Scores records batch by batch: threads read and decode, the device computes, threads write.
 
-    What is in a batch follows from the records' positions alone, so that a run that continues gives the same.
+    A batch's content depends only on the records' positions, so a run that continues gives the same results.
 
     Args:
       predictor: the model.
-      records: those to do, from `files.progress.position` on.
-      files: where the results go.
-      progress: has `update(count)`, called with numbers of records done.
-      threads: for reading, decoding and writing.
+      records: the records to score, from `files.progress.position` on.
+      files: takes the results.
+      progress: a progress bar; its `update(count)` is called with the number of records just done.
+      threads: number of threads that read, decode and write.
     """
     batches = iter(lambda: list(itertools.islice(records, predictor.batch_size)), [])
     ready: collections.deque = collections.deque()
@@ -63,7 +70,7 @@ def score(
     failed, ahead = threading.Event(), _AHEAD
 
     def write(batch, results, outputs):
-        if failed.is_set():  # What comes behind a batch that can't be written must not be written either.
+        if failed.is_set():  # Nothing may be written behind a batch that could not be written.
             return
         try:
             files.commit(batch[-1].position + 1, _save(predictor, files, pool, batch, results, outputs))
@@ -72,7 +79,7 @@ def score(
             raise
         progress.update(len(batch))
 
-    # One writer keeps the order; the pictures' files are the pool's work.
+    # One writer thread keeps the order; the pool writes the pictures.
     begin = _step_back if jax.default_backend() == "cpu" else None
     pools = (futures.ThreadPoolExecutor(count, initializer=begin) for count in (threads, 1))
     with next(pools) as pool, next(pools) as writer:
@@ -98,15 +105,15 @@ def score(
 
 
 def _batches_ahead(prepared: Sequence[Prepared]) -> int:
-    """How many batches may be in memory beside the one at work, if they are like this one."""
-    # An image takes 3 bytes a pixel, two heatmaps of its size 8 more.
+    """Returns how many batches like this one may be in memory beside the current one."""
+    # An image takes 3 bytes a pixel; two float32 heatmaps of its size take 8 more.
     size = sum(one.image.nbytes for one in prepared) * 4
     return min(_AHEAD, _AHEAD_BYTES // max(size, 1))
 
 
 def _step_back() -> None:
-    """Lets the CPU's threads that compute go first: each of them waits for the slowest."""
-    if sys.platform == "linux":  # Where a priority is a thread's.
+    """Lowers this thread's priority: the threads that compute wait for the slowest of them."""
+    if sys.platform == "linux":  # Elsewhere the call would lower the whole process's priority.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
@@ -118,7 +125,7 @@ def _prepare(predictor: RahfPredictor, one: Numbered) -> Prepared | Failure:
         return predictor.prepare(*one.record.load())
     except (inputs.InputError, PredictionError) as error:
         return Failure(name, str(error))
-    except Exception as error:  # Of a library, at one record of a million: the others shall be scored.
+    except Exception as error:  # A library's bug at one record must not stop the others.
         return Failure(name, f"{type(error).__name__}: {error}")
 
 
@@ -130,7 +137,7 @@ def _save(
     results: Sequence[Prepared | Failure],
     outputs: Any,
 ) -> list[Scored | Failure]:
-    """Waits for a batch's predictions and writes their pictures."""
+    """Waits for a batch's predictions and writes their pictures. Returns the results in the batch's order."""
     good = [(one, result) for one, result in zip(batch, results, strict=True) if isinstance(result, Prepared)]
     predictions: list[Prediction] = []
     if good:
@@ -143,5 +150,5 @@ def _save(
 
 
 def default_threads() -> int:
-    """As many as there are processors."""
+    """Returns the number of processors."""
     return os.cpu_count() or 1

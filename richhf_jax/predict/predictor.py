@@ -1,4 +1,4 @@
-"""Images and prompts -> rich feedback: `RahfPredictor`. Needs neither TensorFlow, seqio nor gin.
+"""Predicts rich feedback on images and prompts: `RahfPredictor`. Needs neither TensorFlow, seqio nor gin.
 
 from richhf_jax import RahfPredictor
 
@@ -11,11 +11,12 @@ record.overlay().save("overlay.png")
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float32, Int32, Shaped, UInt8
 from PIL import Image
 
 from richhf_jax import errors, feedback, keywords, model_description, partitioning, pixels
@@ -25,11 +26,11 @@ from richhf_jax.predict import forward, rewards
 from richhf_jax.predict.forward import Features, Outputs, PredictionError, Prepared
 
 Picture = Image.Image | np.ndarray | bytes | str | os.PathLike
-# A file in place of a prompt; no image generator reads as much.
+# A longer text is a file given by mistake; no image generator reads so much.
 MAX_PROMPT_WORDS = 1000
-# Fewer pixels a side show nothing.
+# Smallest side of an image, in pixels; smaller images show nothing.
 MIN_SIDE = 8
-# Of two shapes of a batch that are compiled.
+# Ratio between consecutive compiled batch sizes.
 _SIZE_RATIO = 4
 
 
@@ -38,31 +39,38 @@ class Prediction(feedback.RichFeedback):
     """A model's feedback on an image.
 
     Attributes:
-      image: uint8 [height, width, 3]; the heatmaps are of its size.
-      words_cut: of the prompt, at its end: the model has no room for them.
+      heatmaps: kind -> a heatmap of the image's size, in [0, 1].
+      image: the image as given.
+      words_cut: number of words cut off the prompt's end, for which the model has no room.
     """
 
-    image: np.ndarray
+    heatmaps: Mapping[str, Float32[np.ndarray, "height width"]]
+    image: UInt8[np.ndarray, "height width 3"]
     words_cut: int
 
     def overlay(self, kind: str | None = None, opacity: float = 0.85) -> Image.Image:
-        """The image with a heatmap laid over it; with None that of each pixel's greatest value."""
+        """Draws the image with a heatmap laid over it.
+
+        Args:
+          kind: one of `feedback.HEATMAPS`; None: each pixel's greatest value of all heatmaps.
+          opacity: see `pages.overlay.draw`.
+        """
         heat = self.heatmaps[kind] if kind else np.max(list(self.heatmaps.values()), axis=0)
         return overlay.draw(self.image, heat, opacity)
 
     def to_dict(self) -> dict:
-        """As `RichFeedback.to_dict`, and "prompt_words_cut" where there are any."""
+        """Returns `RichFeedback.to_dict`, with "prompt_words_cut" added where words were cut."""
         cut = {"prompt_words_cut": self.words_cut} if self.words_cut else {}
         return super().to_dict() | cut
 
 
 class RahfPredictor:
-    """Scores images. Thread-safe; all local devices share each batch.
+    """Scores images. It is thread-safe, and all local devices share each batch.
 
     Attributes:
-      description: what the checkpoint's directory says of the model.
-      params: its parameters, on every device.
-      batch_size: images in the largest batch.
+      description: the model's description, from the checkpoint's directory.
+      params: the model's parameters, on every device.
+      batch_size: number of images in the largest batch.
     """
 
     def __init__(
@@ -72,7 +80,16 @@ class RahfPredictor:
         batch_size: int = 16,
         convert: bool = False,
     ):
-        """Args: as `from_checkpoint`, which is the way to make one."""
+        """Makes a predictor of parameters in memory; `from_checkpoint` is the usual way.
+
+        Args:
+          description: the model's description.
+          params: the model's parameters.
+          batch_size, convert: see `from_checkpoint`.
+
+        Raises:
+          errors.UserError: the vocabulary doesn't fit the model.
+        """
         self.description = description
         self._partitioner = partitioning.PjitPartitioner(devices=jax.local_devices())
         self.params = jax.device_put(params, self._partitioner.replicated)
@@ -97,14 +114,14 @@ class RahfPredictor:
         """Loads a model.
 
         Args:
-          path: a MODEL_DIR, whose newest checkpoint is meant; a `checkpoint_<step>` in it; or an export.
-          batch_size: images in the largest batch; rounded up to a multiple of the devices.
-          dtype: 'float32' or 'bfloat16' activations, in place of the training's. Parameters are float32.
-          convert: whether images are taken that have more to show than 8 bits of red, green and blue (see
+          path: a MODEL_DIR, whose newest checkpoint is taken; a `checkpoint_<step>` in it; or an export.
+          batch_size: number of images in the largest batch; rounded up to a multiple of the devices.
+          dtype: type of activations, 'float32' or 'bfloat16'; None: as in training. Parameters are float32.
+          convert: whether to take images that have more to show than 8 bits of red, green and blue (see
             `inputs.images.decode`).
 
         Raises:
-          errors.UserError: there is no checkpoint, it doesn't fit, or its directory doesn't say of what.
+          errors.UserError: there is no checkpoint, it doesn't fit its description, or it has none.
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise errors.UserError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
@@ -118,15 +135,16 @@ class RahfPredictor:
         self,
         images: Picture | Sequence[Picture],
         prompts: str | Sequence[str],
-        ids: str | Sequence[str] | None = None,
+        ids: str | Iterable[str] | None = None,
     ) -> Prediction | list[Prediction]:
         """Scores one image, or many.
 
         Args:
-          images: PIL images; uint8 [height, width, 3] or [height, width]; paths; or files' bytes. Many may be
-            one array, [images, height, width, 3].
-          prompts: as many.
-          ids: their names in the records; by default the paths, or numbers from 0.
+          images: one image or a sequence of them. An image is a PIL image; an array, uint8 [height, width, 3]
+            or [height, width]; a path; or a file's bytes. A sequence may be one array, uint8 [images, height,
+            width, 3].
+          prompts: one prompt for one image; for a sequence, as many prompts as images.
+          ids: the images' names in the records; default: the paths, or numbers from 0.
 
         Returns:
           A record for one image; a list, in the images' order, for a sequence.
@@ -134,16 +152,21 @@ class RahfPredictor:
         Raises:
           PredictionError: an image or a prompt can't be scored; the message says which one.
         """
-        one = isinstance(images, Picture) and not (isinstance(images, np.ndarray) and images.ndim == 4)
+        if isinstance(images, Picture) and not (isinstance(images, np.ndarray) and images.ndim == 4):
+            one, pictures = True, [images]
+        else:
+            one, pictures = False, list(images)
         if one != isinstance(prompts, str):
             raise PredictionError("give one image and one prompt, or as many prompts as images")
-        pictures, texts = ([images], [prompts]) if one else (list(images), list(prompts))
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if ids is None:
             names = [str(p if isinstance(p, str | os.PathLike) else i) for i, p in enumerate(pictures)]
         else:
             names = [ids] if isinstance(ids, str) else list(ids)
         if not len(pictures) == len(texts) == len(names):
-            raise PredictionError(f"{len(pictures)} images, {len(texts)} prompts and {len(names)} ids")
+            raise PredictionError(
+                f"{len(pictures)} images, {len(texts)} prompts and {len(names)} ids: give as many of each"
+            )
         records: list[Prediction] = []
         waiting = None
         for start in range(0, len(pictures), self.batch_size):
@@ -169,22 +192,24 @@ class RahfPredictor:
                 raise PredictionError(f"{name}: {error}") from error
         return prepared
 
-    # The three parts of a prediction. A program that has much to score runs them side by side.
+    # A prediction has three parts: `prepare`, `dispatch` and `finish`. `pipeline` runs them side by side.
 
     def prepare(self, picture: Picture, prompt: str) -> Prepared:
-        """Brings an image and a prompt to the model's shapes.
+        """Brings an image and a prompt to the model's shapes; see `__call__` for their forms.
 
         Raises:
-          PredictionError: one of them can't be scored.
+          PredictionError: the image or the prompt can't be scored.
         """
         if not isinstance(prompt, str):
             raise PredictionError(f"a prompt must be a str, got {type(prompt).__name__}")
         image = self._read(picture)
         if min(image.shape[:2]) < MIN_SIDE:
             height, width = image.shape[:2]
-            raise PredictionError(f"an image of {width} x {height} pixels; {MIN_SIDE} a side are the least")
+            raise PredictionError(
+                f"the image has {width} x {height} pixels; {MIN_SIDE} x {MIN_SIDE} are the least"
+            )
         if (words := len(prompt.split())) > MAX_PROMPT_WORDS:
-            raise PredictionError(f"a prompt of {words:,} words; at most {MAX_PROMPT_WORDS:,} are taken")
+            raise PredictionError(f"the prompt has {words:,} words; at most {MAX_PROMPT_WORDS:,} are taken")
         square, box = pixels.square(image, self.description.feature_lengths["image"], self.description.fit)
         inputs, cut = self._encoder.encode(feedback.task_prompts(self.description.network.variant, prompt))
         words = self._encoder.keyword_pieces(prompt)
@@ -194,28 +219,34 @@ class RahfPredictor:
         """Starts to predict a batch, and doesn't wait for it.
 
         Args:
-          prepared: at most `batch_size`.
-          rows: of the batch; by default the next of a few sizes, each of which is compiled once.
+          prepared: the images, at most `batch_size`.
+          rows: rows of the batch; default: the next of a few sizes, each of which is compiled once.
 
         Returns:
-          See `predict_fn`; of `rows` images.
+          The outputs of `forward.predict_fn`, for `rows` images.
         """
         rows = rows or next(size for size in self._sizes if size >= len(prepared))
         return self.run(self.features(prepared, rows))
 
     def run(self, features: Features) -> Outputs:
-        """The compiled call alone, see `forward.predict_fn`. Doesn't wait for it."""
-        return self._predict(self.params, self._partitioner.shard_batch(features))
+        """Calls the compiled `forward.predict_fn`, and doesn't wait for it."""
+        return self._predict(self.params, self._partitioner.shard_batch(dict(features)))
 
     def finish(self, prepared: Sequence[Prepared], outputs: Outputs, ids: Sequence[str]) -> list[Prediction]:
-        """Waits for a batch and makes records of it."""
+        """Waits for a batch's outputs and makes a record of each image.
+
+        Args:
+          prepared: the images that were given to `dispatch`.
+          outputs: what `dispatch` returned.
+          ids: a name for each image.
+        """
         fetched = jax.device_get(outputs)
         return [
             self._record(name, one, {key: value[row] for key, value in fetched.items()})
             for row, (one, name) in enumerate(zip(prepared, ids, strict=True))
         ]
 
-    def _record(self, name: str, one: Prepared, outputs: Outputs) -> Prediction:
+    def _record(self, name: str, one: Prepared, outputs: Mapping[str, np.ndarray]) -> Prediction:
         decisions = outputs["keyword_probability"], outputs["keyword_misaligned"]
         return Prediction.from_outputs(
             name,
@@ -227,12 +258,14 @@ class RahfPredictor:
             words_cut=one.words_cut,
         )
 
-    def features(self, prepared: Sequence[Prepared], rows: int) -> dict[str, np.ndarray]:
-        """Makes a batch of `rows` images, the last of which may be padding; see `forward.predict_fn`."""
+    def features(
+        self, prepared: Sequence[Prepared], rows: int
+    ) -> dict[str, Shaped[np.ndarray, "{rows} ..."]]:
+        """Makes the features of a batch, see `forward.features`."""
         return forward.features(prepared, rows, self.description, self._encoder.suffix)
 
     def score_fn(self, kind: str) -> Callable[..., jax.Array]:
-        """A score as a pure, differentiable function of the image, for guidance and rewards.
+        """Returns a score as a pure, differentiable function of the image, for guidance and rewards.
 
             gradient = jax.grad(predictor.score_fn("aesthetics"))(image, "a yellow cat")
 
@@ -240,27 +273,27 @@ class RahfPredictor:
           kind: one of `feedback.SCORES`.
 
         Returns:
-          `score(images, prompts)`: of float [batch, height, width, 3] in [0, 1] and as many prompts float32
-          [batch]; of one image and one prompt float32 []. Images of any size are resized as in training (up
-          to rounding to 8 bits). Within `jax.jit` give prompts as `encode_for(kind, prompts)`, whose values
-          may change without another compilation. It is a `jax.tree_util.Partial`: handed to a jitted function
-          as an argument, the parameters are no constants of the program.
+          `score(images, prompts)`. It takes images, float [batch, height, width, 3] in [0, 1], with as many
+          prompts, and returns float32 [batch]; or one image, float [height, width, 3], with one prompt, and
+          returns float32 []. Images of any size are resized as in training (but not rounded to 8 bits).
+          Within `jax.jit` give prompts as `encode_for(kind, prompts)`: their values may change without
+          another compilation. The function is a `jax.tree_util.Partial`: give it to a jitted function as an
+          argument, and the parameters don't become constants of the program.
 
         Raises:
           errors.UserError: there is no such kind.
         """
         return rewards.score_fn(self.description, self.params, self._encoder, kind)
 
-    def encode_for(self, kind: str, prompts: str | Sequence[str]) -> np.ndarray:
-        """Prompts for `score_fn(kind)`: int32 [length] of one, [batch, length] of several."""
+    def encode_for(self, kind: str, prompts: str | Sequence[str]) -> Int32[np.ndarray, "*batch length"]:
+        """Encodes prompts for `score_fn(kind)`: one prompt to [length], several to [batch, length]."""
         return rewards.encode_for(self._encoder, self.description.network.variant, kind, prompts)
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
-        """`preprocessors.encode` without TensorFlow: int32 [texts, length], and the most words cut of one."""
+    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "prompts length"], int]:
+        """Encodes prompts, see `forward.PromptEncoder.encode`."""
         return self._encoder.encode(texts)
 
-    def _read(self, picture: Picture) -> np.ndarray:
-        """uint8 [height, width, 3]."""
+    def _read(self, picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
         if isinstance(picture, np.ndarray):
             return _checked_array(picture)
         try:
@@ -275,8 +308,8 @@ class RahfPredictor:
 
 
 def _batch_sizes(largest: int, multiple: int) -> list[int]:
-    """A few sizes of a batch, each a multiple of the devices, up to the one asked for (rounded up)."""
-    sizes = {multiple}  # A single image shall be quick.
+    """Returns a few batch sizes, each a multiple of the devices, up to the largest (rounded up)."""
+    sizes = {multiple}  # The smallest makes a single image quick.
     while largest >= 1:
         sizes.add(-(-largest // multiple) * multiple)
         largest //= _SIZE_RATIO
@@ -292,7 +325,7 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
 
 
 def _own_size(heatmap: np.ndarray, one: Prepared) -> np.ndarray:
-    """float32 [side, side] -> [height, width] of the image as it was given."""
+    """Resizes a heatmap [side, side] to the image's own size: float32 [height, width]."""
     top, left, bottom, right = one.box
     height, width = one.image.shape[:2]
     heatmap = np.ascontiguousarray(heatmap[top:bottom, left:right], np.float32)

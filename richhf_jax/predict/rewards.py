@@ -7,15 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int32
 
 from richhf_jax import errors, feedback, model_description, pixels
 from richhf_jax.predict import forward
+from richhf_jax.shapes import Array
 
 
 def score_fn(
     description: model_description.ModelDescription, params: Any, encoder: forward.PromptEncoder, kind: str
 ) -> Callable[..., jax.Array]:
-    """Makes `RahfPredictor.score_fn`, which see; parameters and prompts' encoder are the predictor's.
+    """Makes the function of an image that `RahfPredictor.score_fn` returns, and describes.
+
+    Args:
+      description: the model's description.
+      params: the model's parameters.
+      encoder: the encoder of prompts given as text.
+      kind: one of `feedback.SCORES`.
 
     Raises:
       errors.UserError: there is no such kind.
@@ -25,36 +33,40 @@ def score_fn(
     network, side = description.network, description.feature_lengths["image"]
 
     @jax.jit
-    def of_batch(params, images, tokens):
+    def score_batch(params, images, tokens):
         shown, box = _shown(images.astype(jnp.float32) * 255, side, description.fit)
         apply = functools.partial(network.apply, {"params": params})
         encoded = apply(shown, tokens[:, None], box, method="encode")
         return apply(encoded, kind, method="score")
 
-    def score(params, images, prompts):
+    def score(
+        params: Any,
+        images: Float[Array, "*batch height width 3"],
+        prompts: str | Sequence[str] | Int32[Array, "*batch length"],
+    ) -> Float32[Array, "*batch"]:
         is_text = isinstance(prompts, str | Sequence)
         tokens = encode_for(encoder, network.variant, kind, prompts) if is_text else prompts
         if not jnp.issubdtype(images.dtype, jnp.floating) or images.shape[-1] != 3:
             raise forward.PredictionError(
                 f"images must be float [..., height, width, 3] in [0, 1], got {images.dtype} {images.shape}"
             )
-        # [height, width, 3] and [length], or a batch of both
+        # Images and tokens are [height, width, 3] and [length], or a batch of both.
         if images.shape[:-3] != tokens.shape[:-1] or images.ndim not in (3, 4):
             raise forward.PredictionError(
                 f"images of shape {images.shape} and prompts of shape {tokens.shape[:-1]}: give one image"
                 " and one prompt, or as many prompts as images"
             )
         if images.ndim == 3:
-            return of_batch(params, images[None], tokens[None])[0]
-        return of_batch(params, images, tokens)
+            return score_batch(params, images[None], tokens[None])[0]
+        return score_batch(params, images, tokens)
 
     return jax.tree_util.Partial(score, params)
 
 
 def encode_for(
     encoder: forward.PromptEncoder, variant: str, kind: str, prompts: str | Sequence[str]
-) -> np.ndarray:
-    """Encodes prompts for a score: int32 [length] of one, [batch, length] of several."""
+) -> Int32[np.ndarray, "*batch length"]:
+    """Encodes prompts for a kind of score: one prompt to [length], several to [batch, length]."""
     if isinstance(prompts, str):
         return encode_for(encoder, variant, kind, [prompts])[0]
     if variant == feedback.AUGMENTED_PROMPT:
@@ -63,7 +75,11 @@ def encode_for(
 
 
 def _shown(images: jax.Array, side: int, fit: str) -> tuple[jax.Array, jax.Array | None]:
-    """`pixels.square`, differentiable: [batch, height, width, 3] -> [batch, side, side, 3], and the box."""
+    """Brings images to the model's square as `pixels.square` does, but differentiably.
+
+    Returns:
+      [batch, side, side, 3], and the boxes, int [batch, 4]; None where the model takes no boxes.
+    """
     batch, height, width, _ = images.shape
     box = np.array([0, 0, side, side], np.int32)
     if fit == "letterbox":

@@ -35,7 +35,7 @@ def test_pipeline_is_that_of_training_and_decoding_decodes_all_of_it(data_dir):
     assert batch["heatmap_targets"].shape == (4, 2, 64, 64)
     assert batch["decoder_loss_weights"].any(axis=(1, 2)).all()
     batches = input_benchmark.pipeline(data_dir, 64, 3).take(4).as_numpy_iterator()
-    # Four epochs of three records: they look different each time, as they are augmented.
+    # In four epochs, augmentation makes the three records look different each time.
     assert len({image.tobytes() for batch in batches for image in batch["image"]}) > 6
     sizes = next(input_benchmark.decoding(data_dir, 4).as_numpy_iterator())
     np.testing.assert_array_equal(sizes, [5 * 64 * 64] * 4)

@@ -18,7 +18,7 @@ TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory):
-    """The size of small.gin as a preset."""
+    """Makes a preset with the sizes of small.gin."""
     path = tmp_path_factory.mktemp("gin") / "rahf_small.gin"
     files = ("gin/models/rahf.gin", TESTS / "small.gin", "gin/variants/multi_head.gin")
     path.write_text("".join(f"include '{file}'\n" for file in files))
@@ -27,10 +27,10 @@ def preset(tmp_path_factory):
 
 @pytest.fixture
 def quick_torch(monkeypatch):
-    """PyTorch uncompiled: compilation takes a minute and a C++ compiler, and computes the same."""
+    """Runs PyTorch uncompiled: compilation takes a minute and a C++ compiler, and computes the same."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # Threads that wait for each other take far longer where cores are busy.
+    torch.set_num_threads(1)  # On busy cores, threads that wait for each other take far longer.
     yield
     torch.set_num_threads(threads)
 
@@ -42,17 +42,17 @@ def test_both_steps_of_both(preset, tmp_path, capsys):
     steps.main([*arguments, f"--json={path}"])
     figures = json.loads(path.read_text())
     assert figures["image_size"] == [16, 16]
-    assert figures["devices"] == 1  # Of two: PyTorch has one.
+    assert figures["devices"] == 1  # There are two, but PyTorch has one.
     train, predict = figures["steps"]
     assert (train["step"], train["prompts_per_image"]) == ("train", 4)
     assert (predict["step"], predict["prompts_per_image"]) == ("predict", 7)
-    # Three times a forward pass of 4 prompts to 7; the ViT takes part of both.
+    # The ratio of three forward passes of 4 prompts to one of 7. The ViT is part of both.
     assert 1 < train["model_flops_per_image"] / predict["model_flops_per_image"] < 3
     for row in (train, predict):
         ours = row["jax"]
         assert ours["images_per_second"] == 2 / ours["step_seconds"]["median"]
         assert row["ratio"] == ours["images_per_second"] / row["torch"]["images_per_second"]
-        assert ours["mfu"] is None  # of a CPU
+        assert ours["mfu"] is None  # A CPU's peak is unknown.
         assert row["torch"]["peak_bytes"] is None
     # Adam has two numbers beside each parameter.
     assert train["jax"]["peak_bytes"] > 3 * 4 * num_parameters(preset)
@@ -89,7 +89,7 @@ def test_training_with_torch_lowers_its_loss(preset):
 
 
 class Contender:
-    """Takes note of who runs when."""
+    """A contender that notes the order of runs."""
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -138,7 +138,7 @@ def test_mistakes(arguments, message, preset):
 
 
 def test_without_the_twin_the_fix_is_named(preset, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_twin", None)  # As in an installed wheel.
+    monkeypatch.setitem(sys.modules, "torch_twin", None)  # An installed wheel lacks it.
     monkeypatch.delitem(sys.modules, "torch_twin.steps")
     with pytest.raises(SystemExit, match="--torch: .*give the command in a checkout"):
         steps.main([f"--preset={preset}", "--torch"])

@@ -1,4 +1,4 @@
-"""The whole conversion: what is recognised, what is written, and that nothing is where something failed."""
+"""The whole conversion: it recognises formats, writes the result, and leaves nothing after an error."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ SCANNED = (*TWO_LAYERS, "t5.T5Config.scan_layers = True", "vit.ViTConfig.scan_la
 
 @pytest.fixture(scope="module", autouse=True)
 def _remembered_shapes():
-    """Tracing a model takes half a second, and a test here asks for its shapes several times."""
+    """Caches the shapes of a model, because tracing takes half a second and tests need them several times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "model_shapes", functools.cache(command.model_shapes))
         yield
@@ -40,7 +40,7 @@ def _remembered_shapes():
 
 @pytest.fixture(scope="module")
 def huggingface(tmp_path_factory):
-    """A T5 and a ViT of small.gin's sizes; the latter's images are smaller."""
+    """Saves a T5 and a ViT with small.gin's sizes; the ViT's images are smaller."""
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     t5 = transformers.T5Config(
@@ -79,7 +79,7 @@ def saved(tmp_path, make_model, random_params):
 
 
 def restored(directory, model):
-    """The parameters that a model finds in a checkpoint."""
+    """Returns the parameters that a model finds in a checkpoint."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
@@ -250,8 +250,8 @@ def test_what_is_not_recognised(tmp_path):
     (tmp_path / "folder/readme.md").touch()
     messages = {
         "nothing": "nothing: no such file or directory",
-        "weights.h5": r"weights.h5 is a file of 8 bytes that begins with b'\\x89HDF....', none of",
-        "folder": "folder is a directory with readme.md, none of what is understood: a checkpoint of T5X; ",
+        "weights.h5": r"weights.h5 is a file of 8 bytes that begins with b'\\x89HDF....', in none of",
+        "folder": "folder is a directory with readme.md, in none of the known formats: a checkpoint of T5X; ",
     }
     for place, message in messages.items():
         with pytest.raises(ConvertError, match=message):
@@ -259,7 +259,9 @@ def test_what_is_not_recognised(tmp_path):
 
 
 def test_a_safetensors_file_of_others(huggingface):
-    with pytest.raises(ConvertError, match="not of this project; of Hugging Face's, give the directory"):
+    with pytest.raises(
+        ConvertError, match="not of this project; if it is Hugging Face's, give its directory"
+    ):
         own.open_safetensors(str(huggingface / "t5/model.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's T5 and ViT as our converter reads them, against transformers: outputs, gradients, files.
+"""Compares Hugging Face's T5 and ViT, as our converter reads them, with transformers.
 
 The models are small and random, made and saved by transformers (or torch) itself.
 """
@@ -46,7 +46,7 @@ OUR_VIT_SIZES = {
 
 
 def randomized(model):
-    """No parameter as it was initialised: a scale of one or a bias of zero would hide its misuse."""
+    """Makes all parameters random: a scale of one or a bias of zero would hide its misuse."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,7 +71,7 @@ def vit_model():
 
 
 class T5(nn.Module):
-    """Our stacks around one token table, reading text alone."""
+    """Our stacks around one token table, reading only text."""
 
     config: t5.T5Config
 
@@ -81,7 +81,7 @@ class T5(nn.Module):
         self.decoder = t5.Decoder(config=self.config, shared_embedding=self.token_embedder)
 
     def __call__(self, tokens, targets):
-        """int [batch, length], [batch, target_length] -> encodings, and logits after a 0 and the targets."""
+        """Encodes int [batch, length]; returns encodings, and logits for targets [batch, target_length]."""
         mask = layers.make_attention_mask(tokens > 0, tokens > 0)
         encoded = self.encoder(self.token_embedder(tokens), mask, deterministic=True)
         logits = self.decoder(
@@ -105,7 +105,7 @@ def our_vit(**changed):
 
 
 def values(tensors, prefix=""):
-    """A nested tree of the arrays; each is of the shape and type that its tensor says."""
+    """Reads tensors to a nested tree; each array has the shape and type that its tensor says."""
     arrays = {}
     for name, tensor in tensors.items():
         arrays[name.removeprefix(prefix)] = array = tensor.read()
@@ -114,7 +114,7 @@ def values(tensors, prefix=""):
 
 
 def as_state(named_arrays):
-    """What a reader of weights gives, from torch's arrays."""
+    """Makes tensors, as a reader returns them, from torch's arrays."""
     arrays = {name: array.detach().numpy() for name, array in named_arrays}
     return {
         name: Tensor(name, array.shape, array.dtype, lambda array=array: array)
@@ -123,7 +123,7 @@ def as_state(named_arrays):
 
 
 def assert_close(ours, theirs, tolerance):
-    """Relative to the largest number of each array."""
+    """Compares trees; the tolerance is relative to the largest number of each array."""
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         scale = np.abs(value).max()
@@ -133,7 +133,7 @@ def assert_close(ours, theirs, tolerance):
 
 @pytest.fixture(scope="module")
 def texts():
-    """Tokens and targets; two thirds of the first text are padding."""
+    """Makes tokens and targets; two thirds of the first text are padding."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB, (BATCH, LENGTH))
     tokens[0, LENGTH // 3 :] = 0
@@ -161,7 +161,7 @@ def test_t5_computes_what_transformers_does(kind, texts, tmp_path):
     )
     model.zero_grad()
     theirs.loss.backward()
-    valid = (tokens > 0)[..., None]  # What stands in the place of padding means nothing.
+    valid = (tokens > 0)[..., None]  # Outputs in place of padding mean nothing.
     states = theirs.encoder_last_hidden_state.detach().numpy()
     assert_close(
         {"encoded": encoded * valid, "logits": logits, "loss": loss},
@@ -199,14 +199,14 @@ def test_vit_computes_what_transformers_does(rng, tmp_path):
         as_state((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     )
     flat = functools.partial(traverse_util.flatten_dict, sep="/")
-    # Of a sum, each term's gradient is the sum's: the token's alone.
+    # Each term of a sum has the sum's gradient, so the token's own gradient is compared.
     token = their_gradient[huggingface.CLASS_TOKEN].read()[0, 0]
     expected = flat(values(huggingface.vit_tensors(their_gradient, grid=(4, 3)), "vit/")) | {
         "class_token": token
     }
     gradient = flat(gradient)
     for layer in range(2):
-        # A key's bias adds the same to all logits of a query: the gradient is 0 but for rounding.
+        # A key's bias adds the same to all logits of a query, so its gradient is 0 except for rounding.
         name = f"layers_{layer}/attention/key/bias"
         noise = 1e-4 * np.abs(expected[name.replace("key", "query")]).max()
         assert max(np.abs(tree.pop(name)).max() for tree in (gradient, expected)) < noise
@@ -266,12 +266,12 @@ def test_a_t5_encoder_alone(tmp_path):
     source = huggingface.open_huggingface(str(tmp_path))
     whole = huggingface.t5_tensors(as_state(t5_model("1.1").state_dict().items()), tied=False)
     assert source.tensors.keys() == {name for name in whole if not name.startswith("decoder/")}
-    # Nothing is known of logits.
+    # An encoder says nothing of logits.
     assert "t5_config.logits_via_embedding" not in source.settings
 
 
 def test_t5_1_1_that_transformers_tied(tmp_path):
-    """What it makes of a T5 1.1 that it did not load: the logits' kernel is the token table, unscaled."""
+    """Transformers saves a T5 1.1 of its own making with the token table as logits' kernel, unscaled."""
     config = transformers.T5Config(**T5_SIZES, **KINDS["1.1"][0])
     model = transformers.T5ForConditionalGeneration(config)
     model.save_pretrained(tmp_path)
@@ -305,7 +305,7 @@ def test_settings_are_those_of_our_configuration(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", [*KINDS, "vit"])
 def test_there_and_back(kind, tmp_path):
-    """Written for transformers again: the same bits, and the outputs in transformers."""
+    """Parameters written for transformers have the same bits, and the same outputs in transformers."""
     model = vit_model() if kind == "vit" else t5_model(kind)
     model.save_pretrained(tmp_path / "theirs")
     tensors = huggingface.open_huggingface(str(tmp_path / "theirs")).tensors
@@ -322,7 +322,7 @@ def test_there_and_back(kind, tmp_path):
     before, after = model.state_dict(), again.state_dict()
     assert after.keys() == {name for name in before if not name.startswith("pooler")}
     if kind == "vit":
-        # The token with its position, in one.
+        # Token and position are one parameter.
         token, positions = (
             before["embeddings.cls_token"].clone(),
             before["embeddings.position_embeddings"].clone(),
@@ -355,7 +355,7 @@ def test_half_a_t5_is_not_exported(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A whole T5 in shards, to be damaged."""
+    """Saves a whole T5 in shards; tests damage it."""
     directory = tmp_path_factory.mktemp("saved")
     save(t5_model("1.0"), directory, "sharded safetensors")
     return directory

@@ -9,7 +9,7 @@ from richhf_jax.convert import layers
 
 @pytest.fixture
 def tree(rng):
-    """A tree of 11 layers, so that the order of their names is not that of their numbers."""
+    """Makes a tree of 11 layers, so that their names and their numbers sort differently."""
     names = [*(f"encoder/layers_{i}/mlp/wi/kernel" for i in range(11)), "encoder/encoder_norm/scale"]
     names += [f"vit/layers_{i}/scale" for i in range(2)]
     return traverse_util.unflatten_dict({n: rng.standard_normal((2, 3)) for n in names}, sep="/")

@@ -1,4 +1,4 @@
-"""Which arrays become which parameters, on sources of a few made-up arrays."""
+"""The mapping from arrays to parameters, on sources of a few made-up arrays."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def tensor(shape, origin="theirs", start=0.0, dtype=np.float32):
 
 
 def model(**shapes):
-    """Parameters by name; "__" stands for "/"."""
+    """Makes parameters by name; "__" stands for "/"."""
     return {
         name.replace("__", "/"): jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()
     }

@@ -25,7 +25,7 @@ from richhf_jax.convert.source import ConvertError, Tensor
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 VARIANTS = pytest.mark.parametrize("variant", ["multi_head", "augmented_prompt"])
-# The release's numbers of channels -> the test's: all different, as a mistaken one should not fit.
+# The release's numbers of channels -> the test's. They all differ, so that a mistaken one doesn't fit.
 SMALL = {768: 16, 384: 10, 192: 6, 96: 5, 48: 4, 12: 3, 512: 9, 128: 7}
 HEATMAPS, SCORES = len(feedback.HEATMAPS), len(feedback.SCORES)
 LOSS_WEIGHTS = {"heatmap": 25.0, "score": 20.0, "keywords": 4.0}
@@ -117,7 +117,7 @@ class ScorePredictor(nn.Module):
 
 
 class Release(nn.Module):
-    """What the release's weights are of; the names of the parts are those in its state dict."""
+    """The release's network; its parts have the names of the release's state dict."""
 
     def __init__(self, vit_config, t5_config, variant, heatmap_channels=(), score_channels=()):
         super().__init__()
@@ -136,7 +136,7 @@ class Release(nn.Module):
             self.heatmap_predictor, self.score_predictor = heatmap(), score()
 
     def encode(self, pixels, tokens):
-        """[1, 3, height, width] and [1, length] -> feature map [1, embed, rows, columns], encoded text."""
+        """Encodes [1, 3, height, width] and [1, length] to a map [1, embed, rows, columns] and a text."""
         image = self.visual_token_projection(self.vit(pixel_values=pixels).last_hidden_state)
         both = torch.cat([image, self.t5.shared(tokens)], dim=1)
         encoded = self.t5.encoder(inputs_embeds=both).last_hidden_state
@@ -145,7 +145,7 @@ class Release(nn.Module):
         return feature_map, BaseModelOutput(last_hidden_state=encoded[:, image.shape[1] :])
 
     def forward(self, pixels, prompts, target):
-        """One image; its prompts [1, length] each, as many as the variant has; a target text [1, length]."""
+        """Predicts for one image, the variant's prompts ([1, length] each) and a target text [1, length]."""
         encoded = [self.encode(pixels, tokens) for tokens in prompts]
         maps = [feature_map for feature_map, _ in encoded]
         if self.multi_head:
@@ -158,13 +158,13 @@ class Release(nn.Module):
         return torch.cat(heatmaps), torch.cat(scores), loss
 
     def write(self, pixels, prompt, length):
-        """Greedy decoding -> the tokens after the first."""
+        """Decodes greedily; returns the tokens after the first."""
         _, text = self.encode(pixels, prompt)
         return self.t5.generate(encoder_outputs=text, max_new_tokens=length, do_sample=False)[0, 1:]
 
 
 def published_names(release: Release, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers 5 has new names for the ViT's parts in memory; in files they are as they were in 4.32."""
+    """Renames the ViT's parts: transformers 5 has new names in memory, but those of 4.32 in files."""
     vit = {name.removeprefix("vit."): x for name, x in values.items() if name.startswith("vit.")}
     vit = revert_weight_conversion(release.vit, vit)
     others = {name: x for name, x in values.items() if not name.startswith("vit.")}
@@ -172,7 +172,7 @@ def published_names(release: Release, values: dict[str, torch.Tensor]) -> dict[s
 
 
 def randomise(release: Release) -> None:
-    """Biases and scales, too: those of 0 or 1 would hide a mistake.
+    """Makes random parameters, also biases and scales, which would hide a mistake if they were 0 or 1.
 
     Larger than new weights: or the heads' many layers would leave little of what came in, and every text
     would repeat one token. With this seed the texts differ, and one ends early.
@@ -192,7 +192,7 @@ def randomise(release: Release) -> None:
 
 
 def smaller(layers):
-    """A preset's layers with fewer channels: every number in `SMALL`, at any depth."""
+    """Replaces every number of channels in a preset's layers, at any depth, by that in `SMALL`."""
     if isinstance(layers, tuple | list):
         return tuple(smaller(layer) for layer in layers)
     return SMALL.get(layers, layers)
@@ -228,7 +228,7 @@ def make_release(variant: str) -> Release:
 
 
 def make_inputs(variant: str) -> dict[str, np.ndarray]:
-    """A batch with labels; prompts and targets of several lengths, padded."""
+    """Makes a batch with labels; prompts and targets have several lengths and are padded."""
     rng = np.random.default_rng(0)
     prompts = 1 if variant == "multi_head" else HEATMAPS + SCORES + 1
     tokens = rng.integers(2, 40, (BATCH, prompts, LENGTH), dtype=np.int32)
@@ -251,17 +251,17 @@ def make_inputs(variant: str) -> dict[str, np.ndarray]:
 
 
 def unpadded(tokens: np.ndarray) -> torch.Tensor:
-    """[length] -> [1, length without padding]."""
+    """Removes padding: [length] -> [1, shorter length]."""
     return torch.from_numpy(tokens[tokens > 0]).long()[None]
 
 
 def pixels_of(image: np.ndarray) -> torch.Tensor:
-    """uint8 [height, width, 3] -> [1, 3, height, width] in [-1, 1], as the ViT's image processor does."""
+    """Converts uint8 [height, width, 3] as the ViT's image processor: [1, 3, height, width] in [-1, 1]."""
     return ((torch.from_numpy(image).float() / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
 
 
 def run_release(release: Release, inputs: dict) -> dict[str, torch.Tensor]:
-    """Image by image, without padding: the release masks none."""
+    """Predicts image by image without padding, because the release doesn't mask it."""
     heatmaps, scores, losses, written = [], [], [], []
     for image, prompts, (target,) in zip(
         inputs["image"], inputs["encoder_input_tokens"], inputs["decoder_target_tokens"], strict=True
@@ -280,7 +280,7 @@ def run_release(release: Release, inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def total_loss(outputs: dict[str, torch.Tensor], inputs: dict) -> torch.Tensor:
-    """As `models.RahfModel`: means over maps, scores and tokens."""
+    """Computes the loss as `models.RahfModel` does: means over maps, scores and tokens."""
     labels = {name: torch.from_numpy(array) for name, array in inputs.items()}
     tokens = labels["decoder_loss_weights"].sum(dim=(1, 2))
     losses = {
@@ -292,12 +292,12 @@ def total_loss(outputs: dict[str, torch.Tensor], inputs: dict) -> torch.Tensor:
 
 
 def read_tree(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The parameters of a file, by their names in our tree."""
+    """Reads the parameters of a file, by their names in our tree."""
     return {name: tensor.read() for name, tensor in rahf_pytorch.open_rahf_pytorch(path).tensors.items()}
 
 
 def assert_close(ours, theirs, tolerance: float) -> None:
-    """The largest difference against the largest value."""
+    """Returns the largest difference, relative to the largest value."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
@@ -355,12 +355,12 @@ def test_loss(both):
 
 def test_gradients(both):
     ours, theirs = (outputs["gradients"] for outputs in both("multi_head"))
-    # The two that the class token is the sum of have its gradient each.
+    # The class token is a sum of two parameters; each has the sum's gradient.
     theirs = theirs | {"vit/class_token": theirs["vit/class_token"] / 2}
     assert ours.keys() == theirs.keys()
     largest = max(np.abs(gradient).max() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        # A key's bias moves all logits alike, so its gradient is 0 but for rounding.
+        # A key's bias moves all logits alike, so its gradient is 0 except for rounding.
         scale = largest if name.endswith("key/bias") else np.abs(gradient).max()
         assert scale > 0, name
         np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=1e-3 * scale, err_msg=name)
@@ -382,7 +382,7 @@ def parameter_shapes(model: models.RahfModel, pixels: int) -> dict[str, tuple[in
 
 
 def test_the_published_sizes_fit_the_preset():
-    """ViT-L/16-384, T5-base and the release's heads, without their numbers."""
+    """Makes ViT-L/16-384, T5-base and the release's heads, without values."""
     vit = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
     vit |= {"intermediate_size": 4096, "image_size": 384, "patch_size": 16}
     t5 = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
@@ -393,11 +393,11 @@ def test_the_published_sizes_fit_the_preset():
     model = make_model("multi_head")
     ours = parameter_shapes(model, 384)
     assert {name: tensor.shape for name, tensor in source.tensors.items()} == ours
-    # What shapes do not say; a norm's epsilon is too small for the outputs to show.
+    # Shapes don't show these settings, and a norm's epsilon is too small for outputs to show it.
     configs = {"t5_config": model.module.t5_config, "vit_config": model.module.vit_config}
     assert mapping.check_settings(configs, [source]) == []
     assert source.settings["vit_config.layer_norm_epsilon"] == release.vit.config.layer_norm_eps
-    # Every entry is loaded, or is not, and said so.
+    # Every entry is loaded, or is listed as unused.
     used = {name for tensor in source.tensors.values() for name in tensor.origin.split(" + ")}
     assert used.isdisjoint([*source.unused, *rahf_pytorch.TIED])
     assert {*used, *source.unused, *rahf_pytorch.TIED} == state.keys()

@@ -33,7 +33,7 @@ def unpack(tmp_path):
 
 
 def expected(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The rule of data/README.md."""
+    """Returns an array's values by the rule of data/README.md."""
     start = zlib.crc32(name.encode())
     return ((start + np.arange(np.prod(shape))) % 251 - 125).astype(np.float32).reshape(shape)
 
@@ -53,7 +53,7 @@ def edit_msgpack(directory: pathlib.Path, edit) -> None:
 
 
 def leaf_of(content):
-    """The spec of KERNEL in the msgpack file."""
+    """Returns the spec of KERNEL in the msgpack file."""
     leaf = content["optimizer"]["target"]
     for part in KERNEL.split("/"):
         leaf = leaf[part]
@@ -80,7 +80,7 @@ def test_reads_every_parameter(unpack, name):
 
 
 def test_some_arrays_have_several_chunks_and_some_none(unpack):
-    """Or the tests below would show nothing."""
+    """Without this, the tests below would show nothing."""
     assert (unpack("t5x_msgpack") / FOLDER / "0.1").is_file()
     assert not list(unpack("t5x_msgpack_bfloat16", "other").glob("target.*scale"))
 
@@ -140,7 +140,7 @@ def test_what_is_neither_parameter_nor_optimizer_is_unused(unpack):
 
 
 def test_scanned_layers_are_taken_apart(unpack):
-    """T5X's t5 has none, but a model of ours that T5X trained may."""
+    """T5X's t5 has no scanned layers, but a model of ours that T5X trained may."""
     directory = unpack("t5x_msgpack")
     stacked = {"layers": {"mlp": {"wi": {"bias": np.arange(6.0).reshape(2, 3)}}}}
     edit_msgpack(directory, lambda content: content["optimizer"]["target"].update(vit=stacked))
@@ -212,7 +212,7 @@ def test_damage_is_found_at_opening(unpack, name, damage, message):
 
 @pytest.mark.parametrize("name", ["t5x_msgpack", "t5x_orbax_files"])
 def test_a_damaged_chunk_is_found_at_reading(unpack, name):
-    """And not before: opening reads no values."""
+    """Opening reads no values, so it doesn't find the damage."""
     directory = unpack(name)
     for chunk in directory.glob(f"**/{FOLDER}/0.0"):
         truncate(chunk)

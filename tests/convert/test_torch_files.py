@@ -1,4 +1,4 @@
-"""torch.save writes, we read, torch.load says what is right."""
+"""Files of torch.save, as our reader and torch.load read them."""
 
 import collections
 import os
@@ -28,7 +28,7 @@ def assert_same(tensor, expected: torch.Tensor) -> None:
     assert values.shape == tensor.shape == tuple(expected.shape)
     assert values.flags.c_contiguous
     assert str(values.dtype) == str(expected.dtype).removeprefix("torch.")
-    # numpy has no bfloat16 of torch's: exact in float32
+    # numpy can't take torch's bfloat16; float32 holds it exactly.
     as_read = values.astype(np.float32) if expected.dtype == torch.bfloat16 else values
     expected = expected.float() if expected.dtype == torch.bfloat16 else expected
     np.testing.assert_array_equal(as_read, expected.detach().numpy())
@@ -71,7 +71,7 @@ def test_views_share_a_storage(tmp_path, zipped):
 
 @LAYOUTS
 def test_the_state_dict_of_a_module(tmp_path, zipped):
-    """An OrderedDict with an attribute of metadata; and parameters, where they are saved themselves."""
+    """A saved OrderedDict has an attribute of metadata; parameters may be saved themselves."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     state = module.state_dict()
@@ -101,7 +101,7 @@ def test_values_are_read_when_asked_for(tmp_path):
 
 
 def rewritten(path: pathlib.Path, change, compression=zipfile.ZIP_STORED) -> pathlib.Path:
-    """A copy of a zip with each member's content changed: (name, content) -> content."""
+    """Copies a zip and changes each member by a function (name, content) -> content."""
     copy = path.with_name("rewritten.pt")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w", compression) as new:
         for name in old.namelist():
@@ -124,7 +124,7 @@ def test_the_byte_order_of_another_machine(tmp_path):
 
 
 class Malicious:
-    """Unpickled by the book, it makes a folder."""
+    """A usual unpickler would make a folder here."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -221,11 +221,11 @@ def test_other_zips(tmp_path):
 
 
 def test_a_view_outside_its_storage(tmp_path):
-    """A pickle that was tampered with: 5 numbers asked of a storage of 4."""
+    """A pickle that was tampered with asks a storage of 4 for 5 numbers."""
     path = save({"weight": torch.ones(4)}, tmp_path / "weights.pt", zipped=True)
 
     def grow(name, content):
-        # The shape, (4,), is one byte and the opcode of a tuple of one.
+        # The shape, (4,), is one byte and the opcode of a tuple with one element.
         return content.replace(b"K\x04\x85", b"K\x05\x85") if name.endswith("data.pkl") else content
 
     with pytest.raises(ConvertError, match=r"shape \(5,\) in a storage of 4 numbers"):

@@ -1,4 +1,4 @@
-""".npz of the vision_transformer and big_vision line against a ViT of flax's own layers, named as theirs."""
+"""Compares .npz of the vision_transformer and big_vision line with a ViT of flax's own layers."""
 
 import functools
 
@@ -33,7 +33,7 @@ class MlpBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """Named by flax: LayerNorm_0, MultiHeadDotProductAttention_0, LayerNorm_1, MlpBlock_0."""
+    """A layer named by flax: LayerNorm_0, MultiHeadDotProductAttention_0, LayerNorm_1, MlpBlock_0."""
 
     approximate: bool
 
@@ -75,7 +75,7 @@ class TheirViT(nn.Module):
             token = self.param("cls", nn.initializers.normal(), (1, 1, width))
             x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
         x = Encoder(self.layout == "old", self.approximate, name="Transformer")(x)
-        # A classifier, so that the file holds one.
+        # The classifier's parameters are then in the file.
         self.param("head", lambda rng: {"kernel": jnp.ones((width, 5)), "bias": jnp.ones(5)})
         return x
 
@@ -98,7 +98,7 @@ def flat(params):
 
 
 def read(path):
-    """Our ViT's parameters, and what is not used."""
+    """Returns our ViT's parameters, and the unused names."""
     source = vit_npz.open_vit_npz(str(path))
     arrays = {name.removeprefix("vit/"): t.read() for name, t in source.tensors.items()}
     for name, tensor in source.tensors.items():
@@ -136,7 +136,7 @@ def test_the_tanh_gelu_they_trained_with_differs_a_little(their_params, images, 
 
 
 def old_names(arrays):
-    """As the files of augreg are: parts numbered in one row, the position table in a module of its own."""
+    """The files of augreg number parts in one row and have the position table in a module of its own."""
     renamed = {}
     for name, array in arrays.items():
         parts = [OLD_NUMBERS.get(part, part) for part in name.split("/")]
@@ -147,7 +147,7 @@ def old_names(arrays):
 
 
 def stacked(arrays):
-    """As big_vision saves a model with `scan`."""
+    """big_vision saves a model with `scan` like this."""
     layers = [n.removeprefix("Transformer/encoderblock_0/") for n in arrays if "encoderblock_0" in n]
     result = {name: array for name, array in arrays.items() if "encoderblock" not in name}
     for name in layers:

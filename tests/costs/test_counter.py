@@ -1,4 +1,4 @@
-"""Costs against numbers worked out by hand, against XLA's own, and of loops against the same unrolled."""
+"""Compares costs with numbers worked out by hand, with XLA's own, and loops with the same ones unrolled."""
 
 import functools
 
@@ -19,7 +19,7 @@ def floats(*shape):
 
 
 def texts(function, *args):
-    """Of a function: unoptimised, optimised, and XLA's own count of each."""
+    """Returns a function's unoptimised and optimised text, and XLA's own FLOPs of each."""
     lowered = jax.jit(function).lower(*args)
     compiled = lowered.compile()
     xla = [stage.cost_analysis()["flops"] for stage in (lowered, compiled)]
@@ -53,13 +53,13 @@ BY_HAND = {
         [(2, 8, 8, 4), (3, 3, 2, 6)],
         2 * 2 * 22 * 22 * 2 * 6,
     ),
-    # A kernel's places are 2 apart: 8 meet in the middle, 6 on either side.
+    # The kernel's elements are 2 apart: 8 meet in the middle, 6 on either side.
     "dilated kernel": (
         functools.partial(convolution, rhs_dilation=(2, 2)),
         [(2, 8, 8, 3), (3, 3, 3, 5)],
         2 * 2 * (8 + 6 + 6) ** 2 * 3 * 5,
     ),
-    # Each of 8 inputs meets the 3 places of the kernel, but for one beyond the end: 16 outputs.
+    # Each of 8 inputs meets the kernel's 3 elements, except one beyond the end of the 16 outputs.
     "transposed": (transposed, [(2, 8, 8, 3), (3, 3, 3, 5)], 2 * 2 * (8 * 3 - 1) ** 2 * 3 * 5),
 }
 
@@ -91,7 +91,7 @@ def convolution_gradients(x, kernel):
 )
 def test_without_loops_the_flops_are_xlas_own(function, shapes):
     both, xla = texts(function, *(floats(*shape) for shape in shapes))
-    # The same rules: there is nothing to tolerate.
+    # The rules are the same, so there is nothing to tolerate.
     assert [counter.analyze(text).flops for text in both] == xla
 
 
@@ -108,7 +108,7 @@ def test_scanned_layers_cost_what_unrolled_ones_do(remat):
         def loss(weights, x):
             return jnp.sum(layers(x, weights, unroll, remat) ** 2)
 
-        # Of x, too: else the unrolled program leaves out what its first layer need not compute.
+        # Without the gradient of x, the unrolled program's first layer would compute less.
         both, xla = texts(jax.grad(loss, (0, 1)), floats(6, 256, 256), floats(32, 256))
         return [counter.analyze(text) for text in both], xla
 
@@ -116,12 +116,12 @@ def test_scanned_layers_cost_what_unrolled_ones_do(remat):
     unrolled, xla_unrolled = gradients(unroll=6)
     product = 2 * 32 * 256 * 256
     products = 6 * (8 if remat else 6)  # 2 forward, 4 backward, 2 once more
-    # Optimised for CPUs, unrolled layers share what is rematerialised: one program is no longer the other.
+    # Optimised for CPUs, unrolled layers share rematerialised values, so the programs are no longer alike.
     stages = 1 if remat else 2
     for one, other, xla in list(zip(scanned, unrolled, xla_unrolled, strict=True))[:stages]:
         assert other.flops == xla
         assert products * product < other.flops < products * product * 1.02
-        # Which elementwise operations are computed twice differs; one product more would be 2 %.
+        # The elementwise operations computed twice differ; one product more would be 2 %.
         assert one.flops == pytest.approx(other.flops, rel=0.01)
         assert one.uncounted_loops == ()
     assert max(xla_scanned) < 0.3 * min(costs.flops for costs in scanned)  # Each body once.
@@ -190,7 +190,7 @@ def test_collectives_of_a_loop():
     }
 
 
-# Of the form that libtpu prints: products as convolutions; a counter that starts as a copy; a gather in
+# Text in the form that libtpu prints: products as convolutions; a counter that starts as a copy; a gather in
 # three fusions; a reduction of which each chip keeps a part; arrays on the chip (S(1)); copies from there.
 TPU = """\
 HloModule jit_f, is_scheduled=true, num_partitions=4
@@ -295,10 +295,10 @@ def test_a_program_for_tpus():
 def test_bytes_of_a_program_for_tpus_are_those_of_main_memory():
     part, number = 256 * 256 * 2, 4
     reduced = 64 * 128 * 4 + number + 16 * 128 * 4
-    stored = 16 * 128 * 4 + number + 16 * 128 * 4  # Of six parts one, in place.
-    counter = 3 * number
-    # The gather's start writes its operand again; the product is of arrays on the chip.
-    trip = (part + part) + part + reduced + stored + counter
+    stored = 16 * 128 * 4 + number + 16 * 128 * 4  # One of six parts, in place.
+    counting = 3 * number
+    # The gather's start writes its operand again; the product multiplies arrays on the chip.
+    trip = (part + part) + part + reduced + stored + counting
     # The copy onto the chip, the counter's beginning, and the empty array.
     before = 32 * 512 * 2 + number + 6 * 16 * 128 * 4
     assert counter.analyze(TPU).bytes_accessed == before + 6 * trip
@@ -315,7 +315,7 @@ def test_largest_buffers():
 
 
 def test_bytes_without_loops_are_xlas_own():
-    # In each case operands and results, once.
+    # Operands and results count once each.
     both, _ = texts(lambda x, y: jnp.tanh(x @ y), floats(8, 16), floats(16, 4))
     product = 8 * 16 + 16 * 4 + 8 * 4
     assert counter.analyze(both[1]).bytes_accessed == 4 * (product + 2 * 8 * 4)

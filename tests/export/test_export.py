@@ -1,4 +1,4 @@
-"""Exports in fresh processes that can't import richhf_jax: the predictor's outputs, by others' code."""
+"""Exports, run in fresh processes that can't import richhf_jax, give the predictor's outputs."""
 
 import io
 import json
@@ -29,7 +29,7 @@ PROMPTS = [
 FORMATS = ("stablehlo", "savedmodel", "safetensors", "orbax")
 CASES = [("multi_head", "resize"), ("augmented_prompt", "letterbox")]
 
-# Before any other line of a fresh process.
+# Code that runs first in a fresh process.
 BLOCKER = """
 import sys
 class Blocker:
@@ -43,7 +43,7 @@ TEXT_LIBRARIES = ("tensorflow_text", *TRAINING_LIBRARIES)
 
 
 def run_elsewhere(code: str, folder: pathlib.Path, *arguments: str, blocked: tuple = ()) -> str:
-    """Runs code in a folder, by a process without richhf_jax; what it printed."""
+    """Runs code in a folder, in a process without richhf_jax. Returns the printed text."""
     names = repr({"richhf_jax", "tasks", *blocked})
     result = subprocess.run(
         [sys.executable, "-c", BLOCKER.format(blocked=names) + code, *arguments],
@@ -61,7 +61,7 @@ def png(image: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
 def case(request, make_model_dir, tmp_path_factory, quick_compilation):
-    """A model with its exports, images, and what the predictor says: see the attributes set below."""
+    """Makes a model, its exports, images and the predictor's outputs; see the attributes set below."""
 
     class Case:
         variant, fit = request.param
@@ -91,18 +91,18 @@ def case(request, make_model_dir, tmp_path_factory, quick_compilation):
 
 
 def assert_outputs(case, path: pathlib.Path) -> None:
-    """The arrays that a process saved are the predictor's."""
+    """Checks that the arrays saved by a process are the predictor's."""
     names = {"misaligned": "keyword_misaligned", "misaligned_probability": "keyword_probability"}
     with np.load(path) as found:
         assert sorted(found) == ["heatmaps", "misaligned", "misaligned_probability", "scores"]
         for name in found:
             expected = case.outputs[names.get(name, name)][: len(PROMPTS)]
             np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
-            assert np.nanstd(expected) > 1e-3  # There is something to get wrong.
+            assert np.nanstd(expected) > 1e-3  # Constant outputs could hide mistakes.
 
 
 def of_card(directory: pathlib.Path) -> str:
-    """The code in a model card."""
+    """Returns the code in a model card."""
     return re.search(r"```python\n(.*?)```", (directory / "MODEL_CARD.md").read_text(), re.DOTALL)[1]
 
 
@@ -170,7 +170,7 @@ def test_a_saved_model_serves_arrays_and_strings(case):
                 else:
                     assert probability == pytest.approx(token.probability, abs=1e-5)
         decided = ~np.isnan(found["misaligned_probability"])
-        assert 0 < decided[3].sum() < decided.shape[1]  # The long prompt's last words aren't.
+        assert 0 < decided[3].sum() < decided.shape[1]  # The long prompt's last words are not decided.
 
 
 UNKNOWN_OPERATIONS = """
@@ -191,14 +191,14 @@ def test_a_saved_model_says_which_packages_it_needs(case):
     assert interface.pop("requires") == ["tensorflow", "tensorflow-text"]
     assert interface == json.loads((case.folder / "stablehlo/interface.json").read_text())
     assert "import tensorflow_text" in (case.folder / "savedmodel/MODEL_CARD.md").read_text()
-    # TensorFlow Serving links tensorflow-text's operations, no others that TensorFlow lacks.
+    # Of the operations that TensorFlow lacks, TensorFlow Serving links only tensorflow-text's.
     unknown = json.loads(run_elsewhere(UNKNOWN_OPERATIONS, case.folder, blocked=TEXT_LIBRARIES))
     assert unknown == ["SentencepieceOp", "SentencepieceTokenizeOp"]
 
 
 @pytest.mark.parametrize("name", ["stablehlo", "savedmodel"])
 def test_the_example_scores_an_image(case, name):
-    # Of the square's height, so that its letterbox needs no resampling, in which Pillow rounds otherwise.
+    # The image has the square's height, so its letterbox needs no resampling; Pillow rounds differently.
     width = 12 if case.fit == "letterbox" else 32
     [image] = np.random.default_rng(1).integers(0, 256, (1, 32, width, 3)).astype(np.uint8)
     (case.folder / "image.png").write_bytes(png(image))
@@ -259,14 +259,14 @@ def test_the_card_says_what_it_is(case, name):
         assert part in card
     assert "{{" not in card
     assert "{%" not in card
-    # Every file that is there is named, and the other way round.
+    # The card names every file, and every named file exists.
     for place in (case.folder / name).iterdir():
         assert place.name == "MODEL_CARD.md" or f"- `{place.name}{'/' if place.is_dir() else ''}`" in card
 
 
 def test_a_card_without_evaluations(make_model_dir, tmp_path):
     export.export(str(make_model_dir()), "safetensors", str(tmp_path / "new"))
-    assert "None were found beside the checkpoint" in (tmp_path / "new/MODEL_CARD.md").read_text()
+    assert "There are no metrics beside the checkpoint" in (tmp_path / "new/MODEL_CARD.md").read_text()
 
 
 def test_a_checkpoint_keeps_its_step(make_model_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""The prompts' ids in a SavedModel are those of the sentencepiece package, as the predictor has them."""
+"""A SavedModel encodes prompts to the same ids as the predictor, which uses the sentencepiece package."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from richhf_jax.export import saved_model
 from richhf_jax.predict import forward
 from tasks import vocabulary
 
-# One for each thing that SentencePiece treats in its own way, and neighbours to combine them with.
+# One character for each special case of SentencePiece, and neighbours to combine them with.
 # fmt: off
 FRAGMENTS = [
     "a", "the", "cat", "star", "ellow", "plausibility", "score", "_0", "_", "<x>", "star_0", "▁", "▁▁", "!",
@@ -76,11 +76,11 @@ def random_texts(count: int) -> list[str]:
     scope="module",
     params=[
         pytest.param(None, id="shipped"),
-        # As T5's: no bytes for unknown characters, NFKC.
+        # T5's kind: no bytes for unknown characters, NFKC.
         pytest.param({"character_coverage": 0.98}, id="unknown"),
-        # Nothing between the unknown characters of one text and the next.
+        # Has nothing between the unknown characters of one text and the next.
         pytest.param({"add_dummy_prefix": False, "normalization_rule_name": "identity"}, id="no prefix"),
-        # Symbols that are found within words, across what would be normalised, and with a space before them.
+        # Has symbols within words, across characters that are normalised, and with a space before them.
         pytest.param(
             {
                 "normalization_rule_name": "nfkc_cf",
@@ -93,14 +93,14 @@ def random_texts(count: int) -> list[str]:
     ],
 )
 def description(request, make_model_dir) -> model_description.ModelDescription:
-    """A model with this vocabulary."""
+    """Describes a model with this vocabulary."""
     model = train(**request.param) if request.param else pathlib.Path(vocabulary.SMALL_MODEL).read_bytes()
     read = model_description.read(make_model_dir("augmented_prompt"))
     return dataclasses.replace(read, vocabulary=model)
 
 
 class _Served(tf.Module):
-    """The prompts' part of a SavedModel."""
+    """Saves the part of a SavedModel that reads prompts."""
 
     def __init__(self, description):
         super().__init__()

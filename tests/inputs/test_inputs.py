@@ -37,7 +37,7 @@ def test_inputs_that_are_none(tmp_path):
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     assert user_error(tmp_path / "a.jpg", tmp_path / "b.jpg") == f"{tmp_path}/b.jpg: no such file or folder"
-    assert "unknown kind of file; taken are folders and .jpg" in user_error(tmp_path / "x.xyz")
+    assert "unknown kind of file; name a folder or one of .jpg" in user_error(tmp_path / "x.xyz")
     assert "compressed; unpack it first (`gunzip`" in user_error(tmp_path / "a.tar.gz")
     assert "compressed; unpack it first (`gunzip`" in user_error(tmp_path / "b.tar")
     assert "no image in this folder" in user_error(tmp_path / "a.jpg", tmp_path / "empty")

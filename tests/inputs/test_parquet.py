@@ -43,8 +43,8 @@ def test_a_parquet_of_bytes(tmp_path, kind):
     write_parquet(tmp_path / "t.parquet", image=pa.array([b"AA", None], kind), prompt=["a", "b"])
     assert read(tmp_path / "t.parquet") == {
         "t.parquet:0": (b"AA", "a"),
-        "t.parquet:1": f"{tmp_path}/t.parquet, row 1: no image; needed is a path, bytes, or a struct of "
-        "`bytes` and `path`",
+        "t.parquet:1": f"{tmp_path}/t.parquet, row 1: no image; `image` must be a path, bytes, or a struct "
+        "of `bytes` and `path`",
     }
 
 
@@ -59,7 +59,7 @@ def test_a_parquet_of_hugging_face(tmp_path):
     ]
     write_parquet(tmp_path / "t.parquet", image=pa.array(images, STRUCT), prompt=["a", "b", "c", "d", "e"])
     found = read(tmp_path / "t.parquet")
-    assert all(": no image; needed is a path" in found.pop(f"t.parquet:{row}") for row in (3, 4))
+    assert all(": no image; `image` must be a path" in found.pop(f"t.parquet:{row}") for row in (3, 4))
     assert found == {"a.jpg": (b"A", "a"), "b.jpg": (b"B", "b"), "t.parquet:2": (b"C", "c")}
 
 

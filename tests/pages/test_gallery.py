@@ -1,4 +1,4 @@
-"""The gallery: its cards show each record as it is, its pictures are in the page or beside it."""
+"""The gallery: its cards show each record as it is; its pictures are in the page or beside it."""
 
 import base64
 import dataclasses
@@ -20,7 +20,7 @@ VOID = {"meta", "link", "img", "input", "br"}
 
 
 class Page(html.parser.HTMLParser):
-    """A page as a list of (tag, attributes, text inside); fails on tags that don't close."""
+    """Parses a page to a list of (tag, attributes, text inside); fails on tags that don't close."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -69,20 +69,20 @@ def item(target=None, prediction=None, size=(8, 12)) -> gallery.GalleryItem:
 
 
 def urls(page: Page) -> list[str]:
-    """What the styles of the page's elements point at."""
+    """Returns the URIs in the styles of the page's elements."""
     return [
         u for _, attrs, _ in page.elements for u in re.findall(r'url\("([^"]*)"\)', attrs.get("style", ""))
     ]
 
 
 def policy(page: Page) -> dict[str, str]:
-    """The Content-Security-Policy: directive -> sources."""
+    """Returns the Content-Security-Policy: directive -> sources."""
     [text] = [a["content"] for a, _ in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     return dict(directive.strip().split(" ", 1) for directive in text.split(";"))
 
 
 def page_of_items(*items) -> Page:
-    """A page of the items' cards: those of a report, see `test_report`."""
+    """Renders a page of the items' cards. `test_report` tests a whole report."""
     views = [gallery.item_view(one) for one in items]
     return Page(gallery.render("predictions.html", views, title="Items", details={}))
 
@@ -144,7 +144,7 @@ def test_pictures_of_the_gallery(tmp_path):
     image, truth, predicted, *_ = [_picture(attrs["src"]) for attrs, _ in page.all("img")]
     np.testing.assert_array_equal(image, item().image)
     assert truth.shape == predicted.shape == (8, 12, 4)
-    # Transparent where there is no heat; the top of the colour map where it is 1.
+    # No heat is transparent; heat 1 has the top colour of the map.
     assert not truth[4:, :, 3].any()
     assert (truth[:4] == (252, 255, 164, 255)).all()
 
@@ -196,10 +196,10 @@ def test_gallery_without_ground_truth_shows_the_prediction_alone(tmp_path):
     assert [(a["title"], a["style"], text) for a, text in page.all("span", "word")] == [
         ("probability of being misaligned 2%", "--shade: 2.0%", "a")
     ]
-    # The legend speaks of no ground truth either.
+    # The legend doesn't speak of a ground truth either.
     assert page.all("span", "key")[0][1] == "word predicted misaligned"
     assert not [attrs for _, attrs, _ in page.elements if "truth" in attrs.get("class", "").split()]
-    # Beside an image that has one, the others stay as they are.
+    # Beside an image that has a ground truth, the others stay as they are.
     page = page_of_items(alone, item())
     captions = ["12 × 8", *2 * ["peak 0.75"], "12 × 8", *2 * ["ground truth 0.50", "predicted 0.75"]]
     assert [text for _, text in page.all("figcaption")] == captions
@@ -242,7 +242,7 @@ def test_a_hostile_address_stays_an_address(tmp_path):
 def test_every_score_and_peak_can_be_sorted_and_filtered_by(tmp_path):
     scores = {feedback.OVERALL: 0.25, feedback.ALIGNMENT: float("nan")}
     page = page_of(tmp_path, [card(scores=scores), card(scores={feedback.PLAUSIBILITY: 1.0})])
-    # In the vocabulary's order; none that no image has.
+    # The values have the vocabulary's order; a value that no image has is left out.
     quantities = [feedback.PLAUSIBILITY, feedback.OVERALL, *(f"{kind} peak" for kind in feedback.HEATMAPS)]
     [form] = [attrs for attrs, _ in page.all("form") if attrs.get("id") == "controls"]
     assert json.loads(form["data-quantities"]) == quantities

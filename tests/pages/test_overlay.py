@@ -17,7 +17,7 @@ def test_picture_grows_lighter_and_more_opaque_with_heat():
     assert (np.diff(lightness) >= 0).all()
     assert lightness[0] < 5 < 240 < lightness[-1]
     assert (np.diff(pixels[:, 3]) >= 0).all()
-    # Opaque from 0.4 on, in between in proportion.
+    # The picture is opaque from 0.4 on; below, alpha is in proportion to the heat.
     assert pixels[[0, 51, 102, 255], 3].tolist() == [0, 128, 255, 255]
 
 

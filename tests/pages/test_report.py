@@ -1,4 +1,4 @@
-"""The report: its figures are the metrics, its page needs no network and has the gallery's cards."""
+"""The report: its figures are the metrics; its page needs no network and has the gallery's cards."""
 
 import doctest
 import re
@@ -69,7 +69,7 @@ def test_every_metric_of_the_protocol_has_a_column_and_stands_in_the_page(tmp_pa
     cells = [text for attrs, text in page.all("td") if "class" in attrs]
     columns = [column for table in report.TABLES for column in table.columns]
     assert cells == [format(values[column.key], column.format) for column in columns]
-    # What the terminal shows is the same.
+    # The terminal shows the same.
     lines = report.format_tables([report.Row("model", values)]).splitlines()
     assert [cell for line in lines if line.startswith("model") for cell in line.split()[1:]] == cells
 

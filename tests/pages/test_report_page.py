@@ -1,4 +1,4 @@
-"""The gallery in a real browser: what its controls and keys do, and that nothing is broken or cut off."""
+"""The gallery in a real browser: its controls and keys work, and nothing is broken or cut off."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ from richhf_jax.pages import gallery, report
 # Debian's packages of these names, which launch/test.sh installs.
 CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 COUNT = 40
-# Nothing but the page: no network, no first-run page, no display.
+# The browser shows only the page: no network, no first-run page, no display.
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -35,7 +35,7 @@ SCORED = [i for i in range(COUNT) if i != UNSCORED]
 
 
 def score_of(i: int) -> float | None:
-    """Neither rising nor falling with i, each different; one image has none."""
+    """Returns a score that differs for each i and neither rises nor falls with it; one image has none."""
     return None if i == UNSCORED else round((7 * i % COUNT) / COUNT, 3)
 
 
@@ -62,7 +62,7 @@ def prediction(i: int) -> feedback.RichFeedback:
 
 
 def write_gallery(folder: pathlib.Path, embedded: bool) -> pathlib.Path:
-    """A page of COUNT predictions, with its pictures in it or in a folder beside it."""
+    """Writes a page of COUNT predictions, with its pictures in it or in a folder beside it."""
     (folder / "images").mkdir(parents=True)
 
     def uri(name: str, data: bytes | None) -> str | None:
@@ -87,7 +87,7 @@ def write_gallery(folder: pathlib.Path, embedded: bool) -> pathlib.Path:
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:
-    """An evaluation's page: tables, curves, and the same images with a ground truth."""
+    """Writes an evaluation's page: tables, curves, and the same images with a ground truth."""
     image = np.full((48, 64, 3), (6, 90, 160), np.uint8)
     items = [gallery.GalleryItem(image, prediction(i), prediction(i)) for i in range(COUNT)]
     keys = [column.key for table in report.TABLES for column in table.columns]
@@ -100,7 +100,7 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of the three pages."""
+    """Writes the three pages and returns their addresses."""
     folder = tmp_path_factory.mktemp("pages")
     paths = {
         "embedded": write_gallery(folder / "embedded", embedded=True),
@@ -111,7 +111,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 class Browser:
-    """A page in Chromium, in the words of these tests."""
+    """A page in Chromium, with the actions that the tests need."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -122,11 +122,11 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         media = [
             {"name": "prefers-color-scheme", "value": theme},
-            # Transitions would be measured midway.
+            # Without this, transitions would be measured midway.
             {"name": "prefers-reduced-motion", "value": "reduce"},
         ]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-        # Another page between: a changed hash alone would not load the page anew.
+        # Opens another page first, because a changed hash alone would not load the page again.
         self.driver.get("about:blank")
         self.driver.get_log("browser")
         self.driver.get(address)
@@ -135,7 +135,7 @@ class Browser:
         return self.driver.find_element(By.NAME, name)
 
     def type(self, text: str) -> None:
-        """Presses keys with the focus where it is."""
+        """Presses keys without moving the focus."""
         ActionChains(self.driver).send_keys(text).perform()
 
     def sort(self, value: str) -> None:
@@ -147,7 +147,7 @@ class Browser:
 
     @property
     def shown(self) -> list[int]:
-        """Numbers of the images shown, from the top."""
+        """Returns the numbers of the images shown, from the top."""
         names = self.run(
             "return [...document.querySelectorAll('.card')].filter((card) => card.checkVisibility())"
             ".map((card) => card.getAttribute('aria-label'))"
@@ -164,7 +164,7 @@ class Browser:
 
     @property
     def heat(self) -> float:
-        """The opacity of the heatmaps as drawn."""
+        """Returns the opacity that the heatmaps are drawn with."""
         return float(self.run("return getComputedStyle(document.querySelector('.heat')).opacity"))
 
     def wait(self, condition) -> None:
@@ -178,7 +178,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory):
     for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # With its path, selenium looks for no driver to download.
+    # With the driver's path, selenium downloads none.
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
     yield driver
     driver.quit()
@@ -186,7 +186,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def browser(driver):
-    """Fails the test, too, if the page wrote anything to the console."""
+    """Opens the browser; the test also fails if the page writes anything to the console."""
     browser = Browser(driver)
     yield browser
     assert driver.get_log("browser") == []
@@ -199,13 +199,13 @@ def test_every_picture_is_seen(browser, pages, page):
     heatmaps = sum(peak_of(i) > 0 for i in range(COUNT)) * len(feedback.HEATMAPS)
     assert len(pictures) == COUNT + heatmaps * (2 if page == "report" else 1)
     for card in browser.driver.find_elements(By.CLASS_NAME, "card"):
-        # They are read when they come into sight.
+        # Pictures are read when they come into sight.
         browser.run("arguments[0].scrollIntoView()", card)
         loaded = (
             "return [...arguments[0].querySelectorAll('img')].every((image) => image.naturalWidth === 64)"
         )
         browser.wait(lambda card=card, loaded=loaded: browser.run(loaded, card))
-    # So is the image beneath a heatmap, which is a background.
+    # The image beneath a heatmap is a background; it is read, too.
     beneath = browser.run(
         "return getComputedStyle(document.querySelector('.maps .stack'), '::before').backgroundImage"
     )
@@ -220,7 +220,7 @@ def test_every_picture_is_seen(browser, pages, page):
 
 def test_pictures_out_of_sight_wait(browser, pages):
     browser.open(pages["linked"])
-    # The page is complete when all pictures are that need not wait.
+    # The page is complete when all pictures are read that don't wait to come into sight.
     browser.wait(lambda: browser.run("return document.readyState") == "complete")
     read = browser.run("return [...document.images].filter((image) => image.naturalWidth > 0).length")
     assert 3 <= read < 1.5 * COUNT
@@ -232,7 +232,7 @@ def test_pictures_out_of_sight_wait(browser, pages):
 def test_nothing_runs_out_of_the_page(browser, pages, page, width, theme):
     browser.open(pages[page], width, theme)
     browser.run("document.querySelector('details').open = true")
-    # Laid out as well where they are out of sight.
+    # Lays out the cards out of sight, too.
     browser.run(
         "for (const card of document.querySelectorAll('.card')) card.style.contentVisibility = 'visible'"
     )
@@ -240,11 +240,11 @@ def test_nothing_runs_out_of_the_page(browser, pages, page, width, theme):
         "const page = document.documentElement; return [page.scrollWidth, page.clientWidth, innerWidth]"
     )
     assert inner <= outer
-    # A phone would zoom out where something is wider.
+    # A phone would zoom out if something were wider.
     assert window == width
 
 
-# WCAG's contrast of every text on the page with the background behind it.
+# Computes WCAG's contrast of every text on the page with its background.
 CONTRASTS = """
 const channel = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
 const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
@@ -292,7 +292,7 @@ def test_sort(browser, pages, page):
     browser.sort(f"{SCORE}.down")
     assert browser.shown == [*with_score[::-1], UNSCORED]
     browser.sort(f"{PEAK}.down")
-    # Equal ones keep the input's order.
+    # Equal values keep the input's order.
     assert browser.shown == sorted(range(COUNT), key=lambda i: -round(peak_of(i), 4))
     browser.sort("")
     assert browser.shown == list(range(COUNT))
@@ -301,7 +301,7 @@ def test_sort(browser, pages, page):
 def test_filter_by_a_range(browser, pages):
     browser.open(pages["embedded"])
     browser.limit(f"{SCORE}.min", "0.28")
-    # As shown: 0.275 stands as 0.28; the image without a score is in no range.
+    # Values are compared as shown: 0.275 is shown as 0.28. The image without a score is in no range.
     assert browser.shown == [i for i in SCORED if score_of(i) >= 0.275]
     browser.limit(f"{SCORE}.max", "0.6")
     shown = [i for i in SCORED if 0.275 <= score_of(i) <= 0.6]
@@ -323,7 +323,7 @@ def test_search_in_the_prompts(browser, pages):
     cows = [i for i in range(COUNT) if i % 3 == 2]
     assert browser.shown == cows
     assert browser.count == f"{len(cows)} of {COUNT} images"
-    # Sorted, they stay filtered.
+    # Sorting keeps the filter.
     browser.sort(f"{SCORE}.up")
     assert browser.shown == sorted(cows, key=lambda i: 2 if score_of(i) is None else score_of(i))
     browser.type(Keys.ESCAPE)
@@ -377,7 +377,7 @@ def test_keys_go_from_card_to_card(browser, pages, page, width):
     for key in ("j", "j", Keys.ARROW_RIGHT, "k", Keys.ARROW_LEFT, "k", "k"):
         browser.type(key)
         seen.append(browser.focused)
-        # All of its top is in sight, below the controls where they stay.
+        # The card's top is in sight, below the controls where these stay in place.
         inside = browser.run(
             "const card = document.activeElement.getBoundingClientRect();"
             "const bar = document.getElementById('controls').getBoundingClientRect();"
@@ -395,7 +395,7 @@ def test_letters_typed_into_a_field_are_no_commands(browser, pages):
     assert browser.focused == "search"
     assert browser.control("heat").is_selected()
     browser.type(Keys.ESCAPE)
-    # Nor are the browser's own commands.
+    # The browser's own commands don't act either.
     ActionChains(browser.driver).key_down(Keys.CONTROL).send_keys("h").key_up(Keys.CONTROL).perform()
     assert browser.control("heat").is_selected()
 
@@ -405,7 +405,7 @@ def test_arrows_scroll_a_wide_table(browser, pages):
     browser.run("document.querySelector('.scroll').focus()")
     browser.type(Keys.ARROW_RIGHT)
     assert browser.run("return document.activeElement.className") == "scroll"
-    # Letters mean there what they mean elsewhere.
+    # In a checkbox, letters are commands as elsewhere.
     browser.type("j")
     assert browser.focused == "0.png"
 
@@ -418,7 +418,7 @@ def test_keys_are_told(browser, pages):
     assert dialog.is_displayed()
     keys = [e.text for e in dialog.find_elements(By.TAG_NAME, "kbd")]
     assert keys == ["/", "Esc", "j", "→", "k", "←", "h", "[", "]", "?"]
-    # It takes the keys as long as it is open.
+    # The dialog takes the keys while it is open.
     browser.type("h")
     assert browser.heat == 0.85
     browser.type(Keys.ESCAPE)
@@ -439,11 +439,11 @@ def test_a_view_has_an_address(browser, pages):
     browser.open(address)
     assert browser.shown == shown
     assert browser.heat == 0
-    # No filter works unseen.
+    # The filters are open, so none works unseen.
     assert browser.control(f"{SCORE}.min").is_displayed()
     browser.driver.find_element(By.CSS_SELECTOR, "[type=reset]").click()
     browser.wait(lambda: browser.driver.current_url == pages["linked"])
-    # A section's link is no view.
+    # A link to a section sets no field.
     browser.open(pages["report"] + "#gallery")
     assert len(browser.shown) == COUNT
 
@@ -473,7 +473,7 @@ def test_of_thousands_of_cards_those_in_sight_are_laid_out(browser, tmp_path):
     browser.sort(f"{SCORE}.down")
     assert len(browser.shown) == 111
     assert browser.run(laid_out) < 30
-    # There are no pictures: each that was looked for is in the console.
+    # There are no pictures, so the console names each that the page looked for.
     lines = browser.driver.get_log("browser")
     assert 1 <= len(lines) < 100
     assert all("ERR_FILE_NOT_FOUND" in line["message"] for line in lines)

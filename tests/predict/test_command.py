@@ -1,4 +1,4 @@
-"""The command: right predictions in order, named errors, and the same bytes whenever it was killed."""
+"""The command: right predictions in order, named errors, and the same files after any kill."""
 
 import collections
 import io
@@ -33,7 +33,7 @@ def encoded(image: Image.Image, image_format: str, **options) -> bytes:
 
 
 def broken_files(plain: bytes) -> dict[str, tuple[str, bytes, str | None, str]]:
-    """Way of being broken -> extension, image, prompt, and what the reason must say."""
+    """Maps a kind of damage to the file's extension, image and prompt, and a part of the expected reason."""
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     deep = Image.fromarray(np.full((16, 16), 40000, np.uint16))
     return {
@@ -57,7 +57,7 @@ def broken_files(plain: bytes) -> dict[str, tuple[str, bytes, str | None, str]]:
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory):
-    """A folder of images with prompts, some broken: (folder, good ids in order, bad id -> reason)."""
+    """Makes a folder of images with prompts, some broken: (folder, good ids in order, bad id -> reason)."""
     rng = np.random.default_rng(5)
     folder = tmp_path_factory.mktemp("thousand")
     words = ["a", "one", "red", "blue", "circle", "star", "of", "and", "large,", "dog"]
@@ -115,7 +115,7 @@ class Command:
         )
 
     def __call__(self, out: pathlib.Path, *arguments) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
+        """Runs the command. Returns the exit code, stdout and stderr."""
         process = self.start(out, *arguments)
         stdout, stderr = process.communicate()
         return process.returncode, stdout, stderr
@@ -153,7 +153,7 @@ def test_a_thousand_images_of_which_thirty_are_broken(in_one_go, thousand, model
     for line in failures:
         assert reasons[line["id"]] in line["reason"]
         assert len(line["reason"]) < 300
-    # They are what the predictor says of the images one by one.
+    # The predictor gives the same for single images.
     loaded = RahfPredictor.from_checkpoint(model_dir, batch_size=2)
     for line in random.Random(0).sample(predictions, 20):
         path = folder / line["id"]
@@ -173,7 +173,7 @@ def test_killed_at_random_the_bytes_are_the_same(in_one_go, command, thousand, t
     random_seconds = random.Random(1)
     while True:
         process = command.start(out, thousand[0], "--overlay", "--report")
-        # Compilation left out: until there is a first line, and then a random while.
+        # Waits for the first line, so that compilation doesn't count, and then for a random time.
         before = size = (out / "predictions.jsonl").stat().st_size if kills else 0
         while size == before and process.poll() is None and kills < 3:
             time.sleep(0.02)
@@ -190,7 +190,7 @@ def test_killed_at_random_the_bytes_are_the_same(in_one_go, command, thousand, t
     assert process.returncode == predict.SOME_FAILED
     expected = contents(in_one_go[0])
     assert contents(out) == expected
-    # And once more, there is nothing to do.
+    # The same command once more has nothing to do.
     code, stdout, _ = command(out, thousand[0], "--overlay", "--report")
     assert (code, contents(out)) == (predict.SOME_FAILED, expected)
     assert "970 images scored" in stdout
@@ -211,12 +211,12 @@ def test_shards_together_are_the_whole(in_one_go, command, thousand, tmp_path):
         assert mine["heatmaps"] == {}
 
 
-# In this process, where only the files are of interest.
+# The following tests need only the files, so they run the command in this process.
 
 
 @pytest.fixture
 def score(model_dir, tmp_path, quick_compilation, capsys):
-    """Runs the command in here: (exit code or message, what was printed)."""
+    """Runs the command in this process. Returns (exit code or message, printed text)."""
 
     def run(*arguments, out=None):
         with pytest.raises(SystemExit) as exit_info:
@@ -230,7 +230,7 @@ def score(model_dir, tmp_path, quick_compilation, capsys):
 
 @pytest.fixture
 def table(tmp_path):
-    """Three rows, the last with the id of the first."""
+    """Makes a table of three rows, the last with the id of the first."""
     folder = tmp_path / "table"
     folder.mkdir()
     for i in range(3):
@@ -271,7 +271,7 @@ def test_each_folder_is_listed_once_and_each_table_read_twice(score, table, tmp_
     assert score(folder, "--prompt=a cat")[0] == 0
     assert score(table, out=tmp_path / "again")[0] == predict.SOME_FAILED
     assert [listed[str(path)] for path in (folder, folder / "inner")] == [1, 1]
-    assert opened == {str(table): 2}  # To count the rows, and to give them.
+    assert opened == {str(table): 2}  # Once to count the rows, once to give them.
 
 
 def test_a_duplicate_id_and_ids_that_are_no_file_names(score, table, tmp_path):
@@ -403,7 +403,7 @@ def test_a_library_that_fails_at_one_record(score, table, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("side", "ahead"), [(512, 3), (2048, 1), (8192, 0)])
-def test_large_images_wait_in_few_batches(side, ahead):
+def test_large_images_wait_in_few_batches(side, ahead, no_shape_checks):
     image = np.broadcast_to(np.uint8(0), (side, side, 3))
     prepared = [predictor.Prepared(image, "", None, None, None, None, 0)] * 16
     assert pipeline._batches_ahead(prepared) == ahead
@@ -466,12 +466,12 @@ def test_what_run_json_tells_of_is_on_the_disk_before_it(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stopped(score, tmp_path, monkeypatch):
-    """The images of a run of six in batches of two, which a full disk stopped in the second batch."""
+    """Runs the command on six images in batches of two; a full disk stops it in the second batch."""
     folder = tmp_path / "six"
     folder.mkdir()
     for i in range(4):
         Image.new("RGB", (16, 12), (40 * i, 10, 10)).save(folder / f"{i}.png")
-    for i in (4, 5):  # Nothing to be done by the threads, which are told to stop.
+    for i in (4, 5):  # Empty files give the threads, which are told to stop, no work.
         (folder / f"{i}.png").touch()
     save, shutdown = prediction_files.PredictionFiles._save, futures.ThreadPoolExecutor.shutdown
 
@@ -480,7 +480,7 @@ def stopped(score, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device", place)
         save(self, place, content)
 
-    def shutdown_late(self, **options):  # So that the writer would have the time for the third batch.
+    def shutdown_late(self, **options):  # A writer that goes on would have the time for the third batch.
         time.sleep(0.3)
         shutdown(self, **options)
 
@@ -504,7 +504,7 @@ def test_a_full_disk_loses_nothing(score, stopped, tmp_path):
 
 
 def test_lines_that_the_run_does_not_know_of_are_cut_off(score, stopped, tmp_path):
-    """As a kill leaves them between writing lines and run.json."""
+    """A kill between writing lines and run.json leaves such lines."""
     with (tmp_path / "out/predictions.jsonl").open("a") as file:
         file.write('{"id": "2.png"}\n{"id": "3.p')
     with (tmp_path / "out/errors.jsonl").open("a") as file:

@@ -1,4 +1,4 @@
-"""The predictor: the training's inputs, batches that change nothing, records, scores to differentiate."""
+"""The predictor: inputs as in training, batches that change nothing, records, differentiable scores."""
 
 import dataclasses
 import functools
@@ -133,7 +133,7 @@ def test_what_cannot_be_scored_is_told(loaded, picture, prompt, message):
         loaded([np.zeros((9, 9, 3), np.uint8), picture], ["a", prompt])
 
 
-def test_a_prompt_that_is_none(loaded, rng):
+def test_a_prompt_that_is_none(loaded, rng, no_shape_checks):
     with pytest.raises(predictor.PredictionError, match="1: a prompt must be a str, got NoneType"):
         loaded(pictures(rng, 2), ["a", None])
 
@@ -199,7 +199,7 @@ def test_records(loaded, rng):
 
 
 def test_outputs_are_the_models_own(loaded, model_dir, rng):
-    """By another way: the network's own call."""
+    """The predictions equal those of the network's own call."""
     description = model_description.read(model_dir)
     image = pictures(rng, 1, (32, 32))[0]
     found = loaded(image, PROMPT)
@@ -239,7 +239,7 @@ def test_batch_size_and_order_change_no_result(make_model_dir, quick_compilation
         assert_close(shuffled[list(order).index(i)], record)
         assert_close(one_by_one[i], record)
         assert_close(threes[i], record)
-    # They differ by more than that from each other.
+    # The records differ from each other by more than that.
     assert np.std([record.scores[feedback.OVERALL] for record in expected]) > 1e-3
 
 
@@ -266,7 +266,7 @@ def test_bfloat16_is_close(model_dir, loaded, quick_compilation, rng):
         differences += [abs(mine.scores[kind] - other.scores[kind]) for kind in feedback.SCORES]
         differences += [np.abs(mine.heatmaps[k] - other.heatmaps[k]).max() for k in feedback.HEATMAPS]
         words += [abs(a.probability - b.probability) for a, b in zip(mine.tokens, other.tokens, strict=True)]
-    # A rounding is of 2^-8 = 0.004. A word decided otherwise changes all after it, hence their mean.
+    # bfloat16 rounds to 2^-8 = 0.004. One word decided otherwise changes all later ones, hence the mean.
     assert 1e-4 < max(differences) < 0.05
     assert np.mean(words) < 0.05
 
@@ -281,7 +281,7 @@ def test_the_image_is_seen_once_whatever_the_prompts(make_model_dir, variant):
     mine = RahfPredictor.from_checkpoint(make_model_dir(variant), batch_size=3)
     prepared = [mine.prepare(np.zeros((9, 9, 3), np.uint8), PROMPT)] * 3
     jaxpr = jax.make_jaxpr(forward.predict_fn(description))(mine.params, mine.features(prepared, 3))
-    # Nothing else has so wide an input: one product, of 3 images.
+    # Only the patches' product has so wide an input. It is computed once, for 3 images.
     products = [p for p in _products(jaxpr.jaxpr) if p.invars[0].aval.shape[-1] == 3 * patch**2]
     assert [p.outvars[0].aval.shape[:3] for p in products] == [(3, side // patch, side // patch)]
 
@@ -341,7 +341,7 @@ def test_score_fn_computes_the_one_head_alone(loaded):
         .compile()
         .as_text()
     )
-    # Inputs that a program has no use for aren't among its parameters.
+    # A program's parameters are only the inputs that it uses.
     heads = [name for name in feedback.SCORES if f"score_head_{name}" in text]
     assert heads == [feedback.ALIGNMENT]
 
@@ -356,7 +356,7 @@ def test_score_fn_computes_the_one_head_alone(loaded):
         ((32, 32, 3), np.float32, ["a"], "one image and one prompt, or as many"),
     ],
 )
-def test_score_fn_of_what_makes_no_sense(loaded, shape, dtype, prompts, message):
+def test_score_fn_of_what_makes_no_sense(loaded, no_shape_checks, shape, dtype, prompts, message):
     with pytest.raises(predictor.PredictionError, match=message):
         loaded.score_fn(feedback.OVERALL)(np.zeros(shape, dtype), prompts)
 
@@ -415,7 +415,7 @@ def test_a_directory_that_lacks_something(model_dir, tmp_path, remove, message):
 
 
 def describe_otherwise(model_dir, directory, **changes):
-    """The model's checkpoint, with a description of another T5."""
+    """Makes a MODEL_DIR of the model's checkpoint and a description of another T5."""
     description = model_description.read(model_dir)
     t5_config = dataclasses.replace(description.network.t5_config, **changes)
     (directory / "checkpoint_0").symlink_to(model_dir / "checkpoint_0")
@@ -428,6 +428,12 @@ def test_a_vocabulary_of_another_model(model_dir, tmp_path):
         RahfPredictor.from_checkpoint(tmp_path)
     with pytest.raises(errors.UserError, match="has 447 pieces, the model 446"):
         RahfPredictor(model_description.read(tmp_path), {})
+
+
+def test_a_description_without_a_vocabulary(model_dir):
+    description = dataclasses.replace(model_description.read(model_dir), vocabulary=None)
+    with pytest.raises(errors.UserError, match="the model has no vocabulary.model"):
+        RahfPredictor(description, {})
 
 
 def test_a_description_of_another_size(model_dir, tmp_path):
