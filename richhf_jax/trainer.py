@@ -65,22 +65,7 @@ class Trainer:
         self._batch_shapes = batch_shapes
         shapes = {name: array.shape for name, array in batch_shapes.items()}
         self._init = functools.partial(model.get_initial_variables, init_rng, shapes)
-        variables = jax.eval_shape(self._init)
-        mutables = train_state_lib.mutable_collections(variables)
-        create = functools.partial(TrainState.create, model.optimizer_def)
-        abstract_state = jax.eval_shape(create, variables["params"], mutables)
-        axes = {
-            name: axes_by_param(variables[f"{name}_axes"]) for name in mutables if f"{name}_axes" in variables
-        }
-        axes = train_state_lib.logical_axes(
-            model.optimizer_def, axes_by_param(variables["params_axes"]), abstract_state, axes
-        )
-        self._state_sharding = partitioner.state_sharding(axes, abstract_state)
-        self.abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_state,
-            self._state_sharding,
-        )
+        self.abstract_state, self._state_sharding = self._lay_out()
         state, batch, everywhere = self._state_sharding, partitioner.batch_sharding, partitioner.replicated
         inference = InferenceState.of(state)
         self._steps = {
@@ -98,6 +83,30 @@ class Trainer:
                 everywhere,
             ),
         }
+
+    def _lay_out(self) -> tuple[TrainState, TrainState]:
+        """Traces the initial state, and finds where each of its arrays lives.
+
+        Returns:
+          The state as `ShapeDtypeStruct`s with shardings, and the shardings alone.
+        """
+        variables, optimizer_def = jax.eval_shape(self._init), self.model.optimizer_def
+        mutables = train_state_lib.mutable_collections(variables)
+        state = jax.eval_shape(
+            functools.partial(TrainState.create, optimizer_def), variables["params"], mutables
+        )
+        params_axes = axes_by_param(variables["params_axes"])
+        mutables_axes = {
+            name: axes_by_param(variables[f"{name}_axes"]) for name in mutables if f"{name}_axes" in variables
+        }
+        axes = train_state_lib.logical_axes(optimizer_def, params_axes, state, mutables_axes)
+        shardings = self._partitioner.state_sharding(axes, state)
+        abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            shardings,
+        )
+        return abstract_state, shardings
 
     def init_state(
         self,

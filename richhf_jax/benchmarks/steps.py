@@ -142,7 +142,7 @@ class OurSteps:
 
     def run(self, batch: Batch) -> None:
         """Takes one step, from the batch in the host's memory until the devices are done."""
-        arrays = self._partitioner.shard_batch(dict(batch))
+        arrays = self._partitioner.shard_batch(batch)
         if self._step == "train":
             self._state, metrics = self._compiled(self._state, arrays)
             jax.block_until_ready((self._state, metrics))

@@ -167,7 +167,7 @@ def predict_fn(description: model_description.ModelDescription) -> Callable[...,
         batch, _, length = features["keyword_pieces"].shape
         shapes = {name: jnp.zeros((batch, count)) for name, count in slots.items()}
         shapes["decoder_input_tokens"] = jnp.zeros((batch, 1, length), jnp.int32)
-        outputs = model.predict_batch(params, {**features, **shapes})
+        outputs: Any = model.predict_batch(params, {**features, **shapes})
         words = {name: outputs[name][:, 0] for name in ("keyword_probability", "keyword_misaligned")}
         return {"scores": outputs["scores"], "heatmaps": outputs["heatmaps"], **words}
 

@@ -230,7 +230,7 @@ class RahfPredictor:
 
     def run(self, features: Features) -> Outputs:
         """Calls the compiled `forward.predict_fn`, and doesn't wait for it."""
-        return self._predict(self.params, self._partitioner.shard_batch(dict(features)))
+        return self._predict(self.params, self._partitioner.shard_batch(features))
 
     def finish(self, prepared: Sequence[Prepared], outputs: Outputs, ids: Sequence[str]) -> list[Prediction]:
         """Waits for a batch's outputs and makes a record of each image.
