@@ -3,9 +3,12 @@
 Warnings are errors, too: see pyproject.toml.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -17,6 +20,13 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Most tests compile a program and run it a few times: compilation without optimisations is twice as fast.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# A run's processes, those of pytest-xdist and the programs that tests start, find each other's programs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture
@@ -41,16 +51,6 @@ def clean_data_dir():
     yield
     if "seqio" in sys.modules:
         sys.modules["seqio"].set_tfds_data_dir_override(None)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles two to three times faster to slower code, for tests that run a program a few times."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

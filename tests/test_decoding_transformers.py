@@ -25,11 +25,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-    pass
-
-
 class EncoderDecoder(nn.Module):
     """Our stacks around one token table, reading text alone."""
 

@@ -271,7 +271,7 @@ def bindings(tmp_path) -> dict:
 
 
 @pytest.fixture
-def one_process(tmp_path, quick_compilation, random_values, bindings, synthetic_data_dir) -> list[dict]:
+def one_process(tmp_path, random_values, bindings, synthetic_data_dir) -> list[dict]:
     """What a single process writes, by a model of random parameters in MODEL_DIR."""
     seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
     given = [f"{name} = {value!r}" for name, value in bindings.items()]

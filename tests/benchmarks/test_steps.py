@@ -9,8 +9,6 @@ from richhf_jax import errors, feedback
 from richhf_jax.benchmarks import steps, torch_steps
 from richhf_jax.costs import chips
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -296,9 +296,9 @@ def test_bytes_of_a_program_for_tpus_are_those_of_main_memory():
     part, number = 256 * 256 * 2, 4
     reduced = 64 * 128 * 4 + number + 16 * 128 * 4
     stored = 16 * 128 * 4 + number + 16 * 128 * 4  # Of six parts one, in place.
-    counter = 3 * number
+    counted = 3 * number
     # The gather's start writes its operand again; the product is of arrays on the chip.
-    trip = (part + part) + part + reduced + stored + counter
+    trip = (part + part) + part + reduced + stored + counted
     # The copy onto the chip, the counter's beginning, and the empty array.
     before = 32 * 512 * 2 + number + 6 * 16 * 128 * 4
     assert counter.analyze(TPU).bytes_accessed == before + 6 * trip

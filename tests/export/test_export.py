@@ -59,7 +59,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
-def case(request, make_model_dir, tmp_path_factory, quick_compilation):
+def case(request, make_model_dir, tmp_path_factory):
     """A model with its exports, images, and what the predictor says: see the attributes set below."""
 
     class Case:

@@ -139,7 +139,7 @@ def in_one_go(command, thousand, tmp_path_factory):
     return out, command(out, thousand[0], "--overlay", "--report")
 
 
-def test_a_thousand_images_of_which_thirty_are_broken(in_one_go, thousand, model_dir, quick_compilation):
+def test_a_thousand_images_of_which_thirty_are_broken(in_one_go, thousand, model_dir):
     folder, good, reasons = thousand
     out, (code, stdout, stderr) = in_one_go
     assert code == predict.SOME_FAILED, stderr
@@ -214,7 +214,7 @@ def test_shards_together_are_the_whole(in_one_go, command, thousand, tmp_path):
 
 
 @pytest.fixture
-def score(model_dir, tmp_path, quick_compilation, capsys):
+def score(model_dir, tmp_path, capsys):
     """Runs the command in here: (exit code or message, what was printed)."""
 
     def run(*arguments, out=None):
