@@ -29,6 +29,19 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+# They take minutes, and the end of a run shall not wait for one of them.
+LONGEST = ("test_kill_and_resume.py", "test_train.py", "test_multihost.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets pytest-xdist keep the order of the files; it would begin with those of the most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:

@@ -292,7 +292,6 @@ def run_two_processes(flags: list[str]) -> str:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, "-m", "richhf_jax.infer", *flags, f"--coordinator_address={address}"]
     processes = [
         subprocess.Popen(

@@ -86,15 +86,10 @@ def thousand(tmp_path_factory):
 
 
 class Command:
-    """`python -m richhf_jax.predict` as a user runs it; its programs are compiled once for all tests."""
+    """`python -m richhf_jax.predict` as a user runs it."""
 
-    def __init__(self, model_dir: pathlib.Path, compiled: pathlib.Path):
+    def __init__(self, model_dir: pathlib.Path):
         self._model_dir = model_dir
-        self._environment = os.environ | {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
 
     def start(self, out: pathlib.Path, *arguments) -> subprocess.Popen:
         command = [
@@ -107,7 +102,6 @@ class Command:
         return subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=ROOT,
-            env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -121,8 +115,8 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def command(model_dir, tmp_path_factory):
-    return Command(model_dir, tmp_path_factory.mktemp("compiled"))
+def command(model_dir):
+    return Command(model_dir)
 
 
 def lines(path: pathlib.Path) -> list[dict]:
