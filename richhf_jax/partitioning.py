@@ -270,10 +270,12 @@ class PjitPartitioner:
 
     def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's part of a batch, as numpy -> global arrays on the devices."""
-        return {
-            name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
-            for name, value in batch.items()
-        }
+        # With several processes, JAX takes this move for one that nobody asked for.
+        with jax.transfer_guard_host_to_device("allow"):
+            return {
+                name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
+                for name, value in batch.items()
+            }
 
     def partition(
         self, fn: Callable, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()
