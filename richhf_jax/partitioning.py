@@ -271,10 +271,12 @@ class PjitPartitioner:
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Moves this process's part of a batch (numpy) to its devices and returns the global arrays."""
-        return {
-            name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
-            for name, value in batch.items()
-        }
+        # With several processes, JAX counts this move among those that nobody asked for.
+        with jax.transfer_guard_host_to_device("allow"):
+            return {
+                name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
+                for name, value in batch.items()
+            }
 
     def partition(
         self, fn: Callable, in_shardings: Any, out_shardings: Any, donate_argnums: tuple[int, ...] = ()

@@ -3,8 +3,11 @@
 Warnings are errors, too: see pyproject.toml.
 """
 
+import atexit
+import fcntl
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 
@@ -19,9 +22,14 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Not the user's. It goes with this object, at the end.
-_COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+# Most tests compile a program and run it a few times: compilation without optimisations is twice as fast.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# A run's processes, those of pytest-xdist and the programs that tests start, find each other's programs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
 
 # Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
 # a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
@@ -30,6 +38,19 @@ jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+# They take minutes, and the end of a run shall not wait for one of them.
+LONGEST = ("test_kill_and_resume.py", "test_train.py", "test_multihost.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets pytest-xdist keep the order of the files; it would begin with those of the most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
@@ -60,16 +81,6 @@ def clean_data_dir():
     yield
     if "seqio" in sys.modules:
         sys.modules["seqio"].set_tfds_data_dir_override(None)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles two to three times faster to slower code, for tests that run a program a few times."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -142,53 +153,76 @@ def make_batch():
     return make
 
 
+@pytest.fixture(scope="session")
+def once_a_run(tmp_path_factory: pytest.TempPathFactory):
+    """Makes a folder by the first of pytest-xdist's processes that needs it, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name, build) -> pathlib.Path:
+        folder, built = base / name, base / f"{name}.built"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not built.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # Of a process that failed.
+                build(folder)
+                built.touch()
+        return folder
+
+    return make
+
+
 SMALL_SPLITS = {"train": 32, "validation": 8, "test": 8}
 
 
 @pytest.fixture(scope="session")
-def synthetic_data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def synthetic_data_dir(once_a_run) -> pathlib.Path:
     """Makes a TFDS data directory with both synthetic data sets, of a few examples a split."""
     import tensorflow_datasets as tfds
 
     from richhf_jax.datasets import synthetic_captions, synthetic_rich_hf
 
-    data_dir = tmp_path_factory.mktemp("tfds")
-    for builder_cls in (synthetic_rich_hf.SyntheticRichHf, synthetic_captions.SyntheticCaptions):
-        sizes = builder_cls.builder_configs["default"].split_sizes
-        with pytest.MonkeyPatch.context() as patch:
-            for split in sizes:
-                patch.setitem(sizes, split, SMALL_SPLITS[split])
-            builder_cls(data_dir=data_dir).download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
-    return data_dir
+    def build(data_dir):
+        for builder_cls in (synthetic_rich_hf.SyntheticRichHf, synthetic_captions.SyntheticCaptions):
+            sizes = builder_cls.builder_configs["default"].split_sizes
+            with pytest.MonkeyPatch.context() as patch:
+                for split in sizes:
+                    patch.setitem(sizes, split, SMALL_SPLITS[split])
+                builder_cls(data_dir=data_dir).download_and_prepare(
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+                )
+
+    return once_a_run("synthetic", build)
 
 
 @pytest.fixture(scope="session")
-def sample_sources_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def sample_sources_dir(once_a_run) -> pathlib.Path:
     """Writes small files in the format of every real source; `consolidated` has the ratings as TFRecords."""
     from richhf_jax.datasets import consolidate, sample_sources
 
-    folder = tmp_path_factory.mktemp("sources") / "samples"
-    sample_sources.write(folder, examples=12, image_size=64)
-    (folder / "consolidated").mkdir()
-    for raw in (folder / "raw").glob("*.jsonl"):
-        consolidate.main([str(raw), str(folder / "consolidated" / f"{raw.stem}.tfrecord")])
-    return folder
+    def build(folder):
+        sample_sources.write(folder, examples=12, image_size=64)
+        (folder / "consolidated").mkdir()
+        for raw in (folder / "raw").glob("*.jsonl"):
+            consolidate.main([str(raw), str(folder / "consolidated" / f"{raw.stem}.tfrecord")])
+
+    return once_a_run("samples", build)
 
 
 @pytest.fixture(scope="session")
-def sample_data_dir(sample_sources_dir: pathlib.Path) -> pathlib.Path:
+def sample_data_dir(once_a_run, sample_sources_dir: pathlib.Path) -> pathlib.Path:
     """Makes a TFDS data directory with rich_hf_18k and web_captions, by the shipped commands."""
     from richhf_jax.datasets.rich_hf_18k import __main__ as rich_hf_18k
     from richhf_jax.datasets.web_captions import __main__ as web_captions
 
-    samples, data_dir = sample_sources_dir, sample_sources_dir / "tfds"
-    labels, images = samples / "consolidated", samples / "pick_a_pic"
-    rich_hf_18k.main([f"--labels={labels}", f"--pick_a_pic={images}", f"--data_dir={data_dir}"])
-    shards = samples / "web/webdataset/*.tar"
-    web_captions.main([f"--shards={shards}", f"--data_dir={data_dir}", "--processes=1"])
-    return data_dir
+    labels, images = sample_sources_dir / "consolidated", sample_sources_dir / "pick_a_pic"
+    shards = sample_sources_dir / "web/webdataset/*.tar"
+
+    def build(data_dir):
+        rich_hf_18k.main([f"--labels={labels}", f"--pick_a_pic={images}", f"--data_dir={data_dir}"])
+        web_captions.main([f"--shards={shards}", f"--data_dir={data_dir}", "--processes=1"])
+
+    return once_a_run("samples_tfds", build)
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-    pass
-
-
 class EncoderDecoder(nn.Module):
     """Our encoder and decoder around one token table, for text only."""
 

@@ -273,7 +273,7 @@ def bindings(tmp_path) -> dict:
 
 
 @pytest.fixture
-def one_process(tmp_path, quick_compilation, random_values, bindings, synthetic_data_dir) -> list[dict]:
+def one_process(tmp_path, random_values, bindings, synthetic_data_dir) -> list[dict]:
     """Predicts in a single process, with random parameters in MODEL_DIR."""
     seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
     given = [f"{name} = {value!r}" for name, value in bindings.items()]
@@ -294,7 +294,6 @@ def run_two_processes(flags: list[str]) -> str:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, "-m", "richhf_jax.infer", *flags, f"--coordinator_address={address}"]
     processes = [
         subprocess.Popen(

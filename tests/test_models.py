@@ -22,11 +22,6 @@ BINDINGS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-    pass
-
-
 class Case:
     """A model, its parameters and a batch; its functions, each compiled once."""
 

@@ -103,7 +103,7 @@ def test_flags_that_do_not_fit_together(initialize, given, message):
 def run_python(*args: str, **environment: str) -> subprocess.Popen:
     """Starts a script, which sets its own number of CPU devices."""
     kept = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    kept |= {"PYTHONPATH": str(HERE.parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
+    kept |= {"PYTHONPATH": str(HERE.parent), **environment}
     return subprocess.Popen(
         [sys.executable, *args], env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -138,7 +138,6 @@ def test_plan_of_a_train_step(monkeypatch):
         assert shown in text
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_plan_of_a_prediction():
     configure()
     made = precompile.plan_step("predict", None)

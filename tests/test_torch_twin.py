@@ -11,8 +11,6 @@ from flax import traverse_util
 from richhf_jax import errors, feedback
 from torch_twin import network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Also what the paper's size has and small.gin hasn't: a 3x3 convolution in the head, and a deconv at its end;
 # and the stem of the tiny one.
 BINDINGS = (

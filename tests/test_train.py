@@ -75,12 +75,6 @@ rahf.HeadsConfig:
 # The finetuning writes a line a step. A pipe holds fewer than 30 of them, and a program whose lines nobody
 # reads waits: so a signal that is sent when a line is read arrives within 30 steps, on any machine.
 STEPS, PERIOD, PIPE_BYTES = 40, 10, 4096
-# Three runs of the same program compile it once, to slower code. The folder is in the working directory.
-QUICK_COMPILATION = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": "compiled",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 PRETRAINING = ("--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=4", "--gin.EVAL_STEPS=1")
 FINETUNING = (
     *(f"--gin.TRAIN_STEPS={STEPS}", "--gin.LOG_PERIOD=1", "--gin.BATCH_SIZE=4"),
@@ -99,7 +93,7 @@ class Program:
                 *(f"--tfds_data_dir={data_dir}", *flags),
             ],
             cwd=folder,
-            env=os.environ | QUICK_COMPILATION | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,

@@ -18,11 +18,6 @@ from richhf_jax import trainer as trainer_lib
 NAMES = [("dense", "bias"), ("dense", "kernel")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-    pass
-
-
 class Affine(models.BaseModel):
     """points @ kernel + bias, with a weighted squared error; a metric shows the number drawn by the seed."""
 

@@ -11,8 +11,6 @@ from richhf_jax.benchmarks import steps
 from richhf_jax.costs import chips
 from torch_twin import steps as twin_steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 

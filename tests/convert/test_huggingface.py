@@ -21,7 +21,6 @@ from richhf_jax.convert.source import ConvertError, Tensor
 from richhf_jax.network import layers, t5, vit
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # More positions than the 128 from which on all distances share a bucket.
 BATCH, LENGTH, TARGET_LENGTH, VOCAB = 2, 150, 140, 40

@@ -22,8 +22,6 @@ from richhf_jax import feedback, gin_utils, models
 from richhf_jax.convert import mapping, rahf_pytorch
 from richhf_jax.convert.source import ConvertError, Tensor
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VARIANTS = pytest.mark.parametrize("variant", ["multi_head", "augmented_prompt"])
 # The release's numbers of channels -> the test's. They all differ, so that a mistaken one doesn't fit.
 SMALL = {768: 16, 384: 10, 192: 6, 96: 5, 48: 4, 12: 3, 512: 9, 128: 7}

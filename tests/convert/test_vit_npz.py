@@ -14,8 +14,6 @@ from richhf_jax.convert import vit_npz
 from richhf_jax.convert.source import ConvertError
 from richhf_jax.network import vit
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = vit.ViTConfig(patch_size=4, grid=(3, 3), emb_dim=12, num_layers=2, num_heads=3, mlp_dim=20)
 WITH_TOKEN = CONFIG.replace(class_token=True)
 # In their old numbering, all parts of a layer stand in one row.

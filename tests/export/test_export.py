@@ -60,7 +60,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
-def case(request, make_model_dir, tmp_path_factory, quick_compilation):
+def case(request, make_model_dir, tmp_path_factory):
     """Makes a model, its exports, images and the predictor's outputs; see the attributes set below."""
 
     class Case:

@@ -42,11 +42,6 @@ class Network:
         return {name: np.array(value) for name, value in outputs.items()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-    pass
-
-
 @pytest.fixture(scope="module")
 def make_network(make_model, make_batch, random_values):
     @functools.cache

@@ -87,15 +87,10 @@ def thousand(tmp_path_factory):
 
 
 class Command:
-    """`python -m richhf_jax.predict` as a user runs it; its programs are compiled once for all tests."""
+    """`python -m richhf_jax.predict` as a user runs it."""
 
-    def __init__(self, model_dir: pathlib.Path, compiled: pathlib.Path):
+    def __init__(self, model_dir: pathlib.Path):
         self._model_dir = model_dir
-        self._environment = os.environ | {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
 
     def start(self, out: pathlib.Path, *arguments) -> subprocess.Popen:
         command = [
@@ -108,7 +103,6 @@ class Command:
         return subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=ROOT,
-            env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -122,8 +116,8 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def command(model_dir, tmp_path_factory):
-    return Command(model_dir, tmp_path_factory.mktemp("compiled"))
+def command(model_dir):
+    return Command(model_dir)
 
 
 def lines(path: pathlib.Path) -> list[dict]:
@@ -140,7 +134,7 @@ def in_one_go(command, thousand, tmp_path_factory):
     return out, command(out, thousand[0], "--overlay", "--report")
 
 
-def test_a_thousand_images_of_which_thirty_are_broken(in_one_go, thousand, model_dir, quick_compilation):
+def test_a_thousand_images_of_which_thirty_are_broken(in_one_go, thousand, model_dir):
     folder, good, reasons = thousand
     out, (code, stdout, stderr) = in_one_go
     assert code == predict.SOME_FAILED, stderr
@@ -215,7 +209,7 @@ def test_shards_together_are_the_whole(in_one_go, command, thousand, tmp_path):
 
 
 @pytest.fixture
-def score(model_dir, tmp_path, quick_compilation, capsys):
+def score(model_dir, tmp_path, capsys):
     """Runs the command in this process. Returns (exit code or message, printed text)."""
 
     def run(*arguments, out=None):

@@ -22,7 +22,7 @@ WORDS = ["a", "one", "two", "red", "blue", "circle", "star", "ring", "of", "draw
 
 
 @pytest.fixture(scope="module")
-def loaded(model_dir, quick_compilation):
+def loaded(model_dir):
     return RahfPredictor.from_checkpoint(model_dir, batch_size=8)
 
 
@@ -225,7 +225,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_says_so(loaded, rng):
 
 
 @pytest.mark.parametrize("variant", feedback.VARIANTS)
-def test_batch_size_and_order_change_no_result(make_model_dir, quick_compilation, rng, variant):
+def test_batch_size_and_order_change_no_result(make_model_dir, rng, variant):
     directory = make_model_dir(variant)
     given, texts = pictures(rng, 7), prompts(rng, 7)
     names = [str(i) for i in range(7)]
@@ -251,14 +251,14 @@ def test_a_few_sizes_of_a_batch(largest, multiple, sizes):
     assert predictor._batch_sizes(largest, multiple) == sizes
 
 
-def test_no_more_programs_than_sizes(model_dir, quick_compilation, rng):
+def test_no_more_programs_than_sizes(model_dir, rng):
     fresh = RahfPredictor.from_checkpoint(model_dir, batch_size=8)
     for count in (1, 2, 3, 5, 8, 11, 7):
         fresh(pictures(rng, count, (9 + count, 10)), prompts(rng, count, 30))
     assert fresh._predict._jitted._cache_size() == len(fresh._sizes) == 2
 
 
-def test_bfloat16_is_close(model_dir, loaded, quick_compilation, rng):
+def test_bfloat16_is_close(model_dir, loaded, rng):
     coarse = RahfPredictor.from_checkpoint(model_dir, batch_size=8, dtype="bfloat16")
     given, texts = pictures(rng, 8), prompts(rng, 8)
     differences, words = [], []
@@ -304,7 +304,7 @@ def _products(jaxpr):
 
 @pytest.mark.parametrize("variant", feedback.VARIANTS)
 @pytest.mark.parametrize("fit", ["resize", "letterbox"])
-def test_score_fn_is_the_score(make_model_dir, quick_compilation, rng, variant, fit):
+def test_score_fn_is_the_score(make_model_dir, rng, variant, fit):
     mine = RahfPredictor.from_checkpoint(make_model_dir(variant, fit), batch_size=2)
     given, texts = pictures(rng, 2), [PROMPT, "a cat"]
     records = mine(given, texts)

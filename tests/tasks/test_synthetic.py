@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import seqio
 
+import tasks  # noqa: F401 (registers them)
 from richhf_jax import feature_converters, feedback, input_pipeline
 
 LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
