@@ -249,8 +249,10 @@ class RahfModel(BaseModel):
         )
 
     def _check_image_size(self, height: int, width: int) -> None:
-        """Raises:
-        errors.UserError: the ViT doesn't take images of this size, in pixels.
+        """Checks that the ViT takes images of this size, in pixels.
+
+        Raises:
+          errors.UserError: it doesn't.
         """
         given = f"IMAGE_SIDE: images have {height}x{width} pixels"
         (rows, columns), patch = self.module.vit_config.grid, self.module.vit_config.patch_size

@@ -300,7 +300,7 @@ def test_evaluating_what_is_not_there(launch, finetuned):
 class Stream:
     """Replaces the training data; it has no arrays."""
 
-    batch_shapes = None
+    batch_shapes = {}
 
     def __init__(self, *args):
         pass
