@@ -164,7 +164,9 @@ class PjitPartitioner:
         devices: Sequence[Device] | None = None,
         compiler_options: Mapping[str, str] | None = None,
     ):
-        """Args:
+        """Makes the mesh.
+
+        Args:
           num_partitions, ici_mesh_shape, dcn_mesh_shape: see `make_mesh`.
           logical_axis_rules: default `standard_logical_axis_rules()`.
           num_cpu_devices: simulates this many devices on a CPU. It must be set before the first computation.

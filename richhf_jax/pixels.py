@@ -70,7 +70,7 @@ def _weighted_rows(image: np.ndarray, count: int) -> np.ndarray:
 
 
 def _spans(rows: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `count` new rows, its first source row, int [count], and weights, float32 [span, count]."""
+    """Finds the first source row of each new row, int [count], and its weights, float32 [span, count]."""
     one = np.float32(1)
     scale = np.float32(count) / np.float32(rows)
     width = max(one / scale, one)  # The kernel is wider where the picture shrinks.

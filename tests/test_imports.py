@@ -126,7 +126,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def used(name: str, imports: set[str]) -> tuple[set[str], set[str]]:
-    """What a room imports of the project besides `errors` and `feedback`, and which heavy libraries."""
+    """Lists what a room imports of the project besides `errors` and `feedback`, and its heavy libraries."""
     top_level = {module.split(".")[0] for module in imports}
     project = {module.split(".")[1] for module in imports if module.startswith("richhf_jax.")}
     # The package itself gives `RahfPredictor` and `RichFeedback`, and its version.
@@ -137,7 +137,7 @@ def used(name: str, imports: set[str]) -> tuple[set[str], set[str]]:
 
 
 def broken_rules(name: str, imports: set[str]) -> list[str]:
-    """What is wrong with the imports of a file in the room `name`."""
+    """Names the imports of a file in the room `name` that the table forbids."""
     if name not in HOUSE:
         return [f"{name} has no line in the table of {pathlib.Path(__file__).name}"]
     allowed, allowed_heavy = HOUSE[name]

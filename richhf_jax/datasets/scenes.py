@@ -168,7 +168,7 @@ class SceneTruth:
 
     @property
     def missing_object(self) -> bool:
-        """Whether the picture lacks an object that the prompt names."""
+        """True if the picture lacks an object that the prompt names."""
         return any(m.kind == "missing" for m in self.scene.misalignments)
 
 

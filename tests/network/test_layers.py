@@ -105,7 +105,7 @@ def test_mlp_block_names_an_unknown_activation():
 
 
 def _bucket_by_integers(relative_position, bidirectional, num_buckets, max_distance):
-    """In exact arithmetic: far bucket k starts at exact * (max_distance / exact)**(k / far)."""
+    """Computes in exact arithmetic: far bucket k starts at exact * (max_distance / exact)**(k / far)."""
     offset = 0
     distance = max(-relative_position, 0)
     if bidirectional:

@@ -83,7 +83,7 @@ def initial_variables(model, pixels):
 
 
 def changed_slots(before, after):
-    """For each kind of output, the (example, slot) pairs that differ."""
+    """Lists the (example, slot) pairs that differ, for each kind of output."""
     found = {}
     for name, value in before.items():
         difference = np.abs(value - after[name]).reshape(*value.shape[:2], -1).max(axis=-1)

@@ -100,7 +100,7 @@ def _layer(attentions, norms):
 
 
 def _t5x_tree():
-    """What `t5x/examples/t5/network.py` names its parameters (its README's T5 1.1 checkpoints hold these)."""
+    """Parameter names of `t5x/examples/t5/network.py`, which the T5 1.1 checkpoints of its README hold."""
     tree = {
         "token_embedder/embedding": ((30, 16), ("vocab", "embed")),
         "encoder/relpos_bias/rel_embedding": ((2, 32), ("heads", "relpos_buckets")),
