@@ -5,6 +5,7 @@ Warnings are errors, too: see pyproject.toml.
 
 import atexit
 import fcntl
+import gc
 import os
 import pathlib
 import shutil
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector the many objects that the imports of all tests made."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
     """Lets a test see the function's own message about types and shapes that don't fit."""
@@ -79,8 +86,15 @@ def clean_globals():
 def clean_data_dir():
     """Resets seqio's data directory, which is global, too, after each module."""
     yield
-    if "seqio" in sys.modules:
-        sys.modules["seqio"].set_tfds_data_dir_override(None)
+    if "seqio" not in sys.modules:
+        return
+    seqio = sys.modules["seqio"]
+    seqio.set_tfds_data_dir_override(None)
+    # A task remembers the first directory that it was read from.
+    for name in seqio.TaskRegistry.names():
+        source = seqio.TaskRegistry.get(name).source
+        if isinstance(source, seqio.TfdsDataSource):
+            source.tfds_dataset.override_data_dir(None)
 
 
 @pytest.fixture(scope="session")
