@@ -4,6 +4,7 @@ JAX's persistent compilation cache does the work. Its keys hold the program, the
 options, and the devices with their features, so machines of several kinds may share a home folder.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -81,7 +82,8 @@ def _delete_damaged(folder: pathlib.Path) -> None:
     def show_others(message, *args, **kwargs):
         if failure := _FAILURE.match(str(message)):
             for path in folder.glob(f"{failure[1]}-*-cache"):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # A folder, or another user's file, stays.
+                    path.unlink()
         else:
             show(message, *args, **kwargs)
 

@@ -142,10 +142,7 @@ def _check(mode: str, checkpoint_period: int, shard_id: int, num_shards: int) ->
 
 
 def _check_task(name: str) -> None:
-    try:
-        task = seqio.get_mixture_or_task(name)
-    except ValueError as error:
-        raise errors.UserError(f"MIXTURE_OR_TASK_NAME: there is no task {name!r} in tasks/") from error
+    task = input_pipeline.task_or_mixture(name)
     if isinstance(task, seqio.Mixture):
         names = ", ".join(part.name for part in seqio.get_subtasks(task))
         raise errors.UserError(f"{name} is a mixture: predict its tasks one by one: {names}")

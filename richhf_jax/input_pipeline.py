@@ -12,6 +12,7 @@ Evaluation takes each record once, in order. Everything else (preprocessing, mix
 """
 
 import dataclasses
+import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,9 @@ class DatasetConfig:
       shuffle: whether each epoch has an order of its own (for training), or the records' order.
       seed: seed of the order and of every random choice in preprocessing.
       augment: whether images are augmented (`augmentation`).
+
+    Raises:
+      errors.UserError: the batch size is no number above 0.
     """
 
     mixture_or_task_name: str
@@ -57,6 +61,25 @@ class DatasetConfig:
     shuffle: bool = True
     seed: int = 0
     augment: bool = False
+
+    def __post_init__(self):
+        if type(self.batch_size) is not int or self.batch_size < 1:
+            raise errors.UserError(f"BATCH_SIZE must be a whole number above 0, got {self.batch_size!r}")
+
+
+def task_or_mixture(name: str) -> seqio.Task | seqio.Mixture:
+    """Returns a registered task or mixture.
+
+    Raises:
+      errors.UserError: there is none of this name.
+    """
+    try:
+        return seqio.get_mixture_or_task(name)
+    except ValueError as error:
+        known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+        alike = difflib.get_close_matches(name, known)
+        hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+        raise errors.UserError(f"MIXTURE_OR_TASK_NAME: there is no task {name!r} in tasks/{hint}") from error
 
 
 def get_dataset(
@@ -117,7 +140,7 @@ def data_shapes(
     Raises:
       errors.UserError: see `get_dataset`.
     """
-    task = seqio.get_subtasks(seqio.get_mixture_or_task(cfg.mixture_or_task_name))[0]
+    task = seqio.get_subtasks(task_or_mixture(cfg.mixture_or_task_name))[0]
     examples = _examples(task, cfg, _Records(task, cfg.split), tf.data.Dataset.range(1))
     converter = cast(Any, feature_converter_cls())
     specs = examples.map(converter.convert_example).element_spec
@@ -137,7 +160,7 @@ def check_vocabulary(cfg: DatasetConfig, vocab_size: int) -> None:
     Raises:
       errors.UserError: the data's vocabulary is larger than the model's.
     """
-    features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
+    features = task_or_mixture(cfg.mixture_or_task_name).output_features
     size = features["inputs"].vocabulary.vocab_size
     if size > vocab_size:
         raise errors.UserError(
@@ -148,7 +171,7 @@ def check_vocabulary(cfg: DatasetConfig, vocab_size: int) -> None:
 
 def vocabulary_model(cfg: DatasetConfig) -> bytes | None:
     """Returns the SentencePiece model of the data's prompts; None for a vocabulary of another kind."""
-    features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
+    features = task_or_mixture(cfg.mixture_or_task_name).output_features
     return getattr(features["inputs"].vocabulary, "sp_model", None)
 
 
@@ -217,7 +240,7 @@ def evaluation_batches(
       errors.UserError: the task's data isn't built, lacks the split or can't be read; the name is a
         mixture's; or the batch doesn't split evenly over the hosts.
     """
-    task = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
+    task = task_or_mixture(cfg.mixture_or_task_name)
     if not isinstance(task, seqio.Task):
         raise errors.UserError(f"{task.name} is a mixture: evaluate its tasks one by one")
     size = cfg.batch_size // shard_info.num_shards
@@ -247,7 +270,7 @@ def _stream(
     convert: Callable[[seqio.Task, tf.data.Dataset], tf.data.Dataset],
 ) -> tf.data.Dataset:
     """Returns the examples at these global positions, converted task by task."""
-    provider = seqio.get_mixture_or_task(cfg.mixture_or_task_name)
+    provider = task_or_mixture(cfg.mixture_or_task_name)
     tasks = seqio.get_subtasks(provider)
     quotas = _quotas(provider, tasks)
     schedule = positions.map(functools.partial(_schedule, quotas=quotas, seed=cfg.seed))
@@ -276,7 +299,7 @@ def _numpy(cfg: DatasetConfig, dataset: tf.data.Dataset) -> Iterator[Any]:
     except tf.errors.OpError as error:
         reason = str(error).splitlines()[0]  # TensorFlow's own stack follows.
         if corrupted := re.search(r"corrupted record at (\d+)", reason):
-            tasks = seqio.get_subtasks(seqio.get_mixture_or_task(cfg.mixture_or_task_name))
+            tasks = seqio.get_subtasks(task_or_mixture(cfg.mixture_or_task_name))
             position = int(corrupted[1])
             files = [path for task in tasks for path in _Records(task, cfg.split).garbled_at(position)]
             reason = f"{' and '.join(files) or 'a file'}: the record at byte {position} is garbled"

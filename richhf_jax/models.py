@@ -231,7 +231,7 @@ class RahfModel(BaseModel):
         del input_types  # The network's inputs have one type each.
         slots = self.module.smallest_slots
         height, width = input_shapes["image"][1:3]
-        self._check_image_size(height, width)
+        self.check_image_size(height, width)
         length, target_length = (
             input_shapes["encoder_input_tokens"][-1],
             input_shapes["decoder_input_tokens"][-1],
@@ -248,7 +248,7 @@ class RahfModel(BaseModel):
             enable_dropout=False,
         )
 
-    def _check_image_size(self, height: int, width: int) -> None:
+    def check_image_size(self, height: int, width: int) -> None:
         """Checks that the ViT takes images of this size, in pixels.
 
         Raises:
@@ -261,8 +261,8 @@ class RahfModel(BaseModel):
             raise errors.UserError(
                 f"{given}, but the ViT's position table is for {rows * patch}x{columns * patch}: a grid of"
                 f" {rows}x{columns} patches, each of {patch} pixels (ViTConfig.grid, ViTConfig.patch_size)."
-                f" Give --gin.IMAGE_SIDE={rows * patch}, or another grid; or resample the table to the images"
-                " with --gin.RESAMPLE_POSITIONS=True"
+                f" Give --gin.IMAGE_SIDE={rows * patch}, or another grid; or, to train a model at this size,"
+                " resample the table to the images with --gin.RESAMPLE_POSITIONS=True"
             )
         if height % patch or width % patch:
             raise errors.UserError(

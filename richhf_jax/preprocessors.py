@@ -33,6 +33,15 @@ MASK = "_"
 # The slots of an example, and the kinds that fill them.
 _KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": (feedback.KEYWORDS,)}
 _LENGTHS = ("image", "inputs", "targets", *_KINDS)
+# The macros that gin/models/rahf.gin puts the lengths together from.
+_MACROS = {
+    "image": "IMAGE_SIDE",
+    "inputs": "TEXT_LENGTH",
+    "targets": "TARGET_LENGTH",
+    "heatmaps": "NUM_HEATMAPS",
+    "scores": "NUM_SCORES",
+    "texts": "NUM_TEXTS",
+}
 ALL_KINDS = (*feedback.HEATMAPS, *feedback.SCORES, feedback.KEYWORDS)
 
 # int64 [2], given to each example by its reader.
@@ -198,6 +207,17 @@ def slots_of(sequence_length: Mapping[str, int], variant: str) -> feedback.Slots
         raise errors.UserError(
             f"TASK_FEATURE_LENGTHS needs {', '.join(_LENGTHS)}; there is no {missing[0]!r}"
         )
+    if unknown := set(sequence_length) - set(_LENGTHS):
+        raise errors.UserError(
+            f"TASK_FEATURE_LENGTHS has an unknown {min(unknown)!r}, only {', '.join(_LENGTHS)}"
+        )
+    for name in _LENGTHS:
+        value, may_be_0 = sequence_length[name], name in _KINDS
+        if type(value) is not int or (value < 1 and not may_be_0):
+            number = "a whole number" if may_be_0 else "a whole number above 0"
+            raise errors.UserError(
+                f"{_MACROS[name]}, TASK_FEATURE_LENGTHS[{name!r}], must be {number}, got {value!r}"
+            )
     for name, kinds in _KINDS.items():
         count, all_kinds = sequence_length[name], len(kinds)
         if not 0 <= count <= all_kinds:

@@ -44,7 +44,11 @@ _NUM_SUMMARY_IMAGES = 8
 # Number of a broken step's examples that a message lists.
 _NUM_NAMED_EXAMPLES = 16
 # The exceptions of TensorFlow and clu when they can't write.
-_LIBRARIES_ERRORS = (tf.errors.OpError, asynclib.AsyncError)
+# What TensorFlow and clu raise where they can't write.
+_LIBRARIES_ERRORS = (
+    *(tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError, tf.errors.NotFoundError),
+    *(tf.errors.FailedPreconditionError, tf.errors.UnknownError, asynclib.AsyncError),
+)
 _CHECKPOINTS_STAY = (
     "Complete checkpoints stay; make room or give the right to write, then continue by the same command"
 )
@@ -87,6 +91,8 @@ def train(
       errors.UserError: the loss is not finite, MODEL_DIR can't be written, or a setting doesn't fit another
         one or the data.
     """
+    if not model_dir:
+        raise errors.UserError("MODEL_DIR is empty: name a directory with --gin.MODEL_DIR=DIR")
     schedule = _Schedule(total_steps, log_period, eval_period, checkpoint_cfg.save)
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
     if model.vocab_size is not None:
@@ -148,11 +154,14 @@ class _Schedule:
     save: checkpoints.SaveCheckpointConfig | None
 
     def check(self, evaluates: bool) -> None:
-        """Checks that each checkpoint is measured if the best ones are to be kept.
+        """Checks the periods, and that each checkpoint is measured if the best ones are to be kept.
 
         Raises:
-          errors.UserError: a checkpoint isn't measured.
+          errors.UserError: a period is no number of steps, or a checkpoint isn't measured.
         """
+        for macro, period in (("LOG_PERIOD", self.log_period), ("EVAL_PERIOD", self.eval_period)):
+            if period < 1:
+                raise errors.UserError(f"{macro} must be at least 1 step, got {period}")
         if self.save is None or self.save.keep_best is None:
             return
         if not evaluates:

@@ -113,7 +113,7 @@ def new_directory(path: epath.PathLike, flag: str) -> Iterator[pathlib.Path]:
       OSError: it can't be written; or meanwhile something else was made at `path`, which stays.
     """
     check_is_new(path, flag)
-    final = pathlib.Path(path).absolute()
+    final = pathlib.Path(os.path.realpath(path))  # A link to an empty directory is followed.
     final.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that it is on the same disk and renaming copies nothing.
     with tempfile.TemporaryDirectory(

@@ -306,3 +306,17 @@ def test_a_damaged_record_is_told_with_its_shard(tmp_path, synthetic_data_dir, m
     message = f"can't be read: {shard}: the record at byte \\d+ is garbled\nBring the file back"
     with pytest.raises(errors.UserError, match=message):
         next(batches)
+
+
+def test_a_task_that_is_not_there_is_told_with_those_of_like_names():
+    message = (
+        "there is no task 'synthetic_rich_hf_mult_head' in tasks/; did you mean synthetic_rich_hf_multi_head"
+    )
+    with pytest.raises(errors.UserError, match=message):
+        input_pipeline.check_vocabulary(config("synthetic_rich_hf_mult_head"), 32)
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5, "x"])
+def test_a_batch_has_a_number_of_examples(size):
+    with pytest.raises(errors.UserError, match=f"BATCH_SIZE must be a whole number above 0, got {size!r}"):
+        config(batch_size=size)

@@ -255,6 +255,12 @@ def test_labels_that_do_not_fit_weigh_nothing(variant):
         ({"heatmaps": 3}, AUGMENTED_PROMPT, r"'heatmaps'\] must be 0 to 2, got 3"),
         ({"texts": -1}, AUGMENTED_PROMPT, r"'texts'\] must be 0 to 1, got -1"),
         ({"inputs": 6}, AUGMENTED_PROMPT, r"'inputs'\] must be at least 7"),
+        ({"image": 64.0}, MULTI_HEAD, r"IMAGE_SIDE, .*'image'\], must be a whole number above 0, got 64.0"),
+        ({"image": -64}, MULTI_HEAD, "IMAGE_SIDE, .* above 0, got -64"),
+        ({"inputs": "a"}, MULTI_HEAD, "TEXT_LENGTH, .* got 'a'"),
+        ({"targets": None}, MULTI_HEAD, "TARGET_LENGTH, .* got None"),
+        ({"texts": True}, MULTI_HEAD, r"NUM_TEXTS, .*'texts'\], must be a whole number, got True"),
+        ({"foo": 1}, MULTI_HEAD, "has an unknown 'foo', only image, inputs"),
     ],
 )
 def test_lengths_that_make_no_sense(lengths, variant, message):

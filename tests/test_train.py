@@ -393,10 +393,12 @@ def small_train(tmp_path, monkeypatch):
         batch_size=20, mixture_or_task_name="task", task_feature_lengths={"points": 3}
     )
 
-    def run(total_steps=5, save=None, eval_cfg=None, model=COUNTED, trainer_cls=Counting, **kwargs):
+    def run(
+        total_steps=5, save=None, eval_cfg=None, model=COUNTED, trainer_cls=Counting, model_dir=None, **kwargs
+    ):
         train.train(
             model=model,
-            model_dir=str(tmp_path),
+            model_dir=str(tmp_path) if model_dir is None else model_dir,
             train_dataset_cfg=cfg,
             train_eval_dataset_cfg=eval_cfg,
             partitioner=partitioning.PjitPartitioner(),
@@ -456,6 +458,17 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, sma
     assert "continuing from step 2" in lines[lines.index(skipped) :]
     assert checkpoint_names(tmp_path) == ["checkpoint_4", "checkpoint_6"]
     assert (tmp_path / "damaged_checkpoint_4").is_dir()
+
+
+@pytest.mark.parametrize("macro", ["LOG_PERIOD", "EVAL_PERIOD"])
+def test_a_period_is_a_number_of_steps(small_train, macro):
+    with pytest.raises(errors.UserError, match=f"{macro} must be at least 1 step, got 0"):
+        small_train(**{macro.lower(): 0})
+
+
+def test_a_model_dir_without_a_name(small_train):
+    with pytest.raises(errors.UserError, match="MODEL_DIR is empty: name a directory"):
+        small_train(model_dir="")
 
 
 @pytest.mark.parametrize("file", ["config.gin", "train"])

@@ -311,3 +311,12 @@ def test_arguments_that_differ_are_named():
     assert str(told.value) == (
         "OUT holds a run with other arguments: b was 'x', now it is 'y'; d was None, now it is 2. Fix it"
     )
+
+
+def test_a_link_to_an_empty_directory_is_followed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with writing.new_directory(tmp_path / "link", "--to") as directory:
+        (directory / "a").write_text("here")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty/a").read_text() == "here"

@@ -43,8 +43,9 @@ _FORMAT = flags.DEFINE_enum(
 )
 _TEXT_LENGTH = flags.DEFINE_integer(
     "text_length",
-    64,
-    "For predictions: length in tokens of a prompt, and of the decoder's text.",
+    None,
+    "For predictions: length in tokens of a prompt, and of the decoder's text. Default: the model's gin file"
+    " says it (TEXT_LENGTH, TARGET_LENGTH).",
     lower_bound=2,
 )
 _ALLOW_MISMATCHED_SHAPES = flags.DEFINE_bool(
@@ -140,18 +141,17 @@ def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
 
 def describe(
-    model: Any, paths: Sequence[str], text_length: int, vocabulary: str | None, unstacked: bool
+    model: Any, paths: Sequence[str], lengths: Mapping[str, int], vocabulary: str | None, unstacked: bool
 ) -> ModelDescription:
     """Describes the model for predictions.
 
     Args:
       model: a `models.RahfModel`.
       paths: where the parameters came from.
-      text_length: length in tokens of a prompt, and of the decoder's text.
+      lengths: the model's feature lengths: "image" in pixels, "inputs" and "targets" in tokens.
       vocabulary: path of a SentencePiece model; only a local one is read. None: the small one of `tasks/`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
     """
-    side = model.module.vit_config.grid[0] * model.module.vit_config.patch_size
     place = _small_vocabulary() if vocabulary is None else pathlib.Path(vocabulary)
     network = model.module
     if unstacked:
@@ -161,7 +161,7 @@ def describe(
         )
     return ModelDescription(
         network,
-        {"image": side, "inputs": text_length, "targets": text_length},
+        lengths,
         "resize",
         model.misalignment_threshold,
         {"converted_from": ", ".join(paths)},
@@ -237,9 +237,13 @@ def main() -> None:
     gin_files = gin_utils.configure([default_gin_file(paths)])
     print(f"model: {' '.join(gin_files)}")
     model = gin_utils.macro("MODEL")
-    description = describe(
-        model, paths, _TEXT_LENGTH.value, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax"
-    )
+    lengths = {
+        "image": gin_utils.macro("IMAGE_SIDE"),
+        "inputs": _TEXT_LENGTH.value or gin_utils.macro("TEXT_LENGTH"),
+        "targets": _TEXT_LENGTH.value or gin_utils.macro("TARGET_LENGTH"),
+    }
+    model.check_image_size(lengths["image"], lengths["image"])
+    description = describe(model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax")
     convert(model, paths, to, _FORMAT.value, _ALLOW_MISMATCHED_SHAPES.value, description)
     print(f"written to {to}")
 

@@ -167,8 +167,11 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
       on_error: what to do at a bad line, "stop" or "skip".
 
     Raises:
-      errors.UserError: a line is bad (unless skipped), no line is good, or a file can't be read or written.
+      errors.UserError: a line is bad (unless skipped), no line is good, a file can't be read or written, or
+        both are the same file.
     """
+    if out.exists() and raw.exists() and out.samefile(raw):
+        raise errors.UserError(f"{out} is the file of raw ratings, which would be lost: name another OUT")
     good, skipped = [], []
     with writing.explained_disk_errors(out, f"Nothing written. {writing.FIX}"):
         with raw.open("rb") as lines:

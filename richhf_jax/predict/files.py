@@ -125,7 +125,10 @@ class PredictionFiles:
         with contextlib.ExitStack() as stack:
             self._out.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, _locked(self._out))
-            self.progress = self._read_state() or Progress(first)
+            progress = self._read_state()
+            if progress is None:  # What a run left that was killed in its first batch is of no account.
+                shutil.rmtree(self._out / _PARTS, ignore_errors=True)
+            self.progress = progress or Progress(first)
             self._write_state()
             self._files = {
                 PREDICTIONS: stack.enter_context(self._open(PREDICTIONS, self.progress.predictions_bytes)),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from richhf_jax.convert import layers, own, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Tensor
 
 ROOT = pathlib.Path(command.__file__).resolve().parents[2]
+LENGTHS = {"image": 16, "inputs": 8, "targets": 8}
 TWO_LAYERS = (
     "t5.T5Config.num_encoder_layers = 2",
     "t5.T5Config.num_decoder_layers = 2",
@@ -275,7 +277,7 @@ def run(*args):
 def test_the_command(huggingface, tmp_path):
     files = ["models/rahf.gin", "tests/small.gin", "variants/multi_head.gin"]
     args = [*(f"--gin_file={file}" for file in files), f"--from={huggingface}/t5", f"--to={tmp_path}/to"]
-    result = run(*args)
+    result = run(*args, "--text_length=64")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"model: {' '.join(files)}\n[1] {huggingface}/t5: Hugging Face T5")
     assert result.stdout.endswith(f"written to {tmp_path}/to\n")
@@ -283,6 +285,14 @@ def test_the_command(huggingface, tmp_path):
     assert description.feature_lengths == {"image": 16, "inputs": 64, "targets": 64}
     assert description.training == {"converted_from": f"{huggingface}/t5"}
     assert description.vocabulary == (ROOT / "tasks/sentencepiece_small.model").read_bytes()
+    result = run(*args[:-1], f"--to={tmp_path}/gin", "--gin.TEXT_LENGTH=11")
+    assert result.returncode == 0, result.stderr
+    lengths = model_description.read(tmp_path / "gin").feature_lengths
+    assert lengths == {"image": 16, "inputs": 11, "targets": 5}
+    shutil.rmtree(tmp_path / "gin")
+    result = run(*args[:-1], f"--to={tmp_path}/other", "--gin.IMAGE_SIDE=20")
+    assert result.returncode == 1
+    assert "IMAGE_SIDE: images have 20x20 pixels" in result.stderr
     result = run(*args[:-1], f"--to={tmp_path}/other", "--gin.t5.T5Config.mlp_dim=20")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -296,14 +306,14 @@ def test_the_command(huggingface, tmp_path):
 def test_a_description_of_single_layers_is_of_single_layers(make_model):
     model = make_model("multi_head", *SCANNED, "rahf.HeadsConfig.scan_layers = True")
     for unstacked in (False, True):
-        network = command.describe(model, ["a"], 8, "gs://far/away.model", unstacked).network
+        network = command.describe(model, ["a"], LENGTHS, "gs://far/away.model", unstacked).network
         configs = network.t5_config, network.vit_config, network.heads_config
         assert {config.scan_layers for config in configs} == {not unstacked}
 
 
 def test_a_vocabulary_that_is_far_away_is_asked_for(saved, tmp_path, capsys):
     path, model, _ = saved()
-    description = command.describe(model, [path], 8, "gs://far/away.model", unstacked=False)
+    description = command.describe(model, [path], LENGTHS, "gs://far/away.model", unstacked=False)
     command.convert(model, [path], str(tmp_path / "to"), description=description)
     assert f"copy the SentencePiece model to {tmp_path}/to/vocabulary.model" in capsys.readouterr().out
     with pytest.raises(errors.UserError, match="has no vocabulary.model: copy"):

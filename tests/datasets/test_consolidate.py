@@ -252,4 +252,14 @@ def test_files_that_cannot_be_used(tmp_path, raw_lines, out, reason):
         write_raw(raw, raw_lines)
     with pytest.raises(errors.UserError, match=reason):
         consolidate.consolidate_file(raw, tmp_path / out, on_error="skip")
+
+
+def test_raw_ratings_are_never_overwritten(tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("the only copy")
+    (tmp_path / "link").symlink_to(raw)
+    for out in (raw, tmp_path / "link"):
+        with pytest.raises(errors.UserError, match="is the file of raw ratings.*name another OUT"):
+            consolidate.consolidate_file(raw, out)
+    assert raw.read_text() == "the only copy"
     assert not (tmp_path / out).exists()

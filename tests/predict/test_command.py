@@ -458,6 +458,20 @@ def test_what_run_json_tells_of_is_on_the_disk_before_it(tmp_path, monkeypatch):
     ]
 
 
+def test_what_a_run_left_that_did_nothing_is_in_no_result(tmp_path):
+    parts = tmp_path / "heatmaps.parts"
+    parts.mkdir()
+    np.savez(parts / "000000000007.npz", foreign=np.zeros(3))
+    # Of a run that was killed in its first batch.
+    (tmp_path / "run.json").write_text(
+        '{"arguments": {"shard": "1/2"}, "progress": {"position": 7, "predictions": 0}}'
+    )
+    with prediction_files.PredictionFiles(str(tmp_path), {"checkpoint": "c"}, 0, "npz") as files:
+        files.commit(1, [prediction_files.Failure("a", "a reason")])
+        files.finish("title")
+    assert np.load(tmp_path / "heatmaps.npz").files == []
+
+
 @pytest.fixture
 def stopped(score, tmp_path, monkeypatch):
     """Runs the command on six images in batches of two; a full disk stops it in the second batch."""
