@@ -150,14 +150,21 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def _find(file: str, search_paths: Sequence[str]) -> str:
-    """Finds a gin file; returns the name itself if there is no such file, so that gin raises its error.
+    """Finds a gin file.
 
     Gin alone would first look for a Python package named like the path's first folder, and fail if the
     working directory has a folder of that name (`runs/`). For this reason the project's includes begin with
     `gin/`.
+
+    Raises:
+      errors.UserError: there is no such file.
     """
     places = [os.path.join(folder, file) for folder in ("", *search_paths)]
-    return next((place for place in places if os.path.isfile(place)), file)
+    found = next((place for place in places if os.path.isfile(place)), None)
+    if found is None:
+        folders = ", ".join(["the working directory", *search_paths])
+        raise errors.UserError(f"Unable to open file: {file}. There is none of this name in {folders}")
+    return found
 
 
 def _check_macro_exists(binding: str, config: str) -> None:

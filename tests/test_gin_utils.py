@@ -136,6 +136,8 @@ def test_search_paths(folder):
     assert "Path not found" not in result.stderr
     message = fails_with(folder, *files)
     assert "Unable to open file: small.gin" in message
+    # There is a folder of the first part's name, which gin would take for a package.
+    assert "Unable to open file: sub/none.gin. There is" in fails_with(folder, "--gin_file=sub/none.gin")
     assert str(ROOT / "gin") in message
 
 

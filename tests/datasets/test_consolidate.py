@@ -252,6 +252,7 @@ def test_files_that_cannot_be_used(tmp_path, raw_lines, out, reason):
         write_raw(raw, raw_lines)
     with pytest.raises(errors.UserError, match=reason):
         consolidate.consolidate_file(raw, tmp_path / out, on_error="skip")
+    assert not (tmp_path / out).exists()
 
 
 def test_raw_ratings_are_never_overwritten(tmp_path):
@@ -262,4 +263,3 @@ def test_raw_ratings_are_never_overwritten(tmp_path):
         with pytest.raises(errors.UserError, match="is the file of raw ratings.*name another OUT"):
             consolidate.consolidate_file(raw, out)
     assert raw.read_text() == "the only copy"
-    assert not (tmp_path / out).exists()
