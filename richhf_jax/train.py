@@ -118,23 +118,10 @@ def train(
             gin_utils.write_operative_config(os.path.join(model_dir, "config.gin"))
             _write_description(model, train_dataset_cfg, stream, checkpoint_cfg, model_dir)
             _write_model_info(os.path.join(model_dir, "model-info.txt"), state.params)
-        evaluation = _Evaluation(model, trainer, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
+        evaluation = _Evaluation(trainer, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
         stack.enter_context(contextlib.closing(evaluation))
 
-        def describe_step(step: int) -> str:
-            return _describe_step(train_dataset_cfg, step, model_dir, checkpointer)
-
-        devices = partitioner.mesh.devices.flatten().tolist()
-        log = training_log.TrainingLog(
-            model_dir,
-            total_steps,
-            int(state.step),
-            train_dataset_cfg.batch_size,
-            len(devices),
-            training_log.step_seconds_at_peak(trainer, devices),
-            describe_step,
-            model.progress_metrics,
-        )
+        log = _open_log(model_dir, trainer, partitioner, train_dataset_cfg, checkpointer, total_steps, state)
         stack.enter_context(contextlib.closing(log))
         loop = _TrainingLoop(trainer, checkpointer, evaluation, log, schedule, model_dir)
         step = loop.run(state, stream, position)
@@ -280,6 +267,33 @@ def _write_description(
     model_description.write(model_dir, content | {"training": training}, input_pipeline.vocabulary_model(cfg))
 
 
+def _open_log(
+    model_dir: str,
+    trainer: trainer_lib.Trainer,
+    partitioner: partitioning.PjitPartitioner,
+    cfg: input_pipeline.DatasetConfig,
+    checkpointer: checkpoints.Checkpointer,
+    total_steps: int,
+    state: trainer_lib.TrainState,
+) -> training_log.TrainingLog:
+    """Opens the log of a run that begins at this state."""
+
+    def describe_step(step: int) -> str:
+        return _describe_step(cfg, step, model_dir, checkpointer)
+
+    devices = partitioner.mesh.devices.flatten().tolist()
+    return training_log.TrainingLog(
+        model_dir,
+        total_steps,
+        int(state.step),
+        cfg.batch_size,
+        len(devices),
+        training_log.step_seconds_at_peak(trainer, devices),
+        describe_step,
+        trainer.model.progress_metrics,
+    )
+
+
 def _describe_step(
     cfg: input_pipeline.DatasetConfig, step: int, model_dir: str, checkpointer: checkpoints.Checkpointer
 ) -> str:
@@ -338,16 +352,14 @@ class _Evaluation:
 
     def __init__(
         self,
-        model: models.BaseModel,
         trainer: trainer_lib.Trainer,
         cfg: input_pipeline.DatasetConfig | None,
         partitioner: partitioning.PjitPartitioner,
         num_batches: int,
         model_dir: str,
     ):
-        self._model = model
         self._trainer = trainer
-        self._stream = _stream(model, cfg, partitioner) if cfg else None
+        self._stream = _stream(trainer.model, cfg, partitioner) if cfg else None
         self._num_batches = num_batches
         if cfg:
             self._own_rows = partitioner.own_rows(cfg.batch_size)
@@ -380,7 +392,7 @@ class _Evaluation:
             return {name: np.asarray(value.addressable_data(0)[rows]) for name, value in outputs.items()}
 
         shown = {name: value[:_NUM_SUMMARY_IMAGES] for name, value in batch.items()}
-        return self._model.summary_images(shown, predict)
+        return self._trainer.model.summary_images(shown, predict)
 
     def close(self) -> None:
         if self._stream:

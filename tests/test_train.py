@@ -315,7 +315,8 @@ class Counting:
 
     broken: tuple[str, ...] = ()
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, model, *args, **kwargs):
+        self.model = model
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.abstract_state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), self.init_state()

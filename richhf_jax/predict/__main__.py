@@ -124,12 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="an image, a folder, or a .csv, .jsonl, .parquet or .tar")
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a MODEL_DIR, a checkpoint_<step> in it, or an export",
-    )
+    add("--checkpoint", required=True, metavar="DIR", help="a MODEL_DIR, a checkpoint_<step>, or an export")
     add("--out", required=True, metavar="OUT", help="a new directory, or the one of the run to continue")
     add("--prompt", help="the prompt of a single image, or of a folder's images that have no .txt")
     add(
