@@ -227,7 +227,7 @@ class _Output:
           errors.UserError: it can't be written.
         """
         with self._writing():
-            os.sync()  # Brings all heatmaps that the lines name to the disk.
+            self._sync_heatmaps()
             writing.write(self._chunk(number), "".join(lines))
 
     def finish(self, lines: Iterable[str]) -> None:
@@ -237,7 +237,7 @@ class _Output:
           errors.UserError: it can't be written.
         """
         with self._writing():
-            os.sync()
+            self._sync_heatmaps()
             with writing.atomic(self.path) as new, new.open("wb") as file:
                 for number in range(self.count_chunks()):
                     with self._chunk(number).open("rb") as chunk:
@@ -273,6 +273,11 @@ class _Output:
             {kind: f"{self._heatmaps.name}/{folder.name}/{path.name}" for kind, path in of_image.items()}
             for of_image in paths
         ]
+
+    def _sync_heatmaps(self) -> None:
+        """Brings the heatmaps that the lines name to the disk, if there are any."""
+        if self._heatmaps.exists():
+            os.sync()
 
     def _chunk(self, number: int) -> epath.Path:
         return self._temporary / f"{self.path.name}-chunk{number:05}"

@@ -150,17 +150,19 @@ def data_shapes(
     }
 
 
-def check_vocabulary(cfg: DatasetConfig, vocab_size: int) -> None:
+def check_vocabulary(cfg: DatasetConfig, vocab_size: int | None) -> None:
     """Checks that the model knows every token id of the data: an unknown id would be read as another token.
 
     Args:
       cfg: what is read.
-      vocab_size: number of tokens of the model.
+      vocab_size: number of tokens of the model; None: it reads no text.
 
     Raises:
       errors.UserError: the data's vocabulary is larger than the model's.
     """
     features = task_or_mixture(cfg.mixture_or_task_name).output_features
+    if vocab_size is None:
+        return
     size = features["inputs"].vocabulary.vocab_size
     if size > vocab_size:
         raise errors.UserError(

@@ -23,7 +23,6 @@ from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
 VOCABULARY_FILE = "vocabulary.model"
-LENGTHS = ("image", "inputs", "targets")
 
 _CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config": rahf.HeadsConfig}
 
@@ -107,7 +106,7 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
         rahf.Rahf(
             variant=content["variant"], decoder_sees_image=bool(content["decoder_sees_image"]), **configs
         ),
-        {name: int(content["feature_lengths"][name]) for name in LENGTHS},
+        {name: int(content["feature_lengths"][name]) for name in models.DESCRIBED_LENGTHS},
         content["fit"],
         float(content["misalignment_threshold"]),
         content["training"],

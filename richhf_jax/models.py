@@ -18,6 +18,8 @@ from richhf_jax.shapes import Array
 # Features by name, as the feature converter makes them.
 Batch = Mapping[str, Shaped[Array, "batch ..."]]
 Metrics = dict[str, losses.WeightedMean]
+# The feature lengths that predictions need to know.
+DESCRIBED_LENGTHS = ("image", "inputs", "targets")
 # Features or predictions of the few examples that are drawn.
 Images = Mapping[str, Shaped[np.ndarray, "images ..."]]
 
@@ -448,7 +450,7 @@ def describe_rahf(
     """Describes a `network.rahf.Rahf` and its inputs, for `model_description`; JSON-able."""
     return {
         **module.describe(),
-        "feature_lengths": {name: feature_lengths[name] for name in ("image", "inputs", "targets")},
+        "feature_lengths": {name: feature_lengths[name] for name in DESCRIBED_LENGTHS},
         "fit": fit,
         "misalignment_threshold": misalignment_threshold,
     }

@@ -32,7 +32,6 @@ MASK = "_"
 
 # The slots of an example, and the kinds that fill them.
 _KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": (feedback.KEYWORDS,)}
-_LENGTHS = ("image", "inputs", "targets", *_KINDS)
 # The macros that gin/models/rahf.gin puts the lengths together from.
 _MACROS = {
     "image": "IMAGE_SIDE",
@@ -42,6 +41,7 @@ _MACROS = {
     "scores": "NUM_SCORES",
     "texts": "NUM_TEXTS",
 }
+_LENGTHS = tuple(_MACROS)
 ALL_KINDS = (*feedback.HEATMAPS, *feedback.SCORES, feedback.KEYWORDS)
 
 # int64 [2], given to each example by its reader.

@@ -52,8 +52,7 @@ def load(
         # With several processes jax handles SIGTERM, for training to save a checkpoint. Here it shall end us.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     directory, step = checkpoints.find_checkpoint(checkpoint_path)
-    if model.vocab_size is not None:
-        input_pipeline.check_vocabulary(cfg, model.vocab_size)
+    input_pipeline.check_vocabulary(cfg, model.vocab_size)
     partitioner.get_data_layout(cfg.batch_size)
     trainer = trainer_lib.Trainer(model, partitioner, input_pipeline.data_shapes(cfg))
     return trainer, checkpoints.restore_inference_state(directory, trainer.abstract_state), step

@@ -95,8 +95,7 @@ def train(
         raise errors.UserError("MODEL_DIR is empty: name a directory with --gin.MODEL_DIR=DIR")
     schedule = _Schedule(total_steps, log_period, eval_period, checkpoint_cfg.save)
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
-    if model.vocab_size is not None:
-        input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
+    input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(
             writing.explained_disk_errors(

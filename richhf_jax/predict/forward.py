@@ -161,7 +161,7 @@ def predict_fn(description: model_description.ModelDescription) -> Callable[...,
         keyword_probability, keyword_misaligned   float32 and bool [batch, length], by number of the word
     """
     model = _rahf_model(description)
-    slots = {"heatmap_weights": len(feedback.HEATMAPS), "score_weights": len(feedback.SCORES)}
+    slots = {"heatmap_weights": feedback.ALL_SLOTS.heatmaps, "score_weights": feedback.ALL_SLOTS.scores}
 
     def predict(params: Any, features: Mapping[str, Shaped[jax.Array, "batch ..."]]) -> Outputs:
         batch, _, length = features["keyword_pieces"].shape
