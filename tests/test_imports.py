@@ -19,6 +19,8 @@ ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
 RULES = """
 errors             |                |
 feedback           |                |
+checksums          |                |
+foreign_text       |                |
 shapes             | jax            |
 network            | jax            | shapes
 costs              | jax            |
