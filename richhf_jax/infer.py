@@ -212,7 +212,7 @@ class _Output:
         """
         if not self._run_path.exists():
             return
-        earlier = json.loads(self._run_path.read_text())
+        earlier = json.loads(self._run_path.read_text(encoding="utf-8"))
         fix = "Give another INFER_OUTPUT_DIR, or delete this one"
         writing.check_same_run(self.path.parent, earlier, self._run, fix)
 

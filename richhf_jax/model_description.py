@@ -82,7 +82,7 @@ def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescriptio
             f"{directory} has no {VOCABULARY_FILE}: copy the SentencePiece model that the training used to it"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return _parse(content, vocabulary.read_bytes(), {"dtype": dtype} if dtype else {})
     except KeyError as error:
         raise errors.UserError(f"{path} lacks {error}") from error

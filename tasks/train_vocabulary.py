@@ -50,7 +50,7 @@ def train() -> bytes:
     # context is no candidate for a piece.
     corpus = [word + mark for word in words() for mark in ["", *_PUNCTUATION.split()]]
     corpus += "".join(_CHARACTERS.split())
-    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as rules:
         rules.write(_NORMALIZATION)
         rules.flush()
         _train(corpus, model, rules.name)

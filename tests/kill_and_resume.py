@@ -46,7 +46,7 @@ class RecordingTrainer(trainer.Trainer):
         state, metrics = super().train_step(state, batch)
         loss = trainer.summarize([metrics])["loss"]
         if jax.process_index() == 0:
-            with open(os.environ[LOSSES], "a") as file:
+            with open(os.environ[LOSSES], "a", encoding="utf-8") as file:
                 file.write(f"{int(state.step)} {loss.hex()}\n")
         return state, metrics
 
@@ -138,7 +138,7 @@ class Run:
                 [*self._command, *shared, f"--process_count={processes}", f"--process_index={index}"]
                 for index in range(processes)
             ]
-        with open(self._log, "a") as log:
+        with open(self._log, "a", encoding="utf-8") as log:
             return [
                 subprocess.Popen(command, env=self._environment, stdout=log, stderr=subprocess.STDOUT)
                 for command in commands

@@ -93,7 +93,7 @@ def anchors(text: str) -> set[str]:
 def broken_anchors(page: pathlib.Path) -> list[str]:
     """Returns the links of a page to a heading that isn't there."""
     broken = []
-    for target in link_targets(page.read_text()):
+    for target in link_targets(page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
         other = page.parent / path if path else page
         if anchor and other.exists() and anchor not in anchors(other.read_text()):

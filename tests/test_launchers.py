@@ -159,8 +159,10 @@ def last_command(name: str, call: list[str], fakes: Fakes, repository: pathlib.P
     if name == "sky":
         fakes.env |= {"TRAINING_ARGUMENTS": flag(call, "--env").removeprefix("TRAINING_ARGUMENTS=")}
         fakes.env |= {"SKYPILOT_NUM_NODES": "1"}
-        return yaml.safe_load(pathlib.Path(call[-1]).read_text())["run"], flag(call, "--workdir")
-    return pathlib.Path(call[-1]).read_text(), "/"
+        return yaml.safe_load(pathlib.Path(call[-1]).read_text(encoding="utf-8"))["run"], flag(
+            call, "--workdir"
+        )
+    return pathlib.Path(call[-1]).read_text(encoding="utf-8"), "/"
 
 
 @pytest.mark.parametrize("name", list(ARGUMENTS))
@@ -263,7 +265,7 @@ def test_sky_writes_the_tpu_into_its_task(fakes, repository):
     (call,) = fakes.calls()
     assert "--no-use-spot" in call
     assert "partitioning/v6e_8.gin" in flag(call, "--env")
-    resources = yaml.safe_load(pathlib.Path(call[-1]).read_text())["resources"]
+    resources = yaml.safe_load(pathlib.Path(call[-1]).read_text(encoding="utf-8"))["resources"]
     assert resources["accelerators"] == "tpu-v6e-8"
     assert resources["accelerator_args"] == {"runtime_version": "v2-alpha-tpuv6e"}
 

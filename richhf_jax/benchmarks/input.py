@@ -133,7 +133,7 @@ def measure(
 
 
 def _resident_bytes() -> int:
-    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    pages = pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
     return int(pages) * resource.getpagesize()
 
 

@@ -125,7 +125,7 @@ def _write_images(folder: pathlib.Path, count: int, side: int) -> None:
         noise = rng.integers(0, 25, (side, side, 3))
         Image.fromarray((blocks + noise).astype(np.uint8)).save(folder / f"{number:05}.png")
         words = rng.choice(_WORDS, rng.integers(4, 13))
-        (folder / f"{number:05}.txt").write_text(" ".join(words))
+        (folder / f"{number:05}.txt").write_text(" ".join(words), encoding="utf-8")
 
 
 CASES = {

@@ -219,7 +219,7 @@ def convert(
     ):
         for line in _WRITERS[output](directory, conversion.tensors, configs):
             print(line)
-        (directory / "conversion.txt").write_text(table + "\n")
+        (directory / "conversion.txt").write_text(table + "\n", encoding="utf-8")
         gin_utils.write_operative_config(directory / "config.gin")
         if description and output != "huggingface":
             description.write(directory)

@@ -368,7 +368,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       ConvertError: the file is truncated, or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # This includes bytes that are no text.
         raise ConvertError(f"{path} is truncated, or no JSON: {error}") from error
     if not isinstance(content, dict):

@@ -119,7 +119,7 @@ def _save(directory: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _t5_config(config: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def orbax_names(index: pathlib.Path) -> list[tuple[str, ...]]:
       ConvertError: the index is damaged.
     """
     try:
-        tree = json.loads(index.read_text())["tree_metadata"]
+        tree = json.loads(index.read_text(encoding="utf-8"))["tree_metadata"]
         return [tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConvertError(

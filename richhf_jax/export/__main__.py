@@ -62,7 +62,7 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
 
 def _write_guide(directory: pathlib.Path, interface: dict[str, Any], example: str) -> None:
     """Writes interface.json, for programs that call the export, and example.py, for their authors."""
-    (directory / INTERFACE).write_text(json.dumps(interface, indent=2) + "\n")
+    (directory / INTERFACE).write_text(json.dumps(interface, indent=2) + "\n", encoding="utf-8")
     shutil.copy(_HERE / example, directory / "example.py")
 
 

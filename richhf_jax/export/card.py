@@ -56,7 +56,7 @@ def write(
         format=export_format,
         step=step,
     )
-    (directory / FILE).write_text(card)
+    (directory / FILE).write_text(card, encoding="utf-8")
 
 
 def evaluations(checkpoint: str) -> dict[str, Mapping[str, Any]]:
@@ -66,5 +66,5 @@ def evaluations(checkpoint: str) -> dict[str, Mapping[str, Any]]:
     found = {}
     for metrics in sorted((path.parent / "inference_eval").glob(f"*/*/{step}/metrics.json")):
         task, split = metrics.parts[-4:-2]
-        found[f"{task}, {split}"] = json.loads(metrics.read_text())
+        found[f"{task}, {split}"] = json.loads(metrics.read_text(encoding="utf-8"))
     return found

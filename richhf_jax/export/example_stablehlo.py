@@ -16,7 +16,7 @@ import sentencepiece
 from PIL import Image, ImageOps
 
 here = pathlib.Path(__file__).parent
-interface = json.loads((here / "interface.json").read_text())
+interface = json.loads((here / "interface.json").read_text(encoding="utf-8"))
 vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(here / "vocabulary.model"))
 side, length, target_length = (interface[name] for name in ("image_side", "inputs_length", "targets_length"))
 

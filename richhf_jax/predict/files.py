@@ -153,7 +153,7 @@ class PredictionFiles:
                 )
             return None
         try:
-            state = json.loads(path.read_text())
+            state = json.loads(path.read_text(encoding="utf-8"))
             arguments, progress = state["arguments"], Progress(**state["progress"])
         except (ValueError, TypeError, KeyError) as error:
             raise errors.UserError(f"{path} is damaged ({error}): name a new --out") from error

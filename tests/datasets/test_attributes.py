@@ -87,7 +87,7 @@ def picture(colour: str, image_format: str = "PNG") -> bytes:
 
 
 def read_table(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture

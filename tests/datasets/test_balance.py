@@ -89,12 +89,12 @@ def make_rows(count: int = 400) -> list[dict]:
 
 def write_table(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
     if path.suffix == ".csv":
-        with path.open("w", newline="") as file:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     else:
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
     return path

@@ -52,7 +52,10 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 
 def write_raw(path: pathlib.Path, lines: list) -> pathlib.Path:
-    path.write_text("".join(text if isinstance(text, str) else f"{json.dumps(text)}\n" for text in lines))
+    path.write_text(
+        "".join(text if isinstance(text, str) else f"{json.dumps(text)}\n" for text in lines),
+        encoding="utf-8",
+    )
     return path
 
 

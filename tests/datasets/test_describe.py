@@ -364,7 +364,7 @@ def test_text_is_aligned():
 )
 def test_mistakes_end_with_a_message(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    pathlib.Path("empty.jsonl").write_text("\n")
+    pathlib.Path("empty.jsonl").write_text("\n", encoding="utf-8")
     pathlib.Path("raw.jsonl").write_bytes((folder / "raw/dev.jsonl").read_bytes())
     with pytest.raises(SystemExit) as exit_info:
         describe.main(arguments)

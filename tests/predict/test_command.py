@@ -121,7 +121,7 @@ def command(model_dir):
 
 
 def lines(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

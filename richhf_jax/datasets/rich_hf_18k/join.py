@@ -76,7 +76,7 @@ def locked(work_dir: pathlib.Path) -> Iterator[None]:
       errors.UserError: another process is at work in the folder.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    with (work_dir / "lock").open("w") as file:
+    with (work_dir / "lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -93,7 +93,7 @@ def check_source(source: Source, work_dir: pathlib.Path) -> None:
       errors.UserError: `work_dir` holds images of another source.
     """
     path = work_dir / "source.json"
-    known = json.loads(path.read_text()) if path.exists() else None
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if known == source.description:
         return
     if known is None or not parts(work_dir):

@@ -121,7 +121,7 @@ def parse(data: bytes, where: str) -> Record:
 
 def load(work_dir: pathlib.Path) -> Index:
     """Reads the index that `prepare` kept in `work_dir`."""
-    return Index(**json.loads((work_dir / "labels" / _INDEX).read_text()))
+    return Index(**json.loads((work_dir / "labels" / _INDEX).read_text(encoding="utf-8")))
 
 
 def prepare(

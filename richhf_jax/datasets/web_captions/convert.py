@@ -77,7 +77,7 @@ def read_state(job: Job) -> State | None:
     """Reads a job's state; None if the job isn't finished or the input's size has changed since."""
     if not job.state.exists():
         return None
-    state = State(**json.loads(job.state.read_text()))
+    state = State(**json.loads(job.state.read_text(encoding="utf-8")))
     return state if state.size == job.shard.size else None
 
 
