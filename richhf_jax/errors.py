@@ -1,4 +1,11 @@
-"""The exception for mistakes that the user can correct."""
+"""The exception for mistakes that the user can correct, and how commands tell it."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+
+from richhf_jax import foreign_text
 
 
 class UserError(Exception):
@@ -6,3 +13,22 @@ class UserError(Exception):
 
     The message names the file, record or setting at fault, and the fix.
     """
+
+
+@contextlib.contextmanager
+def command(name: str = "") -> Iterator[None]:
+    """Wraps a command's main function, as a decorator or in a `with` statement.
+
+    A UserError ends the program with its message on stderr and exit code 1. Control characters in it become
+    escapes. So do characters on stdout that its encoding lacks: no locale ends a command in a traceback.
+
+    Args:
+      name: the program's name, to begin the message with; "" for none.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except UserError as error:
+        message = f"{name}: {error}" if name else str(error)
+        sys.exit(foreign_text.lines_for_terminal(message))

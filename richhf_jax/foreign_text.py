@@ -24,6 +24,17 @@ def for_terminal(text: str) -> str:
     return "".join(_escaped(c) if _controls(c) else c for c in text)
 
 
+def lines_for_terminal(text: str) -> str:
+    r"""Returns a text of ours with its line breaks, each line as `for_terminal` returns it.
+
+    Parts that others made need `for_terminal` before, because their line breaks would stay.
+
+    >>> lines_for_terminal("a\x1b[31m\nb")
+    'a\\x1b[31m\nb'
+    """
+    return "\n".join(map(for_terminal, text.split("\n")))
+
+
 def _controls(character: str) -> bool:
     return character not in _HARMLESS and unicodedata.category(character) in _CATEGORIES
 
@@ -41,10 +52,12 @@ def for_markdown(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", for_terminal(text))
 
 
-def for_csv(cell: str) -> str:
-    """Returns a cell that no spreadsheet runs as a formula: one that begins like it gets a ' in front.
+def is_formula(cell: str) -> bool:
+    """Returns whether a spreadsheet that opens a CSV file may run this cell.
 
-    >>> for_csv("=1+1"), for_csv("-"), for_csv("a=1")
-    ("'=1+1", "'-", 'a=1')
+    No CSV syntax forbids that: quotes don't. A ' in front would, but programs would then read another cell.
+
+    >>> is_formula("=1+1"), is_formula("-"), is_formula("a=1")
+    (True, True, False)
     """
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+    return cell.startswith(_FORMULA)

@@ -24,7 +24,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, foreign_text, writing
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Searched after the working directory and --gin_search_paths.
@@ -226,22 +226,29 @@ def run_program(main: Callable[[], Any], gin_flags: Sequence[flags.FlagHolder] =
     program = sys.argv[0]
     for flag in gin_flags:
         flags.FLAGS.register_key_flag_for_module(program, flags.FLAGS[flag.name])
-    try:
-        app.run(lambda argv: _call_without_arguments(main, argv), flags_parser=_parse_flags)
-    except errors.UserError as error:
-        absl_logging.debug("The mistake was found here:", exc_info=True)  # Shown with --verbosity=1.
-        # Without the call that gin appends, which helps only people who know the code.
-        name = os.path.basename(program.removesuffix("/__main__.py"))
-        sys.exit(f"{name}: {str(error).split(_GIN_CALL_NOTE)[0]}")
+    with errors.command(os.path.basename(program.removesuffix("/__main__.py"))):
+        try:
+            app.run(lambda argv: _call_without_arguments(main, argv), flags_parser=_parse_flags)
+        except errors.UserError as error:
+            absl_logging.debug("The mistake was found here:", exc_info=True)  # Shown with --verbosity=1.
+            # Without the call that gin appends, which helps only people who know the code.
+            raise errors.UserError(str(error).split(_GIN_CALL_NOTE)[0]) from error
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     rest = app.parse_flags_with_usage(rewrite_gin_args(argv))
     if flags.FLAGS["verbosity"].using_default_value:
         handler = absl_logging.get_absl_handler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         handler.addFilter(_is_for_the_user)
     return rest
+
+
+class _Formatter(logging.Formatter):
+    """Formats a message; control characters in it become escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return foreign_text.lines_for_terminal(super().format(record))
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from richhf_jax import feedback
+from richhf_jax import feedback, foreign_text
 
 
 def rich_feedback(output: Any, example: Mapping[str, Any], is_target: bool) -> feedback.RichFeedback:
@@ -33,7 +33,8 @@ def target(example: Mapping[str, Any]) -> feedback.RichFeedback:
     try:
         tokens = feedback.label_tokens(prompt, feedback.parse_labels(labels))
     except ValueError as error:
-        logging.warning("%s: %s; its keywords are left out", name, error)
+        shown = foreign_text.for_terminal(name)
+        logging.warning("%s: %s; its keywords are left out", shown, error)
         tokens = ()
     heatmaps = zip(feedback.HEATMAPS, example["heatmaps"], example["heatmap_weights"], strict=True)
     scores = zip(feedback.SCORES, example["scores"], example["score_weights"], strict=True)

@@ -17,10 +17,10 @@ ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
 # imports, and what of the project besides `errors` and `feedback`. A line may name only rooms above it, so
 # imports point one way. What is allowed is what is used: a line that allows more fails, too.
 RULES = """
-errors             |                |
+foreign_text       |                |
+errors             |                | foreign_text
 feedback           |                |
 checksums          |                |
-foreign_text       |                |
 shapes             | jax            |
 network            | jax            | shapes
 costs              | jax            |
@@ -90,7 +90,7 @@ HEAVY = {
     "torch": {"torch", "transformers", "diffusers"},
 }
 # What needs numpy alone.
-BARE = {"errors", "feedback"}
+BARE = {"errors", "feedback", "foreign_text"}
 
 
 def needs_tensorflow(name: str) -> bool:

@@ -31,7 +31,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 import tasks  # noqa: F401 (registers them)
-from richhf_jax import augmentation, feedback, input_pipeline, writing
+from richhf_jax import augmentation, errors, feedback, input_pipeline, writing
 from richhf_jax.benchmarks import noisy_scenes
 from richhf_jax.datasets.rich_hf_18k import builder
 
@@ -137,6 +137,7 @@ def _resident_bytes() -> int:
     return int(pages) * resource.getpagesize()
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(

@@ -16,7 +16,6 @@ import itertools
 import json
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -158,6 +157,7 @@ def measure(name: str, batch_size: int, turns: int) -> dict[str, float]:
     return dict(zip(names, map(statistics.median, zip(*rates, strict=True)), strict=True))
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
@@ -174,10 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated; default: all")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args(arguments)
-    try:
-        figures = {name: measure(name, options.batch_size, options.turns) for name in options.case or CASES}
-    except errors.UserError as error:
-        sys.exit(str(error))
+    figures = {name: measure(name, options.batch_size, options.turns) for name in options.case or CASES}
     devices = jax.local_devices()
     print(f"{len(devices)} x {devices[0].device_kind}, batches of {options.batch_size}, images/s (/ bare)")
     names = list(next(iter(figures.values())))

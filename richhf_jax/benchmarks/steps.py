@@ -298,24 +298,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@errors.command("richhf_jax.benchmarks.steps")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        options = parser.parse_args(gin_utils.rewrite_gin_args(arguments))
-        if options.json and not options.json.parent.is_dir():
-            parser.error(f"--json: there is no folder {options.json.parent}")
-        if min(options.batch_size, options.steps) < 1:
-            parser.error("--batch_size and --steps must be at least 1")
-        rows = []
-        for variant in TRAIN_SLOTS if options.variant == "both" else [options.variant]:
-            model = make_model(options.preset, variant, options.gin_bindings)
-            rows += measure_variant(model, options.batch_size, options.steps, options.torch)
-            print(describe(rows[-2]), describe(rows[-1]), sep="\n", flush=True)
-            gc.collect()  # The next variant needs the memory.
-    except errors.UserError as error:
-        sys.exit(f"richhf_jax.benchmarks.steps: {error}")
+    options = parser.parse_args(gin_utils.rewrite_gin_args(arguments))
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
+    if min(options.batch_size, options.steps) < 1:
+        parser.error("--batch_size and --steps must be at least 1")
+    rows = []
+    for variant in TRAIN_SLOTS if options.variant == "both" else [options.variant]:
+        model = make_model(options.preset, variant, options.gin_bindings)
+        rows += measure_variant(model, options.batch_size, options.steps, options.torch)
+        print(describe(rows[-2]), describe(rows[-1]), sep="\n", flush=True)
+        gc.collect()  # The next variant needs the memory.
     if options.json:
         content = {**_setting(options, cast(rahf.Rahf, model.module)), "steps": rows}
         writing.write(options.json, json.dumps(content, indent=2) + "\n")

@@ -14,6 +14,9 @@ The number of each kind follows two rules:
  2. A share of them (--photorealistic_share) is photo-realistic, the same number in each category. If a
     category has too few of either sort, the others make up for it as far as they can; rule 1 still holds.
 
+SUBSET.csv has the same columns. Ids stay as they are, for programs to read. A spreadsheet would take those
+that begin with = + - or @ for formulas: import them as text. The command says if there are any.
+
 The images drawn are those with the smallest hashes of seed and id. So the same seed draws the same images,
 whatever the order of the rows. Memory: a few dozen bytes per row of the table, and the ids drawn.
 """
@@ -34,7 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, foreign_text, writing
 from richhf_jax.datasets.attributes import CATEGORIES
 
 COLUMNS = ID, PHOTOREALISTIC, CATEGORY = ("id", "photorealistic", "category")
@@ -189,6 +192,8 @@ def _read(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
                 raise errors.UserError(f"{_where(path, number)}: {error}") from None
     except OSError as error:
         raise errors.UserError(f"{path}: {error.strerror or error}") from None
+    except csv.Error as error:
+        raise errors.UserError(f"{path}: broken CSV: {error}") from None
     except UnicodeDecodeError as error:
         raise errors.UserError(f"{path}: this isn't UTF-8 text: {error.reason}") from None
 
@@ -208,7 +213,7 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise errors.UserError(f"{path}:{number}: broken JSON: {error}") from None
             if not isinstance(row, dict):
                 raise errors.UserError(f"{path}:{number}: a line must be a JSON object")
@@ -225,12 +230,13 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
                     yield number, row
                     number += 1
     except pa.ArrowInvalid as error:
-        raise errors.UserError(f"{path}: {error}") from None
+        raise errors.UserError(foreign_text.for_terminal(f"{path}: {error}")) from None
 
 
 def _check_columns(path: pathlib.Path, names: Sequence[str]) -> None:
     if missing := [name for name in COLUMNS if name not in names]:
-        raise errors.UserError(f"{path}: there is no column {missing[0]}, only {', '.join(names) or 'none'}")
+        found = foreign_text.for_terminal(", ".join(names))
+        raise errors.UserError(f"{path}: there is no column {missing[0]}, only {found or 'none'}")
 
 
 def _parse(row: dict) -> tuple[str, int]:
@@ -243,6 +249,10 @@ def _parse(row: dict) -> tuple[str, int]:
         raise ValueError(f"there is no {missing[0]}")
     if row[ID] is None or row[ID] == "":
         raise ValueError("the id is empty")
+    try:
+        str(row[ID]).encode()
+    except UnicodeEncodeError:  # JSON may hold half a character.
+        raise ValueError(f"the id {row[ID]!r} can't be written as UTF-8") from None
     values = [
         str("" if row[name] is None else row[name]).strip().lower() for name in (PHOTOREALISTIC, CATEGORY)
     ]
@@ -282,6 +292,7 @@ def write(subset: Subset, out: pathlib.Path) -> None:
         writing.write(out, text.getvalue())
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -307,14 +318,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--count must be at least 1")
     if not 0 <= options.photorealistic_share <= 1:
         parser.error("--photorealistic_share must be 0 to 1")
-    try:
-        subset = draw(options.attributes, options.count, options.photorealistic_share, options.seed)
-        write(subset, options.out)
-    except errors.UserError as error:
-        sys.exit(str(error))
+    subset = draw(options.attributes, options.count, options.photorealistic_share, options.seed)
+    write(subset, options.out)
     print(format_cells(subset, options.photorealistic_share))
     if subset.unknown:
         print(f"{subset.unknown:,} rows without an attribute were left out")
+    if formulas := sum(foreign_text.is_formula(image_id) for image_id, _, _ in subset.rows):
+        print(
+            f"{formulas:,} ids look like formulas: if a spreadsheet opens {options.out}, import id as text",
+            file=sys.stderr,
+        )
     print(f"{options.out}: {len(subset.rows):,} images, {subset.drawn[:, 1].sum():,} photo-realistic")
 
 

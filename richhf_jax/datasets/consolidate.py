@@ -189,6 +189,7 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
     return Summary(collections.Counter(map(len, groups)), lines=len(good), skipped=skipped)
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -206,10 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="at a bad line: stop and write nothing (default), or leave the line out and list it",
     )
     options = parser.parse_args(arguments)
-    try:
-        summary = consolidate_file(options.raw, options.out, options.on_error)
-    except errors.UserError as error:
-        sys.exit(str(error))
+    summary = consolidate_file(options.raw, options.out, options.on_error)
     for line in summary.skipped:
         print(f"skipped {line}", file=sys.stderr)
     print(f"{options.out}: {summary}")

@@ -10,7 +10,6 @@ The answers are raw ratings (`ratings.py`).
 import argparse
 import math
 import pathlib
-import sys
 
 import numpy as np
 
@@ -149,6 +148,7 @@ def raw_lines(config: scenes.SceneConfig, name: str, truth: scenes.SceneTruth) -
     return [rate(config, name, truth, rater_id).to_json() for rater_id in LEANINGS]
 
 
+@errors.command()
 def main() -> None:
     """Writes raw ratings, e.g. to try `richhf_jax.datasets.consolidate` on."""
     parser = argparse.ArgumentParser(
@@ -160,17 +160,14 @@ def main() -> None:
     parser.add_argument("--config", choices=sorted(scenes.CONFIGS), default="default")
     options = parser.parse_args()
     config = scenes.CONFIGS[options.config]
-    try:
-        with (
-            writing.explained_disk_errors(options.out),
-            writing.atomic(options.out) as new,
-            new.open("w", encoding="utf-8") as out,
-        ):
-            for index in range(options.num):
-                name = scenes.filename("train", index)
-                out.writelines(f"{line}\n" for line in raw_lines(config, name, scenes.truth(name, config)))
-    except errors.UserError as error:
-        sys.exit(str(error))
+    with (
+        writing.explained_disk_errors(options.out),
+        writing.atomic(options.out) as new,
+        new.open("w", encoding="utf-8") as out,
+    ):
+        for index in range(options.num):
+            name = scenes.filename("train", index)
+            out.writelines(f"{line}\n" for line in raw_lines(config, name, scenes.truth(name, config)))
 
 
 if __name__ == "__main__":

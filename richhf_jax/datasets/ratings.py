@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from richhf_jax import feedback
+from richhf_jax import feedback, foreign_text
 from richhf_jax.inputs import images
 
 _POINT_RADIUS = re.compile(r"height/(\d+(?:\.\d+)?)")
@@ -133,7 +133,7 @@ def read_ratings(lines: Iterable[str | bytes]) -> Iterator[tuple[int, Rating | R
 
 
 def _show(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = foreign_text.for_terminal(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -10,7 +10,6 @@ index describes are scanned. The index of data that something else built is writ
 import argparse
 import concurrent.futures
 import io
-import sys
 import zipfile
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from richhf_jax import writing
+from richhf_jax import errors, foreign_text, writing
 from richhf_jax.datasets import tfrecord
 
 INDEX_NAME = "record_offsets.npz"
@@ -135,6 +134,7 @@ def _known_offsets(path: epath.Path, index: dict[str, tuple[int, np.ndarray]]) -
     return record_offsets(path)
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         write_index(folder)
     except (OSError, ValueError) as error:
-        sys.exit(str(error))
+        raise errors.UserError(foreign_text.for_terminal(str(error))) from error
     print(epath.Path(folder) / INDEX_NAME)
 
 

@@ -25,7 +25,6 @@ import io
 import json
 import os
 import pathlib
-import sys
 import tarfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -366,6 +365,7 @@ def write(out: pathlib.Path, examples: int = 24, image_size: int = 64) -> None:
         write_web(folder / "web", make_web_pairs(examples, image_size))
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -384,10 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
-    try:
-        write(options.out, options.examples, options.image_size)
-    except errors.UserError as error:
-        sys.exit(str(error))
+    write(options.out, options.examples, options.image_size)
     print(f"{options.out}: {options.examples} images of {options.image_size} pixels in every source's form")
 
 

@@ -19,7 +19,6 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -101,6 +100,7 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
         print(place)
 
 
+@errors.command("export")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
@@ -121,11 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)  # Orbax warns of missing files that a checkpoint doesn't need.
-    try:
-        with writing.explained_disk_errors(options.out, also=(safetensors.SafetensorError,)):
-            export(options.checkpoint, options.to, options.out, options.dtype)
-    except errors.UserError as error:
-        sys.exit(f"export: {error}")
+    with writing.explained_disk_errors(options.out, also=(safetensors.SafetensorError,)):
+        export(options.checkpoint, options.to, options.out, options.dtype)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@errors.command("predict")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits the process."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns of missing files that a checkpoint doesn't need.
@@ -180,8 +181,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with writing.explained_disk_errors(options.out, _WRITTEN_STAYS):
             sys.exit(run(options))
-    except errors.UserError as error:
-        sys.exit(f"predict: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command continues the run", file=sys.stderr)
         sys.exit(_STOPPED)

@@ -13,13 +13,12 @@ import argparse
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import sentencepiece
 from etils import epath
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, foreign_text, writing
 from richhf_jax.datasets.describe import sources, text
 from richhf_jax.datasets.describe.statistics import Record, Statistics
 
@@ -103,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
@@ -110,20 +110,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.length is not None and not options.vocabulary:
         parser.error("--length needs --vocabulary")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
-    try:
-        count_tokens = token_counter(options.vocabulary) if options.vocabulary else None
-        if options.dataset:
-            title = f"{options.dataset}, {options.split}"
-            records = sources.tfds_records(options.dataset, options.data_dir, options.split)
-        elif options.labels:
-            title, records = ", ".join(map(str, options.labels)), sources.label_records(options.labels)
-        else:
-            title, records = str(options.raw), sources.raw_records(options.raw)
-        summary = describe(records, Statistics(count_tokens, options.length))
-        print(text.format_summary(title, summary))
-        _outputs(options, title, summary)
-    except errors.UserError as error:
-        sys.exit(str(error))
+    count_tokens = token_counter(options.vocabulary) if options.vocabulary else None
+    if options.dataset:
+        title = f"{options.dataset}, {options.split}"
+        records = sources.tfds_records(options.dataset, options.data_dir, options.split)
+    elif options.labels:
+        title, records = ", ".join(map(str, options.labels)), sources.label_records(options.labels)
+    else:
+        title, records = str(options.raw), sources.raw_records(options.raw)
+    title = foreign_text.for_terminal(title)
+    summary = describe(records, Statistics(count_tokens, options.length))
+    print(text.format_summary(title, summary))
+    _outputs(options, title, summary)
 
 
 if __name__ == "__main__":

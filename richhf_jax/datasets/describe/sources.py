@@ -8,7 +8,7 @@ from typing import Any
 
 import tqdm
 
-from richhf_jax import errors, feedback
+from richhf_jax import errors, feedback, foreign_text
 from richhf_jax.datasets import consolidate, ratings
 from richhf_jax.datasets.describe.statistics import Record
 from richhf_jax.datasets.rich_hf_18k import labels
@@ -62,8 +62,9 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
         raise errors.UserError(f"{builder.data_path}: {dataset} isn't built there, see --data_dir")
     features = builder.info.features
     if not {feedback.PROMPT_FIELD, feedback.FILENAME_FIELD} & set(features):
+        found = foreign_text.for_terminal(", ".join(features))
         raise errors.UserError(
-            f"{dataset} has only {', '.join(features)}; a data set with {feedback.FILENAME_FIELD} or"
+            f"{dataset} has only {found}; a data set with {feedback.FILENAME_FIELD} or"
             f" {feedback.PROMPT_FIELD} is needed"
         )
     encoded = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -75,13 +76,14 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
         )
         total = builder.info.splits[split].num_examples
     except ValueError as error:  # TFDS's message names the splits.
-        raise errors.UserError(f"{dataset}: {error}") from None
+        raise errors.UserError(foreign_text.for_terminal(f"{dataset}: {error}")) from None
     progress = tqdm.tqdm(tfds.as_numpy(examples), total=total, unit=" records", disable=None)
     try:
         for number, example in enumerate(progress):
             yield _record(example, f"record {number}")
     except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
-        raise errors.UserError(f"{builder.data_path}: {error.message}; build {dataset} again") from None
+        message = foreign_text.for_terminal(f"{builder.data_path}: {error.message}")
+        raise errors.UserError(f"{message}; build {dataset} again") from None
 
 
 def label_records(paths: Sequence[pathlib.Path]) -> Iterator[Record]:

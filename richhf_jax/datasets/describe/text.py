@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from richhf_jax import foreign_text
 from richhf_jax.datasets.describe.statistics import LIKERT_STEPS, SCORE_STEPS
 
 # Problems and sizes that are printed; the JSON has more.
@@ -149,7 +150,10 @@ def problems(summary: Mapping) -> dict[str, Mapping]:
 def _problems(summary: Mapping) -> list[str]:
     texts = []
     for name, listed in problems(summary).items():
-        lines = [f"{listed['count']:,} {name}", *(f"  {record}" for record in listed["first"][:SHOWN])]
+        lines = [
+            f"{listed['count']:,} {name}",
+            *(f"  {foreign_text.for_terminal(record)}" for record in listed["first"][:SHOWN]),
+        ]
         if listed["count"] > SHOWN:
             lines.append("  ...")
         texts.append("\n".join(lines))

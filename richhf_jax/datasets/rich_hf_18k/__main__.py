@@ -125,6 +125,7 @@ def build(options: argparse.Namespace) -> None:
     print(f"{builder.info.full_name}: {sizes}; {builder.data_path}\n{work_dir} may be deleted")
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -167,8 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with writing.explained_disk_errors(options.data_dir):
             build(options)
-    except errors.UserError as error:
-        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command continues behind the last finished shard.")
 

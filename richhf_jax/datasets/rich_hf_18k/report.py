@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
-from richhf_jax import feedback
+from richhf_jax import feedback, foreign_text
 from richhf_jax.datasets.rich_hf_18k.join import State
 from richhf_jax.datasets.rich_hf_18k.labels import SPLITS, Index, write_json
 
@@ -75,7 +75,7 @@ class Report:
         }
         for name, content in lists.items():
             lines.append(f"{name}: {len(content)}")
-            lines += [f"    {text}" for text in content[:_SHOWN]]
+            lines += [f"    {foreign_text.for_terminal(text)}" for text in content[:_SHOWN]]
             if len(content) > _SHOWN:
                 lines.append("    ...")
         scores = ", ".join(f"{count} {field}" for field, count in sorted(self.missing_scores.items()))

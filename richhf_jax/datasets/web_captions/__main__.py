@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@errors.command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = _parser().parse_args(arguments)
@@ -88,8 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         inputs = {split: shards.find(named) for split, named in patterns.items() if named}
         print(build.build(inputs, given.data_dir, options, given.processes, given.skip_bad_shards))
-    except errors.UserError as error:
-        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command continues from here.")
 
