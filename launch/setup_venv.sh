@@ -1,8 +1,9 @@
 # Functions that the scripts share: they make one virtual environment for all, .venv in the repository.
 # shellcheck shell=bash
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
+[[ $venv == /* ]] || venv=$PWD/$venv
 
 die() {
   echo "$(basename "$0"): $*" >&2
@@ -17,8 +18,9 @@ usable_python() {
 
 # find_python: prints the command of a usable Python.
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+  local candidate candidates=(python3 python3.13 python3.12 python3.11)
+  if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
     if usable_python "$candidate" ensurepip; then
       echo "$candidate"
       return

@@ -158,6 +158,19 @@ def test_mistakes(venv, args, message):
     assert commands == []
 
 
+def test_paths_may_hold_spaces_and_cd_goes_nowhere_else(venv, monkeypatch):
+    (venv.parent / "my python").mkdir()
+    python = (venv / "bin/python").rename(venv.parent / "my python/python")
+    monkeypatch.setenv("CDPATH", str(LAUNCH.parent))
+    _, output, commands = launch("quickstart.sh", venv, f"--python={python}")
+    assert commands[:2] == ["--version", f"-m venv --clear {venv}"], output
+    shown = subprocess.run(
+        ["bash", "-c", 'source launch/setup_venv.sh && echo "$root $venv"'],
+        cwd=LAUNCH.parent, env=os.environ | {"VENV": "a b"}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert shown == f"{LAUNCH.parent} {LAUNCH.parent}/a b\n"
+
+
 def lint(tool: str, *args: str, stdin: str = "") -> str:
     """Returns the output of a linter of the test packages."""
     command = [str(TOOLS / tool), *args]

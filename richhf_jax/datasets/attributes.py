@@ -92,8 +92,8 @@ def load_vqa(name: str) -> Vqa:
     Raises:
       errors.UserError: there is no such model or function.
     """
-    module, colon, rest = name.partition(":")
-    if not colon or not rest:
+    module, _, rest = name.partition(":")
+    if not module or not rest or module.startswith("."):
         raise errors.UserError(f"--vqa must be transformers:MODEL or MODULE:FUNCTION, got {name!r}")
     if module == "transformers":
         return transformers_vqa(rest)
@@ -210,7 +210,7 @@ def finished_ids(out: pathlib.Path) -> set[str]:
     if not out.exists():
         return set()
     done, end = set(), 0
-    with out.open("r+b") as file:
+    with writing.explained_disk_errors(out, "Name another --out"), out.open("r+b") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break

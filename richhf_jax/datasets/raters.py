@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=100, metavar="IMAGES", help="default: 100")
     parser.add_argument("--config", choices=sorted(scenes.CONFIGS), default="default")
     options = parser.parse_args()
+    if options.num < 1:
+        parser.error("--num must be at least 1")
     config = scenes.CONFIGS[options.config]
     with (
         writing.explained_disk_errors(options.out),

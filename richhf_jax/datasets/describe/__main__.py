@@ -33,7 +33,8 @@ def token_counter(path: str) -> Callable[[str], int]:
       errors.UserError: there is no such model.
     """
     try:
-        vocabulary = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
+        vocabulary = sentencepiece.SentencePieceProcessor()
+        vocabulary.LoadFromSerializedProto(epath.Path(path).read_bytes())
     except (OSError, RuntimeError) as error:
         raise errors.UserError(f"--vocabulary: {path}: no SentencePiece model: {error}") from None
     return lambda prompt: len(vocabulary.encode(prompt)) + 1
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--length needs --vocabulary")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
     count_tokens = token_counter(options.vocabulary) if options.vocabulary else None
-    if options.dataset:
+    if options.dataset is not None:
         title = f"{options.dataset}, {options.split}"
         records = sources.tfds_records(options.dataset, options.data_dir, options.split)
     elif options.labels:
