@@ -7,13 +7,14 @@ synthetic prompts and of the task strings is one piece, and so is the misaligned
 piece is spelled in characters or bytes, so that any text (other scripts, emoji) comes back exactly.
 """
 
+import argparse
 import io
-import sys
 import tempfile
+from collections.abc import Sequence
 
 import sentencepiece
 
-from richhf_jax import feedback, preprocessors, writing
+from richhf_jax import errors, feedback, preprocessors, writing
 from richhf_jax.datasets import prompts
 from tasks import vocabulary
 
@@ -78,12 +79,16 @@ def _train(corpus: list[str], model: io.BytesIO, rules_path: str) -> None:
     )
 
 
-def main(argv: list[str]) -> None:
+@errors.command()
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the model to the given path, or over the shipped one."""
-    path = argv[1] if len(argv) > 1 else vocabulary.SMALL_MODEL
-    writing.write(path, train())
+    parser = argparse.ArgumentParser(prog="python -m tasks.train_vocabulary")
+    parser.add_argument("out", nargs="?", default=vocabulary.SMALL_MODEL, metavar="OUT.model")
+    path = parser.parse_args(arguments).out
+    with writing.explained_disk_errors(path):
+        writing.write(path, train())
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    main()

@@ -33,16 +33,16 @@ pixels             |                |
 writing            |                |
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
-datasets           | tensorflow torch | inputs writing
+datasets           | tensorflow torch | foreign_text inputs writing
 benchmarks         | tensorflow     | datasets
-gin_utils          | tensorflow     | compilation_cache multihost writing
+gin_utils          | tensorflow     | compilation_cache foreign_text multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
 model_description  |                | models network pixels writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            |
-postprocessors     |                |
+postprocessors     |                | foreign_text
 preprocessors      | tensorflow     | augmentation
 feature_converters | tensorflow     | preprocessors
 input_pipeline     | tensorflow     | datasets feature_converters preprocessors

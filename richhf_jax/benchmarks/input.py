@@ -167,11 +167,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tfds.disable_progress_bar()
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: there is no folder {options.json.parent}")
+    if min(options.examples, options.batch_size) < 1 or options.seconds <= 0:
+        parser.error("--examples and --batch_size must be at least 1, --seconds above 0")
+    if not 64 <= options.image_size <= 512:
+        parser.error("--image_size must be 64 to 512")
     with tempfile.TemporaryDirectory() as temporary:
         data_dir = (
             options.data_dir or pathlib.Path(temporary)
         ) / f"{options.examples}_of_{options.image_size}"
-        noisy_scenes.write(data_dir, options.image_size, options.examples)
+        with writing.explained_disk_errors(data_dir):
+            noisy_scenes.write(data_dir, options.image_size, options.examples)
         figures = measure(
             data_dir, options.image_size, options.batch_size, options.seconds, not options.no_augmentation
         )

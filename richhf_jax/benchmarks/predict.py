@@ -174,6 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated; default: all")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args(arguments)
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
+    if min(options.batch_size, options.turns) < 1:
+        parser.error("--batch-size and --turns must be at least 1")
     figures = {name: measure(name, options.batch_size, options.turns) for name in options.case or CASES}
     devices = jax.local_devices()
     print(f"{len(devices)} x {devices[0].device_kind}, batches of {options.batch_size}, images/s (/ bare)")

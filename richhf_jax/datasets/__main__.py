@@ -11,11 +11,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GP
 # that they start without TensorFlow.
 import tensorflow_datasets as tfds
 
+from richhf_jax import errors, writing
 from richhf_jax.datasets import records, scenes, synthetic_captions, synthetic_rich_hf
 
 BUILDERS = (synthetic_rich_hf.SyntheticRichHf, synthetic_captions.SyntheticCaptions)
 
 
+@errors.command()
 def main() -> None:
     """Builds the data sets that aren't there yet."""
     parser = argparse.ArgumentParser(
@@ -31,9 +33,10 @@ def main() -> None:
         if options.config not in builder_class.builder_configs:
             continue
         start = time.monotonic()
-        builder = builder_class(config=options.config, data_dir=options.data_dir)
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        records.write_index(builder.data_dir)
+        with writing.explained_disk_errors(options.data_dir or "~/tensorflow_datasets"):
+            builder = builder_class(config=options.config, data_dir=options.data_dir)
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+            records.write_index(builder.data_dir)
         sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
         print(f"{builder.info.full_name}: {sizes}; {time.monotonic() - start:.0f} s; {builder.data_dir}")
 

@@ -12,7 +12,7 @@ VOCABULARY = vocabulary.ConfiguredVocabulary()
 
 
 def test_shipped_model_is_what_the_script_trains(tmp_path):
-    train_vocabulary.main(["train_vocabulary", str(tmp_path / "again.model")])
+    train_vocabulary.main([str(tmp_path / "again.model")])
     again = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "again.model"))
     shipped = sentencepiece.SentencePieceProcessor(model_file=vocabulary.SMALL_MODEL)
     pieces = [[model.id_to_piece(i) for i in range(model.get_piece_size())] for model in (again, shipped)]
