@@ -42,7 +42,6 @@ from PIL import Image
 
 from richhf_jax import errors, foreign_text, writing
 from richhf_jax.inputs import images as image_files
-from richhf_jax.inputs import record
 
 CATEGORIES = ("human", "animal", "object", "indoor scene", "outdoor scene")
 PHOTOREALISTIC_QUESTION = "Is the image photorealistic?"
@@ -156,11 +155,8 @@ def _read_folder(folder: pathlib.Path, done: set[str]) -> Iterator[tuple[str, by
         raise errors.UserError(f"{folder}: no {', '.join(EXTENSIONS)} or .parquet file there")
     by_id = {}
     for path in paths:
-        if (first := by_id.setdefault(record.printable(path.stem), path)) != path:
-            raise errors.UserError(
-                f"{foreign_text.for_terminal(str(path))}: its id, the name without ending, is also that of"
-                f" {foreign_text.for_terminal(str(first))}"
-            )
+        if (first := by_id.setdefault(path.stem, path)) != path:
+            raise errors.UserError(f"{path}: its id, the name without ending, is also that of {first}")
     for image_id, path in tqdm.tqdm(by_id.items(), unit=" images", disable=None):
         if image_id not in done:
             yield image_id, path.read_bytes()
@@ -172,8 +168,7 @@ def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes
         with pq.ParquetFile(path) as file:
             pairs = _columns(path, file.schema_arrow.names)
             ids = [name for name, _ in pairs]
-            name = foreign_text.for_terminal(path.name)
-            groups = tqdm.tqdm(range(file.num_row_groups), name, unit=" row groups", disable=None)
+            groups = tqdm.tqdm(range(file.num_row_groups), path.name, unit=" row groups", disable=None)
             for group in groups:
                 known = file.read_row_group(group, ids)
                 if all(set(map(str, known[name].to_pylist())) <= done for name in ids):
@@ -190,7 +185,7 @@ def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes
                         if str(row[image_id]) not in done
                     )
     except (OSError, pa.ArrowInvalid) as error:
-        raise errors.UserError(foreign_text.for_terminal(f"{path}: {error}")) from None
+        raise errors.UserError(f"{path}: {error}") from None
 
 
 def _columns(path: pathlib.Path, names: Sequence[str]) -> Sequence[tuple[str, str]]:
@@ -216,7 +211,7 @@ def finished_ids(out: pathlib.Path) -> set[str]:
                 break
             try:
                 done.add(json.loads(line)["id"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 raise errors.UserError(
                     f"{out}:{number}: this isn't a line of a table of attributes"
                 ) from None
@@ -344,8 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = finished_ids(options.out)
     report = make_table(read_images(options.images, done), options.out, vqa, options.batch_size)
     for row in report.first_unknown:
-        shown = foreign_text.for_terminal(json.dumps(row, ensure_ascii=False))
-        print(f"no attribute: {shown}", file=sys.stderr)
+        text = foreign_text.for_terminal(json.dumps(row, ensure_ascii=False))
+        print(f"no attribute: {text}", file=sys.stderr)
     where = f", see {errors_of(options.out)}" if report.undecodable else ""
     print(
         f"{options.out}: {len(done):,} images were there, {report.rows:,} added; {report.unknown:,} of these"
