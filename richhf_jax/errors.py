@@ -21,10 +21,13 @@ def command(name: str = "") -> Iterator[None]:
 
     A UserError ends the program with its message on stderr and exit code 1. Control characters in it become
     escapes. So do characters on stdout that its encoding lacks: no locale ends a command in a traceback.
+    But Python reads file names by the locale, so one that isn't UTF-8 gets a warning.
 
     Args:
       name: the program's name, to begin the message with; "" for none.
     """
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        print(f"file names are read as {encoding}; if they are UTF-8, set PYTHONUTF8=1", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -42,6 +42,7 @@ def test_commands_in_a_locale_of_ascii(tmp_path):
     assert b"1 images (1 with 3 raters)" in result.stdout
     assert rb"PLCC \u2191" in result.stdout
     assert b"1 ids look like formulas" in result.stderr
+    assert b"set PYTHONUTF8=1" in result.stderr
     with (tmp_path / "b.csv").open(encoding="utf-8", newline="") as file:
         assert {row["id"] for row in csv.DictReader(file)} == {"=猫", "ü"}
     assert json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))["records"] == 1

@@ -36,9 +36,10 @@ def test_kinds_without_label_are_absent():
 
 
 def test_labels_that_do_not_fit_leave_no_tokens_and_are_named(caplog):
-    target = postprocessors.target(task_example(**{feedback.KEYWORDS_FIELD: b"1 0"}))
+    fields = {feedback.KEYWORDS_FIELD: b"1 0", feedback.FILENAME_FIELD: b"train/1\x1b[31m.png"}
+    target = postprocessors.target(task_example(**fields))
     assert target.tokens == ()
-    assert "train/1.png: the prompt has 3 tokens but there are 2 labels" in caplog.text
+    assert r"train/1\x1b[31m.png: the prompt has 3 tokens but there are 2 labels" in caplog.text
 
 
 def test_output_of_a_model_is_left_as_it_is():

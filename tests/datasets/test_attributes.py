@@ -232,6 +232,8 @@ def test_a_model_that_does_not_answer(answers):
     ("name", "message"),
     [
         ("blip", "--vqa must be transformers:MODEL or MODULE:FUNCTION, got 'blip'"),
+        (".vqa:answer", "--vqa must be transformers:MODEL or MODULE:FUNCTION, got '.vqa:answer'"),
+        (":answer", "--vqa must be transformers:MODEL or MODULE:FUNCTION, got ':answer'"),
         ("no_such_module:answer", "--vqa=no_such_module:answer: No module named 'no_such_module'"),
         ("json:answer", "--vqa=json:answer: module 'json' has no attribute 'answer'"),
     ],
@@ -254,6 +256,8 @@ def test_command_line_with_a_function_of_ones_own(folder, tmp_path, monkeypatch,
         f" see {out}.errors.jsonl\n"
     )
     assert printed.err.count("no attribute: ") == 5
+    with pytest.raises(SystemExit, match="Is a directory. Name another --out"):
+        attributes.main([f"--images={folder}", f"--out={tmp_path}", "--vqa=my_vqa:answer"])
     with pytest.raises(SystemExit, match="no/table.jsonl: No such file or directory"):
         attributes.main([f"--images={folder}", f"--out={tmp_path / 'no/table.jsonl'}", "--vqa=my_vqa:answer"])
 

@@ -226,6 +226,21 @@ def test_command_line(tmp_path, capsys):
     assert balance.draw(out, 60).rows == expected
 
 
+def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(tmp_path, capsys):
+    ids = ["=1+1", "-a", "b"]
+    rows = [{"id": name, "photorealistic": True, "category": "human"} for name in ids]
+    table, out = write_table(tmp_path / "table.jsonl", rows), tmp_path / "subset.csv"
+    balance.main([f"--attributes={table}", f"--out={out}", "--count=3"])
+    assert sorted(row[0] for row in balance.draw(out, 3).rows) == sorted(ids)
+    assert "2 ids look like formulas" in capsys.readouterr().err
+
+
+def test_a_message_shows_columns_on_one_line(tmp_path):
+    table = write_table(tmp_path / "table.csv", [{"id": "a", "x\n\x1b[31m": 1}])
+    with pytest.raises(SystemExit, match=r"no column photorealistic, only id, x\\n\\x1b\[31m$"):
+        balance.main([f"--attributes={table}", f"--out={tmp_path / 'o.csv'}", "--count=1"])
+
+
 def test_too_few_and_nothing_is_written(tmp_path):
     table, out = write_table(tmp_path / "table.csv", make_rows()), tmp_path / "subset.csv"
     out.write_text("mine")

@@ -160,6 +160,7 @@ BAD_LINES = [
     (line(image_size={"width": 50, "height": 0}), "image_size.height must be 1 to 8192, got 0"),
     (line(prompt=", ."), "has no tokens"),
     (line(prompt=None), "prompt must be a string, got null"),
+    (line(prompt=["\x9b31m\u2028"]), r'prompt must be a string, got ["\x9b31m\u2028"]'),
     (line(image_id="\ud800"), "image_id can't be written as UTF-8"),
     (without("tool_version"), "tool_version is missing"),
     (line(point_radius="width/20"), 'point_radius must be "height/N"'),

@@ -359,16 +359,30 @@ def test_text_is_aligned():
             ["--raw=empty.jsonl", "--vocabulary=empty.jsonl"],
             "--vocabulary: empty.jsonl: no SentencePiece model",
         ),
+        (["--raw=empty.jsonl", "--vocabulary=zero"], "--vocabulary: zero: no SentencePiece model"),
+        (["--dataset=", "--data_dir=none"], "none: there is no data set"),
         (["--raw=raw.jsonl", "--json=no/such/folder.json"], "no/such/folder.json: No such file or directory"),
     ],
 )
 def test_mistakes_end_with_a_message(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("empty.jsonl").write_text("\n", encoding="utf-8")
+    pathlib.Path("zero").touch()
     pathlib.Path("raw.jsonl").write_bytes((folder / "raw/dev.jsonl").read_bytes())
     with pytest.raises(SystemExit) as exit_info:
         describe.main(arguments)
     assert message in str(exit_info.value)
+
+
+def test_hostile_text_is_shown_not_run():
+    hostile = "</li><script>alert(1)</script>\"'>\x1b[31m\n# b $\\foo$"
+    summary = summarise(scored(hostile, math.nan))
+    html = page.make_page(hostile, summary)
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") == 6  # In the title, the heading and four lists of problems.
+    printed = text.format_summary("title", summary)
+    assert printed.count(r"\x1b[31m\n# b") == 4
+    assert Image.open(io.BytesIO(figure.make_png("a $\\foo$", summary))).width
 
 
 def test_matplotlib_and_jax_stay_out(folder):
