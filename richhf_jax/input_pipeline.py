@@ -25,7 +25,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from richhf_jax import datasets, errors, feedback, preprocessors
+from richhf_jax import datasets, errors, feedback, foreign_text, preprocessors
 from richhf_jax.datasets import records, tfrecord
 from richhf_jax.feature_converters import RahfFeatureConverter
 
@@ -109,7 +109,7 @@ def get_dataset(
 
 
 def example_names(cfg: DatasetConfig, batch: int) -> list[str]:
-    """Names the examples of a batch, over all hosts: '<task>: <file name>'.
+    """Names the examples of a batch, over all hosts: '<task>: <file name>', one line each.
 
     Args:
       cfg: what is read.
@@ -124,7 +124,7 @@ def example_names(cfg: DatasetConfig, batch: int) -> list[str]:
         return examples.map(lambda example: task.name + ": " + example[feedback.FILENAME_FIELD])
 
     dataset = _deterministic(_stream(cfg, positions, names))
-    return [name.decode() for name in dataset.as_numpy_iterator()]
+    return [foreign_text.for_terminal(name.decode()) for name in dataset.as_numpy_iterator()]
 
 
 def data_shapes(

@@ -1,5 +1,6 @@
 """The command line of entry points: a small program in a package of its own, run as users run ours."""
 
+import logging
 import os
 import pathlib
 import re
@@ -270,3 +271,8 @@ def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "MODEL_DIR = '/nowhere'" in result.stdout
+
+
+def test_a_logged_text_acts_on_no_terminal():
+    record = logging.makeLogRecord({"msg": "%s:\n%s", "args": ("a\x1b[31m", "b\x9b")})
+    assert gin_utils._Formatter("%(message)s").format(record) == "a\\x1b[31m:\nb\\x9b"

@@ -45,7 +45,7 @@ partitioning       | jax            |
 postprocessors     |                | foreign_text
 preprocessors      | tensorflow     | augmentation
 feature_converters | tensorflow     | preprocessors
-input_pipeline     | tensorflow     | datasets feature_converters preprocessors
+input_pipeline     | tensorflow     | datasets feature_converters foreign_text preprocessors
 tasks              | tensorflow     | datasets input_pipeline metrics postprocessors preprocessors
                                       writing
 torch_twin         | torch          | network
