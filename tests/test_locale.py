@@ -54,17 +54,18 @@ def calls_without_encoding(tree: ast.AST) -> list[int]:
     Ruff's PLW1514 sees `open` and paths whose type it knows.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    place = {"read_text": 1, "write_text": 2}
     return [
         node.lineno
         for node in calls
         if isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("read_text", "write_text")
+        and len(node.args) < place.get(node.func.attr, 0)
         and all(word.arg != "encoding" for word in node.keywords)
     ]
 
 
 def test_calls_without_encoding():
-    code = "f(p).read_text()\nq.write_text(a, encoding='utf-8')\nq.write_text(a)\nq.read_bytes()"
+    code = "f(p).read_text()\nq.write_text(a, encoding='utf-8')\nq.write_text(a)\nq.read_text('utf-8')"
     assert calls_without_encoding(ast.parse(code)) == [1, 3]
 
 
