@@ -35,7 +35,7 @@ def test_a_folder_by_path(tmp_path):
         "ﬁ.jpg",
         "😀.jpg",
     ]
-    others = {".hidden.jpg": b"", ".git/a.jpg": b"", "a/.b/c.jpg": b"", "README.md": b"", "x.tif": b""}
+    others = {".hidden.jpg": b"", ".git/a.jpg": b"", "a/.b/c.jpg": b"", "README.md": b"", "x.mp4": b""}
     texts = {f"{os.path.splitext(name)[0]}.txt": f"\ufeff {name}\r\n" for name in names}
     write(tmp_path, {**dict.fromkeys(reversed(names), b"I"), **others, **texts})
     assert names == sorted(names, key=str.encode)
