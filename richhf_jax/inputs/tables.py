@@ -32,7 +32,8 @@ LoadImage = Callable[[int, str, str], tuple[bytes, str]]
 def _own_csv() -> Any:
     """Imports the module behind `csv` once more: the limit of a field's size is global, and the user's."""
     spec = importlib.util.find_spec("_csv")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.field_size_limit(record.MAX_ROW)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -192,6 +193,8 @@ def test_cut_off_anywhere_is_either_whole_or_an_error(colours, image_format):
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
 def test_what_passes_with_a_changed_byte_can_be_decoded(colours, image_format, capfd):
     data = bytearray(encode(colours, image_format))
+    if image_format == "PNG":  # A changed text doesn't matter.
+        data = with_chunk(data, b"tEXt", b"key\0text")
     passed = 0
     for position in range(0, len(data), 3):
         changed = bytes([*data[:position], data[position] ^ 0x55, *data[position + 1 :]])
@@ -227,20 +230,25 @@ def test_no_image(data, message):
         images.checked(data)
 
 
-@pytest.mark.parametrize(
-    ("side", "message"),
-    [(10_000, "10000 x 10000 pixels; at most 8192"), (60_000, "too large: .*3600000000 pixels")],
-)
-def test_a_picture_too_large_is_refused_before_its_pixels_are_decoded(side, message, monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_picture_too_large_is_refused_before_it_is_opened(side, monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
     png = png_of(side, 3).replace(struct.pack(">II", side, 3), struct.pack(">II", side, side))
-    with pytest.raises(images.ImageError, match=message):
-        images.checked(png[:29] + struct.pack(">I", zlib.crc32(png[12:29])) + png[33:])
+    png = png[:29] + struct.pack(">I", zlib.crc32(png[12:29])) + png[33:]
+    with pytest.raises(images.ImageError, match=f"^{side} x {side} pixels; at most 8192 x 8192 are taken$"):
+        images.checked(png)
 
 
-def test_a_png_whose_text_inflates_to_gigabytes_is_refused(colours):
+def test_a_text_that_inflates_to_gigabytes_costs_nothing(colours):
     deflate = zlib.compressobj(9)
     text = b"".join(deflate.compress(bytes(1 << 20)) for _ in range(64)) + deflate.flush()
-    bomb = with_chunk(encode(colours, "PNG"), b"zTXt", b"comment\0\0" + text)
-    with pytest.raises(images.ImageError, match="Decompressed data too large"):
-        images.checked(bomb)
+    png = encode(colours, "PNG")
+    for key in (b"comment", b"XML:com.adobe.xmp", b"Raw profile type exif"):
+        bomb = with_chunk(png, b"zTXt", key + b"\0\0" + text)
+        tracemalloc.start()
+        try:
+            assert images.checked(bomb) == png
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 4 << 20
