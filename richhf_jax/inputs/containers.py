@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 # Largest side of an image, in pixels.
 MAX_SIDE = 8192
-# Scans of a JPEG; each costs a pass over the whole picture. Progressive files have about 10.
-MAX_SCANS = 64
+# Pixels of a JPEG times its scans, each of which costs a pass over the whole picture. This is 32 scans of
+# MAX_SIDE x MAX_SIDE pixels; progressive files have about 10, and 24 at most (libjpeg's jpeg_simple_progression).
+MAX_SCANNED_PIXELS = 1 << 31
 # Pixels of a BMP that is run-length encoded, which Pillow decodes in Python.
 MAX_RLE_PIXELS = 1 << 22
 # Parts of a file: chunks, segments or blocks.
@@ -189,8 +190,8 @@ def _jpeg(data: bytes) -> Container:
         is_whole = marker == _EOI
         if not _is_jpeg_metadata(marker, content):
             kept.append(memoryview(data)[start:behind])
-        if scans > MAX_SCANS:
-            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans; save it again")
+        if scans * width * height > MAX_SCANNED_PIXELS:
+            raise ImageError(f"a JPEG of {width} x {height} pixels in over {scans - 1} scans; save it again")
     return Container(
         format="JPEG",
         width=width,
@@ -409,7 +410,11 @@ def _why_not_an_image(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         what = _BRANDS.get(data[8:12], "a HEIC picture or a video")
     if what:
-        return f"{what}, not an image that is read; convert it to PNG or JPEG" if "pict" in what else f"{what}, not an image"
+        return (
+            f"{what}, not an image that is read; convert it to PNG or JPEG"
+            if "pict" in what
+            else f"{what}, not an image"
+        )
     return f"neither JPEG, PNG, WebP, GIF nor BMP, or its head is broken (begins with {data[:8]!r})"
 
 

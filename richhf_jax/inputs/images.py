@@ -3,8 +3,8 @@
 It takes JPEG, PNG, WebP, GIF and BMP in any colour mode. It doesn't need TensorFlow, and changes nothing that is
 global, such as Pillow's limits or the filters of warnings: it may run in any thread of any program.
 
-`containers` bounds the costs before anything is decoded: a picture of MAX_SIDE x MAX_SIDE pixels takes at most
-MAX_DECODE_BYTES of memory. A program that sets Pillow's LOAD_TRUNCATED_IMAGES gets files that are cut off, too.
+`containers` bounds the costs before anything is decoded: the largest pictures take up to 1.5 GiB of memory, and a
+few seconds. A program that sets Pillow's LOAD_TRUNCATED_IMAGES gets files that are cut off, too.
 """
 
 import io
@@ -72,7 +72,7 @@ def decode(data: bytes, convert: bool = True) -> np.ndarray:
     image = _decoded(container)
     if not convert and (what := _more_than_rgb(image)):
         raise ImageError(_REFUSED.format(what))
-    return np.asarray(_upright(image, container.orientation).convert("RGB"))
+    return _array(_upright(image, container.orientation))
 
 
 def of_pillow(image: Image.Image, convert: bool = True) -> np.ndarray:
@@ -92,7 +92,7 @@ def of_pillow(image: Image.Image, convert: bool = True) -> np.ndarray:
         raise ImageError(_REFUSED.format(what))
     try:
         image.load()
-        return np.asarray(_upright(image, _orientation(image)).convert("RGB"))
+        return _array(_upright(image, _orientation(image)))
     except Exception as error:  # Pillow raises many types, see `_decoded`.
         raise ImageError(f"broken {image.format or image.mode}: {error}") from None
 
@@ -117,6 +117,10 @@ def _decoded(container: containers.Container) -> Image.Image:
     except Exception as error:
         raise ImageError(f"broken {container.format}: {error}") from None
     return image
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _is_plain(image: Image.Image) -> bool:
