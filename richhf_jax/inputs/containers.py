@@ -1,8 +1,8 @@
 """Reads the containers of image files: their sizes, and the pixels' data without all that isn't pixels.
 
-Text, colour profiles, EXIF, comments, previews and further frames never decide whether pixels are good, nor what
-they cost: the decoder doesn't get them. Only the orientation is read. What an image will cost is known here,
-before anything is decoded.
+Text, colour profiles, EXIF, comments, previews and further frames never decide whether pixels are good, nor
+what they cost: the decoder doesn't get them. Only the orientation is read. What an image will cost is known
+here, before anything is decoded.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 # Largest side of an image, in pixels.
 MAX_SIDE = 8192
 # Pixels of a JPEG times its scans, each of which costs a pass over the whole picture. This is 32 scans of
-# MAX_SIDE x MAX_SIDE pixels; progressive files have about 10, and 24 at most (libjpeg's jpeg_simple_progression).
+# MAX_SIDE x MAX_SIDE pixels; libjpeg writes 6 to 24 scans.
 MAX_SCANNED_PIXELS = 1 << 31
 # Pixels of a BMP that is run-length encoded, which Pillow decodes in Python.
 MAX_RLE_PIXELS = 1 << 22
@@ -78,16 +78,14 @@ def read(data: bytes) -> Container:
     """Reads an image's container.
 
     Raises:
-      ImageError: it is no image of a kind that is read, or is broken, larger than MAX_SIDE a side, or costs too
-        much to decode.
+      ImageError: it is no image of a kind that is read, or is broken, larger than MAX_SIDE a side, or costs
+        too much to decode.
     """
-    for magic, (name, reader) in _READERS.items():
-        if data.startswith(magic) and (name != "WEBP" or data[8:12] == b"WEBP"):
-            break
-    else:
+    name = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), "")
+    if not name or (name == "WEBP" and data[8:12] != b"WEBP"):
         raise ImageError(_why_not_an_image(data))
     try:
-        container = reader(data)
+        container = _READERS[name](data)
     except (struct.error, IndexError):
         raise ImageError(f"broken {name}: cut off, or no such file") from None
     if max(container.width, container.height) > MAX_SIDE:
@@ -203,7 +201,7 @@ def _jpeg(data: bytes) -> Container:
 
 
 def _is_jpeg_metadata(marker: int, content: bytes) -> bool:
-    """Tells whether libjpeg leaves a segment out: all but JFIF's and Adobe's heads, which tell the colours."""
+    """Tells whether libjpeg skips a segment; JFIF's and Adobe's heads it reads, as they tell the colours."""
     if marker == _APP0:
         return not content.startswith(b"JFIF\0") or len(content) < 14
     if marker == _APP14:
@@ -418,10 +416,5 @@ def _why_not_an_image(data: bytes) -> str:
     return f"neither JPEG, PNG, WebP, GIF nor BMP, or its head is broken (begins with {data[:8]!r})"
 
 
-_READERS = {
-    _PNG: ("PNG", _png),
-    b"\xff\xd8\xff": ("JPEG", _jpeg),
-    b"RIFF": ("WEBP", _webp),
-    b"GIF8": ("GIF", _gif),
-    b"BM": ("BMP", _bmp),
-}
+_MAGIC = {_PNG: "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP"}
+_READERS = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "GIF": _gif, "BMP": _bmp}

@@ -1,10 +1,10 @@
 """Decodes image files to the picture that a viewer shows, or checks them for TensorFlow.
 
-It takes JPEG, PNG, WebP, GIF and BMP in any colour mode. It doesn't need TensorFlow, and changes nothing that is
-global, such as Pillow's limits or the filters of warnings: it may run in any thread of any program.
+It takes JPEG, PNG, WebP, GIF and BMP in any colour mode. It doesn't need TensorFlow, and changes nothing that
+is global, such as Pillow's limits or the filters of warnings: it may run in any thread of any program.
 
-`containers` bounds the costs before anything is decoded: the largest pictures take up to 1.5 GiB of memory, and a
-few seconds. A program that sets Pillow's LOAD_TRUNCATED_IMAGES gets files that are cut off, too.
+`containers` bounds the costs before anything is decoded: the largest pictures take up to 1.5 GiB of memory,
+and some seconds. A program that sets Pillow's LOAD_TRUNCATED_IMAGES gets files that are cut off, too.
 """
 
 import io
@@ -35,8 +35,8 @@ def checked(data: bytes) -> bytes:
 
     `tf.io.decode_image(checked(data), channels=3, expand_animations=False)` gives the picture upright, over
     white where it is transparent, and the first frame of an animation. An upright greyscale or RGB image of 8
-    bits (JPEG, PNG, WebP) loses only what isn't pixels: text, colour profiles, EXIF, what follows the picture. Any
-    other is encoded as PNG; it loses its alpha, its further frames and the bits beyond eight, too.
+    bits (JPEG, PNG, WebP) loses only what isn't pixels: text, colour profiles, EXIF, what follows the
+    picture. Any other is encoded as PNG, and loses its alpha, its further frames and the bits beyond eight.
 
     All pixels are decoded once, so a file that is cut off is found here.
 

@@ -260,7 +260,7 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def exif_of(orientation: int) -> bytes:
-    """Makes EXIF data whose other tags are broken: one of a type that isn't there, one that points nowhere."""
+    """Makes EXIF data whose other tags are broken: one has a type that isn't there, one points nowhere."""
     entries = [(0x010E, 99, 1, 0), (0x0112, 3, 1, orientation), (0x8769, 4, 1, 1 << 30)]
     return b"II*\0\x08\0\0\0" + struct.pack("<H", 3) + b"".join(struct.pack("<HHII", *e) for e in entries)
 
