@@ -33,7 +33,7 @@ pixels             |                |
 writing            |                |
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
-datasets           | tensorflow torch | inputs writing
+datasets           | tensorflow torch | foreign_text inputs writing
 benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache multihost writing
 metrics            |                |

@@ -164,7 +164,7 @@ def main() -> None:
         with (
             writing.explained_disk_errors(options.out),
             writing.atomic(options.out) as new,
-            new.open("w") as out,
+            new.open("w", encoding="utf-8") as out,
         ):
             for index in range(options.num):
                 name = scenes.filename("train", index)

@@ -12,10 +12,10 @@ from richhf_jax.inputs import record
 from richhf_jax.inputs.record import (
     InputError,
     Record,
+    bounded_lines,
     broken_record,
     checked_id,
     checked_prompt,
-    json_lines,
     parsed_json,
     printable,
     read_bytes,
@@ -141,7 +141,9 @@ def jsonl_rows(path: str) -> Iterator[tuple[int, Any]]:
       OSError: the file can't be read.
     """
     with open(path, "rb", opener=regular) as file:
-        for number, line in json_lines(file):
+        for number, line in enumerate(bounded_lines(file), 1):
+            if not line.strip():
+                continue
             try:
                 fields = parsed_json(line)
             except InputError as error:
