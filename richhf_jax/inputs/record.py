@@ -179,6 +179,8 @@ def parsed_json(line: str | bytes) -> Any:
         raise InputError(f"no JSON: lists or objects are nested more than {MAX_DEPTH} deep")
     try:
         return json.loads(line, object_pairs_hook=_object)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON: {getattr(error, 'msg', error)}") from error
 

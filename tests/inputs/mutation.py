@@ -7,7 +7,7 @@ SEED = 17
 
 
 def mutants(files: Sequence[bytes], count: int) -> Iterator[bytes]:
-    """Yields files with one to three changes each: flipped bits, cuts, inserts, repeated or swapped blocks."""
+    """Yields files with one to three changes: flipped bits, cuts, inserts, repeated or swapped blocks."""
     rng = random.Random(SEED)
     for number in range(count):
         data = bytearray(files[number % len(files)])

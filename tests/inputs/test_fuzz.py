@@ -107,7 +107,8 @@ def count_records(path) -> tuple[int, int]:
     return len(results), len(good)
 
 
-CSV = '\ufeffimage,prompt,id\r\na.png,"a ""red"" cat,\r\nasleep",7\r\na.png,b\u00e4r,\r\n\r\nb.png,x,y\r\n'.encode()
+ROWS = ["image,prompt,id", 'a.png,"a ""red"" cat,\r\nasleep",7', "a.png,b\u00e4r,", "", "b.png,x,y", ""]
+CSV = ("\ufeff" + "\r\n".join(ROWS)).encode()
 
 
 def test_damaged_csv(tmp_path):
