@@ -195,7 +195,7 @@ def test_cut_off_anywhere_is_either_whole_or_an_error(colours, image_format):
 def test_what_passes_with_a_changed_byte_can_be_decoded(colours, image_format, capfd):
     data = bytearray(encode(colours, image_format))
     if image_format == "PNG":  # A changed text doesn't matter.
-        data = with_chunk(data, b"tEXt", b"key\0text")
+        data = with_chunk(bytes(data), b"tEXt", b"key\0text")
     passed = 0
     for position in range(0, len(data), 3):
         changed = bytes([*data[:position], data[position] ^ 0x55, *data[position + 1 :]])
