@@ -43,7 +43,6 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _EXIF, _JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 _WEBP_PIXELS = (b"VP8X", b"ANIM", b"ALPH", b"VP8 ", b"VP8L", b"ANMF")
-_WEBP_FLAGS = 0x12  # Alpha and animation; without those of the metadata.
 
 
 class ImageError(ValueError):
@@ -249,8 +248,6 @@ def _webp(data: bytes) -> Container:
                 continue
             if size is None:
                 size = _webp_size(name, content)
-            if name == b"VP8X":
-                chunk = b"".join([chunk[:8], bytes([content[0] & _WEBP_FLAGS]), content[1:]])
             kept.append(chunk)
     if size is None:
         raise ImageError("broken WEBP: no picture in it")
