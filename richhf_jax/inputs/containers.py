@@ -86,7 +86,7 @@ def read(data: bytes) -> Container:
     try:
         container = _READERS[name](data)
     except (struct.error, IndexError):
-        raise ImageError(f"broken {name}: cut off, or no such file") from None
+        raise ImageError(f"broken {name}: cut off") from None
     if max(container.width, container.height) > MAX_SIDE:
         raise ImageError(
             f"{container.width} x {container.height} pixels; at most {MAX_SIDE} x {MAX_SIDE} are taken"
