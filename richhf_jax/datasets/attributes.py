@@ -3,7 +3,7 @@
 The questions are the paper's (section 3.3, where PaLI answers them): is the image photorealistic, and which
 of five categories describes it best. IMAGES is
 
-    a folder    of .jpg, .jpeg, .png and .webp files, searched with its subfolders; the id is the name's stem
+    a folder    of images, as `predict` takes it, searched with its subfolders; the id is the name's stem
     a table     .parquet of Pick-a-Pic (image_0_uid, jpg_0, image_1_uid, jpg_1), or with columns id and image
                 (bytes, or Hugging Face's struct); or a folder of such files
 
@@ -13,7 +13,7 @@ OUT.jsonl, the table of attributes, has one line per image:
 
 An attribute is null if the answer is none of the possible ones; `balance` leaves such rows out. "answers"
 keeps the answers themselves. After a stop, the same command continues behind the images in OUT.jsonl. Images
-that can't be decoded are listed in OUT.jsonl.errors.jsonl ("id", "reason").
+that can't be read or decoded, and rows without an id, are listed in OUT.jsonl.errors.jsonl ("id", "reason").
 
 The model is --vqa=transformers:MODEL, any name or folder that transformers' image-text-to-text pipeline takes
 (extra `vqa`), or --vqa=MODULE:FUNCTION, a function
@@ -26,7 +26,6 @@ which gets RGB images and one question per image, and returns one answer per ima
 import argparse
 import dataclasses
 import importlib
-import io
 import itertools
 import json
 import pathlib
@@ -41,7 +40,17 @@ import tqdm
 from PIL import Image
 
 from richhf_jax import errors, foreign_text, writing
+from richhf_jax.inputs import files
 from richhf_jax.inputs import images as image_files
+from richhf_jax.inputs.record import (
+    IMAGE_EXTENSIONS,
+    InputError,
+    checked_id,
+    parsed_json,
+    read_bytes,
+    reason,
+    regular,
+)
 
 CATEGORIES = ("human", "animal", "object", "indoor scene", "outdoor scene")
 PHOTOREALISTIC_QUESTION = "Is the image photorealistic?"
@@ -52,7 +61,6 @@ CATEGORY_QUESTION = (
 # (images, one question per image) -> one answer per image.
 Vqa = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # (column of the id, column of the image).
 PICK_A_PIC_COLUMNS = (("image_0_uid", "jpg_0"), ("image_1_uid", "jpg_1"))
 PLAIN_COLUMNS = (("id", "image"),)
@@ -130,8 +138,11 @@ def transformers_vqa(model: str) -> Vqa:
     return lambda images, questions: [ask_one(*pair) for pair in zip(images, questions, strict=True)]
 
 
-def read_images(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Reads ids and encoded images from a folder or parquet files: each id once, without those in `done`.
+def read_images(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes | str]]:
+    """Reads images from a folder or parquet files: each id once, without those in `done`.
+
+    Yields:
+      The id, and the encoded image or why there is none.
 
     Raises:
       errors.UserError: there are no images, or a file can't be read or lacks the columns.
@@ -149,43 +160,72 @@ def read_images(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes
             yield image_id, data
 
 
-def _read_folder(folder: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not paths:
-        raise errors.UserError(f"{folder}: no {', '.join(EXTENSIONS)} or .parquet file there")
-    by_id = {}
-    for path in paths:
-        if (first := by_id.setdefault(path.stem, path)) != path:
-            raise errors.UserError(f"{path}: its id, the name without ending, is also that of {first}")
-    for image_id, path in tqdm.tqdm(by_id.items(), unit=" images", disable=None):
-        if image_id not in done:
-            yield image_id, path.read_bytes()
-
-
-def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Reads each row group's ids, and its images if an id is new."""
+def _read_folder(folder: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes | str]]:
     try:
-        with pq.ParquetFile(path) as file:
+        names = list(files.folder_names(str(folder)))
+    except OSError as error:
+        raise errors.UserError(f"{folder}: {reason(error)}") from None
+    if not names:
+        raise errors.UserError(f"{folder}: no {', '.join(IMAGE_EXTENSIONS)} or .parquet file there")
+    by_id = {}
+    for name in (name for name in names if isinstance(name, str)):
+        if (first := by_id.setdefault(pathlib.Path(name).stem, name)) != name:
+            raise errors.UserError(
+                f"{folder / name}: its id, the name without ending, is also that of {folder / first}"
+            )
+    yield from ((record.id, _content(record.load)) for record in names if not isinstance(record, str))
+    for image_id, name in tqdm.tqdm(by_id.items(), unit=" images", disable=None):
+        if image_id not in done:
+            path = str(folder / name)
+            yield image_id, _content(lambda path=path: read_bytes(path, path))
+
+
+def _content(load: Callable[[], Any]) -> Any:
+    """Returns what a function loads, or why it can't."""
+    try:
+        return load()
+    except InputError as error:
+        return str(error)
+
+
+def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes | str]]:
+    """Reads each row group's ids, and its images if an id is new."""
+    row = 0
+    try:
+        with open(path, "rb", opener=regular) as source, pq.ParquetFile(source) as file:
             pairs = _columns(path, file.schema_arrow.names)
             ids = [name for name, _ in pairs]
             groups = tqdm.tqdm(range(file.num_row_groups), path.name, unit=" row groups", disable=None)
             for group in groups:
                 known = file.read_row_group(group, ids)
-                if all(set(map(str, known[name].to_pylist())) <= done for name in ids):
+                cells = itertools.chain.from_iterable(known[name].to_pylist() for name in ids)
+                if all(_content(lambda cell=cell: checked_id(cell)) in done for cell in cells):
+                    row += known.num_rows
                     continue
                 names = [name for pair in pairs for name in pair]
                 for batch in file.iter_batches(_ROWS_AT_ONCE, [group], names):
-                    yield from (
-                        (
-                            str(row[image_id]),
-                            row[image]["bytes"] if isinstance(row[image], dict) else row[image],
-                        )
-                        for row in batch.to_pylist()
-                        for image_id, image in pairs
-                        if str(row[image_id]) not in done
-                    )
+                    for fields in batch.to_pylist():
+                        yield from _images_of_row(f"{path.name}:{row}", fields, pairs, done)
+                        row += 1
     except (OSError, pa.ArrowInvalid) as error:
-        raise errors.UserError(f"{path}: {error}") from None
+        raise errors.UserError(f"{path}: {reason(error)}") from None
+
+
+def _images_of_row(
+    where: str, fields: dict[str, Any], pairs: Sequence[tuple[str, str]], done: set[str]
+) -> Iterator[tuple[str, bytes | str]]:
+    for id_column, column in pairs:
+        try:
+            image_id = checked_id(fields[id_column])
+        except InputError as error:
+            yield f"{where}:{id_column}", str(error)
+            continue
+        image = fields[column]
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not image_id:
+            yield f"{where}:{id_column}", f"`{id_column}` is empty"
+        elif image_id not in done:
+            yield image_id, data if isinstance(data, bytes) else f"`{column}` holds no bytes"
 
 
 def _columns(path: pathlib.Path, names: Sequence[str]) -> Sequence[tuple[str, str]]:
@@ -210,7 +250,7 @@ def finished_ids(out: pathlib.Path) -> set[str]:
             if not line.endswith(b"\n"):
                 break
             try:
-                done.add(json.loads(line)["id"])
+                done.add(parsed_json(line)["id"])
             except (ValueError, KeyError, TypeError):
                 raise errors.UserError(
                     f"{out}:{number}: this isn't a line of a table of attributes"
@@ -269,12 +309,12 @@ class Report:
 
 
 def make_table(
-    images: Iterable[tuple[str, bytes]], out: pathlib.Path, vqa: Vqa, batch_size: int = 8
+    images: Iterable[tuple[str, bytes | str]], out: pathlib.Path, vqa: Vqa, batch_size: int = 8
 ) -> Report:
     """Asks about images and appends to the table, batch by batch; a stop loses the last batch at most.
 
     Args:
-      images: ids and encoded images that aren't in the table.
+      images: ids and encoded images that aren't in the table; see `read_images`.
       out: the table.
       vqa: the model.
       batch_size: number of images that the model gets at once.
@@ -305,13 +345,15 @@ def errors_of(out: pathlib.Path) -> pathlib.Path:
 
 
 def _decoded(
-    images: Iterable[tuple[str, bytes]], failures: TextIO, report: Report
+    images: Iterable[tuple[str, bytes | str]], failures: TextIO, report: Report
 ) -> Iterator[tuple[str, Image.Image]]:
     """Yields upright RGB images; writes those that can't be decoded to `failures` instead."""
     for image_id, data in images:
         try:
-            yield image_id, Image.open(io.BytesIO(image_files.checked(data or b""))).convert("RGB")
-        except image_files.ImageError as error:
+            if isinstance(data, str):
+                raise InputError(data)
+            yield image_id, Image.fromarray(image_files.decode(data))
+        except (InputError, image_files.ImageError) as error:
             failures.write(json.dumps({"id": image_id, "reason": str(error)}) + "\n")
             report.undecodable += 1
 

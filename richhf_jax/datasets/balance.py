@@ -3,7 +3,7 @@
 The table (.csv, .jsonl or .parquet) has one row per image and the columns
 
     id              text or number, each one once
-    photorealistic  true or false (also yes/no, 1/0)
+    photorealistic  true or false (also yes/no, 1/0, 1.0/0.0)
     category        human, animal, object, indoor scene or outdoor scene
 
 Rows with an empty photorealistic or category are left out. `datasets.attributes` makes such tables.
@@ -27,7 +27,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,12 +38,15 @@ import tqdm
 
 from richhf_jax import errors, foreign_text, writing
 from richhf_jax.datasets.attributes import CATEGORIES
+from richhf_jax.inputs import tables
+from richhf_jax.inputs.record import checked_id, reason, regular, whole
 
 COLUMNS = ID, PHOTOREALISTIC, CATEGORY = ("id", "photorealistic", "category")
 # The paper says "the majority"; the figure is ours.
 PHOTOREALISTIC_SHARE = 0.7
 
-_TRUTH = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
+_TRUE, _FALSE = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
+_TRUTH = {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}
 # A cell is a pair of attributes: 2 * category + photorealistic.
 _CELLS = 2 * len(CATEGORIES)
 _UNKNOWN = _CELLS
@@ -176,52 +178,33 @@ def _hash(seed: int, image_id: str) -> int:
 
 
 def _where(path: pathlib.Path, number: int) -> str:
-    return f"{path}:{number}" if path.suffix != ".parquet" else f"{path}: row {number}"
+    return f"{path}: row {number}" if path.suffix.lower() == ".parquet" else f"{path}:{number}"
 
 
 def _read(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
-    """Yields (number of the line, or of a parquet file's row from 0; id; cell) for each row."""
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    """Yields (number of a row's first line, or of a parquet file's row from 0; id; cell) for each row."""
+    readers = {
+        ".csv": lambda: tables.csv_rows(str(path), _check_columns),
+        ".jsonl": lambda: tables.jsonl_rows(str(path)),
+        ".parquet": lambda: _read_parquet(path),
+    }
+    kind = path.suffix.lower()
+    if kind not in readers:
         raise errors.UserError(f"{path}: a table's name must end in {', '.join(readers)}")
     try:
-        for number, row in tqdm.tqdm(readers[path.suffix](path), unit=" rows", disable=None):
+        for number, row in tqdm.tqdm(readers[kind](), unit=" rows", disable=None):
             try:
                 yield number, *_parse(row)
             except ValueError as error:
                 raise errors.UserError(f"{_where(path, number)}: {error}") from None
     except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise errors.UserError(f"{path}: this isn't UTF-8 text: {error.reason}") from None
-
-
-def _read_csv(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        _check_columns(path, reader.fieldnames or [])
-        for row in reader:
-            yield reader.line_num, row
-
-
-def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise errors.UserError(f"{path}:{number}: broken JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise errors.UserError(f"{path}:{number}: a line must be a JSON object")
-            yield number, row
+        raise errors.UserError(f"{path}: {reason(error)}") from None
 
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
     try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
+        with open(path, "rb", opener=regular) as source, pq.ParquetFile(source) as file:
+            _check_columns(str(path), file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(columns=list(COLUMNS)):
                 for row in batch.to_pylist():
@@ -231,33 +214,35 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
         raise errors.UserError(f"{path}: {error}") from None
 
 
-def _check_columns(path: pathlib.Path, names: Sequence[str]) -> None:
+def _check_columns(path: str, names: Sequence[str]) -> None:
     if missing := [name for name in COLUMNS if name not in names]:
         found = foreign_text.for_terminal(", ".join(names))
         raise errors.UserError(f"{path}: there is no column {missing[0]}, only {found or 'none'}")
 
 
-def _parse(row: dict) -> tuple[str, int]:
-    """Returns the id and the cell of a row.
+def _parse(row: dict | str) -> tuple[str, int]:
+    """Returns the id and the cell of a row; a row that couldn't be read is the reason.
 
     Raises:
       ValueError: a value is missing or not allowed.
     """
+    if isinstance(row, str):
+        raise ValueError(row)
     if missing := [name for name in COLUMNS if name not in row]:
         raise ValueError(f"there is no {missing[0]}")
-    if row[ID] is None or row[ID] == "":
+    if not (image_id := checked_id(row[ID])):
         raise ValueError("the id is empty")
-    values = [
-        str("" if row[name] is None else row[name]).strip().lower() for name in (PHOTOREALISTIC, CATEGORY)
-    ]
-    photorealistic, category = values
+    if image_id != str(whole(row[ID])):
+        raise ValueError("the id isn't UTF-8; save the table as UTF-8")
+    cells = [whole(row[name]) for name in (PHOTOREALISTIC, CATEGORY)]
+    values = photorealistic, category = ["" if cell is None else str(cell).strip().lower() for cell in cells]
     if photorealistic and photorealistic not in _TRUTH:
         raise ValueError(f"photorealistic must be true or false, got {row[PHOTOREALISTIC]!r}")
     if category and category not in CATEGORIES:
         raise ValueError(f"category must be one of {', '.join(CATEGORIES)}, got {row[CATEGORY]!r}")
     if not all(values):
-        return str(row[ID]), _UNKNOWN
-    return str(row[ID]), 2 * CATEGORIES.index(category) + _TRUTH[photorealistic]
+        return image_id, _UNKNOWN
+    return image_id, 2 * CATEGORIES.index(category) + _TRUTH[photorealistic]
 
 
 def format_cells(subset: Subset, photorealistic_share: float) -> str:

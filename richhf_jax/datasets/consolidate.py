@@ -22,6 +22,7 @@ from PIL import Image
 
 from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import ratings, tfrecord
+from richhf_jax.inputs.record import bounded_lines, regular
 
 EPILOG = f"""\
 Schema of RAW.jsonl
@@ -59,9 +60,12 @@ def point_heatmap(points: Sequence[ratings.Point], height: int, width: int, radi
     return heatmap
 
 
-def mean_heatmap(heatmaps: Sequence[np.ndarray]) -> np.ndarray:
+def mean_heatmap(heatmaps: Iterable[np.ndarray]) -> np.ndarray:
     """Averages raters' heatmaps, bool [height, width], to uint8 [height, width]; 255 = marked by all."""
-    return np.rint(np.mean(heatmaps, axis=0) * 255).astype(np.uint8)
+    count, total = 0, np.zeros((), np.uint32)
+    for heatmap in heatmaps:  # They may be large: one by one.
+        count, total = count + 1, total + heatmap
+    return np.rint(total / count * 255).astype(np.uint8)
 
 
 def majority_labels(labels: Sequence[Sequence[int]]) -> list[int]:
@@ -97,7 +101,7 @@ def consolidate(image_ratings: Sequence[ratings.Rating]) -> dict[str, str | floa
     for kind, field in feedback.SCORE_FIELDS.items():
         record[field] = float(np.mean([feedback.standardise_rating(r.ratings[kind]) for r in image_ratings]))
     for kind, field in feedback.HEATMAP_FIELDS.items():
-        heatmaps = [point_heatmap(r.points[kind], r.height, r.width, radius) for r in image_ratings]
+        heatmaps = (point_heatmap(r.points[kind], r.height, r.width, radius) for r in image_ratings)
         record[field] = encode_png(mean_heatmap(heatmaps))
     labels = majority_labels([r.token_labels for r in image_ratings])
     record[feedback.KEYWORDS_FIELD] = feedback.format_labels(labels)
@@ -174,8 +178,8 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
         raise errors.UserError(f"{out} is the file of raw ratings, which would be lost: name another OUT")
     good, skipped = [], []
     with writing.explained_disk_errors(out, f"Nothing written. {writing.FIX}"):
-        with raw.open("rb") as lines:
-            for number, rating in ratings.read_ratings(lines):
+        with open(raw, "rb", opener=regular) as file:
+            for number, rating in ratings.read_ratings(bounded_lines(file)):
                 if isinstance(rating, ratings.Rating):
                     good.append(rating)
                     continue

@@ -7,7 +7,8 @@ image need not be neighbours.
     prompt                 str    with at least one token
     rater_id               str    at most one line for each image and rater
     image_size             {"width": int, "height": int}, pixels, each 1 to 8192
-    implausibility_points  [[x, y], ...]   pixels; x to the right, y down; 0 <= x < width, 0 <= y < height
+    implausibility_points  [[x, y], ...]   pixels; x to the right, y down; 0 <= x < width, 0 <= y < height;
+                                           at most 1,000 points
     misalignment_points    [[x, y], ...]   likewise
     token_labels           [int, ...]      one per prompt token: 0 = misaligned, 1 = aligned
     ratings                {"plausibility": int, "alignment": int, "aesthetics": int, "overall": int}, 1 to 5
@@ -26,7 +27,10 @@ from collections.abc import Iterable, Iterator
 
 from richhf_jax import feedback, foreign_text
 from richhf_jax.inputs import images
+from richhf_jax.inputs.record import InputError, parsed_json, whole
 
+# Points of a kind in one answer; each costs the drawing of a disk.
+_MAX_POINTS = 1000
 _POINT_RADIUS = re.compile(r"height/(\d+(?:\.\d+)?)")
 
 Point = tuple[float, float]
@@ -79,9 +83,9 @@ def parse_rating(line: str | bytes) -> Rating:
       RatingError: the line breaks the schema; the message says where and how.
     """
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RatingError(f"broken JSON: {error}") from None
+        fields = parsed_json(line)
+    except InputError as error:
+        raise RatingError(str(error)) from None
     if not isinstance(fields, dict):
         raise RatingError(f"a line must be a JSON object, got {_show(fields)}")
     size = _get(fields, "image_size", dict, "an object")
@@ -140,9 +144,10 @@ def _show(value) -> str:
 def _get(fields: dict, name: str, kind: type, wanted: str, where: str = ""):
     if name not in fields:
         raise RatingError(f"{where}{name} is missing")
-    if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+    value = whole(fields[name])
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise RatingError(f"{where}{name} must be {wanted}, got {_show(fields[name])}")
-    return fields[name]
+    return value
 
 
 def _text(fields: dict, name: str) -> str:
@@ -165,6 +170,8 @@ def _integer(fields: dict, name: str, low: int, high: int, where: str) -> int:
 
 def _points(fields: dict, name: str, width: int, height: int) -> tuple[Point, ...]:
     points = _get(fields, name, list, "a list of [x, y]")
+    if len(points) > _MAX_POINTS:
+        raise RatingError(f"{name} has {len(points)} points; at most {_MAX_POINTS} are taken")
     for point in points:
         numbers = isinstance(point, list) and [type(v) in (int, float) for v in point]
         if numbers != [True, True]:
@@ -178,7 +185,7 @@ def _points(fields: dict, name: str, width: int, height: int) -> tuple[Point, ..
 
 
 def _labels(fields: dict, prompt: str) -> tuple[int, ...]:
-    labels = _get(fields, "token_labels", list, "a list of 0 and 1")
+    labels = [whole(label) for label in _get(fields, "token_labels", list, "a list of 0 and 1")]
     known = (feedback.MISALIGNED, feedback.ALIGNED)
     if bad := [label for label in labels if type(label) is not int or label not in known]:
         raise RatingError(f"token_labels must be 0 (misaligned) or 1 (aligned), got {_show(bad[0])}")

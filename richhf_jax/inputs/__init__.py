@@ -18,7 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from richhf_jax import errors
 from richhf_jax.inputs import archives, files, parquet, tables
-from richhf_jax.inputs.record import IMAGE_EXTENSIONS, InputError, Record, checked_prompt
+from richhf_jax.inputs.record import (
+    IMAGE_EXTENSIONS,
+    OTHER_IMAGE_EXTENSIONS,
+    InputError,
+    Record,
+    checked_prompt,
+    reason,
+    unsupported_image,
+)
 
 __all__ = ["IMAGE_EXTENSIONS", "InputError", "Inputs", "Record"]
 
@@ -78,9 +86,15 @@ class Inputs:
 
     def __iter__(self) -> Iterator[Record]:
         """Yields the records. Raises errors.UserError where a table or tar can no longer be read."""
+        hints: set[str] = set()
         for place in self._places:
             with _explained(place.path):
-                yield from place.read()
+                for record in place.read():
+                    if record.row_id and record.id in hints:
+                        record = dataclasses.replace(record, id=record.row_id)
+                    elif record.row_id:
+                        hints.add(record.id)
+                    yield record
 
     def fingerprint(self) -> str:
         """Returns 16 characters that depend on the names in folders, and on files' sizes and change times."""
@@ -100,9 +114,14 @@ def _check_kind(path: str, prompt: str | None) -> None:
         return
     if not os.path.exists(path):
         raise errors.UserError(f"{path}: no such file or folder")
+    if not os.path.isfile(path):
+        fix = "save what comes from it to a file, and name that"
+        raise errors.UserError(f"{path}: neither a file nor a folder but a pipe, device or socket; {fix}")
     extension = _extension(path)
     if extension in IMAGE_EXTENSIONS:
         return
+    if extension in OTHER_IMAGE_EXTENSIONS:
+        raise errors.UserError(unsupported_image(path))
     if extension in (".gz", ".tgz"):
         raise archives.compressed(path)
     if extension not in _READERS:
@@ -141,7 +160,7 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror or error}") from error
+        raise errors.UserError(f"{path}: {reason(error)}") from error
 
 
 def _empty(path: str) -> errors.UserError:

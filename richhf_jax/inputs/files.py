@@ -1,19 +1,28 @@
 """Reads single images and folders of images, with their prompts in text files (sidecars) beside them."""
 
 import functools
+import itertools
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 from richhf_jax.inputs.record import (
     IMAGE_EXTENSIONS,
+    MAX_TEXT_BYTES,
+    OTHER_IMAGE_EXTENSIONS,
+    InputError,
     Record,
     broken_record,
     checked_prompt,
     printable,
     read_bytes,
+    reason,
+    unsupported_image,
 )
 
 _PROMPT_FIX = "the image needs a prompt: write it into this file, or give --prompt"
+# .txt, .TXT, .Txt and so on.
+_TEXT_EXTENSIONS = tuple(f".{''.join(letters)}" for letters in itertools.product("tT", "xX", "tT"))
 
 
 def image_records(path: str, prompt: str | None) -> Iterator[Record]:
@@ -30,7 +39,8 @@ def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> 
       above: the folders that contain this one, as (device, inode).
 
     Yields:
-      A path; or, for a folder in `root` that can't be read, a record that doesn't load.
+      A path; or a record that doesn't load, for a folder in `root` that can't be read, a picture of a kind
+      that isn't decoded, and an image whose sidecar has almost its name.
 
     Raises:
       OSError: `root` can't be read.
@@ -46,13 +56,28 @@ def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> 
     except OSError as error:
         if not inner:
             raise
-        yield broken_record(inner, f"{path}: {error.strerror or error}")
+        yield broken_record(inner, f"{path}: {reason(error)}")
         return
+    texts = {stem for stem, extension in map(_split, names) if extension == ".txt"}
+    # Texts that belong to no image, by a key that is the same for names that look the same.
+    lonely = texts - {
+        stem for stem, extension in map(_split, names) if texts and extension in IMAGE_EXTENSIONS
+    }
+    alike = {_folded(stem): stem for stem in lonely}
     for name in names:
+        stem, extension = _split(name)
         if name.endswith("/"):
             yield from folder_names(root, inner + name, above | {here})
-        else:
+        elif extension == ".txt":
+            continue
+        elif extension in OTHER_IMAGE_EXTENSIONS:
+            yield broken_record(inner + name, unsupported_image(path + name))
+        elif stem in texts or not (other := alike.get(_folded(stem))):
             yield inner + name
+        else:
+            fix = "rename it if it is the image's prompt, else move it elsewhere"
+            problem = f"{path}{name}: the text file {other}.txt has almost its name; {fix}"
+            yield broken_record(inner + name, problem)
 
 
 def folder_records(root: str, names: Iterable[str | Record], prompt: str | None) -> Iterator[Record]:
@@ -73,19 +98,56 @@ def folder_records(root: str, names: Iterable[str | Record], prompt: str | None)
 
 
 def _wanted(entry: os.DirEntry) -> str:
-    """Returns the name of an image, the name of a folder with "/" added (for sorting), '' for others."""
+    """Returns the name of a picture or text; with "/" added (for sorting), of a folder; '' for others."""
     if entry.name.startswith("."):
         return ""
     if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
         return f"{entry.name}/"
-    return entry.name if os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS else ""
+    known = (*IMAGE_EXTENSIONS, *OTHER_IMAGE_EXTENSIONS, ".txt")
+    return entry.name if _split(entry.name)[1] in known else ""
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Returns a name's stem and its extension in small letters."""
+    stem, extension = os.path.splitext(name)
+    return stem, extension.lower()
+
+
+def _folded(stem: str) -> str:
+    """Returns a key that is the same for names that differ in capitals or in how accents are encoded."""
+    return unicodedata.normalize("NFC", stem).casefold()
 
 
 def _load_file(path: str, prompt: str | None, fallback: str | None) -> tuple[bytes, str]:
     """Returns an image with `prompt`, or else the sidecar's prompt, or else `fallback`."""
-    sidecar = f"{os.path.splitext(path)[0]}.txt"
-    if prompt is None and fallback is not None and not os.path.lexists(sidecar):
-        prompt = fallback
     if prompt is None:
-        prompt = checked_prompt(read_bytes(sidecar, sidecar, _PROMPT_FIX), sidecar)
+        sidecar = _sidecar(path)
+        if fallback is not None and not os.path.lexists(sidecar):
+            prompt = fallback
+        else:
+            text = read_bytes(sidecar, sidecar, _PROMPT_FIX, most=MAX_TEXT_BYTES)
+            prompt = checked_prompt(text, sidecar)
     return read_bytes(path, path), prompt
+
+
+def _sidecar(path: str) -> str:
+    """Returns the path of an image's text file; if there is none, the path that it would have.
+
+    Raises:
+      InputError: there are two, as a.txt and a.TXT.
+    """
+    stem = os.path.splitext(path)[0]
+    # Where capitals don't count, all these names are those of one file.
+    found = {_identity(f"{stem}{end}"): f"{stem}{end}" for end in _TEXT_EXTENSIONS[::-1]}
+    found.pop(None, None)
+    if len(found) > 1:
+        raise InputError(f"{path}: two texts may be its prompt: {', '.join(sorted(found.values()))}")
+    return next(iter(found.values()), f"{stem}.txt")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino

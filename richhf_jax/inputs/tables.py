@@ -1,21 +1,46 @@
 """Reads CSV and JSON lines, one image a row, and checks the columns and rows of any table."""
 
-import csv
+import codecs
 import functools
-import json
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from richhf_jax import errors
-from richhf_jax.inputs.record import Record, broken_record, checked_prompt, printable, read_bytes
+from richhf_jax.inputs import record
+from richhf_jax.inputs.record import (
+    InputError,
+    Record,
+    bounded_lines,
+    broken_record,
+    checked_id,
+    checked_prompt,
+    parsed_json,
+    printable,
+    read_bytes,
+    regular,
+)
 
-# Longest field of a CSV, in characters. A quote that is never closed swallows so much before an error.
-_MAX_FIELD = 1 << 24
 _PATH_FIX = "paths are relative to the table's folder; URLs aren't fetched"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 # From (number of the row, its prompt, its place in words) to the image's bytes and the checked prompt.
 LoadImage = Callable[[int, str, str], tuple[bytes, str]]
+
+
+def _own_csv() -> Any:
+    """Imports the module behind `csv` once more: the limit of a field's size is global, and the user's."""
+    spec = importlib.util.find_spec("_csv")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.field_size_limit(record.MAX_ROW)
+    return module
+
+
+_csv = _own_csv()
 
 
 def csv_records(path: str) -> Iterator[Record]:
@@ -24,69 +49,135 @@ def csv_records(path: str) -> Iterator[Record]:
     Raises:
       errors.UserError: the header is broken or lacks a column.
     """
-    csv.field_size_limit(max(_MAX_FIELD, csv.field_size_limit()))
-    # Text that isn't UTF-8 loses one row at most: a path on disk may be so, a prompt is refused on loading.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        try:
-            header = next(rows, [])
-        except csv.Error as error:
-            raise errors.UserError(f"{path}: broken header: {error}") from error
-        check_columns(path, header)
-        while True:
-            line = rows.line_num + 1
-            try:
-                values = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:  # The reader goes on with the next line.
-                yield broken_row(path, line, str(error))
-                continue
-            if len(values) == len(header):
-                yield row_record(path, line, dict(zip(header, values, strict=True)))
-            elif values:
-                problem = f"{len(values)} fields, but the header has {len(header)} (quote those with commas)"
-                yield broken_row(path, line, problem)
+    for line, fields in csv_rows(path, check_columns):
+        yield broken_row(path, line, fields) if isinstance(fields, str) else row_record(path, line, fields)
 
 
 def jsonl_records(path: str) -> Iterator[Record]:
     """Yields a record for each row, numbered by its line, from 1."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+    for number, fields in jsonl_rows(path):
+        if isinstance(fields, str):
+            yield broken_row(path, number, fields)
+        else:
+            yield row_record(path, number, fields)
+
+
+def csv_rows(
+    path: str, check: Callable[[str, Sequence[str]], None]
+) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """Yields the first line's number, from 1, of each row, and its cells by column or what is wrong with it.
+
+    Args:
+      path: the table.
+      check: called with the path and the columns' names; raises errors.UserError where one is missing.
+
+    Raises:
+      errors.UserError: the header is broken or lacks a column, or the file is UTF-16.
+      OSError: the file can't be read.
+    """
+    # Text that isn't UTF-8 loses one row at most: a path on disk may be so, a prompt is refused on loading.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=regular) as file:
+        lines = _Lines(file)
+        rows = _csv.reader(lines, strict=True)
+        try:
+            header = next(rows, [])
+        except (_csv.Error, InputError) as error:
+            raise errors.UserError(f"{path}: broken header: {error}") from error
+        if "".join(header[:1]).encode(errors="surrogateescape").startswith(_UTF_16):
+            raise errors.UserError(f"{path}: this is UTF-16; save it as UTF-8 (Excel: `CSV UTF-8`)")
+        check(path, header)
+        while True:
+            number = lines.begin_row()
+            try:
+                values = next(rows)
+            except StopIteration:
+                return
+            except (_csv.Error, InputError) as error:  # The reader goes on with the next line.
+                yield number, str(error)
+                continue
+            if len(values) == len(header):
+                yield number, dict(zip(header, values, strict=True))
+            elif values:
+                fix = "quote those with commas"
+                yield number, f"{len(values)} fields, but the header has {len(header)} ({fix})"
+
+
+class _Lines:
+    """Iterates over a file's lines, and raises InputError in a row that is longer than record.MAX_ROW.
+
+    The next call then gives the line behind the one where it was raised.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file, self._number = file, 0
+        self.begin_row()
+
+    def begin_row(self) -> int:
+        """Returns the number of the next line, the first of a row."""
+        self._left = record.MAX_ROW
+        return self._number + 1
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = rest = self._file.readline(record.MAX_ROW)
+        if not line:
+            raise StopIteration
+        self._number += 1
+        while rest and not rest.endswith(("\n", "\r")):
+            rest = self._file.readline(record.MAX_ROW)
+            self._left -= len(rest)
+        self._left -= len(line)
+        if self._left < 0:
+            raise InputError(f"longer than {record.MAX_ROW} characters (is a quote never closed?)")
+        return line
+
+
+def jsonl_rows(path: str) -> Iterator[tuple[int, Any]]:
+    """Yields the number of each line that isn't blank, from 1, and its object or what is wrong with it.
+
+    Raises:
+      OSError: the file can't be read.
+    """
+    with open(path, "rb", opener=regular) as file:
+        for number, line in enumerate(bounded_lines(file), 1):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield broken_row(path, number, f"no JSON: {getattr(error, 'msg', error)}")
+                fields = parsed_json(line)
+            except InputError as error:
+                yield number, str(error)
                 continue
-            yield row_record(path, number, fields)
+            yield number, fields if isinstance(fields, dict) else "not a JSON object"
 
 
 def check_columns(path: str, names: Sequence[str]) -> None:
     """Raises errors.UserError where a needed column is missing, or a column is there twice."""
-    counts = {name: list(names).count(name) for name in ("image", "prompt", "id")}
-    wrong = [name for name, number in counts.items() if number > 1 or (number == 0 and name != "id")]
+    counts = {
+        name: [other.strip().lower() for other in names].count(name) for name in ("image", "prompt", "id")
+    }
+    wrong = [name for name, number in counts.items() if number > 1]
+    wrong += [name for name in ("image", "prompt") if name not in names]
     if wrong:
         there = printable(", ".join(map(repr, names[:20])))
-        needed = "a table needs `image` and `prompt`, and may have `id`, each once"
+        needed = "a table needs `image` and `prompt`, and may have `id`, each once, in small letters"
         commas = " (UTF-8, separated by commas)" if path.lower().endswith(".csv") else ""
         raise errors.UserError(f"{path}: column `{wrong[0]}`: {needed}{commas}; the columns are {there}")
 
 
-def row_record(table: str, number: int, fields: Any, load_image: LoadImage | None = None) -> Record:
+def row_record(
+    table: str, number: int, fields: dict[str, Any], load_image: LoadImage | None = None
+) -> Record:
     """Makes a row's record; it doesn't load where the row is broken.
 
     Args:
       table: the table's path.
       number: the row's number, as users count.
       fields: the row's values by column.
-      load_image: loads an image that is in the table itself; `fields` may then lack it. None: `image` is a
-        path.
+      load_image: loads an image that is in the table itself; `fields` may then lack it, and its `image` is
+        no more than a hint at a name. None: `image` is a path.
     """
-    if not isinstance(fields, dict):
-        return broken_row(table, number, "not a JSON object")
-    row_id = fields.get("id")
     for name in ("prompt",) if load_image else ("image", "prompt"):
         value = fields.get(name)
         if name not in fields:
@@ -96,21 +187,28 @@ def row_record(table: str, number: int, fields: Any, load_image: LoadImage | Non
             return broken_row(table, number, f"`{name}` is empty")
         if not isinstance(value, str):
             return broken_row(table, number, f"`{name}` is a {type(value).__name__}, not a string")
-    if row_id is not None and type(row_id) not in (str, int):  # A bool is an int.
-        return broken_row(table, number, f"`id` is a {type(row_id).__name__}, not a string or whole number")
+    try:
+        row_id = checked_id(fields.get("id"))
+    except InputError as error:
+        return broken_row(table, number, str(error))
     prompt, place = fields["prompt"], _place(table, number)
-    if load_image:
-        load = functools.partial(load_image, number, prompt, place)
-    else:
+    if not load_image:
         load = functools.partial(load_row, os.path.dirname(table), fields["image"], prompt, place)
-    if row_id in (None, ""):
-        row_id = fields.get("image") or f"{os.path.basename(table)}:{number}"
-    return Record(printable(str(row_id)), load)
+        return Record(row_id or printable(fields["image"]), load)
+    load = functools.partial(load_image, number, prompt, place)
+    numbered = _numbered(table, number)
+    # Rows of different images may have the same path there: writers keep of it only the file's name.
+    hint = row_id or printable(fields.get("image") or numbered)
+    return Record(hint, load, "" if row_id else numbered)
 
 
 def broken_row(table: str, number: int, problem: str) -> Record:
     """Makes the record of a row that doesn't load; `problem` says why."""
-    return broken_record(f"{os.path.basename(table)}:{number}", f"{_place(table, number)}: {problem}")
+    return broken_record(_numbered(table, number), f"{_place(table, number)}: {problem}")
+
+
+def _numbered(table: str, number: int) -> str:
+    return printable(f"{os.path.basename(table)}:{number}")
 
 
 def _place(table: str, number: int) -> str:

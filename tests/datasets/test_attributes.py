@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -192,10 +193,32 @@ def test_a_plain_table_of_images(tmp_path, as_struct):
     assert report.undecodable == 1
 
 
+def test_images_that_cannot_be_read_are_listed(folder, tmp_path):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "phone.HEIC").write_bytes(b"")
+    found = dict(attributes.read_images(folder, set()))
+    assert len(found) == 9
+    assert found["pipe"] == f"{folder}/pipe.png: not a file"
+    assert found["phone.HEIC"] == f"{folder}/phone.HEIC: .heic isn't read; convert it to PNG or JPEG"
+    report = attributes.make_table(list(found.items()), tmp_path / "table.jsonl", Oracle())
+    assert (report.rows, report.undecodable) == (6, 3)
+
+
+def test_ids_that_pandas_wrote_as_floats(tmp_path):
+    table = pa.table({"id": [7.0, None, float("nan"), 0.5], "image": [picture("red")] * 4})
+    pq.write_table(table, tmp_path / "images.parquet")
+    assert dict(attributes.read_images(tmp_path / "images.parquet", set())) == {
+        "7": picture("red"),
+        "images.parquet:1:id": "`id` is empty",
+        "images.parquet:2:id": "`id` is empty",
+        "images.parquet:3:id": "`id` is a float, not a string or whole number",
+    }
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "images: no .jpg, .jpeg, .png, .webp or .parquet file there"),
+        (lambda folder: None, "images: no .jpg, .jpeg, .jpe, "),
         (
             lambda folder: [(folder / name).write_bytes(b"") for name in ("a.jpg", "a.png")],
             "a.png: its id, the name without ending, is also that of ",

@@ -4,6 +4,7 @@ import collections
 import csv
 import hashlib
 import json
+import os
 import pathlib
 import re
 
@@ -182,10 +183,32 @@ def test_a_bad_row_is_named(tmp_path, suffix, bad, message):
         balance.draw(path, 1)
 
 
-def test_a_record_of_several_lines_is_named_by_its_last(tmp_path):
-    path = write_table(tmp_path / "a.csv", [{**GOOD, "id": "two\nlines"}, {**GOOD, "category": "robot"}])
+def test_a_record_of_several_lines_is_named_by_its_first(tmp_path):
+    rows = [{**GOOD, "id": "two\nlines"}, {**GOOD, "id": "three\nmore\nlines", "category": "robot"}]
+    path = write_table(tmp_path / "a.csv", rows)
     with pytest.raises(errors.UserError, match=re.escape(f"{path}:4: category must be one of")):
         balance.draw(path, 1)
+
+
+def test_numbers_that_pandas_wrote_as_floats(tmp_path):
+    """It does so in columns with an empty cell."""
+    real = [1.0, 0.0, None, float("nan"), 1.0]
+    rows = [{"id": float(n), "photorealistic": value, "category": "human"} for n, value in enumerate(real)]
+    expected = [("0", True, "human"), ("1", False, "human"), ("4", True, "human")]
+    for name in ("a.jsonl", "a.parquet"):
+        subset = balance.draw(write_table(tmp_path / name, rows), 3)
+        assert (sorted(subset.rows), subset.unknown) == (expected, 2)
+    rows = [{**row, "id": str(row["id"]), "photorealistic": row["photorealistic"]} for row in rows]
+    rows[3]["photorealistic"] = ""
+    subset = balance.draw(write_table(tmp_path / "a.csv", rows), 3)
+    assert [row[0] for row in sorted(subset.rows)] == ["0.0", "1.0", "4.0"]  # Text, as a CSV has no numbers.
+
+
+def test_a_pipe_is_no_table(tmp_path):
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(errors.UserError, match=f"{name}: not a file"):
+            balance.draw(tmp_path / name, 1)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +217,12 @@ def test_a_record_of_several_lines_is_named_by_its_last(tmp_path):
         ("a.csv", b"id,category\n", "there is no column photorealistic, only id, category"),
         ("a.csv", b"", "there is no column id, only none"),
         ("a.csv", b"id,photorealistic,category\n", "1 are to be drawn, but only 0 rows have both attributes"),
-        ("a.csv", b"id,photorealistic,category\n\xff,true,human\n", "this isn't UTF-8 text"),
-        ("a.jsonl", b"{\n", ":1: broken JSON"),
-        ("a.jsonl", b"[]\n", ":1: a line must be a JSON object"),
+        ("a.csv", b"id,photorealistic,category\n\xff,true,human\n", ":2: the id isn't UTF-8"),
+        ("a.csv", b"id,photorealistic,category\na,true\n", ":2: 2 fields, but the header has 3"),
+        ("a.csv", "id,photorealistic,category\n".encode("utf-16"), "save it as UTF-8"),
+        ("a.jsonl", b"{\n", ":1: no JSON: "),
+        ("a.jsonl", b"[" * 100_000, ":1: no JSON: lists or objects are nested more than 200 deep"),
+        ("a.jsonl", b"[]\n", ":1: not a JSON object"),
         ("a.parquet", b"PAR?", "a.parquet: "),
         ("a.txt", b"", "a table's name must end in .csv, .jsonl, .parquet"),
         ("b.csv", None, "b.csv: No such file or directory"),

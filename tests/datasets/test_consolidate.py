@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -131,6 +132,23 @@ def test_images_keep_the_order_of_their_first_lines():
     assert [record["filename"] for record in records] == ["b", "a"]
 
 
+def test_whole_numbers_that_pandas_wrote_as_floats():
+    floats = line(
+        image_size={"width": 50.0, "height": 40.0},
+        token_labels=[float(label) for label in LINE["token_labels"]],
+        ratings={kind: float(value) for kind, value in LINE["ratings"].items()},
+    )
+    rating = ratings.parse_rating(json.dumps(floats))
+    assert rating == ratings.parse_rating(json.dumps(LINE))
+    assert rating.to_json() == json.dumps(LINE)
+
+
+def test_raw_ratings_from_a_pipe_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "raw.jsonl")
+    with pytest.raises(errors.UserError, match="raw.jsonl: not a file"):
+        consolidate.consolidate_file(tmp_path / "raw.jsonl", tmp_path / "out.tfrecord")
+
+
 def test_json_round_trip():
     rating = ratings.parse_rating(json.dumps(LINE))
     assert ratings.parse_rating(rating.to_json()) == rating
@@ -147,6 +165,10 @@ BAD_LINES = [
     (line(misalignment_points=[[3]]), "must be a list of [x, y], got [3] in it"),
     (line(misalignment_points=[[True, 3]]), "must be a list of [x, y], got [true, 3] in it"),
     (line(misalignment_points={"x": 3}), "misalignment_points must be a list"),
+    (line(misalignment_points=[[3, 3]] * 1001), "misalignment_points has 1001 points; at most 1000"),
+    (line(image_size=[float("inf")]), "image_size must be an object, got [Infinity]"),
+    (line(image_size={"width": float("nan"), "height": 1}), "image_size.width must be an integer, got NaN"),
+    (line(point_radius="\x9b2J"), r'got "\x9b2J"'),
     (line(token_labels=[1, 0, 1]), "3 token_labels but 4 prompt tokens"),
     (line(token_labels=[1, 0, 1, 2]), "token_labels must be 0 (misaligned) or 1 (aligned), got 2"),
     (line(token_labels=[1, 0, 1, "1"]), 'got "1"'),
@@ -166,8 +188,8 @@ BAD_LINES = [
     (line(point_radius="width/20"), 'point_radius must be "height/N"'),
     (line(point_radius="height/0"), 'point_radius must be "height/N"'),
     ([LINE], "a line must be a JSON object"),
-    ('{"image_id": "train/1.png", \n', "broken JSON"),
-    ("[" * 100_000 + "\n", "broken JSON"),
+    ('{"image_id": "train/1.png", \n', "no JSON: Expecting"),
+    ("[" * 100_000 + "\n", "no JSON: lists or objects are nested more than 200 deep"),
     (line(rater_id="first"), "rater 'first' has already rated image 'train/1.png' in line 1"),
     (line(prompt="A red dog, asleep"), "prompt of image 'train/1.png' differs from line 1"),
     (line(image_size={"width": 50, "height": 80}), "height of image 'train/1.png' differs from line 1"),

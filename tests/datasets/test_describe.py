@@ -87,7 +87,7 @@ def test_heatmaps_by_hand():
     np.testing.assert_allclose(mean[:32], (1 + 1 / 3) / 3, atol=1e-5)
     np.testing.assert_allclose(mean[32:], (1 / 3) / 3, atol=1e-5)
     assert part["unreadable"]["count"] == 1
-    assert part["unreadable"]["first"][0].startswith("d: cannot identify image file")
+    assert part["unreadable"]["first"][0].startswith("d: neither JPEG, PNG")
 
 
 def test_labels_by_hand():

@@ -2,14 +2,16 @@
 
 import gzip
 import os
+import socket
 import tarfile
 from concurrent import futures
 
+import pyarrow as pa
 import pytest
 
-from richhf_jax import inputs
+from richhf_jax import errors, inputs
 from richhf_jax.inputs import files, tables
-from tests.inputs.reading import numbered, read, user_error, write, write_tar
+from tests.inputs.reading import numbered, read, user_error, write, write_parquet, write_tar
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,47 @@ def test_inputs_that_are_none(tmp_path):
     assert "no rows" in user_error(tmp_path / "a.jsonl")
     assert "no pairs" in user_error(tmp_path / "empty.tar")
     assert "--prompt would be ignored" in user_error(tmp_path / "a.jsonl", prompt="p")
+
+
+@pytest.mark.parametrize("kind", ["png", "csv", "jsonl", "tar", "parquet"])
+def test_inputs_without_end_are_refused(tmp_path, kind):
+    os.mkfifo(tmp_path / f"pipe.{kind}")
+    (tmp_path / f"zero.{kind}").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / f"socket.{kind}"))
+        for name in ("pipe", "zero", "socket"):
+            message = user_error(tmp_path / f"{name}.{kind}")
+            assert message.startswith(f"{tmp_path}/{name}.{kind}: neither a file nor a folder but a pipe")
+
+
+def test_a_table_that_becomes_a_pipe(tmp_path):
+    """It may happen between the first and the second reading."""
+    for kind, content in (("csv", "image,prompt\na.jpg,p\n"), ("jsonl", '{"image": "a.jpg", "prompt": "p"}')):
+        path = tmp_path / f"t.{kind}"
+        path.write_text(content)
+        given = inputs.Inputs([str(path)])
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(errors.UserError, match=f"t.{kind}: not a file"):
+            list(given)
+
+
+def test_an_embedded_image_has_an_id_of_its_own(tmp_path):
+    """Its path is a hint: Hugging Face keeps of cat/1.png and dog/1.png only 1.png."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for name, rows in (("a.parquet", 4), ("b.parquet", 2)):
+        images = [{"bytes": f"{name} {row}".encode(), "path": f"{row % 2}.png"} for row in range(rows)]
+        write_parquet(tmp_path / name, image=pa.array(images, kind), prompt=["p"] * rows)
+    expected = ["0.png", "1.png", "a.parquet:2", "a.parquet:3", "b.parquet:0", "b.parquet:1"]
+    found = read(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert list(found) == expected
+    assert [image for image, _ in found.values()] == [
+        f"{n} {row}".encode()
+        for n, row in [*(("a.parquet", row) for row in range(4)), *(("b.parquet", row) for row in range(2))]
+    ]
+    named = pa.array([{"bytes": b"A", "path": "1.png"}] * 2, kind)
+    write_parquet(tmp_path / "c.parquet", image=named, prompt=["p", "q"], id=["x", "y"])
+    assert list(read(tmp_path / "c.parquet")) == ["x", "y"]
 
 
 def test_an_input_without_permission(tmp_path, monkeypatch):

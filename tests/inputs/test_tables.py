@@ -2,12 +2,14 @@
 
 import csv
 import json
+import sys
+import tracemalloc
 
 import pytest
 
 from richhf_jax import errors, inputs
-from richhf_jax.inputs import tables
-from tests.inputs.reading import read, user_error, write
+from richhf_jax.inputs import record
+from tests.inputs.reading import loaded, read, user_error, write
 
 
 def test_a_csv(tmp_path, monkeypatch):
@@ -66,14 +68,12 @@ def test_broken_rows_of_a_csv(tmp_path):
 
 
 def test_a_quote_that_is_never_closed_costs_no_more_than_its_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_MAX_FIELD", 200_000)
-    before = csv.field_size_limit(1000)
+    monkeypatch.setattr(record, "MAX_ROW", 200_000)
+    before = csv.field_size_limit()
     rows = "a.jpg,p\n" * 50_000
     write(tmp_path, {"t.csv": f'image,prompt\na.jpg,"p\n{rows}'})
-    try:
-        found = [record.id for record in inputs.Inputs([str(tmp_path / "t.csv")])]
-    finally:
-        csv.field_size_limit(before)
+    found = [one.id for one in inputs.Inputs([str(tmp_path / "t.csv")])]
+    assert csv.field_size_limit() == before  # It is the whole process's.
     assert found[0] == "t.csv:2"
     assert 24_000 < len(found) < 26_000
     assert set(found[1:]) == {"a.jpg"}
@@ -95,6 +95,94 @@ def test_a_csv_without_its_columns(tmp_path, header, message):
     write(tmp_path, {"t.csv": header, "a.jpg": b""})
     with pytest.raises(errors.UserError, match=message):
         raise errors.UserError(user_error(tmp_path / "t.csv"))
+
+
+def test_a_csv_of_excel(tmp_path):
+    for encoding in ("utf-16", "utf-16-be"):
+        text = "image\tprompt\n" if encoding == "utf-16" else "\ufeffimage\tprompt\n"
+        write(tmp_path, {"t.csv": text.encode(encoding)})
+        assert user_error(tmp_path / "t.csv").endswith(
+            "t.csv: this is UTF-16; save it as UTF-8 (Excel: `CSV UTF-8`)"
+        )
+
+
+def test_columns_that_differ_in_capitals(tmp_path):
+    write(tmp_path, {"t.csv": "image,prompt,Prompt\na.jpg,p,q\n", "u.csv": "Image,prompt\na.jpg,p\n"})
+    assert "column `prompt`: " in user_error(tmp_path / "t.csv")
+    assert "each once, in small letters" in user_error(tmp_path / "u.csv")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_line_without_end_stays_out_of_memory(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(record, "MAX_ROW", 1000)
+    good = {"csv": b"a.jpg,p", "jsonl": b'{"image": "a.jpg", "prompt": "p"}'}[kind]
+    head = b"image,prompt" if kind == "csv" else b""
+    quoted = [b'"' + b"x\n" * 600] if kind == "csv" else []
+    write(
+        tmp_path, {f"t.{kind}": b"\n".join([head, good, b"x" * 1001, good, b"x" * 3_000_000, good, *quoted])}
+    )
+    tracemalloc.start()
+    try:
+        found = [loaded(one) for one in inputs.Inputs([str(tmp_path / f"t.{kind}")])]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+    table = f"{tmp_path}/t.{kind}"
+    too_long = f"longer than 1000 {'characters (is a quote never closed?)' if kind == 'csv' else 'bytes'}"
+    assert [found[1], found[3]] == [f"{table}, line {line}: {too_long}" for line in (3, 5)]
+    assert all("a.jpg: No such file" in found[index] for index in (0, 2, 4))
+    if kind == "csv":
+        assert found[5] == f"{table}, line 7: {too_long}"
+
+
+def test_ids_of_a_jsonl(tmp_path):
+    """Whole numbers may be floats, as pandas writes them in a column with an empty cell."""
+    ids = ["7.0", "NaN", "null", '""', "-0.0", '"1.0"', "12345678901234567890", "9007199254740992.0"]
+    bad = ["0.5", "1e300", "Infinity", "true", "[7]", "9007199254740994.0"]
+    lines = [f'{{"image": "{n}.jpg", "prompt": "p", "id": {value}}}' for n, value in enumerate([*ids, *bad])]
+    write(tmp_path, {"t.jsonl": "\n".join(lines), **{f"{n}.jpg": b"A" for n in range(len(lines))}})
+    found = read(tmp_path / "t.jsonl")
+    assert list(found)[: len(ids)] == [
+        *("7", "1.jpg", "2.jpg", "3.jpg", "0", "1.0", "12345678901234567890", "9007199254740992"),
+    ]
+    assert all("not a string or whole number" in message for message in list(found.values())[len(ids) :])
+
+
+def test_ids_of_a_csv_are_text(tmp_path):
+    write(
+        tmp_path, {"t.csv": "id,image,prompt\n7.0,a.jpg,p\n7,a.jpg,p\n,a.jpg,p\nnan,a.jpg,p\n", "a.jpg": b"A"}
+    )
+    assert list(read(tmp_path / "t.csv")) == ["7.0", "7", "a.jpg", "nan"]
+
+
+def test_an_object_with_two_prompts(tmp_path):
+    lines = [
+        '{"image": "a.jpg", "prompt": "p", "prompt": "q"}',
+        '{"image": "a.jpg", "prompt": "p", "prompt": "p"}',
+    ]
+    write(tmp_path, {"t.jsonl": "\n".join(lines), "a.jpg": b"A"})
+    assert read(tmp_path / "t.jsonl") == {
+        "t.jsonl:1": f"{tmp_path}/t.jsonl, line 1: 'prompt' has two values",
+        "a.jpg": (b"A", "p"),
+    }
+
+
+def test_nested_json_does_not_use_the_stack(tmp_path):
+    """Not even where a program has raised Python's limit, behind which the process would die."""
+    lines = [
+        b'{"a":' * 100_000,
+        b'{"image": "a.jpg", "prompt": "[[[[", "more": ' + b"[" * 100 + b"]" * 100 + b"}",
+    ]
+    write(tmp_path, {"t.jsonl": b"\n".join(lines), "a.jpg": b"A"})
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1_000_000)
+    try:
+        found = read(tmp_path / "t.jsonl")
+    finally:
+        sys.setrecursionlimit(limit)
+    assert found["t.jsonl:1"].endswith("no JSON: lists or objects are nested more than 200 deep")
+    assert found["a.jpg"] == (b"A", "[[[[")
 
 
 def test_a_jsonl(tmp_path):
@@ -133,7 +221,7 @@ def test_broken_rows_of_a_jsonl(tmp_path):
     found = read(tmp_path / "t.jsonl")
     assert "surrogates not allowed" in found.pop(r"b\ud800.jpg")
     assert found.pop("t.jsonl:9").startswith(f"{table}, line 9: no JSON: 'utf-8' codec can't decode")
-    assert found.pop("t.jsonl:10").startswith(f"{table}, line 10: no JSON: maximum recursion")
+    assert found.pop("t.jsonl:10").startswith(f"{table}, line 10: no JSON: lists or objects are")
     assert found == {
         "t.jsonl:1": f"{table}, line 1: no JSON: Expecting ',' delimiter",
         "t.jsonl:3": f"{table}, line 3: not a JSON object",

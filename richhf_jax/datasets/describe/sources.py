@@ -12,6 +12,7 @@ from richhf_jax import errors, feedback, foreign_text
 from richhf_jax.datasets import consolidate, ratings
 from richhf_jax.datasets.describe.statistics import Record
 from richhf_jax.datasets.rich_hf_18k import labels
+from richhf_jax.inputs.record import bounded_lines, reason, regular
 
 
 def _text(value: bytes | str | None) -> str | None:
@@ -107,21 +108,21 @@ def raw_records(path: pathlib.Path) -> Iterator[Record]:
     try:
         total = path.stat().st_size
         with (
-            path.open("rb") as lines,
+            open(path, "rb", opener=regular) as file,
             tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress,
         ):
-            for number, rating in ratings.read_ratings(_counted(lines, progress)):
+            for number, rating in ratings.read_ratings(_counted(bounded_lines(file), progress)):
                 if isinstance(rating, ratings.RatingError):
                     raise errors.UserError(f"{path}:{number}: {rating}")
                 good.append(rating)
     except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror}") from None
+        raise errors.UserError(f"{path}: {reason(error)}") from None
     for group in tqdm.tqdm(consolidate.group_by_image(good), unit=" images", disable=None):
         record = _record(consolidate.consolidate(group), group[0].image_id)
         yield dataclasses.replace(record, prompt=group[0].prompt, raters=group)
 
 
-def _counted(lines, progress: tqdm.tqdm) -> Iterator[bytes]:
+def _counted(lines: Iterator[bytes], progress: tqdm.tqdm) -> Iterator[bytes]:
     for line in lines:
         progress.update(len(line))
         yield line

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from richhf_jax import feedback
 from richhf_jax.datasets import ratings
+from richhf_jax.inputs import containers, images
 
 # The mean of three raters' answers on a 5-point scale is a multiple of 1/12.
 SCORE_STEPS = 12
@@ -147,8 +147,8 @@ class Heatmaps:
         if data is None:
             return
         try:
-            heatmap = Image.open(io.BytesIO(data)).convert("L")
-        except (OSError, Image.DecompressionBombError) as error:
+            heatmap = Image.fromarray(images.decode(data)).convert("L")
+        except images.ImageError as error:
             self._unreadable.add(f"{record.name}: {error}")
             return
         self._count += 1
@@ -265,12 +265,12 @@ class Images:
         if record.image is None:
             return
         try:
-            with Image.open(io.BytesIO(record.image)) as image:
-                size, image_format = image.size, image.format
-        except (OSError, Image.DecompressionBombError) as error:
+            container = containers.read(record.image)
+        except images.ImageError as error:
             self._unreadable.add(f"{record.name}: {error}")
             return
-        self._formats[image_format] += 1
+        size = container.width, container.height
+        self._formats[container.format] += 1
         known = size in self._sizes or len(self._sizes) < MAX_SIZES
         self._sizes[size if known else None] += 1
 
