@@ -6,3 +6,13 @@ class UserError(Exception):
 
     The message names the file, record or setting at fault, and the fix.
     """
+
+
+NOT_FINITE = "aren't finite numbers: its weights are damaged, or its training diverged"
+
+
+class NotFiniteError(UserError):
+    """A model's outputs aren't finite numbers, so they are no scores; the message names the output."""
+
+    def __init__(self, output: str):
+        super().__init__(f"the model's {output} {NOT_FINITE}")

@@ -52,8 +52,8 @@ torch_twin         | torch          | network
 train_state        | jax            |
 checkpoints        | jax            | train_state writing
 convert            | jax            | checkpoints
-predict            | jax            | checkpoints compilation_cache inputs keywords model_description
-                                      models pages partitioning pixels shapes writing
+predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs keywords
+                                      model_description models pages partitioning pixels shapes writing
 export             | jax tensorflow | augmentation checkpoints convert keywords model_description predict
                                       preprocessors
 trainer            | jax            | losses models partitioning train_state

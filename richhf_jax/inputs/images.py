@@ -64,6 +64,15 @@ def decode(data: bytes, convert: bool = True) -> np.ndarray:
     return np.asarray(image.convert("RGB")) if _is_plain(image, data) else of_pillow(image, convert)
 
 
+def count_pixels(data: bytes) -> int:
+    """Returns the number of pixels that `decode` will make, by the image's head; 0 if that can't be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # `decode` says why.
+        return 0
+
+
 def of_pillow(image: Image.Image, convert: bool = True) -> np.ndarray:
     """Converts a picture in memory to uint8 [height, width, 3], as `decode` does with a file.
 

@@ -20,7 +20,7 @@ from richhf_jax import RahfPredictor, feedback
 from richhf_jax.export import __main__ as export
 from richhf_jax.predict import __main__ as predict
 from richhf_jax.predict import files as prediction_files
-from richhf_jax.predict import pipeline, predictor
+from richhf_jax.predict import names, pipeline
 
 ROOT = pathlib.Path(predict.__file__).resolve().parents[2]
 COUNT, EACH = 1000, 3
@@ -296,7 +296,7 @@ def test_heatmaps_in_one_file(score, table, tmp_path):
     assert places == [f"heatmaps.npz#{name}" for name in found]
     for line in lines(tmp_path / "png/predictions.jsonl"):
         for kind, place in line["heatmaps"].items():
-            array = found[f"{prediction_files.file_name(line['id'])}/{kind}"]
+            array = found[f"{names.file_name(line['id'])}/{kind}"]
             assert (array.dtype, array.shape) == (np.float16, (12, 16))
             levels = np.asarray(Image.open(tmp_path / "png" / place)).astype(float)
             np.testing.assert_allclose(array, levels / 255, atol=0.51 / 255 + 5e-4)
@@ -394,13 +394,6 @@ def test_a_library_that_fails_at_one_record(score, table, tmp_path, monkeypatch)
     assert score(table)[0] == predict.SOME_FAILED
     assert {"id": "../1", "reason": "RuntimeError: a bug"} in lines(tmp_path / "out/errors.jsonl")
     assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["../0"]
-
-
-@pytest.mark.parametrize(("side", "ahead"), [(512, 3), (2048, 1), (8192, 0)])
-def test_large_images_wait_in_few_batches(side, ahead, no_shape_checks):
-    image = np.broadcast_to(np.uint8(0), (side, side, 3))
-    prepared = [predictor.Prepared(image, "", None, None, None, None, 0)] * 16
-    assert pipeline._batches_ahead(prepared) == ahead
 
 
 @pytest.mark.parametrize("name", ["safetensors", "stablehlo", "orbax"])
@@ -537,13 +530,13 @@ def test_lines_that_the_run_does_not_know_of_are_cut_off(score, stopped, tmp_pat
     ],
 )
 def test_file_names(name, path):
-    assert prediction_files.file_name(name) == path
+    assert names.file_name(name) == path
 
 
 def test_long_file_names_differ():
-    first, second = (prediction_files.file_name("x" * 300 + end) for end in "ab")
+    first, second = (names.file_name("x" * 300 + end) for end in "ab")
     assert first != second
     assert len(first) < 200
-    deep = prediction_files.file_name("/".join(["x" * 150] * 40))
+    deep = names.file_name("/".join(["x" * 150] * 40))
     assert len(deep) < 200
     assert "/" not in deep
