@@ -125,14 +125,6 @@ def test_a_text_of_one_word_that_does_not_fit_is_cut_and_says_so():
     assert words_cut == 1
 
 
-def test_a_text_whose_words_would_fit_with_spaces_between_them_is_cut_and_says_so():
-    # The tab is a piece of its own, a space is none.
-    assert [len(VOCABULARY.encode(text)) for text in ("a\ta", "a a")] == [3, 2]
-    tokens, words_cut = preprocessors.encode(tf.constant(["a\ta"]), 3, VOCABULARY)
-    np.testing.assert_array_equal(tokens[0], [*VOCABULARY.encode("a\ta")[:2], 1])
-    assert words_cut == 1
-
-
 def test_no_text_at_all():
     tokens, words_cut = preprocessors.encode(tf.constant(["", ""]), 3, VOCABULARY)
     np.testing.assert_array_equal(tokens, [[1, 0, 0], [1, 0, 0]])

@@ -86,12 +86,14 @@ def test_texts_are_encoded_and_cut_as_in_training(loaded, rng):
     from richhf_jax import preprocessors
     from tasks import vocabulary
 
-    texts = [*prompts(rng, 200, 40), "", " ", "\u00a0a\u00a0b " * 20, "x" * 300, "a\tb\nc " * 30, "a\tb" * 5]
+    texts = [*prompts(rng, 200, 40), "", " ", "\u00a0a\u00a0b " * 20, "x" * 300, "a\tb\nc " * 30]
     for text in texts:
         expected, cut = preprocessors.encode(np.array([text]), 24, vocabulary.get_vocabulary())
         found, words_cut = loaded.encode([text])
         np.testing.assert_array_equal(found, expected)
         assert words_cut == cut
+        # It says so if anything is cut, also within the first word.
+        assert (words_cut > 0) == (len(vocabulary.get_vocabulary().encode(text)) > 23)
     assert sum(loaded.encode([text])[1] > 0 for text in texts) > 50
 
 
