@@ -32,9 +32,8 @@ from richhf_jax import errors, writing
 from richhf_jax.pages import gallery, overlay
 from richhf_jax.predict.names import file_name
 from richhf_jax.predict.predictor import Prediction
-from richhf_jax.predict.progress import ERRORS, KEPT_SAVES, PREDICTIONS, Progress, last_whole
+from richhf_jax.predict.progress import ERRORS, KEPT_SAVES, PREDICTIONS, STATE, Progress, last_whole
 
-STATE = "run.json"
 HEATMAPS_FILE = "heatmaps.npz"
 HEATMAP_FORMATS = ("png", "npz", "none")
 # Most cards of a report; more make a page slow. It shows the first.
@@ -138,19 +137,10 @@ class PredictionFiles:
         return self._whole(saves)
 
     def _whole(self, saves: list[Progress]) -> list[Progress]:
-        """Returns the saves up to the last one that the files hold.
-
-        Raises:
-          errors.UserError: the files hold none of them.
-        """
+        """Returns the saves up to the last one that the files hold; see `progress.last_whole`."""
         for name in (PREDICTIONS, ERRORS):
             (self._out / name).touch()
         last = last_whole(self._out, saves, self._has_pictures)
-        if last is None:
-            raise errors.UserError(
-                f"{self._out / PREDICTIONS} or {ERRORS} has lost lines that {STATE} knows of, or was changed:"
-                " name a new --out"
-            )
         if lost := saves[-1].position - last.position:
             print(
                 f"{self._out}: the results of the last {lost:,} records are damaged, as a power cut may leave"

@@ -14,7 +14,9 @@ from typing import Any
 
 import google_crc32c
 
-PREDICTIONS, ERRORS = "predictions.jsonl", "errors.jsonl"
+from richhf_jax import errors
+
+PREDICTIONS, ERRORS, STATE = "predictions.jsonl", "errors.jsonl", "run.json"
 # Number of saves that run.json keeps.
 KEPT_SAVES = 8
 _CHUNK = 1 << 20
@@ -42,17 +44,17 @@ class Progress:
     done: bool = False
 
     def after(
-        self, position: int, predictions: Sequence[Mapping[str, Any]], errors: Sequence[Mapping[str, Any]]
+        self, position: int, predictions: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]
     ) -> tuple["Progress", bytes, bytes]:
         """Adds the results of the records before `position`. Returns the progress, and the lines to write."""
         new_predictions, new_errors = (
             "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines).encode()
-            for lines in (predictions, errors)
+            for lines in (predictions, failures)
         )
         progress = Progress(
             position,
             self.predictions + len(predictions),
-            self.errors + len(errors),
+            self.errors + len(failures),
             self.predictions_bytes + len(new_predictions),
             self.errors_bytes + len(new_errors),
             google_crc32c.extend(self.predictions_crc32c, new_predictions),
@@ -65,7 +67,7 @@ def last_whole(
     directory: pathlib.Path,
     saves: Sequence[Progress],
     has_pictures: Callable[[int, Mapping[str, Any]], bool],
-) -> Progress | None:
+) -> Progress:
     """Finds the last save that the directory's files still hold.
 
     Args:
@@ -75,19 +77,20 @@ def last_whole(
         whole. It is asked for the lines since the first of these saves; older pictures came to the disk long
         ago.
 
-    Returns:
-      The save, or None if the files hold none of them.
+    Raises:
+      errors.UserError: a file holds none of them.
     """
-    predictions = _checksums(directory / PREDICTIONS, [save.predictions_bytes for save in saves])
-    errors = _checksums(directory / ERRORS, [save.errors_bytes for save in saves])
-    held = [
-        save
-        for save in saves
-        if predictions.get(save.predictions_bytes) == save.predictions_crc32c
-        and errors.get(save.errors_bytes) == save.errors_crc32c
-    ]
-    if not held:
-        return None
+    held = list(saves)
+    for path, size, checksum in (
+        (directory / PREDICTIONS, "predictions_bytes", "predictions_crc32c"),
+        (directory / ERRORS, "errors_bytes", "errors_crc32c"),
+    ):
+        found = _checksums(path, [getattr(save, size) for save in held])
+        held = [save for save in held if found.get(getattr(save, size)) == getattr(save, checksum)]
+        if not held:
+            raise errors.UserError(
+                f"{path} has lost lines that {STATE} knows of, or was changed: name a new --out"
+            )
     first, last = held[0].predictions, held[-1].predictions
     with (directory / PREDICTIONS).open("rb") as file:
         for number, line in enumerate(itertools.islice(file, first, last), first):
