@@ -291,6 +291,22 @@ def test_vocabulary_in_a_literal(literal, found):
     assert vocabulary_in(literal) == found
 
 
+# They write numbers that were computed.
+@pytest.mark.parametrize(
+    "place", ["eval", "infer", "precompile", "benchmarks/*", "predict/*", "datasets/describe/__main__"]
+)
+def test_json_has_no_nan(place):
+    calls = [
+        node
+        for path in (ROOT / "richhf_jax").glob(f"{place}.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps")
+    ]
+    assert calls
+    for call in calls:
+        assert "allow_nan=False" in ast.unparse(call)
+
+
 def test_vocabulary_is_written_in_feedback_alone():
     found = []
     for path in SOURCES:

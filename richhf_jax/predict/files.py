@@ -172,7 +172,7 @@ class PredictionFiles:
             "progress": dataclasses.asdict(self.progress),
             "earlier": [dataclasses.asdict(save) for save in self._saves[:-1] if not self.progress.done],
         }
-        writing.write(self._out / STATE, json.dumps(state, indent=2) + "\n")
+        writing.write(self._out / STATE, json.dumps(state, indent=2, allow_nan=False) + "\n")
         self._saved_at = time.monotonic()
 
     def _open(self, name: str, size: int) -> BinaryIO:
@@ -262,7 +262,10 @@ class PredictionFiles:
     def _join_parts(self) -> None:
         with writing.atomic(self._out / HEATMAPS_FILE) as new, zipfile.ZipFile(new, "w") as joined:
             for line in self._lines(self.progress.predictions):
-                with zipfile.ZipFile(self._out / _part(line["position"])) as part:
+                path = self._out / _part(line["position"])
+                if not _is_whole(path):
+                    raise errors.UserError(f"{path} is missing or damaged: name a new --out")
+                with zipfile.ZipFile(path) as part:
                     for info in part.infolist():
                         with part.open(info) as source, joined.open(info, "w", force_zip64=True) as target:
                             shutil.copyfileobj(source, target)
