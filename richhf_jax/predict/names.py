@@ -7,6 +7,8 @@ import urllib.parse
 # Longest file name, and longest relative path, in bytes. Most file systems take names of 255 bytes.
 _MAX_NAME = 200
 _MAX_PATH = 1000
+# Needs no change: parts without special characters, no folder's name with a dot.
+_PLAIN = re.compile(r"(?:[\w-]+/)*[\w-]+(?:\.[\w-]+)*", re.ASCII)
 # Windows drops these at the end of a folder's name.
 _DROPPED = re.compile(r"[. ]+$")
 
@@ -26,8 +28,10 @@ class FileNames:
         path = file_name(name)
         if self._ids.get(path.lower(), name) != name:
             path = _hashed(path.replace("/", "%2F"))
-        again = path.lower() in self._ids
-        self._ids[path.lower()] = name
+        # The same string takes memory once.
+        key = name if path.lower() == name else path.lower()
+        again = key in self._ids
+        self._ids[key] = name
         return path, again
 
 
@@ -40,6 +44,8 @@ def file_name(name: str) -> str:
     >>> file_name("cats/1.png"), file_name("../a b?.png"), file_name("a.png/b")
     ('cats/1.png', '%2E%2E/a b%3F.png', 'a.png%/b')
     """
+    if len(name) <= _MAX_NAME and _PLAIN.fullmatch(name):  # Most ids; there may be millions.
+        return name
     *folders, last = [urllib.parse.quote(part, safe=" ,()[]+=@~") for part in name.split("/")]
     last = last.replace(".", "%2E") if set(last) <= {"."} else last
     path = "/".join(map(_short, [*map(_folder, folders), last or "%"]))

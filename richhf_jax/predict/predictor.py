@@ -11,7 +11,7 @@ record.overlay().save("overlay.png")
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -158,7 +158,7 @@ class RahfPredictor:
         """
         is_stack = isinstance(images, np.ndarray) and images.ndim == 4
         one = (isinstance(images, Picture) and not is_stack) or not isinstance(images, Iterable)
-        pictures: list[Any] = [images] if one else list(images)
+        pictures: list[Any] = [images] if one else list(cast(Iterable, images))
         if one != isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise PredictionError("give one image and one prompt, or as many prompts as images")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -330,9 +330,10 @@ class RahfPredictor:
         try:
             if isinstance(picture, Image.Image):
                 return image_files.of_pillow(picture, self._convert)
-            path = None if isinstance(picture, bytes) else os.fspath(picture)
-            data = picture if path is None else record_files.read_bytes(path, path)
-            return image_files.decode(data, self._convert)
+            if not isinstance(picture, bytes):
+                path = os.fspath(picture)
+                picture = record_files.read_bytes(path, path)
+            return image_files.decode(picture, self._convert)
         except (record_files.InputError, image_files.ImageError) as error:
             raise PredictionError(str(error)) from error
 

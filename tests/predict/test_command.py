@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import RahfPredictor, feedback, inputs
+from richhf_jax import RahfPredictor, errors, feedback, inputs
 from richhf_jax.export import __main__ as export
 from richhf_jax.predict import __main__ as predict
 from richhf_jax.predict import files as prediction_files
@@ -525,8 +525,13 @@ def test_a_cache_that_cannot_be_used_is_told(score, table, tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
+
+    def stop(*args, **options):  # The model isn't needed.
+        raise errors.UserError("enough")
+
+    monkeypatch.setattr(RahfPredictor, "from_checkpoint", stop)
     try:
-        score(table)
+        assert score(table)[0] == "predict: enough"
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
     assert "compiled programs aren't kept" in caplog.text

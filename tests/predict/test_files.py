@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 import shutil
 
 import hypothesis
@@ -156,6 +157,13 @@ def test_no_two_ids_share_a_file(ids):
             assert part not in (".", "..")
             assert part == part.rstrip(". ")  # Windows would drop them.
             assert not set(part) & set('\\:*?"<>|')
+
+
+@hypothesis.given(st.from_regex(names._PLAIN, fullmatch=True))
+def test_a_plain_id_is_its_file_name(name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names, "_PLAIN", re.compile("(?!)"))
+        assert names.file_name(name) == name or len(name) > 200
 
 
 def test_a_hash_that_looks_like_an_escape_is_no_other_id():
