@@ -159,6 +159,7 @@ def test_no_two_ids_share_a_file(ids):
             assert not set(part) & set('\\:*?"<>|')
 
 
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.from_regex(names._PLAIN, fullmatch=True))
 def test_a_plain_id_is_its_file_name(name):
     with pytest.MonkeyPatch.context() as patch:
