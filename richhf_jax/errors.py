@@ -15,6 +15,16 @@ class UserError(Exception):
     """
 
 
+NOT_FINITE = "aren't finite numbers: its weights are damaged, or its training diverged"
+
+
+class NotFiniteError(UserError):
+    """A model's outputs aren't finite numbers, so they are no scores; the message names the output."""
+
+    def __init__(self, output: str):
+        super().__init__(f"the model's {output} {NOT_FINITE}")
+
+
 @contextlib.contextmanager
 def command(name: str = "") -> Iterator[None]:
     """Wraps a command's main function, as a decorator or in a `with` statement.

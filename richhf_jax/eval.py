@@ -96,7 +96,7 @@ def evaluate(
     rows = [report.Row(name, _measure(task, targets, answers)) for name, answers in systems]
     place = ("inference_eval", dataset_cfg.mixture_or_task_name, dataset_cfg.split, str(step))
     directory = epath.Path(output_dir).joinpath(*place)
-    lines = [json.dumps(prediction.to_dict()) + "\n" for prediction in predictions]
+    lines = [json.dumps(prediction.to_dict(), allow_nan=False) + "\n" for prediction in predictions]
     gallery = [
         report.GalleryItem(*item)
         for item in itertools.islice(zip(images, targets, predictions, strict=True), gallery_size)
@@ -155,7 +155,7 @@ def _read_curves(model_dir: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
-    writing.write(path, json.dumps(content, indent=2, sort_keys=True))
+    writing.write(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False))
 
 
 if __name__ == "__main__":

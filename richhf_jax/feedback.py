@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from richhf_jax import errors
+
 SCORES = PLAUSIBILITY, ALIGNMENT, AESTHETICS, OVERALL = ("plausibility", "alignment", "aesthetics", "overall")
 HEATMAPS = IMPLAUSIBILITY, MISALIGNMENT = ("implausibility", "misalignment")
 KEYWORDS = "keywords"
@@ -244,6 +246,17 @@ class RichFeedback:
             "scores": {kind: float(value) for kind, value in self.scores.items()},
             "tokens": [dataclasses.asdict(token) for token in self.tokens],
         }
+
+
+def check_finite(scores: np.ndarray, heatmaps: np.ndarray) -> None:
+    """Checks a model's outputs, of any shape.
+
+    Raises:
+      errors.NotFiniteError: one has a value that is NaN or infinite.
+    """
+    for name, values in {"scores": scores, "heatmaps": heatmaps}.items():
+        if not np.isfinite(values).all():
+            raise errors.NotFiniteError(name)
 
 
 def label_tokens(prompt: str, labels: Sequence[int]) -> tuple[Token, ...]:

@@ -176,7 +176,7 @@ def _line(pair: split_predictions.Pair, heatmaps: Mapping[str, str]) -> str:
         answer["prompt_words_cut"] = int(example["inputs_words_cut"])
     if heatmaps:
         answer["heatmaps"] = heatmaps
-    return json.dumps({"inputs": inputs, "prediction": answer}) + "\n"
+    return json.dumps({"inputs": inputs, "prediction": answer}, allow_nan=False) + "\n"
 
 
 class _Output:
@@ -290,7 +290,7 @@ class _Output:
             if not self._run_path.exists():
                 # Other processes may write the same file now, so each writes its own and moves it there.
                 own = self._temporary / self._run_path.name
-                writing.write(own, json.dumps(self._run, indent=2) + "\n")
+                writing.write(own, json.dumps(self._run, indent=2, allow_nan=False) + "\n")
                 writing.move(own, self._run_path)
             yield
 

@@ -91,7 +91,7 @@ def features(
 
 def tokens(
     prompt: str,
-    numbers: Int32[np.ndarray, " tokens"],
+    words: KeywordPieces,
     probability: Float[np.ndarray, " length"],
     misaligned: Bool[np.ndarray, " length"],
 ) -> tuple[feedback.Token, ...]:
@@ -103,11 +103,17 @@ def tokens(
 
     Args:
       prompt: the prompt given to `keyword_pieces`.
-      numbers: `KeywordPieces.numbers`.
+      words: what that made of it.
       probability, misaligned: the decisions, by number of the word; NaN where there was none.
+
+    Raises:
+      errors.NotFiniteError: there is no decision on the first word, though the decoder has room for it.
     """
+    # The first word is decided after its pieces. Without that decision, NaN isn't a lack of room.
+    if 0 < np.sum(words.words == 1) < len(words.words) and np.isnan(probability[0]):
+        raise errors.NotFiniteError("keyword probabilities")
     found = []
-    for token, number in zip(feedback.tokenize_prompt(prompt), numbers, strict=True):
+    for token, number in zip(feedback.tokenize_prompt(prompt), words.numbers, strict=True):
         if number == 0 or np.isnan(probability[number - 1]):
             found.append(feedback.Token(token, False))
         else:

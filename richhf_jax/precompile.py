@@ -228,7 +228,7 @@ def main() -> None:
     if _JSON.value:
         content = plans if len(plans) > 1 else plans[_STEP.value]
         with writing.explained_disk_errors(_JSON.value):
-            writing.write(_JSON.value, json.dumps(content, indent=2))
+            writing.write(_JSON.value, json.dumps(content, indent=2, allow_nan=False))
     if any(one["fits"] is False for one in plans.values()):
         sys.exit(1)
 

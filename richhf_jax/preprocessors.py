@@ -12,7 +12,7 @@ gin macro TASK_FEATURE_LENGTHS sets every size:
     score_weights    [scores]            float32, 0 = not labelled
     targets          [texts, target_length]   int32, all padding = not labelled
     texts            [texts]             string, what `targets` encodes
-    inputs_words_cut, targets_words_cut  int32, words cut off the longest prompt or text for lack of room
+    inputs_words_cut, targets_words_cut  int32, words of the longest prompt or text without room
 and, for evaluation, the record's own strings (feedback.FILENAME_FIELD, PROMPT_FIELD, KEYWORDS_FIELD).
 Randomness is stateless: it depends on the example's `seed` alone.
 """
@@ -131,7 +131,8 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     ['a b', 'a b c d'] of 3 -> [[a, b, EOS], [a, b, EOS]], 2;  ['a'] of 3 -> [[a, EOS, 0]], 0
 
     A text that is too long ends before the first word that doesn't fit as a whole. If not even its first word
-    fits, it ends within that word. The number of texts may be known only when the graph runs.
+    fits, it ends within that word, which then counts as cut, too. The number of texts may be known only when
+    the graph runs.
 
     Args:
       texts: string [texts].
@@ -146,10 +147,10 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
         return tf.zeros([0, length], tf.int32), tf.zeros([], tf.int32)
 
     # Cutting takes longer than encoding, and is seldom needed.
-    too_long = tf.reduce_any(vocabulary.encode_tf(texts).row_lengths() > length - 1)
+    too_long = vocabulary.encode_tf(texts).row_lengths() > length - 1
     texts, words_cut = tf.cond(
-        too_long,
-        lambda: _cut_at_word(texts, length - 1, vocabulary),
+        tf.reduce_any(too_long),
+        lambda: _cut_at_word(texts, too_long, length - 1, vocabulary),
         lambda: (texts, tf.zeros_like(texts, tf.int32)),
     )
     tokens = vocabulary.encode_tf(texts)[:, : length - 1]
@@ -157,8 +158,12 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     return tokens.to_tensor(shape=[count, length]), tf.reduce_max(words_cut)
 
 
-def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> tuple[tf.Tensor, tf.Tensor]:
-    """Cuts each text to the words that fit into `room` tokens (at least one); counts the words cut off.
+def _cut_at_word(
+    texts: tf.Tensor, too_long: tf.Tensor, room: int, vocabulary: seqio.Vocabulary
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Cuts the texts that are too long to the words that fit into `room` tokens (at least one).
+
+    Returns the texts, and how many words of each are cut, wholly or partly.
 
     No SentencePiece piece of T5's spans two words, so a text's tokens are those of its words, joined.
     """
@@ -167,11 +172,13 @@ def _cut_at_word(texts: tf.Tensor, room: int, vocabulary: seqio.Vocabulary) -> t
     ends = tf.cumsum(pieces.to_tensor(), axis=1)
     counts = words.row_lengths()
     # Padding fits wherever all words do.
-    fitting = tf.reduce_sum(tf.cast(ends <= room, counts.dtype), axis=1)
+    fitting = tf.minimum(tf.reduce_sum(tf.cast(ends <= room, counts.dtype), axis=1), counts)
     kept = tf.minimum(tf.maximum(fitting, 1), counts)
     first_words = tf.RaggedTensor.from_tensor(words.to_tensor(), lengths=kept)
     shorter = tf.strings.reduce_join(first_words, axis=1, separator=" ")
-    return tf.where(kept < counts, shorter, texts), tf.cast(counts - kept, tf.int32)
+    # A text that is too long loses something, whatever its words alone come to.
+    words_cut = tf.where(too_long, tf.maximum(counts - fitting, 1), 0)
+    return tf.where(too_long & (kept < counts), shorter, texts), tf.cast(words_cut, tf.int32)
 
 
 def draw_kinds(

@@ -189,7 +189,7 @@ class _Decoder:
             prompt = example[feedback.PROMPT_FIELD].decode()
             if pieces:
                 decisions = (outputs[name][i, 0] for name in ("keyword_probability", "keyword_misaligned"))
-                tokens = keywords.tokens(prompt, pieces[i].numbers, *decisions)
+                tokens = keywords.tokens(prompt, pieces[i], *decisions)
             else:
                 text = self._vocabulary.decode(outputs["tokens"][i, 0].tolist())
                 tokens = postprocessors.written_tokens(prompt, text)

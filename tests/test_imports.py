@@ -52,8 +52,8 @@ torch_twin         | torch          | network
 train_state        | jax            |
 checkpoints        | jax            | train_state writing
 convert            | jax            | checkpoints
-predict            | jax            | checkpoints compilation_cache inputs keywords model_description
-                                      models pages partitioning pixels shapes writing
+predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs keywords
+                                      model_description models pages partitioning pixels shapes writing
 export             | jax tensorflow | augmentation checkpoints convert keywords model_description predict
                                       preprocessors
 trainer            | jax            | losses models partitioning train_state
@@ -289,6 +289,22 @@ def literals(tree: ast.AST) -> list[ast.Constant]:
 )
 def test_vocabulary_in_a_literal(literal, found):
     assert vocabulary_in(literal) == found
+
+
+# They write numbers that were computed.
+@pytest.mark.parametrize(
+    "place", ["eval", "infer", "precompile", "benchmarks/*", "predict/*", "datasets/describe/__main__"]
+)
+def test_json_has_no_nan(place):
+    calls = [
+        node
+        for path in (ROOT / "richhf_jax").glob(f"{place}.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps")
+    ]
+    assert calls
+    for call in calls:
+        assert "allow_nan=False" in ast.unparse(call)
 
 
 def test_vocabulary_is_written_in_feedback_alone():

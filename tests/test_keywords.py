@@ -47,7 +47,7 @@ def test_a_prompt_without_words(prompt):
     found = keywords.keyword_pieces(prompt, encode, length=2)
     assert not found.pieces.any()
     assert not found.words.any()
-    assert keywords.tokens(prompt, found.numbers, np.full(2, np.nan), np.zeros(2, bool)) == ()
+    assert keywords.tokens(prompt, found, np.full(2, np.nan), np.zeros(2, bool)) == ()
 
 
 def test_features_of_a_batch_with_a_row_to_spare():
@@ -60,15 +60,26 @@ def test_features_of_a_batch_with_a_row_to_spare():
 
 def test_tokens_have_labels_and_probabilities():
     prompt = "a yellow \u200b yellow a"
-    numbers = keywords.keyword_pieces(prompt, encode, length=6).numbers
+    words = keywords.keyword_pieces(prompt, encode, length=6)
     # The last word was never reached; a "yellow" is marked because a lower threshold was asked for.
     probability = np.array([1, 0.25, 0, np.nan, np.nan, np.nan], np.float32)
     misaligned = np.isin(np.arange(6), [0, 1])
-    found = keywords.tokens(prompt, numbers, probability, misaligned)
+    found = keywords.tokens(prompt, words, probability, misaligned)
     assert [(token.text, token.misaligned) for token in found] == [
         *(("a", True), ("yellow", True), ("\u200b", False), ("yellow", False), ("a", False))
     ]
     assert [token.probability for token in found] == [1.0, 0.25, None, 0.0, None]
+
+
+@pytest.mark.parametrize(("length", "decided"), [(2, False), (3, True)])
+def test_a_first_word_without_a_decision_is_an_error_where_there_is_room_for_one(length, decided):
+    words = keywords.keyword_pieces("yellow", encode, length)  # Two pieces, then the decision.
+    arguments = "yellow", words, np.full(length, np.nan, np.float32), np.zeros(length, bool)
+    if decided:
+        with pytest.raises(errors.NotFiniteError, match="keyword probabilities aren't finite"):
+            keywords.tokens(*arguments)
+    else:
+        assert keywords.tokens(*arguments) == (feedback.Token("yellow", False),)
 
 
 @pytest.mark.parametrize("marked", [[9, 3], [5]])
@@ -152,7 +163,7 @@ def test_every_answer_maps_back_to_one_label_a_token(rng, count, words, length):
     outputs = decode(rng, texts, vocab.vocab_size, suffix, length)
     shares = []
     for prompt, text, ids, *decisions in zip(prompts, texts, *outputs, strict=True):
-        found = keywords.tokens(prompt, text.numbers, *decisions)
+        found = keywords.tokens(prompt, text, *decisions)
         words_of_prompt = feedback.tokenize_prompt(prompt)
         assert [token.text for token in found] == words_of_prompt
         labels = [feedback.MISALIGNED if token.misaligned else feedback.ALIGNED for token in found]
@@ -183,6 +194,6 @@ def test_a_vocabulary_that_knows_few_characters_decides_every_word(rng):
     texts = [keywords.keyword_pieces(prompt, vocab.encode, 100) for prompt in prompts]
     _, *decisions = decode(rng, texts, vocab.vocab_size, keywords.suffix_pieces(vocab.encode), 100)
     for prompt, text, *row in zip(prompts, texts, *decisions, strict=True):
-        found = keywords.tokens(prompt, text.numbers, *row)
+        found = keywords.tokens(prompt, text, *row)
         for token in found:
             assert (token.probability is None) == (not vocab.encode(token.text))

@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from richhf_jax import feedback, postprocessors
+from richhf_jax import errors, feedback, postprocessors
 
 
 def task_example(**changes):
@@ -62,6 +63,14 @@ def test_prediction():
     assert prediction.to_dict()["tokens"][1] == {"text": "café", "misaligned": True, "probability": 0.9}
     assert list(prediction.scores) == list(feedback.SCORES)
     assert prediction.heatmaps["misalignment"].shape == (2, 2)
+
+
+@pytest.mark.parametrize(("output", "value"), [("heatmaps", np.nan), ("scores", np.inf)])
+def test_outputs_that_are_not_finite_are_no_prediction(output, value):
+    outputs = {"heatmaps": np.full((2, 2, 2), 0.5), "scores": np.zeros(4)}
+    outputs[output].flat[1] = value
+    with pytest.raises(errors.UserError, match=rf"^train/1.png: the model's {output} aren't finite numbers"):
+        postprocessors.prediction(task_example(), **outputs, tokens=())
 
 
 def test_padding_of_a_letterbox_is_no_part_of_the_heatmaps():

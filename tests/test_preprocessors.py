@@ -117,6 +117,11 @@ def test_encode_cuts_before_a_word_that_does_not_fit():
 def test_a_first_word_that_does_not_fit_is_cut_within():
     tokens, words_cut = preprocessors.encode(tf.constant(["zyxw a"]), 3, VOCABULARY)
     np.testing.assert_array_equal(tokens[0], [*VOCABULARY.encode("zyxw")[:2], 1])
+    assert words_cut == 2
+
+
+def test_a_text_of_one_word_that_does_not_fit_is_cut_and_says_so():
+    _, words_cut = preprocessors.encode(tf.constant(["zyxw"]), 3, VOCABULARY)
     assert words_cut == 1
 
 

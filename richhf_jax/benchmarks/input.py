@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{figures['seconds']:.0f} s, memory +{figures['memory_growth_bytes'] / 2**20:.0f} MiB at most"
     )
     if options.json:
-        writing.write(options.json, json.dumps(figures, indent=2) + "\n")
+        writing.write(options.json, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = [f"{found[name]:.1f} ({found[name] / found['bare']:.2f})" for name in names]
         print(f"{case:22}" + "".join(f"{cell:>14}" for cell in cells))
     if options.json:
-        writing.write(options.json, json.dumps(figures, indent=2) + "\n")
+        writing.write(options.json, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -316,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.collect()  # The next variant needs the memory.
     if options.json:
         content = {**_setting(options, cast(rahf.Rahf, model.module)), "steps": rows}
-        writing.write(options.json, json.dumps(content, indent=2) + "\n")
+        writing.write(options.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _setting(options: argparse.Namespace, module: rahf.Rahf) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from richhf_jax.inputs import containers
 from richhf_jax.inputs.containers import MAX_SIDE, ImageError
 
-__all__ = ["MAX_SIDE", "ImageError", "checked", "decode", "of_pillow"]
+__all__ = ["MAX_SIDE", "ImageError", "checked", "count_pixels", "decode", "of_pillow"]
 
 _REFUSED = "{}, not a picture of 8 bits a colour; save it as an RGB PNG"
 # EXIF's orientation -> what turns the picture upright.
@@ -73,6 +73,15 @@ def decode(data: bytes, convert: bool = True) -> np.ndarray:
     if not convert and (what := _more_than_rgb(image)):
         raise ImageError(_REFUSED.format(what))
     return _array(_upright(image, container.orientation))
+
+
+def count_pixels(data: bytes) -> int:
+    """Returns the number of pixels that `decode` will make, by the image's head; 0 if that can't be read."""
+    try:
+        container = containers.read(data)
+    except ImageError:  # `decode` says why.
+        return 0
+    return container.width * container.height
 
 
 def of_pillow(image: Image.Image, convert: bool = True) -> np.ndarray:

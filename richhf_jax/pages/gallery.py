@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -162,8 +163,8 @@ def _peak(kind: str) -> str:
 
 
 def _css_url(uri: str) -> str:
-    """Escapes a URI for CSS's url("…"), which may hold neither quote nor backslash."""
-    return uri.replace("\\", "%5C").replace('"', "%22").replace("\n", "%0A")
+    """Escapes a URI for CSS's url("…"), which may hold neither quote, backslash nor line break."""
+    return re.sub(r'["\\\n\r\f]', lambda found: f"%{ord(found[0]):02X}", uri)
 
 
 # Pictures.

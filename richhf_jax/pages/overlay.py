@@ -21,6 +21,7 @@ COLOURS = np.array(
 # From this heat on, the picture is opaque; below, it fades. So one rater of three (1/3) is plainly seen, and
 # noise of a few percent is not.
 _OPAQUE_HEAT = 0.4
+_STRIP_PIXELS = 1 << 18
 
 
 def resize(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -33,9 +34,15 @@ def resize(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def picture(heatmap: np.ndarray) -> Image.Image:
     """Colours a heatmap [height, width] in [0, 1]: RGBA of its size, transparent where there is no heat."""
     stops = np.linspace(0, 1, len(COLOURS))
-    channels = [np.interp(heatmap, stops, channel) for channel in COLOURS.T]
-    alpha = 255 * np.clip(np.float64(heatmap) / _OPAQUE_HEAT, 0, 1)
-    return Image.fromarray(np.round(np.stack([*channels, alpha], axis=-1)).astype(np.uint8))
+    pixels = np.empty((*heatmap.shape, 4), np.uint8)
+    # A few rows at a time, because float64 takes many times the space of the picture.
+    rows = max(_STRIP_PIXELS // heatmap.shape[1], 1)
+    for start in range(0, heatmap.shape[0], rows):
+        strip, heat = pixels[start : start + rows], heatmap[start : start + rows]
+        for channel, colours in enumerate(COLOURS.T):
+            strip[..., channel] = np.round(np.interp(heat, stops, colours))
+        strip[..., 3] = np.round(255 * np.clip(np.float64(heat) / _OPAQUE_HEAT, 0, 1))
+    return Image.fromarray(pixels)
 
 
 def draw(image: np.ndarray, heatmap: np.ndarray, opacity: float = OPACITY) -> Image.Image:
@@ -57,7 +64,9 @@ def draw(image: np.ndarray, heatmap: np.ndarray, opacity: float = OPACITY) -> Im
 
 def grey_png(heatmap: np.ndarray) -> bytes:
     """Encodes a heatmap [height, width] in [0, 1] as RichHF-18K does: an 8-bit greyscale PNG, 255 = 1."""
-    return png(Image.fromarray(np.round(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)))
+    levels = np.clip(heatmap, 0, 1)
+    levels *= 255
+    return png(Image.fromarray(np.round(levels, out=levels).astype(np.uint8)))
 
 
 def png(picture: Image.Image) -> bytes:

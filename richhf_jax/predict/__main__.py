@@ -12,6 +12,7 @@ same command again.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import sys
@@ -21,9 +22,11 @@ import tqdm
 from absl import logging
 
 from richhf_jax import compilation_cache, errors, inputs, writing
+from richhf_jax.foreign_text import for_terminal
 from richhf_jax.predict import forward, pipeline
-from richhf_jax.predict.files import ERRORS, HEATMAP_FORMATS, PREDICTIONS, PredictionFiles
+from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
 from richhf_jax.predict.predictor import RahfPredictor
+from richhf_jax.predict.progress import ERRORS, PREDICTIONS
 
 SOME_FAILED = 3
 _STOPPED = 130  # The exit code that shells give to Ctrl-C.
@@ -39,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     total = len(given)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
     compilation_cache.configure(options.compilation_cache)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of missing files that a checkpoint doesn't need.
     # The model is loaded before files are made: one that doesn't load leaves none.
     predictor = RahfPredictor.from_checkpoint(
         path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
@@ -60,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         if files.progress.position < last:
             _score_rest(predictor, given, options, files, range(first, last))
         files.finish("Rich feedback")
-        return _summary(options, files)
+        return _summary(options, path, files)
 
 
 def _score_rest(
@@ -78,8 +82,12 @@ def _score_rest(
         pipeline.score(predictor, records, files, bar, options.threads)
 
 
-def _summary(options: argparse.Namespace, files: PredictionFiles) -> int:
-    """Prints what was scored and what failed. Returns the exit code."""
+def _summary(options: argparse.Namespace, checkpoint: str, files: PredictionFiles) -> int:
+    """Prints what was scored and what failed. Returns the exit code.
+
+    Raises:
+      errors.UserError: nothing was scored, and the model is to blame.
+    """
     done = files.progress
     print(f"{done.predictions:,} images scored: {os.path.join(options.out, PREDICTIONS)}")
     if options.report:
@@ -88,14 +96,18 @@ def _summary(options: argparse.Namespace, files: PredictionFiles) -> int:
         return 0
     place = os.path.join(options.out, ERRORS)
     print(f"{done.errors:,} could not be scored, see {place}", file=sys.stderr)
-    for line in files.failures(_SHOWN_FAILURES):
-        print(f"  {line['id']}: {line['reason']}", file=sys.stderr)
+    for line in itertools.islice(files.failures(), _SHOWN_FAILURES):
+        print(f"  {for_terminal(line['id'])}: {for_terminal(line['reason'])}", file=sys.stderr)
+    if not done.predictions and any(errors.NOT_FINITE in line["reason"] for line in files.failures()):
+        raise errors.UserError(f"{checkpoint} scores no image: its outputs {errors.NOT_FINITE}")
     return SOME_FAILED
 
 
 def _check_out(out: str, places: Sequence[str]) -> None:
     """Raises errors.UserError where nothing can be written, or where the output would be read as input."""
     writing.check_is_local(out, "--out")
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise errors.UserError(f"--out={out} is no directory: name a new one")
     for place in places:
         if os.path.isdir(place) and pathlib.Path(out).resolve().is_relative_to(pathlib.Path(place).resolve()):
             raise errors.UserError(f"--out={out} lies in {place}, which is an input: name another --out")
@@ -176,7 +188,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 @errors.command("predict")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits the process."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of missing files that a checkpoint doesn't need.
     options = parse(arguments)
     try:
         with writing.explained_disk_errors(options.out, _WRITTEN_STAYS):

@@ -6,79 +6,52 @@
     OUT/run.json            the command's arguments, and how far the run is
 
 Once a second, the lines and pictures of the batches are brought to the disk; then run.json is replaced in one
-step. So everything that run.json tells of is there, even after a power cut. A run that continues cuts the two
-.jsonl files to the sizes in run.json, and writes other files again, with the same bytes.
+step. So everything that run.json tells of is there, even after a power cut. A run that continues checks that,
+cuts the two .jsonl files to the sizes in run.json, and writes other files again, with the same bytes.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import io
 import itertools
 import json
 import os
 import pathlib
 import shutil
+import sys
 import time
-import urllib.parse
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
+from PIL import Image
 
 from richhf_jax import errors, writing
 from richhf_jax.pages import gallery, overlay
+from richhf_jax.predict.names import file_name
 from richhf_jax.predict.predictor import Prediction
+from richhf_jax.predict.progress import ERRORS, KEPT_SAVES, PREDICTIONS, STATE, Progress, last_whole
 
-PREDICTIONS, ERRORS, STATE = "predictions.jsonl", "errors.jsonl", "run.json"
 HEATMAPS_FILE = "heatmaps.npz"
 HEATMAP_FORMATS = ("png", "npz", "none")
 # Most cards of a report; more make a page slow. It shows the first.
 MAX_CARDS = 5000
 
-# Longest file name, and longest relative path, in bytes. Most file systems take names of 255 bytes.
-_MAX_NAME = 200
-_MAX_PATH = 1000
 # Bringing files to the disk takes some 20 ms, as long as a small batch.
 _SAVE_SECONDS = 1
 _PARTS, _PICTURES = "heatmaps.parts", "report"
-_PNG = b"\x89PNG"
-
-
-@dataclasses.dataclass
-class Progress:
-    """The progress of a run.
-
-    Attributes:
-      position: number of the first record that isn't done, counted over all inputs.
-      predictions, errors: numbers of lines written so far.
-      predictions_bytes, errors_bytes: sizes of the two files.
-      done: whether everything is written, the report included.
-    """
-
-    position: int
-    predictions: int = 0
-    errors: int = 0
-    predictions_bytes: int = 0
-    errors_bytes: int = 0
-    done: bool = False
+_PNG, _JPEG_END = b"\x89PNG", b"\xff\xd9"
+# Least that a disk leaves unwritten, as zeros.
+_SECTOR = bytes(512)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A record's prediction.
+    """A record's line of predictions.jsonl, whose pictures are written."""
 
-    Attributes:
-      position: the record's position in all inputs.
-      prediction: the prediction.
-      places: kind -> path of the heatmap, as `save_pictures` returns it.
-    """
-
-    position: int
-    prediction: Prediction
-    places: Mapping[str, str]
+    line: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +98,11 @@ class PredictionFiles:
         with contextlib.ExitStack() as stack:
             self._out.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, _locked(self._out))
-            progress = self._read_state()
-            if progress is None:  # What a run left that was killed in its first batch is of no account.
-                shutil.rmtree(self._out / _PARTS, ignore_errors=True)
-            self.progress = progress or Progress(first)
+            self._saves = self._read_state() or [Progress(first)]
+            self.progress = self._saves[-1]
             self._write_state()
-            self._files = {
-                PREDICTIONS: stack.enter_context(self._open(PREDICTIONS, self.progress.predictions_bytes)),
-                ERRORS: stack.enter_context(self._open(ERRORS, self.progress.errors_bytes)),
-            }
+            self._predictions = stack.enter_context(self._open(PREDICTIONS, self.progress.predictions_bytes))
+            self._errors = stack.enter_context(self._open(ERRORS, self.progress.errors_bytes))
             self._opened = stack.pop_all()
 
     def __enter__(self) -> "PredictionFiles":
@@ -144,63 +113,112 @@ class PredictionFiles:
             if not self.progress.done:  # Stopped: what is done needn't be done again.
                 self._save_progress()
 
-    def _read_state(self) -> Progress | None:
+    def _read_state(self) -> list[Progress]:
+        """Returns the progress at the last saves up to the one to continue from; [] for a new run."""
         path = self._out / STATE
         if not path.exists():
             if entries := sorted({entry.name for entry in self._out.iterdir()} - {f".{STATE}.new"}):
                 raise errors.UserError(
                     f"{self._out} holds {entries[0]!r}, but no run to continue: name a new --out"
                 )
-            return None
+            return []
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            arguments, progress = state["arguments"], Progress(**state["progress"])
+            arguments = state["arguments"]
+            saves = [Progress(**save) for save in (*state.get("earlier", ()), state["progress"])]
         except (ValueError, TypeError, KeyError) as error:
             raise errors.UserError(f"{path} is damaged ({error}): name a new --out") from error
-        if not progress.predictions:  # There is nothing to lose: begin again, even with other arguments.
-            return None
+        if not saves[-1].predictions:  # There is nothing to lose: begin again, even with other arguments.
+            return []
         was = arguments.get("checkpoint")
         again = "the same command" if was == self._arguments["checkpoint"] else f"--checkpoint={was}"
         fix = f"Give {again} to continue, or another --out"
         writing.check_same_run(self._out, arguments, self._arguments, fix)
-        return progress
+        return self._whole(saves)
+
+    def _whole(self, saves: list[Progress]) -> list[Progress]:
+        """Returns the saves up to the last one that the files hold; see `progress.last_whole`."""
+        for name in (PREDICTIONS, ERRORS):
+            (self._out / name).touch()
+        last = last_whole(self._out, saves, self._has_pictures)
+        if lost := saves[-1].position - last.position:
+            print(
+                f"{self._out}: the results of the last {lost:,} records are damaged, as a power cut may leave"
+                " them; they are made again",
+                file=sys.stderr,
+            )
+        return saves[: saves.index(last) + 1]
+
+    def _has_pictures(self, number: int, line: Mapping[str, Any]) -> bool:
+        """Tells whether the pictures of a line of predictions.jsonl are as they were written."""
+        position, peaks = line["position"], line["heatmap_peaks"]
+        heatmaps = {kind: f"heatmaps/{file_name(line['id'])}.{kind}.png" for kind in peaks}
+        places = []
+        if self._heatmaps == "png":
+            heatmaps = line["heatmaps"]
+            places += heatmaps.values()
+        elif self._heatmaps == "npz":
+            places.append(_part(position))
+        if self._overlays:
+            places += [_overlay(place) for place in heatmaps.values()]
+        if self._with_report and number < MAX_CARDS:
+            places.append(self._first(f"{_PICTURES}/{position}.png", f"{_PICTURES}/{position}.jpg") or "")
+            places += [f"{_PICTURES}/{position}.{kind}.png" for kind, peak in peaks.items() if peak]
+        return all(_is_whole(self._out / place) for place in places)
 
     def _write_state(self) -> None:
-        state = {"arguments": self._arguments, "progress": dataclasses.asdict(self.progress)}
-        writing.write(self._out / STATE, json.dumps(state, indent=2) + "\n")
+        state = {
+            "arguments": self._arguments,
+            "progress": dataclasses.asdict(self.progress),
+            "earlier": [dataclasses.asdict(save) for save in self._saves[:-1] if not self.progress.done],
+        }
+        writing.write(self._out / STATE, json.dumps(state, indent=2, allow_nan=False) + "\n")
         self._saved_at = time.monotonic()
 
     def _open(self, name: str, size: int) -> BinaryIO:
         path = self._out / name
         path.touch()
-        if path.stat().st_size < size:
-            raise errors.UserError(f"{path} has lost lines that {STATE} knows of: name a new --out")
         os.truncate(path, size)
         return path.open("ab")
 
-    def save_pictures(self, position: int, prediction: Prediction) -> dict[str, str]:
-        """Writes an image's pictures. Returns kind -> path of its heatmap, relative to the directory."""
-        name, places = file_name(prediction.id), {}
+    def save(self, position: int, name: str, prediction: Prediction) -> Scored:
+        """Writes an image's pictures, and makes its line.
+
+        Args:
+          position: the record's position in all inputs.
+          name: the image's file name, see `names.FileNames`.
+          prediction: the prediction.
+        """
+        # A page shows no more images. A batch is always written at the same number of predictions.
+        has_card = self._with_report and self.progress.predictions < MAX_CARDS
+        image = prediction.image if has_card or self._overlays else None
+        places = {}
         for kind, heatmap in prediction.heatmaps.items():
+            place = f"heatmaps/{name}.{kind}.png"
             if self._heatmaps == "png":
-                places[kind] = f"heatmaps/{name}.{kind}.png"
-                self._save(places[kind], overlay.grey_png(heatmap))
+                places[kind] = place
+                self._save(place, overlay.grey_png(heatmap))
             elif self._heatmaps == "npz":
                 places[kind] = f"{HEATMAPS_FILE}#{name}/{kind}"
-            if self._overlays:
-                self._save(f"overlays/{name}.{kind}.png", overlay.png(prediction.overlay(kind)))
-        # A page shows no more images. A batch is always written at the same number of predictions.
-        if self._with_report and self.progress.predictions < MAX_CARDS:
-            image, maps = gallery.card_pictures(prediction.image, prediction.heatmaps)
-            self._save(f"{_PICTURES}/{position}.{'png' if image.startswith(_PNG) else 'jpg'}", image)
+            if self._overlays and image is not None:
+                self._save(_overlay(place), overlay.png(overlay.draw(image, heatmap)))
+        if self._heatmaps == "npz":
+            halves = {f"{name}/{kind}": np.float16(heat) for kind, heat in prediction.heatmaps.items()}
+            np.savez(self._place(_part(position)), **cast(Any, halves))
+        if has_card and image is not None:
+            card, maps = gallery.card_pictures(image, prediction.heatmaps)
+            self._save(f"{_PICTURES}/{position}.{'png' if card.startswith(_PNG) else 'jpg'}", card)
             for kind, picture in maps.items():
                 self._save(f"{_PICTURES}/{position}.{kind}.png", picture)
-        return places
+        return Scored(_line(position, prediction, places))
 
     def _save(self, place: str, content: bytes) -> None:
+        self._place(place).write_bytes(content)
+
+    def _place(self, place: str) -> pathlib.Path:
         path = self._out / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        return path
 
     def commit(self, position: int, results: Sequence[Scored | Failure]) -> None:
         """Appends results to the files and brings them to the disk.
@@ -209,41 +227,22 @@ class PredictionFiles:
           position: the position of the next record, which isn't done.
           results: the results of the records before it that are not written yet, in the records' order.
         """
-        scored = [result for result in results if isinstance(result, Scored)]
-        failures = [result for result in results if isinstance(result, Failure)]
-        lines = {
-            PREDICTIONS: [_line(result) for result in scored],
-            ERRORS: [dataclasses.asdict(result) for result in failures],
-        }
-        if self._heatmaps == "npz" and scored:
-            arrays: dict[str, Any] = {
-                f"{file_name(result.prediction.id)}/{kind}": np.float16(heatmap)
-                for result in scored
-                for kind, heatmap in result.prediction.heatmaps.items()
-            }
-            buffer = io.BytesIO()
-            np.savez(buffer, **arrays)
-            self._save(f"{_PARTS}/{self.progress.position:012}.npz", buffer.getvalue())
-        for name, entries in lines.items():
-            file = self._files[name]
-            file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
+        scored = [result.line for result in results if isinstance(result, Scored)]
+        failed = [dataclasses.asdict(result) for result in results if isinstance(result, Failure)]
+        progress, predictions, failures = self.progress.after(position, scored, failed)
+        for file, lines in ((self._predictions, predictions), (self._errors, failures)):
+            file.write(lines)
             file.flush()
-        self.progress = dataclasses.replace(
-            self.progress,
-            position=position,
-            predictions=self.progress.predictions + len(scored),
-            errors=self.progress.errors + len(failures),
-            predictions_bytes=self._files[PREDICTIONS].tell(),
-            errors_bytes=self._files[ERRORS].tell(),
-        )
+        self.progress = progress
         if time.monotonic() - self._saved_at >= _SAVE_SECONDS:
             self._save_progress()
 
     def _save_progress(self) -> None:
         """Brings to the disk what is written, then what run.json tells of it."""
         os.sync()  # One call for the pictures and their folders is cheaper than thousands of fsync.
-        for file in self._files.values():
+        for file in (self._predictions, self._errors):
             os.fsync(file.fileno())  # Unlike sync, fsync tells of errors.
+        self._saves = [*self._saves, self.progress][-KEPT_SAVES:]
         self._write_state()
 
     def finish(self, title: str) -> None:
@@ -253,7 +252,7 @@ class PredictionFiles:
                 self._join_parts()
             if self._with_report:
                 self._write_report(title)
-            self.progress.done = True
+            self.progress = dataclasses.replace(self.progress, done=True)
             self._save_progress()
         # The parts go last, because a run that is killed above needs them again.
         shutil.rmtree(self._out / _PARTS, ignore_errors=True)
@@ -262,7 +261,10 @@ class PredictionFiles:
 
     def _join_parts(self) -> None:
         with writing.atomic(self._out / HEATMAPS_FILE) as new, zipfile.ZipFile(new, "w") as joined:
-            for path in sorted((self._out / _PARTS).glob("*.npz")):
+            for line in self._lines(self.progress.predictions):
+                path = self._out / _part(line["position"])
+                if not _is_whole(path):
+                    raise errors.UserError(f"{path} is missing or damaged: name a new --out")
                 with zipfile.ZipFile(path) as part:
                     for info in part.infolist():
                         with part.open(info) as source, joined.open(info, "w", force_zip64=True) as target:
@@ -285,23 +287,25 @@ class PredictionFiles:
         with (self._out / PREDICTIONS).open("rb") as file:
             yield from map(json.loads, itertools.islice(file, count))
 
-    def failures(self, count: int) -> list[dict[str, str]]:
-        """Returns the first `count` lines of errors.jsonl."""
+    def failures(self) -> Iterator[dict[str, str]]:
+        """Yields the lines of errors.jsonl."""
         with (self._out / ERRORS).open("rb") as file:
-            return [json.loads(line) for line in itertools.islice(file, count)]
+            yield from map(json.loads, file)
 
     def _card(self, line: Mapping[str, Any], embed: bool) -> gallery.Card:
-        def uri(*names: str) -> str | None:
+        def uri(*places: str) -> str | None:
             """Returns the URI of the first of these pictures that exists, if one does."""
-            name = next((name for name in names if (self._out / _PICTURES / name).exists()), None)
-            if name is None or not embed:
-                return name and f"{_PICTURES}/{name}"
-            return gallery.data_uri((self._out / _PICTURES / name).read_bytes())
+            place = self._first(*places)
+            return gallery.data_uri((self._out / place).read_bytes()) if place and embed else place
 
-        number = line["position"]
-        heatmaps = {kind: (peak, uri(f"{number}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
-        image = uri(f"{number}.png", f"{number}.jpg") or ""
+        stem = f"{_PICTURES}/{line['position']}"
+        heatmaps = {kind: (peak, uri(f"{stem}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
+        image = uri(f"{stem}.png", f"{stem}.jpg") or ""
         return gallery.Card(line, tuple(line["image_size"]), image, heatmaps)
+
+    def _first(self, *places: str) -> str | None:
+        """Returns the first of these files that exists, if one does."""
+        return next((place for place in places if (self._out / place).exists()), None)
 
 
 def _locked(directory: pathlib.Path) -> int:
@@ -317,35 +321,37 @@ def _locked(directory: pathlib.Path) -> int:
     return descriptor
 
 
-def file_name(name: str) -> str:
-    """Returns a relative path for an id; different ids have different paths.
-
-    Special characters are percent-encoded. "%" is put behind a folder's name that could be a picture's.
-
-    >>> file_name("cats/1.png"), file_name("../a b?.png"), file_name("a.png/b")
-    ('cats/1.png', '%2E%2E/a b%3F.png', 'a.png%/b')
-    """
-    quoted = [urllib.parse.quote(part, safe=" ,()[]+=@~") for part in name.split("/")]
-    *folders, last = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in quoted]
-    folders = [f"{part}%" if not part or part.endswith(".png") else part for part in folders]
-    path = "/".join(map(_short, [*folders, last or "%"]))
-    return path if len(path) <= _MAX_PATH else _short(path.replace("/", "%2F"))
+def _part(position: int) -> str:
+    """Returns the place of the heatmaps of one image, until all are in one file."""
+    return f"{_PARTS}/{position:012}.npz"
 
 
-def _short(part: str) -> str:
-    if len(part) <= _MAX_NAME:
-        return part
-    return f"{part[:100]}%{hashlib.sha256(part.encode()).hexdigest()[:32]}"
+def _overlay(heatmap: str) -> str:
+    """Returns the place of the overlay that belongs to a heatmap's place."""
+    return heatmap.replace("heatmaps/", "overlays/", 1)
 
 
-def _line(result: Scored) -> dict[str, Any]:
+def _is_whole(path: pathlib.Path) -> bool:
+    """Tells whether a picture or a part is as it was written; a power cut may leave zeros, or nothing."""
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as part:
+                return part.testzip() is None
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.verify()  # A PNG has checksums; a JPEG has no longer rows of zeros.
+            return picture.format == "PNG" or (data.endswith(_JPEG_END) and _SECTOR not in data)
+    except Exception:  # Pillow raises many types.
+        return False
+
+
+def _line(position: int, prediction: Prediction, places: Mapping[str, str]) -> dict[str, Any]:
     """Returns a line of predictions.jsonl."""
-    prediction = result.prediction
-    height, width = prediction.image.shape[:2]
+    height, width = next(iter(prediction.heatmaps.values())).shape
     return {
         **prediction.to_dict(),
-        "heatmaps": dict(result.places),
+        "heatmaps": dict(places),
         "heatmap_peaks": {kind: float(heatmap.max()) for kind, heatmap in prediction.heatmaps.items()},
         "image_size": [width, height],
-        "position": result.position,
+        "position": position,
     }

@@ -27,6 +27,11 @@ Features = Mapping[str, Shaped[np.ndarray, "batch ..."]]
 Outputs = Mapping[str, Shaped[jax.Array, "batch ..."]]
 
 WEIGHTS_FILE = "model.safetensors"
+# A longer text is a file given by mistake; no image generator reads so much.
+MAX_PROMPT_WORDS = 1000
+MAX_PROMPT_CHARACTERS = 10_000
+# An image, or a function that reads it.
+Shown = UInt8[np.ndarray, "height width 3"] | Callable[[], UInt8[np.ndarray, "height width 3"]]
 # The characters that TensorFlow's `tf.strings.split`, and so the training, splits at.
 _SPACES = re.compile(r"[ \t\n\v\f\r]+")
 
@@ -40,22 +45,57 @@ class Prepared:
     """One image and its prompt, ready for the device.
 
     Attributes:
-      image: the image as given.
+      picture: the image as given, or a function that reads it.
+      size: the image's height and width, in pixels.
       prompt: the prompt as given.
       square: the image in the model's square, see `pixels.square`.
       box: the image's place in the square: its first row and column, and those after its last.
       inputs: the tokens of each prompt of the image (the augmented-prompt variant has several).
       words: the prompt's words, for the decoder.
-      words_cut: number of words cut off the end of the longest prompt, for which the model has no room.
+      words_cut: number of words at the end of the longest prompt that the model has no room for.
     """
 
-    image: UInt8[np.ndarray, "height width 3"]
+    picture: Shown
+    size: tuple[int, int]
     prompt: str
     square: UInt8[np.ndarray, "side side 3"]
     box: Int32[np.ndarray, " 4"]
     inputs: Int32[np.ndarray, "prompts length"]
     words: keywords.KeywordPieces
     words_cut: int
+
+    @property
+    def image(self) -> UInt8[np.ndarray, "height width 3"]:
+        """The image as given."""
+        return shown_image(self.picture)
+
+
+def shown_image(picture: Shown) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns an image, which is read again if it is given as a function."""
+    return picture() if callable(picture) else picture
+
+
+def check_prompt(prompt: str) -> None:
+    """Checks that a prompt can be scored.
+
+    Raises:
+      PredictionError: it is no text, is empty, or is too long.
+    """
+    if not isinstance(prompt, str):
+        raise PredictionError(f"a prompt must be a str, got {type(prompt).__name__}")
+    if not prompt.strip():
+        raise PredictionError("the prompt is empty")
+    # Both the words that the model reads (between spaces) and those that it judges.
+    if (words := len(" ".join(feedback.tokenize_prompt(prompt)).split())) > MAX_PROMPT_WORDS:
+        raise PredictionError(f"the prompt has {words:,} words; at most {MAX_PROMPT_WORDS:,} are taken")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise PredictionError(
+            f"the prompt has {len(prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken"
+        )
+    try:
+        prompt.encode()
+    except UnicodeError as error:
+        raise PredictionError("the prompt isn't valid Unicode: it has half of a surrogate pair") from error
 
 
 class PromptEncoder:
@@ -85,7 +125,8 @@ class PromptEncoder:
         """Encodes prompts as `preprocessors.encode` does, without TensorFlow.
 
         Returns:
-          The tokens, 0 = padding; and the number of words cut off the prompt that lost most.
+          The tokens, 0 = padding; and of the prompt that lost most, the number of words that are missing,
+          wholly or partly.
         """
         length = self._description.feature_lengths["inputs"]
         result = np.zeros((len(texts), length), np.int32)
@@ -100,11 +141,13 @@ class PromptEncoder:
         return result, most
 
     def _cut_at_word(self, text: str, room: int) -> tuple[str, int]:
-        """Returns the words that fit into `room` pieces (at least one), and the number of other words."""
+        """Returns the words that fit into `room` pieces (at least one), and the number of words cut."""
         words = [word for word in _SPACES.split(text) if word]
         ends = np.cumsum([len(pieces) for pieces in self._vocabulary.encode(words)])
-        kept = max(int(np.sum(ends <= room)), 1)
-        return " ".join(words[:kept]) if kept < len(words) else text, len(words) - kept
+        fitting = int(np.sum(ends <= room))
+        kept = max(fitting, 1)
+        # A text that is too long loses something, whatever its words alone come to.
+        return " ".join(words[:kept]) if kept < len(words) else text, max(len(words) - fitting, 1)
 
     def keyword_pieces(self, prompt: str) -> keywords.KeywordPieces:
         """Returns a prompt's words for the decoder."""

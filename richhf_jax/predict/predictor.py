@@ -10,9 +10,8 @@ record.overlay().save("overlay.png")
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,13 +20,12 @@ from PIL import Image
 
 from richhf_jax import errors, feedback, keywords, model_description, partitioning, pixels
 from richhf_jax.inputs import images as image_files
+from richhf_jax.inputs import record as record_files
 from richhf_jax.pages import overlay
 from richhf_jax.predict import forward, rewards
 from richhf_jax.predict.forward import Features, Outputs, PredictionError, Prepared
 
 Picture = Image.Image | np.ndarray | bytes | str | os.PathLike
-# A longer text is a file given by mistake; no image generator reads so much.
-MAX_PROMPT_WORDS = 1000
 # Smallest side of an image, in pixels; smaller images show nothing.
 MIN_SIDE = 8
 # Ratio between consecutive compiled batch sizes.
@@ -40,13 +38,18 @@ class Prediction(feedback.RichFeedback):
 
     Attributes:
       heatmaps: kind -> a heatmap of the image's size, in [0, 1].
-      image: the image as given.
-      words_cut: number of words cut off the prompt's end, for which the model has no room.
+      picture: the image as given, or a function that reads it.
+      words_cut: number of words at the prompt's end that the model has no room for.
     """
 
     heatmaps: Mapping[str, Float32[np.ndarray, "height width"]]
-    image: UInt8[np.ndarray, "height width 3"]
+    picture: forward.Shown
     words_cut: int
+
+    @property
+    def image(self) -> UInt8[np.ndarray, "height width 3"]:
+        """The image as given."""
+        return forward.shown_image(self.picture)
 
     def overlay(self, kind: str | None = None, opacity: float = 0.85) -> Image.Image:
         """Draws the image with a heatmap laid over it.
@@ -150,13 +153,13 @@ class RahfPredictor:
           A record for one image; a list, in the images' order, for a sequence.
 
         Raises:
-          PredictionError: an image or a prompt can't be scored; the message says which one.
+          PredictionError: an image or a prompt can't be scored, or the model's outputs for it aren't finite;
+            the message says which one.
         """
-        if isinstance(images, Picture) and not (isinstance(images, np.ndarray) and images.ndim == 4):
-            one, pictures = True, [images]
-        else:
-            one, pictures = False, list(images)
-        if one != isinstance(prompts, str):
+        is_stack = isinstance(images, np.ndarray) and images.ndim == 4
+        one = (isinstance(images, Picture) and not is_stack) or not isinstance(images, Iterable)
+        pictures: list[Any] = [images] if one else list(cast(Iterable, images))
+        if one != isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise PredictionError("give one image and one prompt, or as many prompts as images")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if ids is None:
@@ -200,20 +203,17 @@ class RahfPredictor:
         Raises:
           PredictionError: the image or the prompt can't be scored.
         """
-        if not isinstance(prompt, str):
-            raise PredictionError(f"a prompt must be a str, got {type(prompt).__name__}")
-        image = self._read(picture)
+        forward.check_prompt(prompt)
+        image = self.read(picture)
         if min(image.shape[:2]) < MIN_SIDE:
             height, width = image.shape[:2]
             raise PredictionError(
                 f"the image has {width} x {height} pixels; {MIN_SIDE} x {MIN_SIDE} are the least"
             )
-        if (words := len(prompt.split())) > MAX_PROMPT_WORDS:
-            raise PredictionError(f"the prompt has {words:,} words; at most {MAX_PROMPT_WORDS:,} are taken")
         square, box = pixels.square(image, self.description.feature_lengths["image"], self.description.fit)
         inputs, cut = self._encoder.encode(feedback.task_prompts(self.description.network.variant, prompt))
         words = self._encoder.keyword_pieces(prompt)
-        return Prepared(image, prompt, square, box, inputs, words, cut)
+        return Prepared(image, image.shape[:2], prompt, square, box, inputs, words, cut)
 
     def dispatch(self, prepared: Sequence[Prepared], rows: int | None = None) -> Outputs:
         """Starts to predict a batch, and doesn't wait for it.
@@ -239,22 +239,43 @@ class RahfPredictor:
           prepared: the images that were given to `dispatch`.
           outputs: what `dispatch` returned.
           ids: a name for each image.
+
+        Raises:
+          PredictionError: the outputs for an image aren't finite.
         """
         fetched = jax.device_get(outputs)
-        return [
-            self._record(name, one, {key: value[row] for key, value in fetched.items()})
-            for row, (one, name) in enumerate(zip(prepared, ids, strict=True))
-        ]
+        records = []
+        for row, (one, name) in enumerate(zip(prepared, ids, strict=True)):
+            try:
+                records.append(self.record(name, one, fetched, row))
+            except errors.NotFiniteError as error:
+                raise PredictionError(f"{name}: {error}") from error
+        return records
 
-    def _record(self, name: str, one: Prepared, outputs: Mapping[str, np.ndarray]) -> Prediction:
-        decisions = outputs["keyword_probability"], outputs["keyword_misaligned"]
+    def record(
+        self, name: str, one: Prepared, outputs: Mapping[str, Shaped[np.ndarray, "batch ..."]], row: int
+    ) -> Prediction:
+        """Makes the record of one image of a batch.
+
+        Args:
+          name: the image's name.
+          one: the image, as it was given to `dispatch`.
+          outputs: what `dispatch` returned, on the host.
+          row: the image's row of the outputs.
+
+        Raises:
+          errors.NotFiniteError: the outputs aren't finite.
+        """
+        of_image = {key: value[row] for key, value in outputs.items()}
+        feedback.check_finite(of_image["scores"], of_image["heatmaps"])
+        decisions = of_image["keyword_probability"], of_image["keyword_misaligned"]
         return Prediction.from_outputs(
             name,
             one.prompt,
-            outputs["scores"],
-            [_own_size(heatmap, one) for heatmap in outputs["heatmaps"]],
-            keywords.tokens(one.prompt, one.words.numbers, *decisions),
-            image=one.image,
+            of_image["scores"],
+            [_own_size(heatmap, one) for heatmap in of_image["heatmaps"]],
+            keywords.tokens(one.prompt, one.words, *decisions),
+            picture=one.picture,
             words_cut=one.words_cut,
         )
 
@@ -293,17 +314,27 @@ class RahfPredictor:
         """Encodes prompts, see `forward.PromptEncoder.encode`."""
         return self._encoder.encode(texts)
 
-    def _read(self, picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
+    def read(self, picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
+        """Reads an image; see `__call__` for its forms.
+
+        Raises:
+          PredictionError: it can't be read.
+        """
+        if not isinstance(picture, Picture):
+            raise PredictionError(
+                "an image must be a PIL image, a numpy array, a path or a file's bytes, got"
+                f" {type(picture).__name__}"
+            )
         if isinstance(picture, np.ndarray):
             return _checked_array(picture)
         try:
             if isinstance(picture, Image.Image):
                 return image_files.of_pillow(picture, self._convert)
-            data = picture if isinstance(picture, bytes) else pathlib.Path(picture).read_bytes()
-            return image_files.decode(data, self._convert)
-        except OSError as error:
-            raise PredictionError(f"{picture}: {error.strerror}") from error
-        except image_files.ImageError as error:
+            if not isinstance(picture, bytes):
+                path = os.fspath(picture)
+                picture = record_files.read_bytes(path, path)
+            return image_files.decode(picture, self._convert)
+        except (record_files.InputError, image_files.ImageError) as error:
             raise PredictionError(str(error)) from error
 
 
@@ -327,6 +358,6 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
 def _own_size(heatmap: np.ndarray, one: Prepared) -> np.ndarray:
     """Resizes a heatmap [side, side] to the image's own size: float32 [height, width]."""
     top, left, bottom, right = one.box
-    height, width = one.image.shape[:2]
+    height, width = one.size
     heatmap = np.ascontiguousarray(heatmap[top:bottom, left:right], np.float32)
     return np.clip(overlay.resize(heatmap, (width, height)), 0, 1)

@@ -69,6 +69,8 @@ def encode_for(
     """Encodes prompts for a kind of score: one prompt to [length], several to [batch, length]."""
     if isinstance(prompts, str):
         return encode_for(encoder, variant, kind, [prompts])[0]
+    for prompt in prompts:
+        forward.check_prompt(prompt)
     if variant == feedback.AUGMENTED_PROMPT:
         prompts = [f"{feedback.SCORE_TASK_STRINGS[kind]} {prompt}" for prompt in prompts]
     return encoder.encode(prompts)[0]

@@ -235,8 +235,34 @@ def test_linked_pictures_are_allowed_from_the_page_alone(tmp_path):
 
 
 def test_a_hostile_address_stays_an_address(tmp_path):
-    page = page_of(tmp_path, [card(image='x"); --image: url("http://evil/\\')])
-    assert urls(page) == ["x%22); --image: url(%22http://evil/%5C"]
+    page = page_of(tmp_path, [card(image='x"); --image: url("http://evil/\\\r\f')])
+    assert urls(page) == ["x%22); --image: url(%22http://evil/%5C%0D%0C"]
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["</code></article><script>1</script>", "\"' onfocus=x style=a", "</style><!-- {{ 7 * 7 }} &#34;"],
+)
+def test_hostile_text_is_text_everywhere(tmp_path, hostile):
+    words = feedback.tokenize_prompt(hostile)
+    tokens = [{"text": word, "misaligned": True, "probability": 0.5} for word in words]
+    cards = [card(id=hostile, prompt=hostile, tokens=tokens)]
+    page = page_of(tmp_path, cards, title=hostile, details={hostile: hostile})
+    [(article, _)] = page.all("article")
+    assert (article["aria-label"], article["data-prompt"]) == (hostile, hostile)
+    assert page.all("code")[0][1] == page.all("title")[0][1] == page.all("h1")[0][1] == hostile
+    marks = page.all("mark", "word")
+    assert [text.removesuffix(" (predicted misaligned)") for _, text in marks] == words
+    # All else is as on a page of harmless text.
+    plain = page_of(
+        tmp_path, [card(prompt="a", tokens=[{"text": "a", "misaligned": False}])], details={"a": "b"}
+    )
+    tags = [
+        (tag, attrs.keys())
+        for tag, attrs, _ in page.elements
+        if attrs.get("class") not in ("spoken", "word predicted")
+    ]
+    assert tags == [(tag, attrs.keys()) for tag, attrs, _ in plain.elements]
 
 
 def test_every_score_and_peak_can_be_sorted_and_filtered_by(tmp_path):

@@ -9,18 +9,20 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent import futures
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import RahfPredictor, feedback
+from richhf_jax import RahfPredictor, errors, feedback, inputs
 from richhf_jax.export import __main__ as export
 from richhf_jax.predict import __main__ as predict
 from richhf_jax.predict import files as prediction_files
-from richhf_jax.predict import pipeline, predictor
+from richhf_jax.predict import names, pipeline
 
 ROOT = pathlib.Path(predict.__file__).resolve().parents[2]
 COUNT, EACH = 1000, 3
@@ -296,7 +298,7 @@ def test_heatmaps_in_one_file(score, table, tmp_path):
     assert places == [f"heatmaps.npz#{name}" for name in found]
     for line in lines(tmp_path / "png/predictions.jsonl"):
         for kind, place in line["heatmaps"].items():
-            array = found[f"{prediction_files.file_name(line['id'])}/{kind}"]
+            array = found[f"{names.file_name(line['id'])}/{kind}"]
             assert (array.dtype, array.shape) == (np.float16, (12, 16))
             levels = np.asarray(Image.open(tmp_path / "png" / place)).astype(float)
             np.testing.assert_allclose(array, levels / 255, atol=0.51 / 255 + 5e-4)
@@ -396,13 +398,6 @@ def test_a_library_that_fails_at_one_record(score, table, tmp_path, monkeypatch)
     assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["../0"]
 
 
-@pytest.mark.parametrize(("side", "ahead"), [(512, 3), (2048, 1), (8192, 0)])
-def test_large_images_wait_in_few_batches(side, ahead, no_shape_checks):
-    image = np.broadcast_to(np.uint8(0), (side, side, 3))
-    prepared = [predictor.Prepared(image, "", None, None, None, None, 0)] * 16
-    assert pipeline._batches_ahead(prepared) == ahead
-
-
 @pytest.mark.parametrize("name", ["safetensors", "stablehlo", "orbax"])
 def test_exports_are_checkpoints(score, table, model_dir, tmp_path, name):
     export.main([f"--checkpoint={model_dir}", f"--to={name}", f"--out={tmp_path / name}"])
@@ -414,11 +409,141 @@ def test_exports_are_checkpoints(score, table, model_dir, tmp_path, name):
     export.main([f"--checkpoint={tmp_path / name}", "--to=orbax", f"--out={tmp_path / 'third'}"])
 
 
+@pytest.mark.parametrize("heatmaps", ["png", "npz"])
+def test_large_images_are_read_again_for_the_same_files(score, table, tmp_path, monkeypatch, heatmaps):
+    options = ("--overlay", "--report", f"--heatmaps={heatmaps}")
+    score(table, *options)
+    read, reads = RahfPredictor.read, []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_KEPT_BYTES", 16 * 12 * 3 - 1)
+        patch.setattr(RahfPredictor, "read", lambda self, data: reads.append(data) or read(self, data))
+        score(table, *options, "--batch-size=16", out=tmp_path / "again")
+    assert len(reads) == 4  # Each of the two images twice.
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_a_large_image_that_is_changed_meanwhile(score, table, tmp_path, monkeypatch):
+    first = table.parent / "0.png"
+    prepare = RahfPredictor.prepare
+
+    def change(self, picture, prompt):
+        prepared = prepare(self, picture, prompt)
+        if first.read_bytes() == picture:
+            first.write_bytes((table.parent / "1.png").read_bytes())
+        return prepared
+
+    monkeypatch.setattr(pipeline, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(RahfPredictor, "prepare", change)
+    assert score(table, "--overlay")[0] == predict.SOME_FAILED
+    failure = {"id": "../0", "reason": "the image was changed while it was scored"}
+    assert failure in lines(tmp_path / "out/errors.jsonl")
+    assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["../1"]
+
+
+def test_as_many_pixels_at_a_time_as_there_is_room_for():
+    room, lock, now, most = pipeline._Room(10), threading.Lock(), 0, 0
+
+    def work(pixels):
+        nonlocal now, most
+        with room.take(pixels):
+            with lock:
+                now += pixels
+                most = max(most, now)
+            time.sleep(0.001)
+            with lock:
+                now -= pixels
+
+    sizes = np.random.default_rng(0).integers(1, 10, 60).tolist()
+    with futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, sizes))
+    assert 5 < most <= 10
+    with room.take(1000):  # One that is larger than the room works alone.
+        assert room._left == 0
+
+
+@pytest.fixture
+def not_finite(monkeypatch):
+    """Lets the model answer NaN for the images whose first pixel has one of these values of red."""
+    dispatch, red = RahfPredictor.dispatch, set()
+
+    def damaged(self, prepared, rows=None):
+        outputs = dict(dispatch(self, prepared, rows))
+        for row, one in enumerate(prepared):
+            if one.square[0, 0, 0] in red:
+                outputs["scores"] = outputs["scores"].at[row, 0].set(np.nan)
+        return outputs
+
+    monkeypatch.setattr(RahfPredictor, "dispatch", damaged)
+    return red
+
+
+def test_an_image_whose_scores_are_not_finite_fails_alone(score, table, tmp_path, not_finite):
+    not_finite.add(90)
+    assert score(table)[0] == predict.SOME_FAILED
+    assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["../0"]
+    reasons = {line["id"]: line["reason"] for line in lines(tmp_path / "out/errors.jsonl")}
+    assert "the model's scores aren't finite numbers" in reasons["../1"]
+    assert not list((tmp_path / "out").rglob("1.*.png"))
+
+
+def test_a_model_that_gives_no_finite_score_is_blamed(score, table, model_dir, not_finite):
+    not_finite.update((0, 90))
+    message = f"{model_dir}/checkpoint_0 scores no image: its outputs aren't finite numbers"
+    assert message in score(table)[0]
+
+
+def test_control_characters_of_others_do_not_reach_the_terminal(score, table):
+    rows = [{"image": "gone\x1b[31m.png", "prompt": "a", "id": "\x1b]0;title\x07\nroot: fine"}]
+    rows.append({"image": "0.png", "prompt": "a"})
+    table.write_text("\n".join(map(json.dumps, rows)))
+    code, printed = score(table)
+    assert code == predict.SOME_FAILED
+    assert r"  \x1b]0;title\x07\nroot: fine: " in printed.err
+    assert "\x1b" not in printed.out + printed.err
+    assert not any(line.startswith("root:") for line in printed.err.splitlines())
+    assert "\x1b" not in score(table.parent / "\x1b[2J.png")[0]
+
+
+def test_a_file_that_disappears_after_the_folder_was_listed(score, table, tmp_path, monkeypatch):
+    fingerprint = inputs.Inputs.fingerprint
+
+    def change(self):
+        (table.parent / "0.png").unlink()
+        Image.new("RGB", (16, 12)).save(table.parent / "00.png")
+        return fingerprint(self)
+
+    monkeypatch.setattr(inputs.Inputs, "fingerprint", change)
+    assert score(table.parent, "--prompt=a cat")[0] == predict.SOME_FAILED
+    assert [line["id"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["1.png", "2.png"]
+    [failure] = lines(tmp_path / "out/errors.jsonl")
+    assert failure["id"] == "0.png"
+    assert "No such file" in failure["reason"]
+
+
+def test_a_cache_that_cannot_be_used_is_told(score, table, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+
+    def stop(*args, **options):  # The model isn't needed.
+        raise errors.UserError("enough")
+
+    monkeypatch.setattr(RahfPredictor, "from_checkpoint", stop)
+    try:
+        assert score(table)[0] == "predict: enough"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    assert "compiled programs aren't kept" in caplog.text
+
+
 def test_mistakes_are_one_message(score, table, tmp_path, model_dir):
     assert "no such" in score(tmp_path / "nowhere")[0].lower()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     assert "holds 'mine.txt', but no run to continue" in score(table, out=tmp_path / "full")[0]
+    (tmp_path / "file").touch()
+    assert "is no directory: name a new one" in score(table, out=tmp_path / "file")[0]
     assert "lies in" in score(table.parent, out=table.parent / "out")[0]
     assert "no checkpoint_<step>" in score(f"--checkpoint={tmp_path}", table)[0]
     assert "a local directory is needed" in score(table, out="gs://bucket/out")[0]
@@ -537,13 +662,13 @@ def test_lines_that_the_run_does_not_know_of_are_cut_off(score, stopped, tmp_pat
     ],
 )
 def test_file_names(name, path):
-    assert prediction_files.file_name(name) == path
+    assert names.file_name(name) == path
 
 
 def test_long_file_names_differ():
-    first, second = (prediction_files.file_name("x" * 300 + end) for end in "ab")
+    first, second = (names.file_name("x" * 300 + end) for end in "ab")
     assert first != second
     assert len(first) < 200
-    deep = prediction_files.file_name("/".join(["x" * 150] * 40))
+    deep = names.file_name("/".join(["x" * 150] * 40))
     assert len(deep) < 200
     assert "/" not in deep

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def pictures(rng, count, size=(40, 48)):
 
 
 def prompts(rng, count, words=9):
-    return [" ".join(rng.choice(WORDS, rng.integers(0, words))) for _ in range(count)]
+    return [" ".join(rng.choice(WORDS, rng.integers(1, words))) for _ in range(count)]
 
 
 def png(image, **options):
@@ -91,6 +92,8 @@ def test_texts_are_encoded_and_cut_as_in_training(loaded, rng):
         found, words_cut = loaded.encode([text])
         np.testing.assert_array_equal(found, expected)
         assert words_cut == cut
+        # It says so if anything is cut, also within the first word.
+        assert (words_cut > 0) == (len(vocabulary.get_vocabulary().encode(text)) > 23)
     assert sum(loaded.encode([text])[1] > 0 for text in texts) > 50
 
 
@@ -100,14 +103,14 @@ def test_every_form_of_an_image_is_the_same(loaded, rng, tmp_path):
     path.write_bytes(png(image))
     forms = [image, Image.fromarray(image), path, str(path), png(image)]
     for form in forms:
-        np.testing.assert_array_equal(loaded.prepare(form, "").image, image)
-    np.testing.assert_array_equal(loaded.prepare(image[..., 0], "").image, image[..., :1].repeat(3, -1))
+        np.testing.assert_array_equal(loaded.prepare(form, "a").image, image)
+    np.testing.assert_array_equal(loaded.prepare(image[..., 0], "a").image, image[..., :1].repeat(3, -1))
     half = np.full((40, 48, 1), 128, np.uint8)
     clear = Image.fromarray(np.concatenate([image, half], -1))
     buffer = io.BytesIO()
     clear.save(buffer, "PNG")
     np.testing.assert_array_equal(
-        loaded.prepare(clear, "").image, loaded.prepare(buffer.getvalue(), "").image
+        loaded.prepare(clear, "a").image, loaded.prepare(buffer.getvalue(), "a").image
     )
 
 
@@ -123,6 +126,11 @@ def test_every_form_of_an_image_is_the_same(loaded, rng, tmp_path):
         (Image.new("CMYK", (9, 9)), "a", "in CMYK"),
         (Image.new("I;16", (9, 9)), "a", "16 bits"),
         (np.zeros((9, 9, 3), np.uint8), "a " * 5000, "5,000 words; at most 1,000"),
+        (np.zeros((9, 9, 3), np.uint8), "a," * 5000, "5,000 words; at most 1,000"),
+        (np.zeros((9, 9, 3), np.uint8), "a\n" * 5000, "5,000 words; at most 1,000"),
+        (np.zeros((9, 9, 3), np.uint8), "." * 10_001, "10,001 characters; at most 10,000"),
+        (np.zeros((9, 9, 3), np.uint8), " \n", "the prompt is empty"),
+        (np.zeros((9, 9, 3), np.uint8), "\ud800", "isn't valid Unicode"),
     ],
 )
 def test_what_cannot_be_scored_is_told(loaded, picture, prompt, message):
@@ -131,6 +139,28 @@ def test_what_cannot_be_scored_is_told(loaded, picture, prompt, message):
     name = picture if isinstance(picture, str) else "1"
     with pytest.raises(predictor.PredictionError, match=f"^{name}: .*{message}"):
         loaded([np.zeros((9, 9, 3), np.uint8), picture], ["a", prompt])
+
+
+@pytest.mark.parametrize("wrong", [5, None, 1.5])
+def test_an_image_that_is_none(loaded, no_shape_checks, wrong):
+    message = f"0: an image must be a PIL image, .*, got {type(wrong).__name__}"
+    for given, texts in ((wrong, "a"), ([wrong], ["a"])):
+        with pytest.raises(predictor.PredictionError, match=message):
+            loaded(given, texts)
+    with pytest.raises(predictor.PredictionError, match="one image and one prompt"):
+        loaded([b""], wrong)
+
+
+def test_a_pipe_is_no_image(loaded, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(predictor.PredictionError, match="not a file"):
+        loaded(tmp_path / "pipe.png", "a")
+
+
+@pytest.mark.parametrize("text", ["", "a " * 2000])
+def test_score_fn_takes_the_same_prompts(loaded, text):
+    with pytest.raises(predictor.PredictionError, match="the prompt is empty|2,000 words"):
+        loaded.encode_for(feedback.ALIGNMENT, text)
 
 
 def test_a_prompt_that_is_none(loaded, rng, no_shape_checks):
@@ -156,8 +186,8 @@ def test_images_of_other_kinds_where_they_may_be_converted(model_dir):
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    assert (willing.prepare(buffer.getvalue(), "").image == (255, 0, 0)).all()
-    assert willing.prepare(Image.new("CMYK", (9, 9)), "").image.shape == (9, 9, 3)
+    assert (willing.prepare(buffer.getvalue(), "a").image == (255, 0, 0)).all()
+    assert willing.prepare(Image.new("CMYK", (9, 9)), "a").image.shape == (9, 9, 3)
     with pytest.raises(images.ImageError, match="an animation of 2 frames"):
         images.decode(buffer.getvalue(), convert=False)
 
@@ -222,6 +252,22 @@ def test_a_prompt_that_is_too_long_is_cut_and_says_so(loaded, rng):
     assert 0 < sum(decided) < 30
     assert decided == sorted(decided, reverse=True)
     assert loaded(image, PROMPT).words_cut == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "place"), [("scores", (1, 0)), ("heatmaps", (1, 0, 3, 3)), ("keyword_probability", (1, 0))]
+)
+def test_outputs_that_are_not_finite_are_no_record(loaded, rng, monkeypatch, output, place):
+    run = loaded.run
+
+    def damaged(features):
+        outputs = dict(run(features))
+        return outputs | {output: outputs[output].at[place].set(np.nan)}
+
+    monkeypatch.setattr(loaded, "run", damaged)
+    with pytest.raises(predictor.PredictionError, match="^y: the model's .* aren't finite numbers"):
+        loaded(pictures(rng, 2), [PROMPT, PROMPT], ["x", "y"])
+    assert loaded(pictures(rng, 1), [PROMPT])[0].scores
 
 
 @pytest.mark.parametrize("variant", feedback.VARIANTS)

@@ -62,7 +62,7 @@ def _write(path: pathlib.Path, content: str | bytes) -> None:
 def _outputs(options: argparse.Namespace, title: str, summary: dict) -> None:
     if options.json:
         content = {"source": title} | summary
-        _write(options.json, json.dumps(content, ensure_ascii=False, indent=1))
+        _write(options.json, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
     if options.png:
         from richhf_jax.datasets.describe import figure  # Only a picture needs matplotlib.
 
