@@ -4,13 +4,14 @@ Orbax can't read them instead: it doesn't know T5X's older layout, takes 15 ms e
 prints damage a second time when the program ends.
 """
 
-import json
+import math
 import pathlib
 
 import numpy as np
 import tensorstore as ts
 
-from richhf_jax.convert.source import ConvertError, Tensor
+from richhf_jax import reading
+from richhf_jax.convert.source import ConvertError, Tensor, read_json
 
 ORBAX_INDEX = "_METADATA"
 _OCDBT = "manifest.ocdbt"
@@ -22,9 +23,13 @@ def orbax_names(index: pathlib.Path) -> list[tuple[str, ...]]:
     Raises:
       ConvertError: the index is damaged.
     """
+    tree = read_json(index)
     try:
-        tree = json.loads(index.read_text())["tree_metadata"]
-        return [tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree.values()]
+        leaves = [leaf["key_metadata"] for leaf in tree["tree_metadata"].values()]
+        names = [tuple(str(key["key"]) for key in leaf) for leaf in leaves]
+        if () in names:
+            raise ValueError("an array has no name")
+        return names
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConvertError(
             f"{index} is truncated, or not Orbax's ({type(error).__name__}: {error})"
@@ -43,7 +48,9 @@ class ZarrArrays:
 
         Raises:
           ConvertError: the database is damaged.
+          errors.UserError: a file is a named pipe or the like.
         """
+        reading.check_tree(index.parent)
         self.index, folder = index, f"{index.parent.absolute()}/"
         spec = {"driver": "file", "path": folder}
         if (index.parent / _OCDBT).is_file():
@@ -83,7 +90,14 @@ class ZarrArrays:
         except ValueError as error:
             raise ConvertError(f"{where}, which {self.index.name} names, {_damaged(error)}") from error
         metadata = array.spec().to_json()["metadata"]
-        grid = (-(-size // chunk) for size, chunk in zip(array.shape, metadata["chunks"], strict=True))
+        shape, chunks = array.shape, metadata["chunks"]
+        grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+        too_large = math.prod(chunks) > 2 ** len(shape) * math.prod(max(size, 1) for size in shape)
+        if too_large or math.prod(grid) > len(self._keys):
+            raise ConvertError(
+                f"{where} says that it has shape {shape} in chunks of {tuple(chunks)}, which is not in its"
+                " files: copy the whole checkpoint again"
+            )
         for position in np.ndindex(*grid):
             chunk = f"{name}/{metadata['dimension_separator'].join(map(str, position)) or '0'}"
             if chunk not in self._keys:

@@ -27,8 +27,8 @@ def model(**shapes):
     }
 
 
-def source(path="a.npz", unused=(), **tensors):
-    return Source(path, "made up", {name.replace("__", "/"): t for name, t in tensors.items()}, unused)
+def source(path="a.npz", unused=None, **tensors):
+    return Source(path, "made up", {name.replace("__", "/"): t for name, t in tensors.items()}, unused or {})
 
 
 def rows(conversion):
@@ -38,7 +38,7 @@ def rows(conversion):
 def test_loaded_initialised_and_unused():
     given = [
         source("a", w=tensor((2, 3), "w.weight"), more=tensor((4,), "m.weight")),
-        source("b", head__b=tensor((3,), "head.bias"), unused=("pooler",)),
+        source("b", head__b=tensor((3,), "head.bias"), unused={"pooler": (2, 2), "step": None}),
     ]
     conversion = mapping.make_plan(model(w=(2, 3), head__b=(3,), fresh=(5,)), given)
     assert conversion.rows == (
@@ -46,7 +46,8 @@ def test_loaded_initialised_and_unused():
         mapping.Row("loaded", "head/b", (3,), "[2] head.bias"),
         mapping.Row("loaded", "w", (2, 3), "[1] w.weight"),
         mapping.Row("unused", "more", (4,), "[1] m.weight"),
-        mapping.Row("unused", "pooler", None, "[2]"),
+        mapping.Row("unused", "pooler", (2, 2), "[2]"),
+        mapping.Row("unused", "step", None, "[2]"),
     )
     assert conversion.tensors.keys() == {"w", "head/b"}
     np.testing.assert_array_equal(conversion.tensors["w"].read(), np.arange(6.0).reshape(2, 3))

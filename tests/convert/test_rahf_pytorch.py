@@ -397,10 +397,10 @@ def test_the_published_sizes_fit_the_preset():
     assert source.settings["vit_config.layer_norm_epsilon"] == release.vit.config.layer_norm_eps
     # Every entry is loaded, or is listed as unused.
     used = {name for tensor in source.tensors.values() for name in tensor.origin.split(" + ")}
-    assert used.isdisjoint([*source.unused, *rahf_pytorch.TIED])
-    assert {*used, *source.unused, *rahf_pytorch.TIED} == state.keys()
-    assert source.unused == ("vit.pooler.dense.bias", "vit.pooler.dense.weight")
-    for name in rahf_pytorch.TIED:
+    assert used.isdisjoint([*source.unused, *source.copies])
+    assert {*used, *source.unused, *source.copies} == state.keys()
+    assert [*source.unused] == ["vit.pooler.dense.bias", "vit.pooler.dense.weight"]
+    for name in source.copies:
         assert release.get_parameter(name) is release.t5.shared.weight
 
 

@@ -42,7 +42,7 @@ def assert_same(tensor, expected: torch.Tensor) -> None:
 def test_every_type(tmp_path, zipped, dtype):
     values = torch.arange(-4, 8).reshape(3, 4).to(getattr(torch, dtype))
     path = save({"values": values}, tmp_path / "weights.pt", zipped)
-    read = torch_files.read_torch_file(path)
+    read = torch_files.read_torch_file(path).tensors
     assert list(read) == ["values"]
     assert read["values"].origin == "values"
     assert_same(read["values"], values)
@@ -62,7 +62,7 @@ def test_views_share_a_storage(tmp_path, zipped):
         "nothing": table[:0],
     }
     path = save(state, tmp_path / "weights.pt", zipped)
-    read = torch_files.read_torch_file(path)
+    read = torch_files.read_torch_file(path).tensors
     assert list(read) == list(state)
     for name, expected in state.items():
         assert_same(read[name], expected)
@@ -76,7 +76,7 @@ def test_the_state_dict_of_a_module(tmp_path, zipped):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     state = module.state_dict()
     state["parameter"] = module[0].weight
-    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped))
+    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped)).tensors
     assert list(read) == list(state)
     assert "1.num_batches_tracked" in read
     for name, expected in state.items():
@@ -87,14 +87,14 @@ def test_the_state_dict_of_a_module(tmp_path, zipped):
 def test_a_state_dict_under_a_name(tmp_path, wrapper):
     weights = torch.ones(2)
     content = {"epoch": 3, wrapper: {"weight": weights}, "losses": [0.5, 0.25]}
-    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True)).tensors
     assert list(read) == ["weight"]
     assert_same(read["weight"], weights)
 
 
 def test_values_are_read_when_asked_for(tmp_path):
     path = save({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "weights.pt", zipped=False)
-    read = torch_files.read_torch_file(path)
+    read = torch_files.read_torch_file(path).tensors
     content = path.read_bytes()
     path.write_bytes(content.replace(np.ones(4, np.float32).tobytes(), np.full(4, 2, np.float32).tobytes()))
     np.testing.assert_array_equal(read["a"].read(), np.full(4, 2))
@@ -120,7 +120,7 @@ def test_the_byte_order_of_another_machine(tmp_path):
 
     swapped = rewritten(path, swap)
     torch.testing.assert_close(torch.load(swapped)["values"], values.T)  # torch agrees that it is one
-    assert_same(torch_files.read_torch_file(swapped)["values"], values.T)
+    assert_same(torch_files.read_torch_file(swapped).tensors["values"], values.T)
 
 
 class Malicious:
