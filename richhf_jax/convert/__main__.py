@@ -239,9 +239,9 @@ def convert(
         shapes = unstacked_shapes(shapes)
     conversion = mapping.make_plan(shapes, sources, allow_mismatched_shapes)
     notes = mapping.check_settings(configs, sources)
+    mapping.check_copies(sources)
     table = mapping.format_table(conversion, sources, notes)
     print(table)
-    mapping.check_copies(sources)
     with (
         writing.explained_disk_errors(to, also=(safetensors.SafetensorError,)),
         writing.new_directory(to, "--to") as directory,

@@ -87,7 +87,7 @@ class _View:
     strides: tuple[int, ...]
 
     def check(self) -> None:
-        """Raises ValueError for a view that isn't one of its storage. A pickle can change one that is made."""
+        """Raises ValueError if it is no view of its storage. (A pickle can change one that was right.)"""
         ints = (self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or any(type(i) is not int or i < 0 for i in ints):
             raise ValueError(
@@ -286,7 +286,7 @@ def _read_legacy(file: BinaryIO, path: pathlib.Path) -> Any:
 
 
 def _state_dict(content: Any, path: pathlib.Path) -> tuple[Mapping[str, _View], str]:
-    """Finds the state dict, which is the content itself or in it. Returns it, and a note of what is beside."""
+    """Finds the state dict, which is the content itself or in it. Returns it, and a note of other arrays."""
     taken, beside = [], {}
     while isinstance(content, dict) and len(taken) < 3:
         name = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
