@@ -248,7 +248,7 @@ def convert(
     ):
         for line in _WRITERS[output](directory, conversion.tensors, configs):
             print(line)
-        (directory / "conversion.txt").write_text(table + "\n")
+        writing.write(directory / "conversion.txt", table + "\n")
         gin_utils.write_operative_config(directory / "config.gin")
         if description and output != "huggingface":
             description.write(directory)

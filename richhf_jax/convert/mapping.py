@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 
-from richhf_jax import foreign_text
+from richhf_jax import errors, foreign_text
 from richhf_jax.convert import layers
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
@@ -124,7 +124,7 @@ def _checked(tensor: Tensor, path: str) -> Tensor:
     def read() -> np.ndarray:
         try:
             array = tensor.read()
-        except ConvertError:
+        except errors.UserError:
             raise
         except Exception as error:  # A damaged file may lead to any error.
             raise ConvertError(

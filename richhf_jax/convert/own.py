@@ -3,7 +3,7 @@
 import math
 import pathlib
 
-from richhf_jax import checkpoints
+from richhf_jax import checkpoints, weights_file
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
@@ -61,7 +61,7 @@ def open_safetensors(path: str) -> Source:
 
 def _safetensors_file(path: str) -> pathlib.Path | None:
     given = pathlib.Path(path)
-    places = [given] if given.suffix == ".safetensors" else [given / "model.safetensors"]
+    places = [given] if given.suffix == ".safetensors" else [given / weights_file.FILE]
     return next((place for place in places if place.is_file()), None)
 
 

@@ -7,14 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
-from richhf_jax import checkpoints
+from richhf_jax import checkpoints, weights_file, writing
 from richhf_jax.convert import huggingface, layers, own
 from richhf_jax.convert.source import ConvertError, Tensor
 
-WEIGHTS = "model.safetensors"
 _POSITIONS = "vit/position_embedding/embedding"
 
 
@@ -115,11 +113,11 @@ def _embeddings(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _save(directory: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    safetensors.numpy.save_file(arrays, directory / WEIGHTS, metadata)
+    weights_file.write(directory / weights_file.FILE, arrays, metadata)
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    writing.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def _t5_config(config: Any) -> dict[str, Any]:

@@ -4,19 +4,17 @@ import pathlib
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
-from richhf_jax import checkpoints
+from richhf_jax import checkpoints, weights_file
 from richhf_jax.convert import own
 from richhf_jax.export.program import Arrays
-from richhf_jax.predict import forward
 
 
 def write_safetensors(directory: pathlib.Path, params: Arrays) -> None:
     """Writes model.safetensors, with the names of `program.flat`."""
     arrays = {name: np.ascontiguousarray(array) for name, array in params.items()}
-    safetensors.numpy.save_file(arrays, directory / forward.WEIGHTS_FILE, own.SAFETENSORS_METADATA)
+    weights_file.write(directory / weights_file.FILE, arrays, own.SAFETENSORS_METADATA)
 
 
 def write_checkpoint(directory: pathlib.Path, params: Arrays, step: int) -> None:
