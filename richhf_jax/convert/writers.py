@@ -21,7 +21,9 @@ def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], con
     del configs
     device = jax.local_devices(backend="cpu")[0]
     params = {name: jax.device_put(array, device) for name, array in _read(tensors)}
-    checkpoints.save_params(str(directory), traverse_util.unflatten_dict(params, sep="/"))
+    # Orbax raises ValueError or RuntimeError where it can't write an array.
+    with writing.explained_disk_errors(directory, also=(ValueError, RuntimeError)):
+        checkpoints.save_params(str(directory), traverse_util.unflatten_dict(params, sep="/"))
     return []
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from richhf_jax import checkpoints, weights_file
+from richhf_jax import checkpoints, weights_file, writing
 from richhf_jax.convert import own
 from richhf_jax.export.program import Arrays
 
@@ -22,4 +22,6 @@ def write_checkpoint(directory: pathlib.Path, params: Arrays, step: int) -> None
     tree = traverse_util.unflatten_dict(
         {name: jax.numpy.asarray(array) for name, array in params.items()}, sep="/"
     )
-    checkpoints.save_params(str(directory), tree, step)
+    # Orbax raises ValueError or RuntimeError where it can't write an array.
+    with writing.explained_disk_errors(directory, also=(ValueError, RuntimeError)):
+        checkpoints.save_params(str(directory), tree, step)

@@ -253,7 +253,8 @@ def test_the_card_says_what_it_is(case, name):
     count = sum(array.size for array in jax.tree.leaves(case.predictor.params))
     for part in (
         f"| variant | {case.variant} |", f'fitted by "{case.fit}"', f"| parameters | {count:,}, float32 |",
-        r"- task: synthetic\_rich\_hf\_multi\_head", "- initial checkpoint: none", r"my\_task, test, by the paper's",
+        r"- task: synthetic\_rich\_hf\_multi\_head", "- initial checkpoint: none",
+        r"my\_task, test, by the paper's",
         "| score/plcc/overall | 0.75 |", "## Limits", "Apache-2.0", "## How to load it",
     ):  # fmt: skip
         assert part in card
