@@ -56,7 +56,7 @@ checkpoints        | jax            | train_state writing
 convert            | jax            | checkpoints foreign_text reading weights_file writing
 predict            | jax            | checkpoints compilation_cache inputs keywords model_description
                                       models pages partitioning pixels shapes weights_file writing
-export             | jax tensorflow | augmentation checkpoints convert foreign_text keywords
+export             | jax tensorflow | augmentation convert foreign_text keywords
                                       model_description predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords models partitioning

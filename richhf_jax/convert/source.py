@@ -14,7 +14,7 @@ from richhf_jax import errors, foreign_text, reading
 # The most layers of a stack. A larger number in a file is a mistake, and would fill the memory with names.
 MAX_LAYERS = 1000
 # What trainers put before all names: DistributedDataParallel, torch.compile, Lightning; also nested.
-_WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model)\.)+")
+_WRAPPER = re.compile(r"(module|_orig_mod|model)\.")
 
 
 class ConvertError(errors.UserError):
@@ -104,8 +104,12 @@ class State(NamedTuple):
 
         module._orig_mod.shared.weight -> shared.weight
         """
-        prefixes = {found[0] if (found := _WRAPPERS.match(name)) else "" for name in self.tensors}
-        if len(prefixes) != 1 or not (prefix := prefixes.pop()):
+        prefix = ""
+        while found := _WRAPPER.match(next(iter(self.tensors), ""), len(prefix)):
+            if not all(name.startswith(prefix + found[0]) for name in self.tensors):
+                break
+            prefix += found[0]
+        if not prefix:
             return self
         note = f"all names begin with {prefix!r}, which is taken off"
         return State(

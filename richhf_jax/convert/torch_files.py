@@ -52,7 +52,7 @@ _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Limits of a pickle: bytes (also those that a zip inflates it to) and operations. A tensor takes about 200
 # bytes and 40 operations.
-_MAX_PICKLE, _MAX_OPERATIONS = 16 * 2**20, 2_000_000
+_MAX_PICKLE, _MAX_OPERATIONS = 16 * 2**20, 1_000_000
 # Numbers of a tensor that repeats those of its storage.
 _MAX_EXPANDED = 2**24
 _ZIP_HEADER = struct.Struct("<4s22xHH")  # Of a member: magic, ..., lengths of its name and extra field.

@@ -1,7 +1,10 @@
 """Writes parameters as our checkpoint, as one .safetensors file, or as Hugging Face directories."""
 
+import errno
 import json
+import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,11 +23,22 @@ def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], con
     """Writes checkpoint_0 in `directory`, for INITIAL_CHECKPOINT_PATH. Returns no lines for the user."""
     del configs
     device = jax.local_devices(backend="cpu")[0]
-    params = {name: jax.device_put(array, device) for name, array in _read(tensors)}
+    save_checkpoint(directory, {name: jax.device_put(array, device) for name, array in _read(tensors)}, 0)
+    return []
+
+
+def save_checkpoint(directory: pathlib.Path, params: Mapping[str, jax.Array], step: int) -> None:
+    """Writes checkpoint_<step> without optimizer state.
+
+    Raises:
+      errors.UserError: it can't be written.
+    """
     # Orbax raises ValueError or RuntimeError where it can't write an array.
     with writing.explained_disk_errors(directory, also=(ValueError, RuntimeError)):
-        checkpoints.save_params(str(directory), traverse_util.unflatten_dict(params, sep="/"))
-    return []
+        # Looking first leaves out the messages of Orbax's threads, which nobody catches.
+        if sum(array.nbytes for array in params.values()) > shutil.disk_usage(directory).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(directory))
+        checkpoints.save_params(str(directory), traverse_util.unflatten_dict(dict(params), sep="/"), step)
 
 
 def write_safetensors(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:

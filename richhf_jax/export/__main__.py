@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import importlib
 import json
-import logging as standard_logging
 import pathlib
 import re
 import shutil
@@ -135,8 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)  # Orbax warns of missing files that a checkpoint doesn't need.
-    # asyncio repeats, with tracebacks, the errors of Orbax that end as one message.
-    standard_logging.getLogger("asyncio").disabled = True
     try:
         with writing.explained_disk_errors(options.out, also=(safetensors.SafetensorError,)):
             export(options.checkpoint, options.to, options.out, options.dtype)

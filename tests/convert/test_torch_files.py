@@ -230,3 +230,85 @@ def test_a_view_outside_its_storage(tmp_path):
 
     with pytest.raises(ConvertError, match=r"shape \(5,\) in a storage of 4 numbers"):
         torch_files.read_torch_file(rewritten(path, grow))
+
+
+def test_weights_go_before_their_moving_average_and_the_rest_is_named(tmp_path):
+    weights = {"w": torch.ones(2)}
+    content = {
+        "state_dict_ema": {"w": torch.zeros(2)},
+        "state_dict": weights,
+        "optimizer": {"state": {0: {"m": torch.ones(2, 3), "v": torch.ones(2, 3)}}, "groups": [1, 2]},
+        "epoch": 3,
+    }
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    assert_same(read.tensors["w"], weights["w"])
+    assert read.note == (
+        "the weights under 'state_dict' are taken; left out are 'state_dict_ema' (1 arrays, 2 numbers), "
+        "'optimizer' (2 arrays, 12 numbers)"
+    )
+    del content["state_dict"]
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    assert_same(read.tensors["w"], torch.zeros(2))
+
+
+def test_wrappers_in_wrappers(tmp_path):
+    content = {"model": {"state_dict": {"w": torch.ones(2)}}, "epoch": 3}
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    assert (list(read.tensors), read.note) == (["w"], "")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_a_trainers_prefix_is_taken_off(tmp_path, prefix):
+    state = {f"{prefix}{name}": torch.ones(2) for name in ("a", "module.b")}
+    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped=True)).unwrapped()
+    assert {name: tensor.origin for name, tensor in read.tensors.items()} == {
+        "a": f"{prefix}a",
+        "module.b": f"{prefix}module.b",
+    }
+    assert read.note == f"all names begin with {prefix!r}, which is taken off"
+
+
+def test_a_prefix_of_some_names_stays(tmp_path):
+    state = {"module.a": torch.ones(2), "b": torch.ones(2)}
+    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped=True))
+    assert read.unwrapped() is read
+
+
+def test_a_flipped_bit_of_a_storage(tmp_path):
+    path = save({"w": torch.ones(64)}, tmp_path / "weights.pt", zipped=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(np.ones(64, np.float32).tobytes()) + 17] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ConvertError, match=r"weights\.pt is damaged: a storage's checksum"):
+        torch_files.read_torch_file(path).tensors["w"].read()
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        # 6 GB of spaces in a text; a million lists; a place in the memory of 2**31 - 1 objects.
+        (b"\x80\x02X\x00\x00\x00\x01" + b" " * 2**24 + b".", "data.pkl has more than 16,777,216 bytes"),
+        (b"\x80\x02(" + b"]" * 1_000_001 + b"l.", "its pickle is too long"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "its pickle is too long"),
+    ],
+    ids=["long", "many", "far"],
+)
+def test_a_pickle_without_end(tmp_path, pickled, message):
+    path = save({"w": torch.ones(2)}, tmp_path / "weights.pt", zipped=True)
+    bomb = rewritten(path, lambda n, c: pickled if n.endswith("data.pkl") else c, zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 40_000
+    with pytest.raises(ConvertError, match=message):
+        torch_files.read_torch_file(bomb)
+
+
+def test_a_legacy_pickle_without_end(tmp_path):
+    path = save({"w": torch.ones(2)}, tmp_path / "weights.pt", zipped=False)
+    path.write_bytes(path.read_bytes()[:14] + b"\x80\x02]r\xff\xff\xff\x7f.")
+    with pytest.raises(ConvertError, match="its pickle is too long|truncated"):
+        torch_files.read_torch_file(path)
+
+
+def test_a_tensor_that_repeats_one_number_without_end(tmp_path):
+    state = {"w": torch.ones(1).expand(2**40)}
+    with pytest.raises(ConvertError, match=r"shape \(1099511627776,\) repeats 1 numbers"):
+        torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped=True))
