@@ -6,6 +6,7 @@ prints damage a second time when the program ends.
 
 import math
 import pathlib
+import zlib
 
 import numpy as np
 import tensorstore as ts
@@ -52,6 +53,7 @@ class ZarrArrays:
         """
         reading.check_tree(index.parent)
         self.index, folder = index, f"{index.parent.absolute()}/"
+        self._origins: dict[str, str] = {}  # Folder -> the array that it holds.
         spec = {"driver": "file", "path": folder}
         if (index.parent / _OCDBT).is_file():
             spec = {"driver": "ocdbt", "base": spec}
@@ -71,18 +73,26 @@ class ZarrArrays:
         Raises:
           ConvertError: the array is missing or damaged. Damaged numbers are found only when they are read.
         """
-        array = self._open(name)
+        other = self._origins.setdefault(name, origin)
+        if other != origin:
+            raise ConvertError(f"{self.index} names {name} for {origin} and for {other}: it is damaged")
+        array, chunks = self._open(name)
+        metadata = array.spec().to_json()["metadata"]
+        zipped = (metadata["compressor"] or {}).get("id") in ("gzip", "zlib")
+        chunk_bytes = math.prod(metadata["chunks"]) * array.dtype.numpy_dtype.itemsize
 
         def read() -> np.ndarray:
             try:
+                for chunk in chunks if zipped else ():
+                    _check_inflated(self._store.read(chunk).result().value, chunk_bytes)
                 return array.read().result()
-            except ValueError as error:
+            except (ValueError, zlib.error) as error:
                 raise ConvertError(f"{self.index.parent / name} {_damaged(error)}") from error
 
         return Tensor(origin, array.shape, array.dtype.numpy_dtype, read)
 
-    def _open(self, name: str) -> ts.TensorStore:
-        """Opens an array and checks that it has all its chunks, because zarr reads a missing one as zeros."""
+    def _open(self, name: str) -> tuple[ts.TensorStore, list[str]]:
+        """Opens an array and returns its chunks. Zarr would read a missing one as zeros."""
         where = self.index.parent / name
         try:
             spec = {"driver": "zarr", "kvstore": (self._store / f"{name}/").spec().to_json()}
@@ -98,11 +108,26 @@ class ZarrArrays:
                 f"{where} says that it has shape {shape} in chunks of {tuple(chunks)}, which is not in its"
                 " files: copy the whole checkpoint again"
             )
+        keys = []
         for position in np.ndindex(*grid):
-            chunk = f"{name}/{metadata['dimension_separator'].join(map(str, position)) or '0'}"
-            if chunk not in self._keys:
-                raise ConvertError(f"{self.index.parent / chunk} is missing: copy the whole checkpoint again")
-        return array
+            keys.append(f"{name}/{metadata['dimension_separator'].join(map(str, position)) or '0'}")
+            if keys[-1] not in self._keys:
+                raise ConvertError(
+                    f"{self.index.parent / keys[-1]} is missing: copy the whole checkpoint again"
+                )
+        return array, keys
+
+
+def _check_inflated(chunk: bytes, size: int) -> None:
+    """Checks a chunk of gzip or zlib by the checksum in it, which TensorStore doesn't look at.
+
+    Raises:
+      ValueError, zlib.error: the checksum is wrong, or the chunk inflates to another number of bytes.
+    """
+    inflated = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # Either header.
+    length = len(inflated.decompress(chunk, size + 1))
+    if length != size or not inflated.eof:
+        raise ValueError(f"a chunk doesn't hold its {size} bytes")
 
 
 def _damaged(error: Exception) -> str:

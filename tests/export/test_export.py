@@ -353,6 +353,7 @@ def test_damaged_parameters_are_named(case):
 def test_other_peoples_text_is_no_markup(make_model_dir, tmp_path):
     directory = make_model_dir()
     description = json.loads((directory / "model.json").read_text())
+    description.pop("checksums", None)  # Whoever changes the file on purpose removes it.
     description["training"] = {
         "note\n\n## Licence\n\nPublic domain": "[x](javascript:alert(1))",
         "<img src=x>": "{{ 7*7 }}{% raw %}",
@@ -366,7 +367,7 @@ def test_other_peoples_text_is_no_markup(make_model_dir, tmp_path):
     card.write(tmp_path, model_description.read(directory), str(directory / "checkpoint_0"), 1, "orbax", 0)
     written = (tmp_path / "MODEL_CARD.md").read_text()
     assert [*facts] == ["t<img src=x>, test"]
-    for markup in ("<img", "](javascript", "\n| forged", "| <b>", "`code`", "49"):
+    for markup in ("<img", "](javascript", "\n| forged", "<b>", "`code`", "49"):
         assert markup not in written
     assert written.count("\n## Licence\n") == 1
     assert "| z | none |\n" in written
