@@ -232,6 +232,7 @@ def convert(
       errors.UserError: `to` isn't new, or can't be written.
     """
     writing.check_is_new(to, "--to")
+    own.check_outside_checkpoints(to, "--to")
     sources = [open_weights(path) for path in paths]
     configs = {name: getattr(model.module, name) for name in ("t5_config", "vit_config")}
     shapes = model_shapes(model)

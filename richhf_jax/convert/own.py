@@ -2,13 +2,15 @@
 
 import math
 import pathlib
+import re
 
-from richhf_jax import checkpoints, weights_file
+from richhf_jax import checkpoints, errors, weights_file
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
 # Metadata of our .safetensors files.
 SAFETENSORS_METADATA = {"format": "richhf_jax"}
+_CHECKPOINT = re.compile(r"checkpoint_\d+")
 
 
 def is_checkpoint(path: str) -> bool:
@@ -34,6 +36,18 @@ def open_checkpoint(path: str) -> Source:
     arrays = zarr_arrays.ZarrArrays(index)
     tensors = {"/".join(name[1:]): arrays.tensor(".".join(name), "/".join(name[1:])) for name in names}
     return _source(directory, f"our checkpoint of step {step}", tensors)
+
+
+def check_outside_checkpoints(path: str, flag: str) -> None:
+    """Checks that a result isn't written into a checkpoint, nor in the place of one.
+
+    Raises:
+      errors.UserError: it is; the message names the flag that gave the path.
+    """
+    place = pathlib.Path(path).resolve()
+    for part in (place, *place.parents):
+        if _CHECKPOINT.fullmatch(part.name):
+            raise errors.UserError(f"{flag}={path} lies in the checkpoint {part}: name a directory elsewhere")
 
 
 def is_safetensors(path: str) -> bool:

@@ -29,6 +29,7 @@ import safetensors
 from absl import logging
 
 from richhf_jax import errors, model_description, writing
+from richhf_jax.convert import own
 from richhf_jax.export import card, program, stablehlo, weights
 from richhf_jax.predict import forward, predictor
 
@@ -99,6 +100,7 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
       errors.UserError: the checkpoint can't be loaded; the directory isn't new; TensorFlow is missing.
     """
     writing.check_is_new(out, "--out")
+    own.check_outside_checkpoints(out, "--out")
     path = forward.checkpoint_path(checkpoint)
     loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
     params = jax.device_get(program.flat(loaded.params))

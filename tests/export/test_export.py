@@ -413,6 +413,8 @@ def test_mistakes_are_one_message_and_leave_nothing(model_dir, tmp_path, monkeyp
     assert "is not empty: name a new directory with --out" in message(
         "--to=orbax", f"--out={tmp_path / 'full'}"
     )
+    inside = message("--to=orbax", f"--out={model_dir}/checkpoint_0/new")
+    assert f"lies in the checkpoint {model_dir}/checkpoint_0: name" in inside
     assert "--out=gs://a/b: a local directory is needed" in message("--to=orbax", "--out=gs://a/b")
     with monkeypatch.context() as patch:
         full = shutil.disk_usage(tmp_path)._replace(free=10)
