@@ -31,7 +31,7 @@ def main(path, prompt):
             image_bytes=tf.constant([pathlib.Path(path).read_bytes()]), prompts=tf.constant([prompt])
         )
     except (OSError, tf.errors.InvalidArgumentError) as error:
-        sys.exit(f"{path} is no image that can be read: {error}")
+        sys.exit(f"{path} is no image that can be read: {error}".splitlines()[0])
     print("scores", outputs["scores"][0].numpy().tolist())
     print("peaks", tf.reduce_max(outputs["heatmaps"][0], [1, 2]).numpy().tolist())
     for word, probability in zip(outputs["words"][0], outputs["misaligned_probability"][0], strict=True):
