@@ -112,7 +112,7 @@ def _read_msgpack(index: pathlib.Path) -> tuple[int | None, dict[tuple[str, ...]
             raise source.ConvertError(
                 f"{index} is truncated, or not a checkpoint of T5X ({type(error).__name__}: {error})"
             ) from error
-    return tree.get("version"), leaves
+    return tree.get("version") if isinstance(tree, Mapping) else None, leaves
 
 
 def _leaves(index: pathlib.Path, tree: Any) -> dict[tuple[str, ...], Any]:

@@ -110,7 +110,11 @@ class _View:
         dtype = self.storage.dtype
         start = self.storage.start + self.offset * dtype.itemsize
         numbers = np.fromfile(path, dtype, self.span, offset=start)
-        if self.storage.crc and self.span == self.storage.length and zlib.crc32(numbers) != self.storage.crc:
+        if (
+            self.storage.crc
+            and self.span == self.storage.length
+            and zlib.crc32(numbers.view(np.uint8).data) != self.storage.crc
+        ):
             raise ConvertError(f"{path} is damaged: a storage's checksum is wrong; download it again")
         if self.storage.byteswapped:
             numbers = numbers.byteswap()
@@ -125,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
         start = file.tell()
         for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
             # A place in the table of remembered objects: the table is made as long as the place says.
-            place = argument if operation.name.endswith("PUT") else 0
+            place = int(argument or 0) if operation.name.endswith("PUT") else 0
             if count > _MAX_OPERATIONS or place > _MAX_OPERATIONS:
                 raise ConvertError(f"{path}: its pickle is too long for plain weights")
         file.seek(start)
