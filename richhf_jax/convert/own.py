@@ -32,10 +32,12 @@ def open_checkpoint(path: str) -> Source:
     index = pathlib.Path(directory, "state", zarr_arrays.ORBAX_INDEX)
     if not index.is_file():
         raise ConvertError(f"{directory} is damaged: it lacks state/{index.name}")
-    names = [name for name in zarr_arrays.orbax_names(index) if name[0] == "params"]
+    found = zarr_arrays.orbax_names(index)
+    names = [name for name in found if name[0] == "params"]
     arrays = zarr_arrays.ZarrArrays(index)
     tensors = {"/".join(name[1:]): arrays.tensor(".".join(name), "/".join(name[1:])) for name in names}
-    return _source(directory, f"our checkpoint of step {step}", tensors)
+    left_out = f", without {len(found) - len(names)} other arrays" if len(found) > len(names) else ""
+    return _source(directory, f"our checkpoint of step {step}{left_out}", tensors)
 
 
 def check_outside_checkpoints(path: str, flag: str) -> None:

@@ -70,9 +70,11 @@ def open_vit_npz(path: str) -> Source:
     except (IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise ConvertError(f"{path} has arrays of other shapes than a ViT's: {error}") from error
     used = {origin.split("[")[0] for tensor in tensors.values() for origin in tensor.origin.split(" + ")}
+    num_slots = sum(name.startswith("opt/state/") for name in state)
+    left_out = f", without {num_slots} arrays of the optimizer" if num_slots else ""
     return Source(
         path=path,
-        description=f"ViT of the vision_transformer and big_vision line, {len(layers)} layers",
+        description=f"ViT of the vision_transformer and big_vision line, {len(layers)} layers{left_out}",
         tensors=tensors,
         unused={
             name: tensor.shape
