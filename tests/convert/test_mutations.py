@@ -86,13 +86,18 @@ def check(path: pathlib.Path, read: Callable, count: int, arrays=ARRAYS, exact: 
 def test_npz(save, tmp_path):
     path = tmp_path / "x.npz"
     save(path, **ARRAYS)
-    check(path, lambda: vit_npz.read_npz(str(path)), 1500)
+    check(path, lambda: vit_npz.read_npz(str(path)), 1000)
 
 
 def test_our_safetensors(tmp_path):
     path = tmp_path / "x.safetensors"
-    weights_file.write(path, ARRAYS, {"format": "richhf_jax"})
-    check(path, lambda: safetensors_files.read_safetensors(path), 2000)
+    weights_file.write(path, ARRAYS, {})  # With more metadata, the library would write them in any order.
+
+    def read():
+        # Without the name of the checksums it is a file of others.
+        return safetensors_files.read_safetensors(path) if b'"crc32c":' in path.read_bytes() else {}
+
+    check(path, read, 1000)
 
 
 def test_safetensors_of_others(tmp_path):
@@ -110,7 +115,7 @@ def state():
 def test_torch(zipped, state, tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"model": state, "epoch": 1}, path, _use_new_zipfile_serialization=zipped)
-    check(path, lambda: torch_files.read_torch_file(path).tensors, 1500, exact=zipped)
+    check(path, lambda: torch_files.read_torch_file(path).tensors, 1000, exact=zipped)
 
 
 def test_the_pickle_in_a_zip(state, tmp_path):
