@@ -3,6 +3,7 @@
 HTML isn't here: jinja2 escapes it in all templates.
 """
 
+import html
 import re
 import unicodedata
 
@@ -10,7 +11,7 @@ import unicodedata
 _CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Joins emoji and letters of some scripts; alone it does nothing.
 _HARMLESS = "\u200c\u200d"
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&:])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:])")
 # First characters of a cell that a spreadsheet takes for a formula (https://owasp.org/www-community/attacks/CSV_Injection).
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -47,9 +48,9 @@ def for_markdown(text: str) -> str:
     r"""Returns one line that Markdown shows as it is.
 
     >>> for_markdown("# [x](javascript:alert) | <b>")
-    '\\# \\[x\\]\\(javascript\\:alert\\) \\| \\<b\\>'
+    '\\# \\[x\\]\\(javascript\\:alert\\) \\| &lt;b&gt;'
     """
-    return _MARKDOWN.sub(r"\\\1", for_terminal(text))
+    return _MARKDOWN.sub(r"\\\1", html.escape(for_terminal(text), quote=False))
 
 
 def is_formula(cell: str) -> bool:

@@ -32,7 +32,7 @@ def test_any_text_becomes_one_printable_line(text):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("<script>", r"\<script\>"),
+        ("<script>&amp;", "&lt;script&gt;&amp;amp;"),
         ("[x](javascript:alert(1))", r"\[x\]\(javascript\:alert\(1\)\)"),
         ("note\n\n## Licence", r"note\\n\\n\#\# Licence"),
         ("x | 1.0 |", r"x \| 1\.0 \|"),

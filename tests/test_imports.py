@@ -30,6 +30,8 @@ decoding           | jax            | shapes
 keywords           |                |
 inputs             |                |
 pixels             |                |
+reading            |                |
+weights_file       |                | checksums foreign_text reading
 writing            |                |
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
@@ -51,11 +53,12 @@ tasks              | tensorflow     | datasets input_pipeline metrics postproces
 torch_twin         | torch          | network
 train_state        | jax            |
 checkpoints        | jax            | train_state writing
-convert            | jax            | checkpoints
-predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs keywords
-                                      model_description models pages partitioning pixels shapes writing
-export             | jax tensorflow | augmentation checkpoints convert keywords model_description predict
-                                      preprocessors
+convert            | jax            | checkpoints foreign_text reading weights_file writing
+predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs
+                                      keywords model_description models pages partitioning pixels
+                                      shapes weights_file writing
+export             | jax tensorflow | augmentation convert foreign_text keywords model_description
+                                      predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords models partitioning
                                       postprocessors trainer

@@ -14,9 +14,10 @@ INITIAL_CHECKPOINT_PATH; the printed table as conversion.txt; the model's config
 predictions model.json and vocabulary.model.
 """
 
+import contextlib
 import importlib.util
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import safetensors
 from absl import flags
 from flax import traverse_util
 
-from richhf_jax import gin_utils, writing
+from richhf_jax import errors, gin_utils, reading, writing
 from richhf_jax.convert import huggingface, layers, mapping, own, rahf_pytorch, t5x, vit_npz, writers
 from richhf_jax.convert.source import ConvertError, Source
 from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
@@ -96,9 +97,12 @@ def find_format(path: str) -> Format:
     place = pathlib.Path(path)
     if not place.exists():
         raise ConvertError(f"--from={path}: no such file or directory")
-    for candidate in FORMATS:
-        if candidate.recognises(path):
-            return candidate
+    if not place.is_dir():
+        reading.check_regular(place)
+    with _explained(path):
+        for candidate in FORMATS:
+            if candidate.recognises(path):
+                return candidate
     if place.is_dir():
         entries = sorted(entry.name for entry in place.iterdir())
         what = f"a directory with {', '.join(entries[:5]) or 'nothing'}{' ...' if len(entries) > 5 else ''}"
@@ -107,6 +111,30 @@ def find_format(path: str) -> Format:
             what = f"a file of {place.stat().st_size} bytes that begins with {file.read(8)!r}"
     known = "; ".join(candidate.name for candidate in FORMATS)
     raise ConvertError(f"--from={path} is {what}, in none of the known formats: {known}")
+
+
+def open_weights(path: str) -> Source:
+    """Opens the weights at a path, in one of `FORMATS`.
+
+    Raises:
+      ConvertError: there are none, or they are damaged.
+    """
+    found = find_format(path)
+    with _explained(path):
+        return found.open(path)
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Makes every error a UserError, because what is in a damaged file may lead to any."""
+    try:
+        yield
+    except errors.UserError:
+        raise
+    except Exception as error:
+        raise ConvertError(
+            f"--from={path} is damaged, or in none of the known formats ({type(error).__name__}: {error})"
+        ) from error
 
 
 def default_gin_file(paths: Sequence[str]) -> str:
@@ -204,13 +232,15 @@ def convert(
       errors.UserError: `to` isn't new, or can't be written.
     """
     writing.check_is_new(to, "--to")
-    sources = [find_format(path).open(path) for path in paths]
+    own.check_outside_checkpoints(to, "--to")
+    sources = [open_weights(path) for path in paths]
     configs = {name: getattr(model.module, name) for name in ("t5_config", "vit_config")}
     shapes = model_shapes(model)
     if output != "orbax":  # The names of the other formats do not depend on how we compile a stack.
         shapes = unstacked_shapes(shapes)
     conversion = mapping.make_plan(shapes, sources, allow_mismatched_shapes)
     notes = mapping.check_settings(configs, sources)
+    mapping.check_copies(sources)
     table = mapping.format_table(conversion, sources, notes)
     print(table)
     with (
@@ -219,7 +249,7 @@ def convert(
     ):
         for line in _WRITERS[output](directory, conversion.tensors, configs):
             print(line)
-        (directory / "conversion.txt").write_text(table + "\n", encoding="utf-8")
+        writing.write(directory / "conversion.txt", table + "\n")
         gin_utils.write_operative_config(directory / "config.gin")
         if description and output != "huggingface":
             description.write(directory)

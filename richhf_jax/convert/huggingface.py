@@ -5,18 +5,18 @@ In torch, a linear layer's kernel is [out, in] and a convolution's [out, in, hei
 they are one, their sum, because only the sum has an effect.
 """
 
+import dataclasses
 import functools
-import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from richhf_jax.convert import safetensors_files, torch_files
-from richhf_jax.convert.source import ConvertError, Source, Tensor
+from richhf_jax.convert.source import MAX_LAYERS, ConvertError, Source, State, Tensor, read_json
 
 # `hidden_act` -> ViTConfig.approximate_gelu.
 APPROXIMATE_GELU = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}
@@ -67,9 +67,13 @@ def open_huggingface(path: str) -> Source:
         )
     state = _read_weights(directory)
     try:
-        return (_open_vit if kind == "vit" else _open_t5)(path, config, state)
+        source = (_open_vit if kind == "vit" else _open_t5)(path, config, state.tensors)
     except KeyError as error:
         raise ConvertError(f"{directory / 'config.json'} has no value for {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConvertError(f"{directory / 'config.json'} makes no sense: {error}") from error
+    notes = [state.note, _pixel_note(directory) if kind == "vit" else ""]
+    return dataclasses.replace(source, note="; ".join(filter(None, notes)))
 
 
 def _open_t5(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Source:
@@ -84,7 +88,7 @@ def _open_t5(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     # Transformers 5 always writes tie_word_embeddings = true; its former meaning has another name.
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)) is not False
     tied = scaled and config["model_type"] == "t5"
-    depths = config["num_layers"], config.get("num_decoder_layers") or config["num_layers"]
+    depths = _depth_in(config, "num_layers"), _depth_in(config, "num_decoder_layers", config["num_layers"])
     if not any(name.startswith("decoder.block.") for name in state):
         depths = depths[0], 0
     tensors = t5_tensors(state, tied=tied)
@@ -96,12 +100,13 @@ def _open_t5(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     }
     if depths[1]:
         settings["t5_config.logits_via_embedding"] = tied
-    duplicates = {*_SHARED, "lm_head.weight"} if tied else set(_SHARED)
+    copies = table_copies(state, tied=tied and depths[1] > 0)
     return Source(
         path=path,
         description=f"Hugging Face T5, {feed_forward}, {depths[0]} + {depths[1]} layers",
         tensors=tensors,
-        unused=_unused(state, tensors, duplicates),
+        unused=unused(state, tensors, copies),
+        copies=copies,
         settings=settings,
     )
 
@@ -116,7 +121,7 @@ def _open_vit(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor])
     height, width = np.broadcast_to(config.get("image_size", 224), 2).tolist()
     patch_size = config.get("patch_size", 16)
     tensors = vit_tensors(state, prefix, (height // patch_size, width // patch_size))
-    names = vit_names(config["num_hidden_layers"])
+    names = vit_names(_depth_in(config, "num_hidden_layers"))
     if not config.get("qkv_bias", True):
         names = {
             ours: theirs for ours, theirs in names.items() if not re.search("(query|key|value)/bias", ours)
@@ -126,14 +131,21 @@ def _open_vit(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor])
         path=path,
         description=f"Hugging Face ViT, {config['num_hidden_layers']} layers, {height}x{width} pixels",
         tensors=tensors,
-        unused=_unused(state, tensors),
+        unused=unused(state, tensors),
         settings={
             "vit_config.num_heads": config["num_attention_heads"],
             "vit_config.layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
             "vit_config.approximate_gelu": APPROXIMATE_GELU[activation],
         },
-        note=_pixel_note(pathlib.Path(path)),
     )
+
+
+def _depth_in(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """Returns a number of layers. Raises KeyError or ValueError where there is none, or one without sense."""
+    depth = config[name] if default is None else config.get(name) or default
+    if type(depth) is not int or not 0 < depth <= MAX_LAYERS:
+        raise ValueError(f"{name} is {depth!r}, no number from 1 to {MAX_LAYERS}")
+    return depth
 
 
 def t5_names(
@@ -257,7 +269,11 @@ def split_positions(
     Raises:
       ConvertError: the number of rows doesn't fit the grid.
     """
+    if len(positions.shape) != 3 or positions.shape[0] != 1 or not positions.shape[1]:
+        raise ConvertError(f"{positions.origin} has shape {positions.shape}, expected (1, rows, width)")
     rows, width = positions.shape[1:]
+    if class_token.shape != (1, 1, width):
+        raise ConvertError(f"{class_token.origin} has shape {class_token.shape}, expected (1, 1, {width})")
     side = math.isqrt(rows - 1)
     grid = grid or (side, side)
     if 1 + grid[0] * grid[1] != rows:
@@ -296,16 +312,33 @@ def _torch_axes(name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _depth(state: Iterable[str], prefix: str) -> int:
-    """Returns 1 + the highest N of the names "PREFIXN.…"; 0 without such names."""
+    """Returns 1 + the highest N, below MAX_LAYERS, of the names "PREFIXN.…"; 0 without such names."""
     numbers = (name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix))
-    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+    depths = (int(number) + 1 for number in numbers if re.fullmatch(r"\d{1,4}", number, re.ASCII))
+    return max((depth for depth in depths if depth <= MAX_LAYERS), default=0)
 
 
-def _unused(
-    state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], duplicates: Iterable[str] = ()
-) -> tuple[str, ...]:
+def table_copies(
+    state: Mapping[str, Tensor], prefix: str = "", tied: bool = True
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Finds T5's token table under its further names; see `Source.copies`.
+
+    Args:
+      state: Hugging Face's state dict.
+      prefix: beginning of all of T5's names.
+      tied: see `t5_names`.
+    """
+    names = [prefix + name for name in (*_SHARED, *(["lm_head.weight"] if tied else []))]
+    tables = [state[name] for name in names if name in state]
+    return {table.origin: (table, tables[0]) for table in tables[1:]}
+
+
+def unused(
+    state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], copies: Iterable[str] = ()
+) -> dict[str, tuple[int, ...] | None]:
+    """Returns `Source.unused` of a state dict, with the names that the file has."""
     used = {origin for tensor in tensors.values() for origin in tensor.origin.split(" + ")}
-    return tuple(name for name in state if name not in used and name not in duplicates)
+    return {t.origin: t.shape for t in state.values() if t.origin not in used and t.origin not in copies}
 
 
 def _check_complete(path: str, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -331,46 +364,38 @@ def _pixel_note(directory: pathlib.Path) -> str:
     )
 
 
-def _read_weights(directory: pathlib.Path) -> dict[str, Tensor]:
+def _read_weights(directory: pathlib.Path) -> State:
     """Reads the weights of a directory; safetensors go before torch's own files."""
     readers = {
-        "model.safetensors": safetensors_files.read_safetensors,
+        "model.safetensors": lambda path: State(safetensors_files.read_safetensors(path)),
         "pytorch_model.bin": torch_files.read_torch_file,
     }
     for name, read in readers.items():
         if (directory / name).is_file():
-            return read(directory / name)
+            return read(directory / name).unwrapped()
         if (directory / f"{name}.index.json").is_file():
-            return _read_shards(directory / f"{name}.index.json", read)
+            return _read_shards(directory / f"{name}.index.json", read).unwrapped()
     raise ConvertError(f"{directory} holds no weights: no {' and no '.join(readers)}, whole or in shards")
 
 
-def _read_shards(index: pathlib.Path, read) -> dict[str, Tensor]:
+def _read_shards(index: pathlib.Path, read: Callable[[pathlib.Path], State]) -> State:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise ConvertError(f"{index} has no weight_map")
-    state = {}
-    for shard in sorted(set(places.values())):
+    state: dict[str, Tensor] = {}
+    twice: set[str] = set()
+    for shard in sorted(set(map(str, places.values()))):
+        if shard != pathlib.PurePath(shard).name:
+            raise ConvertError(f"{index} names {shard!r}: shards must lie beside it")
         if not (index.parent / shard).is_file():
             raise ConvertError(f"{index.parent / shard} is missing, which {index.name} names")
-        state |= read(index.parent / shard)
+        found = read(index.parent / shard).tensors
+        twice |= state.keys() & found.keys()
+        state |= found
     if absent := sorted(places.keys() - state.keys()):
         raise ConvertError(
-            f"{index.parent / places[absent[0]]} lacks {absent[0]}, which {index.name} says it has"
+            f"{index.parent / str(places[absent[0]])} lacks {absent[0]}, which {index.name} says it has"
         )
-    return state
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
-
-    Raises:
-      ConvertError: the file is truncated, or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # This includes bytes that are no text.
-        raise ConvertError(f"{path} is truncated, or no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConvertError(f"{path} is no JSON object")
-    return content
+    if twice:
+        raise ConvertError(f"{index}: several shards hold {min(twice)}")
+    return State(state)

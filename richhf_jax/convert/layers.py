@@ -68,8 +68,9 @@ def unstack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Unstacks a reader's tensors as `unstack_layers` does arrays; no values are read."""
     result = {}
     for name, tensor in tensors.items():
-        if names := layer_names(name, tensor.shape[0] if tensor.shape else 0):
-            result |= dict(zip(names, tensor.unstacked(), strict=True))
+        if tensor.shape and tensor.shape[0] and _STACKED.fullmatch(name):
+            slices = tensor.unstacked()
+            result |= dict(zip(layer_names(name, len(slices)), slices, strict=True))
         else:
             result[name] = tensor
     return result

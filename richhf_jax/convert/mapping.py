@@ -5,14 +5,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 
+from richhf_jax import errors, foreign_text
 from richhf_jax.convert import layers
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
 LOADED, RESAMPLED, INITIALISED, UNUSED = "loaded", "resampled", "initialised", "unused"
 _POSITION_TABLE = "position_embedding/embedding"
+# The most positions of a table to resample: those of 4096 x 4096 pixels in patches of 16.
+_MAX_POSITIONS = 2**16
 # Settings that change a network's outputs by a thousandth or less.
 _OF_LITTLE_WEIGHT = ("layer_norm_epsilon", "approximate_gelu")
 # Where gin sets the network's configurations, for messages.
@@ -27,7 +31,7 @@ class Row:
       status: LOADED; RESAMPLED to another grid of positions; INITIALISED: only the model has it, so training
         starts it fresh; UNUSED: only a source has it.
       name: our name; of an unused array without one, the source's name.
-      shape: the shape in the model; of an unused array its own shape, None if unknown.
+      shape: the shape in the model; of an unused array its own, None if it is unknown.
       origin: "[number of the source] its name there".
       source_shape: the shape in the source, where it differs from `shape`.
     """
@@ -75,7 +79,7 @@ def make_plan(
         elif tensor.shape == leaf.shape:
             rows.append(Row(LOADED, name, leaf.shape, origin))
             tensors[name] = tensor.astype(leaf.dtype)
-        elif name.endswith(_POSITION_TABLE) and tensor.shape[2:] == leaf.shape[2:]:
+        elif name.endswith(_POSITION_TABLE) and _can_be_resampled(tensor.shape, leaf.shape):
             rows.append(Row(RESAMPLED, name, leaf.shape, origin, tensor.shape))
             tensors[name] = _resampled(tensor, leaf.shape).astype(leaf.dtype)
         else:
@@ -90,9 +94,14 @@ def make_plan(
         raise ConvertError(f"{', '.join(s.path for s in sources)}: no parameter in common with the model")
     rows += [Row(UNUSED, name, t.shape, _origin(number, t)) for name, (number, t) in left.items()]
     rows += [
-        Row(UNUSED, name, None, f"[{number}]")
+        Row(UNUSED, name, shape, f"[{number}]")
         for number, source in enumerate(sources, 1)
-        for name in source.unused
+        for name, shape in source.unused.items()
+    ]
+    rows += [
+        Row(UNUSED, name, copy.shape, f"[{number}], a copy of {used.origin}")
+        for number, source in enumerate(sources, 1)
+        for name, (copy, used) in source.copies.items()
     ]
     return Plan(tuple(rows), tensors)
 
@@ -105,8 +114,53 @@ def _merge(sources: Sequence[Source]) -> dict[str, tuple[int, Tensor]]:
             if name in found:
                 first = sources[found[name][0] - 1].path
                 raise ConvertError(f"{name} is in both {first} and {source.path}: give one of them")
-            found[name] = number, tensor
+            found[name] = number, _checked(tensor, source.path)
     return found
+
+
+def _checked(tensor: Tensor, path: str) -> Tensor:
+    """Returns a tensor whose `read` raises ConvertError for everything but finite floating-point numbers."""
+
+    def read() -> np.ndarray:
+        try:
+            array = tensor.read()
+        except errors.UserError:
+            raise
+        except Exception as error:  # A damaged file may lead to any error.
+            raise ConvertError(
+                f"{path}: {tensor.origin} can't be read ({type(error).__name__}: {error})"
+            ) from error
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ConvertError(
+                f"{path}: {tensor.origin} is of type {array.dtype}; quantised weights aren't understood: give"
+                " those in floating point"
+            )
+        with np.errstate(over="ignore"):
+            bad = array.size - np.count_nonzero(np.isfinite(array.astype(np.float32, copy=False)))
+        if bad:
+            raise ConvertError(
+                f"{path}: {bad} of the {array.size} numbers of {tensor.origin} are NaN or infinite:"
+                " the file is damaged, or its training has failed"
+            )
+        return array
+
+    return dataclasses.replace(tensor, read=read)
+
+
+def check_copies(sources: Sequence[Source]) -> None:
+    """Checks that arrays which are stored twice are equal, as T5's table of tokens under several names.
+
+    Raises:
+      ConvertError: they differ, so the model has no place for one of them.
+    """
+    for source in sources:
+        for name, (copy, used) in source.copies.items():
+            copy, used = (_checked(tensor, source.path) for tensor in (copy, used))
+            if copy.shape != used.shape or not np.array_equal(copy.read(), used.read()):
+                raise ConvertError(
+                    f"{source.path}: {name} {copy.shape} has other values than {used.origin} {used.shape}."
+                    " Our model has one array for both: it can't hold two that were trained apart"
+                )
 
 
 def _origin(number: int, tensor: Tensor) -> str:
@@ -133,6 +187,10 @@ def _take(
         read=lambda: np.stack([part.read() for _, part in parts]),
     )
     return _origin(parts[0][0], stacked), stacked
+
+
+def _can_be_resampled(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    return theirs[2:] == ours[2:] and 0 < math.prod(theirs[:2]) <= _MAX_POSITIONS
 
 
 def _resampled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -192,15 +250,18 @@ def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> lis
 
 def format_table(plan: Plan, sources: Sequence[Source], notes: Sequence[str] = ()) -> str:
     """Formats the rows as an aligned table, with the number of arrays of each status."""
-    cells = [(row.status, row.name, _shapes(row), row.origin) for row in plan.rows]
+    shown = foreign_text.for_terminal
+    cells = [(row.status, shown(row.name), _shapes(row), shown(row.origin)) for row in plan.rows]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
-    lines = [f"[{number}] {source.path}: {source.description}" for number, source in enumerate(sources, 1)]
+    lines = [
+        shown(f"[{number}] {source.path}: {source.description}") for number, source in enumerate(sources, 1)
+    ]
     lines += ["", *("  ".join(map(str.ljust, row, (*widths, 0))).rstrip() for row in cells), ""]
     for status in (LOADED, RESAMPLED, INITIALISED, UNUSED):
         shapes = [row.shape for row in plan.rows if row.status == status]
         known = sum(math.prod(shape) for shape in shapes if shape is not None)
         lines.append(f"{status:{len(INITIALISED)}} {len(shapes):5} arrays, {known:,} numbers")
-    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+    return "\n".join([*lines, *(f"note: {shown(note)}" for note in notes)])
 
 
 def _shapes(row: Row) -> str:

@@ -2,13 +2,15 @@
 
 import math
 import pathlib
+import re
 
-from richhf_jax import checkpoints
+from richhf_jax import checkpoints, errors, weights_file
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
 # Metadata of our .safetensors files.
 SAFETENSORS_METADATA = {"format": "richhf_jax"}
+_CHECKPOINT = re.compile(r"checkpoint_\d+")
 
 
 def is_checkpoint(path: str) -> bool:
@@ -30,10 +32,24 @@ def open_checkpoint(path: str) -> Source:
     index = pathlib.Path(directory, "state", zarr_arrays.ORBAX_INDEX)
     if not index.is_file():
         raise ConvertError(f"{directory} is damaged: it lacks state/{index.name}")
-    names = [name for name in zarr_arrays.orbax_names(index) if name[0] == "params"]
+    found = zarr_arrays.orbax_names(index)
+    names = [name for name in found if name[0] == "params"]
     arrays = zarr_arrays.ZarrArrays(index)
     tensors = {"/".join(name[1:]): arrays.tensor(".".join(name), "/".join(name[1:])) for name in names}
-    return _source(directory, f"our checkpoint of step {step}", tensors)
+    left_out = f", without {len(found) - len(names)} other arrays" if len(found) > len(names) else ""
+    return _source(directory, f"our checkpoint of step {step}{left_out}", tensors)
+
+
+def check_outside_checkpoints(path: str, flag: str) -> None:
+    """Checks that a result isn't written into a checkpoint, nor in the place of one.
+
+    Raises:
+      errors.UserError: it is; the message names the flag that gave the path.
+    """
+    place = pathlib.Path(path).resolve()
+    for part in (place, *place.parents):
+        if _CHECKPOINT.fullmatch(part.name):
+            raise errors.UserError(f"{flag}={path} lies in the checkpoint {part}: name a directory elsewhere")
 
 
 def is_safetensors(path: str) -> bool:
@@ -61,7 +77,7 @@ def open_safetensors(path: str) -> Source:
 
 def _safetensors_file(path: str) -> pathlib.Path | None:
     given = pathlib.Path(path)
-    places = [given] if given.suffix == ".safetensors" else [given / "model.safetensors"]
+    places = [given] if given.suffix == ".safetensors" else [given / weights_file.FILE]
     return next((place for place in places if place.is_file()), None)
 
 

@@ -12,6 +12,7 @@ They are a PyTorch state dict of ViT-L/16-384, T5-base 1.0 and the authors' own 
 The heads of the augmented-prompt variant, which was not published, have no `.KIND`.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,6 @@ from richhf_jax.convert.source import ConvertError, Source, Tensor
 
 # A name that only this release has.
 _MARK = "visual_token_projection.weight"
-# Further names of the token table, which T5 1.0 has only once.
-TIED = ("t5.encoder.embed_tokens.weight", "t5.decoder.embed_tokens.weight", "t5.lm_head.weight")
 # Settings that the arrays don't show.
 SETTINGS = {
     "t5_config.mlp_activations": ("relu",),
@@ -109,7 +108,7 @@ def is_rahf_pytorch(path: str | pathlib.Path) -> bool:
     with path.open("rb") as file:
         if not torch_files.is_torch_start(file.read(64)):
             return False
-    return _MARK in torch_files.read_torch_file(path)
+    return any(name.endswith(_MARK) for name in torch_files.read_torch_file(path).tensors)
 
 
 def open_rahf_pytorch(path: str | pathlib.Path) -> Source:
@@ -118,12 +117,18 @@ def open_rahf_pytorch(path: str | pathlib.Path) -> Source:
     Raises:
       ConvertError: see `torch_files.read_torch_file`; or the file is not this release.
     """
-    return map_state(str(path), torch_files.read_torch_file(path))
+    state = torch_files.read_torch_file(path).unwrapped()
+    return dataclasses.replace(map_state(str(path), state.tensors), note=state.note)
 
 
 def map_state(path: str, state: Mapping[str, Tensor]) -> Source:
     """Converts the release's state dict to our names and layouts. `path` is the file's name in messages."""
     if _MARK not in state:
+        if prefix := next((name.removesuffix(_MARK) for name in state if name.endswith(_MARK)), ""):
+            raise ConvertError(
+                f"{path}: looks like RAHF's PyTorch release, but its names begin with {prefix!r}: save the"
+                " state dict of the model itself, without what a trainer adds to it"
+            )
         raise ConvertError(f"{path}: not RAHF's PyTorch release, which has {_MARK!r}")
     weights = _Weights(path, state)
     layers = {"image_projection": weights.dense("visual_token_projection")}
@@ -133,13 +138,13 @@ def map_state(path: str, state: Mapping[str, Tensor]) -> Source:
         layers |= {f"{ours}/{name}": layer for name, layer in _score_head(weights, theirs)}
     tensors = {f"{layer}/{name}": t for layer, arrays in layers.items() for name, t in arrays.items()}
     tensors |= huggingface.vit_tensors(state, "vit.") | huggingface.t5_tensors(state, "t5.")
-    known = {origin for tensor in tensors.values() for origin in tensor.origin.split(" + ")}
-    known |= set(TIED)
+    copies = huggingface.table_copies(state, "t5.")
     return Source(
         path=path,
         description="RAHF, the authors' PyTorch release",
         tensors=tensors,
-        unused=tuple(name for name in state if name not in known),
+        unused=huggingface.unused(state, tensors, copies),
+        copies=copies,
         settings=SETTINGS,
     )
 

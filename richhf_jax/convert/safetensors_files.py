@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from richhf_jax import weights_file
 from richhf_jax.convert.source import ConvertError, Tensor
 
 # Names of types in a header, see https://github.com/huggingface/safetensors. Numbers are little-endian.
@@ -34,11 +35,12 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
 
     Raises:
       ConvertError: there is no such file, it is truncated or no safetensors file, or a type is unknown.
+      errors.UserError: the checksums in the file are damaged. An array whose checksum is wrong is found only
+        when it is read.
     """
     header, start = _header(path)
-    return {
-        name: _tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"
-    }
+    checksums = weights_file.recorded_checksums(path, header.pop("__metadata__", {}))
+    return {name: _tensor(path, name, entry, start, checksums) for name, entry in header.items()}
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
@@ -61,7 +63,9 @@ def _header(path: str | pathlib.Path) -> tuple[dict[str, Any], int]:
         raise ConvertError(f"{path} is truncated, or no safetensors file: {error}") from error
 
 
-def _tensor(path: str | pathlib.Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
+def _tensor(
+    path: str | pathlib.Path, name: str, entry: Mapping[str, Any], start: int, checksums: Mapping[str, str]
+) -> Tensor:
     if entry["dtype"] not in _DTYPES:
         raise ConvertError(
             f"{path}: {name} has the unknown type {entry['dtype']}; known are {', '.join(_DTYPES)}"
@@ -70,6 +74,8 @@ def _tensor(path: str | pathlib.Path, name: str, entry: Mapping[str, Any], start
     begin, end = (start + offset for offset in entry["data_offsets"])
 
     def read() -> np.ndarray:
-        return np.fromfile(path, dtype, (end - begin) // dtype.itemsize, offset=begin).reshape(shape)
+        array = np.fromfile(path, dtype, (end - begin) // dtype.itemsize, offset=begin).reshape(shape)
+        weights_file.check(path, name, array, checksums)
+        return array
 
     return Tensor(name, shape, dtype, read)

@@ -2,16 +2,39 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from richhf_jax import errors
+from richhf_jax import errors, foreign_text, reading
+
+# The most layers of a stack. A larger number in a file is a mistake, and would fill the memory with names.
+MAX_LAYERS = 1000
+# What trainers put before all names: DistributedDataParallel, torch.compile, Lightning; also nested.
+_WRAPPER = re.compile(r"(module|_orig_mod|model)\.")
 
 
 class ConvertError(errors.UserError):
     """Weights are missing, damaged, of an unknown kind, or do not fit; the message names the file."""
+
+    def __init__(self, message: str):
+        # Messages quote names from the files.
+        super().__init__("\n".join(map(foreign_text.for_terminal, message.split("\n"))))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a small JSON file that holds an object.
+
+    Raises:
+      ConvertError: see `reading.read_json`.
+    """
+    try:
+        return reading.read_json(path)
+    except errors.UserError as error:
+        raise ConvertError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +64,13 @@ class Tensor:
         )
 
     def unstacked(self) -> list["Tensor"]:
-        """Returns the slices along the first axis. Reading them in order reads the whole array once."""
+        """Returns the slices along the first axis. Reading them in order reads the whole array once.
+
+        Raises:
+          ConvertError: the axis is longer than any stack of layers.
+        """
+        if self.shape[0] > MAX_LAYERS:
+            raise ConvertError(f"{self.origin} has shape {self.shape}: that is no stack of layers")
         return [
             dataclasses.replace(
                 self, origin=f"{self.origin}[{i}]", shape=self.shape[1:], read=lambda i=i: _read(self)[i]
@@ -59,6 +88,36 @@ def _read(stacked: Tensor) -> np.ndarray:
     return stacked.read()
 
 
+class State(NamedTuple):
+    """A foreign state dict.
+
+    Attributes:
+      tensors: name -> the array. Each tensor's `origin` is its whole name in the file.
+      note: what the user should know of it, as a sentence; "" if there is nothing.
+    """
+
+    tensors: Mapping[str, Tensor]
+    note: str = ""
+
+    def unwrapped(self) -> "State":
+        """Takes off the prefixes of trainers, if all names begin with them, and says so in the note.
+
+        module._orig_mod.shared.weight -> shared.weight
+        """
+        prefix = ""
+        while found := _WRAPPER.match(next(iter(self.tensors), ""), len(prefix)):
+            if not all(name.startswith(prefix + found[0]) for name in self.tensors):
+                break
+            prefix += found[0]
+        if not prefix:
+            return self
+        note = f"all names begin with {prefix!r}, which is taken off"
+        return State(
+            {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()},
+            "; ".join(filter(None, (self.note, note))),
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """An opened checkpoint.
@@ -68,8 +127,10 @@ class Source:
       description: its kind, for the printed table: "Hugging Face T5 1.1, 12 + 12 layers".
       tensors: our name of a parameter ("encoder/layers_0/attention/query/kernel", layers never scanned) ->
         the array. It also holds parameters that not every model of ours has (a class token, say).
-      unused: names in the foreign checkpoint that have no parameter of ours (optimizer states that a format
-        is known to hold are left out).
+      unused: name in the foreign checkpoint -> shape, of arrays that have no parameter of ours; None: the
+        shape is unknown. Optimizer states that a format is known to hold are left out.
+      copies: name in the foreign checkpoint -> (that array, the one that is loaded in its place). They must
+        be equal; see `mapping.check_copies`.
       settings: settings of its network that shapes don't show, by our names: {"t5_config.num_heads": 12}.
         They must agree with the model's; see `mapping.check_settings`.
       note: another fact that the user should know, as a sentence; "" if there is none.
@@ -78,6 +139,7 @@ class Source:
     path: str
     description: str
     tensors: Mapping[str, Tensor]
-    unused: tuple[str, ...] = ()
+    unused: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""

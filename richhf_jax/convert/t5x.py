@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 
-from richhf_jax import checkpoints
+from richhf_jax import checkpoints, reading
 from richhf_jax.convert import layers, source, zarr_arrays
 
 _MSGPACK, _ORBAX = "checkpoint", zarr_arrays.ORBAX_INDEX
@@ -72,7 +72,11 @@ def open_t5x(path: str) -> source.Source:
         path=str(index.parent),
         description=f"T5X, {depth[0]} + {depth[1]} layers, without {num_slots} arrays of the optimizer",
         tensors=tensors,
-        unused=tuple("/".join(name) for name in leaves if name[0] not in ("target", "state")),
+        unused={
+            "/".join(name): _shape(leaf)
+            for name, leaf in leaves.items()
+            if name[0] not in ("target", "state")
+        },
     )
 
 
@@ -85,7 +89,7 @@ def _find_index(path: str) -> pathlib.Path | None:
     for place in [given] if newest is None else [given, newest]:
         for index in (place / _MSGPACK, place / "state" / _MSGPACK, place / _ORBAX, place / "state" / _ORBAX):
             # Our own checkpoints also have Orbax's index, but with other names at the top.
-            if index.is_file() and (index.name == _MSGPACK or _T5X_NAME.search(index.read_bytes())):
+            if index.is_file() and (index.name == _MSGPACK or _T5X_NAME.search(reading.read_bytes(index))):
                 return index
     return None
 
@@ -101,15 +105,23 @@ def _read_msgpack(index: pathlib.Path) -> tuple[int | None, dict[tuple[str, ...]
             # The file is mapped, so it isn't in memory beside the arrays that are read from it.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 tree = serialization.msgpack_restore(content)  # pyright: ignore[reportArgumentType]: a buffer
+                leaves = _leaves(index, tree)
+        except source.ConvertError:
+            raise
         except Exception as error:  # Bytes that aren't msgpack lead to errors of many types.
             raise source.ConvertError(
                 f"{index} is truncated, or not a checkpoint of T5X ({type(error).__name__}: {error})"
             ) from error
-    version = tree.get("version") if isinstance(tree, Mapping) else None
+    return tree.get("version") if isinstance(tree, Mapping) else None, leaves
+
+
+def _leaves(index: pathlib.Path, tree: Any) -> dict[tuple[str, ...], Any]:
+    """Returns the leaves of the msgpack file's tree by name."""
     tree = tree.get("optimizer", tree) if isinstance(tree, Mapping) else {}
-    if not isinstance(tree.get("target"), Mapping):
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("target"), Mapping):
         raise source.ConvertError(f"{index} is not a checkpoint of T5X: it holds no optimizer/target")
-    return version, traverse_util.flatten_dict(tree, is_leaf=lambda _, value: _is_spec(value))
+    leaves = traverse_util.flatten_dict(tree, is_leaf=lambda _, value: _is_spec(value))
+    return {tuple(map(str, name)): leaf for name, leaf in leaves.items()}
 
 
 def _is_spec(value: Any) -> bool:
@@ -126,6 +138,16 @@ def _check_architecture(index: pathlib.Path, names: list[str]) -> None:
         raise source.ConvertError(f"{index} holds no encoder: give a checkpoint of T5X's t5 network")
 
 
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    """Returns the shape of a leaf that isn't loaded, if the index says it."""
+    if not _is_spec(leaf):
+        return getattr(leaf, "shape", None)
+    try:
+        return tuple(map(int, leaf["metadata"]["shape"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def _tensor(
     arrays: zarr_arrays.ZarrArrays, key: tuple[str, ...], leaf: Any, is_version_2: bool
 ) -> source.Tensor:
@@ -135,8 +157,9 @@ def _tensor(
         return source.Tensor(origin, leaf.shape, leaf.dtype, lambda: leaf)
     path, shape = origin, None
     if _is_spec(leaf):
-        path = leaf["kvstore"].get("path") or leaf.get("path")  # The second is TensorStore's before 0.1.14.
-        shape = leaf.get("metadata", {}).get("shape")
+        kvstore = leaf["kvstore"] if isinstance(leaf["kvstore"], Mapping) else {}
+        path = kvstore.get("path") or leaf.get("path")  # The second is TensorStore's before 0.1.14.
+        shape = _shape(leaf)
     elif isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         path = leaf
     elif leaf is not None:
@@ -146,9 +169,9 @@ def _tensor(
     if not path or name in ("", ".", ".."):
         raise source.ConvertError(f"{arrays.index}: {origin} lies at {path!r}, which names no folder")
     tensor = arrays.tensor(name, origin)
-    if shape is not None and tuple(shape) != tensor.shape:
+    if shape is not None and shape != tensor.shape:
         raise source.ConvertError(
-            f"{arrays.index.parent / name} holds {tensor.shape}, but {arrays.index.name} says {tuple(shape)}"
+            f"{arrays.index.parent / name} holds {tensor.shape}, but {arrays.index.name} says {shape}"
         )
     if is_version_2 and tensor.dtype == np.uint16:
         # Before version 3, T5X wrote the bits of bfloat16 as integers.

@@ -15,18 +15,21 @@ import collections
 import dataclasses
 import functools
 import io
+import math
 import pathlib
 import pickle
+import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from richhf_jax.convert.source import ConvertError, Tensor
+from richhf_jax.convert.source import ConvertError, State, Tensor
 
 STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -40,11 +43,18 @@ STORAGE_DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-# Names under which trainers put a state dict, beside their own state.
+# Names under which trainers put a state dict, beside their own state. The first that a file has is taken, so
+# weights as they were trained go before their moving average (EMA).
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+WRAPPERS += ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")
 
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Limits of a pickle: bytes (also those that a zip inflates it to) and operations. A tensor takes about 200
+# bytes and 40 operations.
+_MAX_PICKLE, _MAX_OPERATIONS = 16 * 2**20, 1_000_000
+# Numbers of a tensor that repeats those of its storage.
+_MAX_EXPANDED = 2**24
 _ZIP_HEADER = struct.Struct("<4s22xHH")  # Of a member: magic, ..., lengths of its name and extra field.
 
 
@@ -57,12 +67,14 @@ class _Storage:
       length: number of numbers.
       start: the first byte in the file.
       byteswapped: whether the file's byte order differs from this machine's.
+      crc: the CRC-32 of its bytes; 0: unknown.
     """
 
     dtype: np.dtype
     length: int
     start: int = 0
     byteswapped: bool = False
+    crc: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +86,8 @@ class _View:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises ValueError if it is no view of its storage. (A pickle can change one that was right.)"""
         ints = (self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or any(type(i) is not int or i < 0 for i in ints):
             raise ValueError(
@@ -82,6 +95,8 @@ class _View:
             )
         if self.offset + self.span > self.storage.length:
             raise ValueError(f"a tensor of shape {self.shape} in a storage of {self.storage.length} numbers")
+        if math.prod(self.shape) > max(self.storage.length, _MAX_EXPANDED):
+            raise ValueError(f"a tensor of shape {self.shape} repeats {self.storage.length} numbers")
 
     @property
     def span(self) -> int:
@@ -91,10 +106,16 @@ class _View:
         return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
     def read(self, path: pathlib.Path) -> np.ndarray:
-        """Reads the tensor's numbers from the file."""
+        """Reads the tensor's numbers from the file, and checks them if they are the whole storage."""
         dtype = self.storage.dtype
         start = self.storage.start + self.offset * dtype.itemsize
         numbers = np.fromfile(path, dtype, self.span, offset=start)
+        if (
+            self.storage.crc
+            and self.span == self.storage.length
+            and zlib.crc32(numbers.view(np.uint8).data) != self.storage.crc
+        ):
+            raise ConvertError(f"{path} is damaged: a storage's checksum is wrong; download it again")
         if self.storage.byteswapped:
             numbers = numbers.byteswap()
         strides = [stride * dtype.itemsize for stride in self.strides]
@@ -105,6 +126,13 @@ class _Unpickler(pickle.Unpickler):
     """An unpickler that makes only plain data and `_View`s."""
 
     def __init__(self, file: BinaryIO, path: pathlib.Path, storage: Callable[[np.dtype, str, int], _Storage]):
+        start = file.tell()
+        for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+            # A place in the table of remembered objects: the table is made as long as the place says.
+            place = int(argument or 0) if operation.name.endswith("PUT") else 0
+            if count > _MAX_OPERATIONS or place > _MAX_OPERATIONS:
+                raise ConvertError(f"{path}: its pickle is too long for plain weights")
+        file.seek(start)
         super().__init__(file)
         self._path, self._storage = path, storage
 
@@ -137,14 +165,15 @@ class _Unpickler(pickle.Unpickler):
         return view
 
 
-def read_torch_file(path: str | pathlib.Path) -> dict[str, Tensor]:
+def read_torch_file(path: str | pathlib.Path) -> State:
     """Opens a state dict that `torch.save` wrote, in either layout; values are read when needed.
 
-    A state dict that a trainer put under a name of `WRAPPERS` is found there.
+    A state dict that a trainer put under a name of `WRAPPERS` is found there; the note tells of arrays beside
+    it.
 
     Returns:
-      Name -> the tensor, in torch's layout and stored type (bfloat16 by ml_dtypes), with views and tied
-      weights.
+      The state dict. Tensors are in torch's layout and stored type (bfloat16 by ml_dtypes), with views and
+      tied weights.
 
     Raises:
       ConvertError: there is no such file; it is truncated or not torch's; or it holds no plain state dict.
@@ -159,16 +188,20 @@ def read_torch_file(path: str | pathlib.Path) -> dict[str, Tensor]:
             raise ConvertError(f"{path}: {_what_it_is(start)}")
         try:
             content = (_read_zip if start.startswith(_ZIP_MAGIC) else _read_legacy)(file, path)
+            views, note = _state_dict(content, path)
+            for view in views.values():
+                view.check()
         except ConvertError:
             raise
         except Exception as error:  # A broken pickle may raise anything.
             raise ConvertError(
                 f"{path}: truncated, or not a file of torch.save ({type(error).__name__}: {error})"
             ) from error
-    return {
+    tensors = {
         name: Tensor(name, view.shape, view.storage.dtype, functools.partial(view.read, path))
-        for name, view in _state_dict(content, path).items()
+        for name, view in views.items()
     }
+    return State(tensors, note)
 
 
 def is_torch_start(start: bytes) -> bool:
@@ -193,7 +226,9 @@ def _read_zip(file: BinaryIO, path: pathlib.Path) -> Any:
     if len(pickles) != 1:
         raise ConvertError(f"{path}: a zip file, but not one of torch.save: it has no data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
-    order = archive.read(folder + "byteorder").decode() if folder + "byteorder" in members else sys.byteorder
+    named = folder + "byteorder" in members
+    order = _member(archive, folder + "byteorder").decode() if named else sys.byteorder
+    end = path.stat().st_size
 
     def storage(dtype: np.dtype, key: str, length: int) -> _Storage:
         info = members[f"{folder}data/{key}"]
@@ -208,19 +243,33 @@ def _read_zip(file: BinaryIO, path: pathlib.Path) -> Any:
         if magic != _ZIP_MAGIC:
             raise ValueError(f"storage {key} is not where the zip file says")
         start = info.header_offset + _ZIP_HEADER.size + name_length + extra_length
-        return _Storage(dtype, length, start, byteswapped=order != sys.byteorder)
+        if start + info.file_size > end:
+            raise ValueError(f"storage {key} ends behind the file")
+        # Files of other libraries may hold more than the storage's numbers.
+        crc = info.CRC if info.file_size == length * dtype.itemsize else 0
+        return _Storage(dtype, length, start, byteswapped=order != sys.byteorder, crc=crc)
 
-    return _Unpickler(io.BytesIO(archive.read(pickles[0])), path, storage).load()
+    return _Unpickler(io.BytesIO(_member(archive, pickles[0])), path, storage).load()
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Reads a small member of a zip, whatever size the zip says it has."""
+    with archive.open(name) as file:
+        content = file.read(_MAX_PICKLE + 1)
+    if len(content) > _MAX_PICKLE:
+        raise ValueError(f"{name} has more than {_MAX_PICKLE:,} bytes")
+    return content
 
 
 def _read_legacy(file: BinaryIO, path: pathlib.Path) -> Any:
     storages: dict[str, _Storage] = {}
+    pickles = io.BytesIO(file.read(_MAX_PICKLE))
 
     def storage(dtype: np.dtype, key: str, length: int) -> _Storage:
         return storages.setdefault(key, _Storage(dtype, length, byteswapped=sys.byteorder != "little"))
 
     def load() -> Any:
-        return _Unpickler(file, path, storage).load()
+        return _Unpickler(pickles, path, storage).load()
 
     if load() != _LEGACY_MAGIC:
         raise ConvertError(f"{path}: a pickle, but not one of torch.save")
@@ -228,6 +277,7 @@ def _read_legacy(file: BinaryIO, path: pathlib.Path) -> Any:
     if set(keys) != set(storages):
         raise ValueError(f"{len(storages)} storages in use, {len(keys)} in the file")
     end = path.stat().st_size
+    file.seek(pickles.tell())
     for key in keys:
         (length,) = struct.unpack("<q", file.read(8))
         found = storages[key]
@@ -239,13 +289,16 @@ def _read_legacy(file: BinaryIO, path: pathlib.Path) -> Any:
     return content
 
 
-def _state_dict(content: Any, path: pathlib.Path) -> Mapping[str, _View]:
-    """Finds the state dict, which is the content itself or in it."""
-    if isinstance(content, dict):
-        for name in WRAPPERS:
-            if isinstance(content.get(name), dict):
-                content = content[name]
-                break
+def _state_dict(content: Any, path: pathlib.Path) -> tuple[Mapping[str, _View], str]:
+    """Finds the state dict, which is the content itself or in it. Returns it, and a note of other arrays."""
+    taken, beside = [], {}
+    while isinstance(content, dict) and len(taken) < 3:
+        name = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if name is None:
+            break
+        beside |= {key: value for key, value in content.items() if key != name}
+        content = content[name]
+        taken.append(name)
     if not isinstance(content, dict):
         raise ConvertError(
             f"{path}: expected a state dict (name -> tensor), found a {type(content).__name__}"
@@ -257,4 +310,30 @@ def _state_dict(content: Any, path: pathlib.Path) -> Mapping[str, _View]:
                 f"{path}: expected a state dict (name -> tensor), but it holds {name!r} -> {kind}. "
                 "Save the weights alone: torch.save(model.state_dict(), path)"
             )
-    return content
+    left_out = [f"{key!r} ({found})" for key, value in beside.items() if (found := _size(value))]
+    if not left_out:
+        return content, ""
+    return content, f"the weights under {'/'.join(taken)!r} are taken; left out are {', '.join(left_out)}"
+
+
+def _size(value: Any) -> str:
+    """Returns the number of arrays in a tree, and of their numbers; "" if there is none."""
+    shapes = [view.shape for view in _views(value)]
+    numbers = sum(math.prod(shape) for shape in shapes)
+    return f"{len(shapes)} arrays, {numbers:,} numbers" if shapes else ""
+
+
+def _views(value: Any) -> Iterator[_View]:
+    """Yields the tensors in a tree of dictionaries, lists and tuples, each object once."""
+    seen, left = set(), [value]
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, _View):
+            yield part
+        elif isinstance(part, dict):
+            left += part.values()
+        elif isinstance(part, list | tuple):
+            left += part

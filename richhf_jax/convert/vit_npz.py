@@ -6,11 +6,11 @@ width. The position table may be in three places, a layer's parts may be numbere
 stack of layers may be one array.
 """
 
+import io
 import math
 import pathlib
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -24,6 +24,8 @@ from richhf_jax.convert.source import ConvertError, Source, Tensor
 _PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/", "opt/target/img/")
 _POSITIONS = ("pos_embedding", "Transformer/pos_embedding", "Transformer/posembed_input/pos_embedding")
 _LAYER = "Transformer/encoderblock"
+# The most bytes of an array's header, and what deflate can make of one byte.
+_MAX_HEADER, _MAX_RATIO = 2**16, 1032
 # Our names -> theirs: first with each kind of part numbered by itself, then (before flax's linen) with all
 # parts numbered in one row.
 _PARTS = {
@@ -61,16 +63,24 @@ def open_vit_npz(path: str) -> Source:
         tensors |= _embeddings(vit)
         for name in ("scale", "bias"):
             tensors[f"vit/encoder_norm/{name}"] = vit[f"Transformer/encoder_norm/{name}"]
+        # A bias is [heads, kv], or [layers, heads, kv].
+        heads = next(t.shape[-2] for name, t in vit.items() if re.fullmatch(rf"{_LAYER}.*/query/bias", name))
     except KeyError as error:
         raise ConvertError(f"{path} is no whole ViT: it lacks {error}") from error
-    # A bias is [heads, kv], or [layers, heads, kv].
-    heads = next(t.shape[-2] for name, t in vit.items() if re.fullmatch(rf"{_LAYER}.*/query/bias", name))
+    except (IndexError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConvertError(f"{path} has arrays of other shapes than a ViT's: {error}") from error
     used = {origin.split("[")[0] for tensor in tensors.values() for origin in tensor.origin.split(" + ")}
+    num_slots = sum(name.startswith("opt/state/") for name in state)
+    left_out = f", without {num_slots} arrays of the optimizer" if num_slots else ""
     return Source(
         path=path,
-        description=f"ViT of the vision_transformer and big_vision line, {len(layers)} layers",
+        description=f"ViT of the vision_transformer and big_vision line, {len(layers)} layers{left_out}",
         tensors=tensors,
-        unused=tuple(name for name in state if name not in used and not name.startswith("opt/state/")),
+        unused={
+            name: tensor.shape
+            for name, tensor in state.items()
+            if name not in used and not name.startswith("opt/state/")
+        },
         settings={
             "vit_config.num_heads": heads,
             # All ViTs of this line have flax's defaults.
@@ -94,9 +104,11 @@ def _layers(vit: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for name, tensor in vit.items():
         if match := re.fullmatch(rf"{_LAYER}_(\d+)/(.*)", name):
             layers.setdefault(int(match[1]), {})[match[2]] = tensor
-    if absent := [i for i in range(max(layers, default=0) + 1) if i not in layers]:
+    # A name may say any number of a layer.
+    depth = max(len(layers), 1)
+    if absent := [i for i in range(depth) if i not in layers]:
         raise KeyError(f"encoderblock_{absent[0]}")
-    return [layers[i] for i in range(len(layers))]
+    return [layers[i] for i in range(depth)]
 
 
 def _layer(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,17 +168,24 @@ def read_npz(path: str) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
             return {name.removesuffix(".npy"): _tensor(path, archive, name) for name in names}
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except Exception as error:  # A broken zip or header may raise anything.
         raise ConvertError(f"{path} is truncated, or no .npz: {error}") from error
 
 
 def _tensor(path: str, archive: zipfile.ZipFile, member: str) -> Tensor:
+    info = archive.getinfo(member)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member} is compressed in a way that numpy doesn't write")
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read_header(file)
+        start = io.BytesIO(file.read(_MAX_HEADER))
+    version = np.lib.format.read_magic(start)
+    read_header = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read_header(start)
+    size = start.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size != info.file_size or size > info.compress_size * _MAX_RATIO:
+        raise ValueError(f"{member} says that it has shape {shape}, for which the file is too short or long")
     # numpy writes bfloat16 as two bytes without a type.
     dtype = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
@@ -174,7 +193,7 @@ def _tensor(path: str, archive: zipfile.ZipFile, member: str) -> Tensor:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as file:
                 return np.lib.format.read_array(file).view(dtype)
-        except (zipfile.BadZipFile, zlib.error, ValueError, OSError) as error:
+        except Exception as error:
             raise ConvertError(f"{path} is damaged at {member}: {error}") from error
 
     return Tensor(member.removesuffix(".npy"), shape, dtype, read)

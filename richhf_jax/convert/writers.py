@@ -1,20 +1,21 @@
 """Writes parameters as our checkpoint, as one .safetensors file, or as Hugging Face directories."""
 
+import errno
 import json
+import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
-from richhf_jax import checkpoints
+from richhf_jax import checkpoints, weights_file, writing
 from richhf_jax.convert import huggingface, layers, own
 from richhf_jax.convert.source import ConvertError, Tensor
 
-WEIGHTS = "model.safetensors"
 _POSITIONS = "vit/position_embedding/embedding"
 
 
@@ -22,9 +23,22 @@ def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], con
     """Writes checkpoint_0 in `directory`, for INITIAL_CHECKPOINT_PATH. Returns no lines for the user."""
     del configs
     device = jax.local_devices(backend="cpu")[0]
-    params = {name: jax.device_put(array, device) for name, array in _read(tensors)}
-    checkpoints.save_params(str(directory), traverse_util.unflatten_dict(params, sep="/"))
+    save_checkpoint(directory, {name: jax.device_put(array, device) for name, array in _read(tensors)}, 0)
     return []
+
+
+def save_checkpoint(directory: pathlib.Path, params: Mapping[str, jax.Array], step: int) -> None:
+    """Writes checkpoint_<step> without optimizer state.
+
+    Raises:
+      errors.UserError: it can't be written.
+    """
+    # Orbax raises ValueError or RuntimeError where it can't write an array.
+    with writing.explained_disk_errors(directory, also=(ValueError, RuntimeError)):
+        # Looking first leaves out the messages of Orbax's threads, which nobody catches.
+        if sum(array.nbytes for array in params.values()) > shutil.disk_usage(directory).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(directory))
+        checkpoints.save_params(str(directory), traverse_util.unflatten_dict(dict(params), sep="/"), step)
 
 
 def write_safetensors(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:
@@ -115,11 +129,11 @@ def _embeddings(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _save(directory: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    safetensors.numpy.save_file(arrays, directory / WEIGHTS, metadata)
+    weights_file.write(directory / weights_file.FILE, arrays, metadata)
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    writing.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def _t5_config(config: Any) -> dict[str, Any]:

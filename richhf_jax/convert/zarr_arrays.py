@@ -4,13 +4,15 @@ Orbax can't read them instead: it doesn't know T5X's older layout, takes 15 ms e
 prints damage a second time when the program ends.
 """
 
-import json
+import math
 import pathlib
+import zlib
 
 import numpy as np
 import tensorstore as ts
 
-from richhf_jax.convert.source import ConvertError, Tensor
+from richhf_jax import reading
+from richhf_jax.convert.source import ConvertError, Tensor, read_json
 
 ORBAX_INDEX = "_METADATA"
 _OCDBT = "manifest.ocdbt"
@@ -22,9 +24,13 @@ def orbax_names(index: pathlib.Path) -> list[tuple[str, ...]]:
     Raises:
       ConvertError: the index is damaged.
     """
+    tree = read_json(index)
     try:
-        tree = json.loads(index.read_text(encoding="utf-8"))["tree_metadata"]
-        return [tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree.values()]
+        leaves = [leaf["key_metadata"] for leaf in tree["tree_metadata"].values()]
+        names = [tuple(str(key["key"]) for key in leaf) for leaf in leaves]
+        if () in names:
+            raise ValueError("an array has no name")
+        return names
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConvertError(
             f"{index} is truncated, or not Orbax's ({type(error).__name__}: {error})"
@@ -43,8 +49,11 @@ class ZarrArrays:
 
         Raises:
           ConvertError: the database is damaged.
+          errors.UserError: a file is a named pipe or the like.
         """
+        reading.check_tree(index.parent)
         self.index, folder = index, f"{index.parent.absolute()}/"
+        self._origins: dict[str, str] = {}  # Folder -> the array that it holds.
         spec = {"driver": "file", "path": folder}
         if (index.parent / _OCDBT).is_file():
             spec = {"driver": "ocdbt", "base": spec}
@@ -64,18 +73,26 @@ class ZarrArrays:
         Raises:
           ConvertError: the array is missing or damaged. Damaged numbers are found only when they are read.
         """
-        array = self._open(name)
+        other = self._origins.setdefault(name, origin)
+        if other != origin:
+            raise ConvertError(f"{self.index} names {name} for {origin} and for {other}: it is damaged")
+        array, chunks = self._open(name)
+        metadata = array.spec().to_json()["metadata"]
+        zipped = (metadata["compressor"] or {}).get("id") in ("gzip", "zlib")
+        chunk_bytes = math.prod(metadata["chunks"]) * array.dtype.numpy_dtype.itemsize
 
         def read() -> np.ndarray:
             try:
+                for chunk in chunks if zipped else ():
+                    _check_inflated(self._store.read(chunk).result().value, chunk_bytes)
                 return array.read().result()
-            except ValueError as error:
+            except (ValueError, zlib.error) as error:
                 raise ConvertError(f"{self.index.parent / name} {_damaged(error)}") from error
 
         return Tensor(origin, array.shape, array.dtype.numpy_dtype, read)
 
-    def _open(self, name: str) -> ts.TensorStore:
-        """Opens an array and checks that it has all its chunks, because zarr reads a missing one as zeros."""
+    def _open(self, name: str) -> tuple[ts.TensorStore, list[str]]:
+        """Opens an array and returns its chunks. Zarr would read a missing one as zeros."""
         where = self.index.parent / name
         try:
             spec = {"driver": "zarr", "kvstore": (self._store / f"{name}/").spec().to_json()}
@@ -83,12 +100,34 @@ class ZarrArrays:
         except ValueError as error:
             raise ConvertError(f"{where}, which {self.index.name} names, {_damaged(error)}") from error
         metadata = array.spec().to_json()["metadata"]
-        grid = (-(-size // chunk) for size, chunk in zip(array.shape, metadata["chunks"], strict=True))
+        shape, chunks = array.shape, metadata["chunks"]
+        grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+        too_large = math.prod(chunks) > 2 ** len(shape) * math.prod(max(size, 1) for size in shape)
+        if too_large or math.prod(grid) > len(self._keys):
+            raise ConvertError(
+                f"{where} says that it has shape {shape} in chunks of {tuple(chunks)}, which is not in its"
+                " files: copy the whole checkpoint again"
+            )
+        keys = []
         for position in np.ndindex(*grid):
-            chunk = f"{name}/{metadata['dimension_separator'].join(map(str, position)) or '0'}"
-            if chunk not in self._keys:
-                raise ConvertError(f"{self.index.parent / chunk} is missing: copy the whole checkpoint again")
-        return array
+            keys.append(f"{name}/{metadata['dimension_separator'].join(map(str, position)) or '0'}")
+            if keys[-1] not in self._keys:
+                raise ConvertError(
+                    f"{self.index.parent / keys[-1]} is missing: copy the whole checkpoint again"
+                )
+        return array, keys
+
+
+def _check_inflated(chunk: bytes, size: int) -> None:
+    """Checks a chunk of gzip or zlib by the checksum in it, which TensorStore doesn't look at.
+
+    Raises:
+      ValueError, zlib.error: the checksum is wrong, or the chunk inflates to another number of bytes.
+    """
+    inflated = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # Either header.
+    length = len(inflated.decompress(chunk, size + 1))
+    if length != size or not inflated.eof:
+        raise ValueError(f"a chunk doesn't hold its {size} bytes")
 
 
 def _damaged(error: Exception) -> str:

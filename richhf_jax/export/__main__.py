@@ -9,11 +9,12 @@
     safetensors  model.safetensors
     orbax        checkpoint_<step>/ without optimizer state
 
-Each has model.json, vocabulary.model and MODEL_CARD.md beside it. `RahfPredictor` and `richhf_jax.predict`
-take each, except savedmodel, as a checkpoint.
+Each has model.json, vocabulary.model, MODEL_CARD.md and SHA256SUMS beside it. `RahfPredictor` and
+`richhf_jax.predict` take each, except savedmodel, as a checkpoint.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import pathlib
@@ -27,10 +28,12 @@ import safetensors
 from absl import logging
 
 from richhf_jax import errors, model_description, writing
+from richhf_jax.convert import own
 from richhf_jax.export import card, program, stablehlo, weights
 from richhf_jax.predict import forward, predictor
 
 INTERFACE = "interface.json"
+CHECKSUMS = "SHA256SUMS"
 _HERE = pathlib.Path(__file__).parent
 
 
@@ -61,8 +64,18 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
 
 def _write_guide(directory: pathlib.Path, interface: dict[str, Any], example: str) -> None:
     """Writes interface.json, for programs that call the export, and example.py, for their authors."""
-    (directory / INTERFACE).write_text(json.dumps(interface, indent=2) + "\n", encoding="utf-8")
-    shutil.copy(_HERE / example, directory / "example.py")
+    writing.write(directory / INTERFACE, json.dumps(interface, indent=2) + "\n")
+    shutil.copyfile(_HERE / example, directory / "example.py")
+
+
+def _write_checksums(directory: pathlib.Path) -> None:
+    """Writes SHA256SUMS for all files of an export, which `sha256sum --check` and example.py read."""
+    lines = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
+    writing.write(directory / CHECKSUMS, "".join(lines))
 
 
 FORMATS: dict[str, Callable[[pathlib.Path, Job], None]] = {
@@ -86,6 +99,7 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
       errors.UserError: the checkpoint can't be loaded; the directory isn't new; TensorFlow is missing.
     """
     writing.check_is_new(out, "--out")
+    own.check_outside_checkpoints(out, "--out")
     path = forward.checkpoint_path(checkpoint)
     loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
     params = jax.device_get(program.flat(loaded.params))
@@ -96,6 +110,7 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
         loaded.description.write(directory)
         num_parameters = sum(array.size for array in params.values())
         card.write(directory, loaded.description, path, num_parameters, to, job.step)
+        _write_checksums(directory)
     for place in sorted(pathlib.Path(out).iterdir()):
         print(place)
 

@@ -1,6 +1,5 @@
 """Writes MODEL_CARD.md, which tells a model's kind, training data, metrics and limits, and how to load it."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ import jinja2
 from etils import epath
 
 import richhf_jax
-from richhf_jax import feedback
+from richhf_jax import feedback, foreign_text, reading, writing
 from richhf_jax.model_description import ModelDescription
 
 FILE = "MODEL_CARD.md"
@@ -35,7 +34,7 @@ def write(
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("richhf_jax", "export"),
-        autoescape=False,  # The card is Markdown, not HTML.
+        autoescape=False,  # The card is Markdown, not HTML: `_shown` escapes what others wrote.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -46,25 +45,41 @@ def write(
         version=richhf_jax.__version__,
         scores=feedback.SCORES,
         heatmaps=feedback.HEATMAPS,
-        checkpoint=checkpoint,
+        checkpoint=_shown(checkpoint),
         description=description,
-        dtype=description.network.t5_config.dtype,
+        dtype=_shown(description.network.t5_config.dtype),
         lengths=description.feature_lengths,
         num_parameters=num_parameters,
-        training=description.training,
-        evaluations=evaluations(checkpoint),
+        training={
+            _shown(name.replace("_", " ")): _shown(fact) for name, fact in description.training.items()
+        },
+        evaluations={
+            _shown(place): {_shown(name): _shown(value) for name, value in metrics.items()}
+            for place, metrics in evaluations(checkpoint).items()
+        },
         format=export_format,
         step=step,
     )
-    (directory / FILE).write_text(card, encoding="utf-8")
+    writing.write(directory / FILE, card)
+
+
+def _shown(fact: Any) -> str:
+    """Returns a fact of a checkpoint's files as one line of text, without their markup."""
+    if isinstance(fact, float):
+        return f"{fact:.4g}"
+    return foreign_text.for_markdown("none" if fact is None else str(fact))
 
 
 def evaluations(checkpoint: str) -> dict[str, Mapping[str, Any]]:
-    """Reads the evaluations of a `checkpoint_<step>` in its MODEL_DIR: '<task>, <split>' -> metrics.json."""
+    """Reads the evaluations of a `checkpoint_<step>` in its MODEL_DIR: '<task>, <split>' -> metrics.json.
+
+    Raises:
+      errors.UserError: a metrics.json is damaged.
+    """
     path = epath.Path(checkpoint)
     step = path.name.rpartition("_")[2]
     found = {}
     for metrics in sorted((path.parent / "inference_eval").glob(f"*/*/{step}/metrics.json")):
         task, split = metrics.parts[-4:-2]
-        found[f"{task}, {split}"] = json.loads(metrics.read_text(encoding="utf-8"))
+        found[f"{task}, {split}"] = reading.read_json(metrics)
     return found

@@ -3,20 +3,35 @@
 pip install tensorflow-text
 """
 
+import hashlib
 import pathlib
 import sys
 
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  Loading needs its operations.
 
-model = tf.saved_model.load(str(pathlib.Path(__file__).parent / "saved_model"))
+here = pathlib.Path(__file__).parent
+
+
+def check():
+    """Checks that the files are those that were exported."""
+    checksums = (here / "SHA256SUMS").read_bytes().splitlines()
+    for path in (path for path in (here / "saved_model").rglob("*") if path.is_file()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if f"{digest}  {path.relative_to(here).as_posix()}".encode() not in checksums:
+            sys.exit(f"{path} is damaged: copy the export again")
 
 
 def main(path, prompt):
     """Prints the scores, the heatmaps' peaks and the words."""
-    outputs = model.signatures["serving_default"](
-        image_bytes=tf.constant([pathlib.Path(path).read_bytes()]), prompts=tf.constant([prompt])
-    )
+    check()
+    model = tf.saved_model.load(str(here / "saved_model"))
+    try:
+        outputs = model.signatures["serving_default"](
+            image_bytes=tf.constant([pathlib.Path(path).read_bytes()]), prompts=tf.constant([prompt])
+        )
+    except (OSError, tf.errors.InvalidArgumentError) as error:
+        sys.exit(f"{path} is no image that can be read: {error}".splitlines()[0])
     print("scores", outputs["scores"][0].numpy().tolist())
     print("peaks", tf.reduce_max(outputs["heatmaps"][0], [1, 2]).numpy().tolist())
     for word, probability in zip(outputs["words"][0], outputs["misaligned_probability"][0], strict=True):
@@ -24,4 +39,4 @@ def main(path, prompt):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)

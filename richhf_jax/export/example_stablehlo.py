@@ -3,6 +3,7 @@
 pip install flatbuffers jax pillow safetensors sentencepiece
 """
 
+import hashlib
 import json
 import pathlib
 import re
@@ -16,8 +17,19 @@ import sentencepiece
 from PIL import Image, ImageOps
 
 here = pathlib.Path(__file__).parent
-interface = json.loads((here / "interface.json").read_text(encoding="utf-8"))
-vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(here / "vocabulary.model"))
+checksums = (here / "SHA256SUMS").read_bytes().splitlines()
+
+
+def checked(name):
+    """Returns the content of one of the export's files, if it is the one that was exported."""
+    content = (here / name).read_bytes()
+    if f"{hashlib.sha256(content).hexdigest()}  {name}".encode() not in checksums:
+        sys.exit(f"{here / name} is damaged: copy the export again")
+    return content
+
+
+interface = json.loads(checked("interface.json"))
+vocabulary = sentencepiece.SentencePieceProcessor(model_proto=checked("vocabulary.model"))
 side, length, target_length = (interface[name] for name in ("image_side", "inputs_length", "targets_length"))
 
 
@@ -38,7 +50,10 @@ def words_of(prompt):
 
 def square_of(path):
     """Returns an image as the model sees it, uint8 [side, side, 3], and its place in the square."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except Exception as error:  # A broken image may raise anything.
+        sys.exit(f"{path} is no image that can be read: {error}")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     width = height = side
     if interface["fit"] == "letterbox":
@@ -62,8 +77,8 @@ def main(path, prompt):
     }
     if interface["fit"] == "letterbox":
         inputs["image_box"] = box[None]
-    program = jax.export.deserialize(bytearray((here / "rahf.stablehlo").read_bytes()))
-    outputs = jax.device_get(program.call(safetensors.numpy.load_file(here / "model.safetensors"), inputs))
+    program = jax.export.deserialize(bytearray(checked("rahf.stablehlo")))
+    outputs = jax.device_get(program.call(safetensors.numpy.load(checked("model.safetensors")), inputs))
     # Nothing is known of words for which the decoder has no room.
     probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
     marks = [*outputs["misaligned"][0].tolist(), *[False] * len(words)]
@@ -79,4 +94,4 @@ def main(path, prompt):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)

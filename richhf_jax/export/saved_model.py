@@ -15,7 +15,7 @@ import orbax.export as orbax_export
 import tensorflow as tf
 import tensorflow_text
 
-from richhf_jax import augmentation, feedback, preprocessors
+from richhf_jax import augmentation, feedback, preprocessors, writing
 from richhf_jax.export import program, stablehlo
 from richhf_jax.model_description import ModelDescription
 from richhf_jax.predict import forward
@@ -43,7 +43,8 @@ def write(directory: pathlib.Path, description: ModelDescription, params: progra
     manager = orbax_export.ExportManager(module, [config])
     (predict,) = module.methods.values()
     serve = _of_strings(description, reader, predict)
-    manager.save(str(directory / FOLDER), signature_overrides={"serving_default": serve})
+    with writing.explained_disk_errors(directory, also=(tf.errors.OpError,)):
+        manager.save(str(directory / FOLDER), signature_overrides={"serving_default": serve})
 
 
 class Words(NamedTuple):

@@ -4,24 +4,19 @@ import pathlib
 
 import jax
 import numpy as np
-import safetensors.numpy
-from flax import traverse_util
 
-from richhf_jax import checkpoints
-from richhf_jax.convert import own
+from richhf_jax import weights_file
+from richhf_jax.convert import own, writers
 from richhf_jax.export.program import Arrays
-from richhf_jax.predict import forward
 
 
 def write_safetensors(directory: pathlib.Path, params: Arrays) -> None:
     """Writes model.safetensors, with the names of `program.flat`."""
     arrays = {name: np.ascontiguousarray(array) for name, array in params.items()}
-    safetensors.numpy.save_file(arrays, directory / forward.WEIGHTS_FILE, own.SAFETENSORS_METADATA)
+    weights_file.write(directory / weights_file.FILE, arrays, own.SAFETENSORS_METADATA)
 
 
 def write_checkpoint(directory: pathlib.Path, params: Arrays, step: int) -> None:
     """Writes checkpoint_<step> without optimizer state, for evaluation and INITIAL_CHECKPOINT_PATH."""
-    tree = traverse_util.unflatten_dict(
-        {name: jax.numpy.asarray(array) for name, array in params.items()}, sep="/"
-    )
-    checkpoints.save_params(str(directory), tree, step)
+    arrays = {name: jax.numpy.asarray(array) for name, array in params.items()}
+    writers.save_checkpoint(directory, arrays, step)

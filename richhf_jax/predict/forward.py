@@ -13,20 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
-import safetensors.numpy
 import sentencepiece
 from etils import epath
 from flax import traverse_util
 from jaxtyping import Int32, Shaped, UInt8
 
-from richhf_jax import checkpoints, errors, feedback, keywords, model_description, models
+from richhf_jax import checkpoints, errors, feedback, keywords, model_description, models, weights_file
 
 # The inputs of `predict_fn` on the host, and its outputs on the devices, by name.
 Features = Mapping[str, Shaped[np.ndarray, "batch ..."]]
 Outputs = Mapping[str, Shaped[jax.Array, "batch ..."]]
 
-WEIGHTS_FILE = "model.safetensors"
 # A longer text is a file given by mistake; no image generator reads so much.
 MAX_PROMPT_WORDS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
@@ -253,10 +250,10 @@ def checkpoint_path(path: str) -> str:
     Raises:
       errors.UserError: there are no parameters.
     """
-    if os.path.basename(path) == WEIGHTS_FILE and epath.Path(path).exists():
+    if os.path.basename(path) == weights_file.FILE and epath.Path(path).exists():
         return path
     path = path if "://" in path else os.path.abspath(path)
-    weights = epath.Path(path) / WEIGHTS_FILE
+    weights = epath.Path(path) / weights_file.FILE
     if weights.exists() and checkpoints.newest_checkpoint(path) is None:
         return os.fspath(weights)
     return checkpoints.find_checkpoint(path)[0]
@@ -273,7 +270,7 @@ def load_params(place: str, description: model_description.ModelDescription) -> 
       errors.UserError: a parameter is missing or has another shape, or the file can't be read.
     """
     wanted = abstract_params(description)
-    if os.path.basename(place) == WEIGHTS_FILE:
+    if os.path.basename(place) == weights_file.FILE:
         return _read_safetensors(epath.Path(place), wanted)
     return checkpoints.restore_params(place, wanted)
 
@@ -297,10 +294,7 @@ def abstract_params(description: model_description.ModelDescription) -> Any:
 
 def _read_safetensors(path: epath.Path, wanted: Any) -> Any:
     """Reads the wanted parameters and converts them to the wanted types."""
-    try:
-        found = safetensors.numpy.load(path.read_bytes())
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that numpy lacks.
-        raise errors.UserError(f"{path} can't be read as float32 parameters: {error}") from error
+    found = weights_file.read(path)
     flat = cast(dict[str, jax.ShapeDtypeStruct], traverse_util.flatten_dict(wanted, sep="/"))
     for name, leaf in flat.items():
         if name not in found or found[name].shape != leaf.shape:

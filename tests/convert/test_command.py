@@ -260,6 +260,71 @@ def test_what_is_not_recognised(tmp_path):
             command.find_format(str(tmp_path / place))
 
 
+@pytest.mark.parametrize("name", ["x.pt", "x.npz", "x.safetensors", "checkpoint"])
+def test_a_pipe_is_not_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(errors.UserError, match=f"{name} is a named pipe: a regular file is needed"):
+        command.find_format(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checkpoint", "state/_METADATA"])
+def test_a_pipe_in_a_directory_is_not_opened(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConvertError, match="in none of the known formats"):
+        command.find_format(str(tmp_path))
+
+
+def test_a_pipe_in_a_checkpoint_is_not_opened(saved):
+    path, _, _ = saved()
+    os.mkfifo(pathlib.Path(path, "checkpoint_0/state/d/pipe"))
+    with pytest.raises(errors.UserError, match="pipe is a named pipe"):
+        command.open_weights(path)
+
+
+def test_an_unexpected_error_names_the_file(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", a=np.ones(2))
+
+    def fail(_):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(command, "FORMATS", [command.Format("any", lambda _: True, fail)])
+    with pytest.raises(ConvertError, match=r"x.npz is damaged, or in none .* \(RecursionError: too deep\)"):
+        command.open_weights(str(tmp_path / "x.npz"))
+
+
+def test_the_result_is_not_written_into_a_checkpoint(saved):
+    path, model, _ = saved()
+    for to in (f"{path}/checkpoint_0/a/new", f"{path}/checkpoint_1"):
+        with pytest.raises(errors.UserError, match=f"--to={to} lies in the checkpoint {path}/checkpoint_"):
+            command.convert(model, [path], to)
+    assert sorted(os.listdir(path)) == ["checkpoint_0"]
+
+
+def test_a_nan_is_refused_and_leaves_nothing(saved, tmp_path):
+    _, model, params = saved()
+    name = "encoder/encoder_norm/scale"
+    params[name] = np.full_like(params[name], np.nan)
+    safetensors.numpy.save_file(params, tmp_path / "x.safetensors", own.SAFETENSORS_METADATA)
+    for output in ("orbax", "safetensors", "huggingface"):
+        with pytest.raises(ConvertError, match=f"x.safetensors: .* numbers of {name} are NaN or infinite"):
+            command.convert(model, [str(tmp_path / "x.safetensors")], str(tmp_path / "to"), output)
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("output", ["safetensors", "huggingface"])
+def test_a_flipped_bit_in_a_result_is_found(output, saved, tmp_path):
+    path, model, params = saved("vit.ViTConfig.class_token = True")
+    command.convert(model, [path], str(tmp_path / "to"), output)
+    file = tmp_path / "to" / ("t5/model.safetensors" if output == "huggingface" else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[content.index(params["encoder/encoder_norm/scale"].tobytes())] ^= 1
+    file.write_bytes(content)
+    message = "model.safetensors: .* isn't the array that was written"
+    with pytest.raises(errors.UserError, match=message):
+        command.convert(model, [str(file.parent)], str(tmp_path / "again"))
+
+
 def test_a_safetensors_file_of_others(huggingface):
     with pytest.raises(
         ConvertError, match="not of this project; if it is Hugging Face's, give its directory"

@@ -16,7 +16,7 @@ import transformers
 from flax import linen as nn
 from flax import traverse_util
 
-from richhf_jax.convert import huggingface, writers
+from richhf_jax.convert import huggingface, mapping, writers
 from richhf_jax.convert.source import ConvertError, Tensor
 from richhf_jax.network import layers, t5, vit
 
@@ -256,7 +256,7 @@ def test_a_classifiers_vit(tmp_path):
     source = huggingface.open_huggingface(str(tmp_path))
     expected = huggingface.vit_tensors(as_state(model.vit.state_dict().items()), grid=(4, 3))
     jax.tree.map(np.testing.assert_array_equal, values(source.tensors), values(expected))
-    assert source.unused == ("classifier.bias", "classifier.weight")
+    assert [*source.unused] == ["classifier.bias", "classifier.weight"]
 
 
 def test_a_t5_encoder_alone(tmp_path):
@@ -450,3 +450,89 @@ def test_pixels_of_another_range_are_noted(mean, noted, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     note = huggingface.open_huggingface(str(tmp_path)).note
     assert (str(mean) in note) == noted
+
+
+@pytest.fixture
+def state():
+    return {name: array.clone() for name, array in t5_model("1.0").state_dict().items()}
+
+
+def save_state(directory, state, kind="1.0"):
+    t5_model(kind).config.save_pretrained(directory)
+    torch.save(state, directory / "pytorch_model.bin")
+    return huggingface.open_huggingface(str(directory))
+
+
+def test_equal_copies_of_the_table_are_taken(state, tmp_path):
+    source = save_state(tmp_path, state)
+    assert [*source.copies] == [
+        "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight",
+    ]  # fmt: skip
+    mapping.check_copies([source])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "lm_head.weight"])
+def test_another_table_is_refused_or_loaded(kind, name, state, tmp_path):
+    """Transformers 5 keeps two arrays that it ties apart, where a file has both and they differ."""
+    wrong = {**t5_model(kind).state_dict(), name: state["shared.weight"] * 2}
+    source = save_state(tmp_path, wrong, kind)
+    if (kind, name) == ("1.1", "lm_head.weight"):
+        mapping.check_copies([source])
+        kernel = source.tensors["decoder/logits_dense/kernel"].read()
+        np.testing.assert_array_equal(kernel.T, wrong[name].numpy())
+    else:
+        with pytest.raises(ConvertError, match=f"{name} .* has other values than shared.weight"):
+            mapping.check_copies([source])
+
+
+def test_names_with_a_trainers_prefix(state, tmp_path):
+    source = save_state(tmp_path, {f"module.{name}": array for name, array in state.items()})
+    expected = huggingface.t5_tensors(as_state(state.items()))
+    jax.tree.map(np.testing.assert_array_equal, values(source.tensors), values(expected))
+    assert source.note == "all names begin with 'module.', which is taken off"
+    assert "module.lm_head.weight" in source.copies
+    assert source.unused == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_layers": 10**9}, "num_layers is 1000000000, no number from 1 to 1000"),
+        ({"num_decoder_layers": "2"}, "num_decoder_layers is '2', no number"),
+        ({"feed_forward_proj": ["relu"]}, "config.json makes no sense: unhashable"),
+    ],
+)
+def test_a_config_without_sense(changed, message, directory):
+    change_config(directory, **changed)
+    with pytest.raises(ConvertError, match=message):
+        huggingface.open_huggingface(str(directory))
+
+
+def test_a_shard_elsewhere_is_not_opened(directory):
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["shared.weight"] = "../t5/model.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConvertError, match="names '../t5/model.safetensors': shards must lie beside it"):
+        huggingface.open_huggingface(str(directory))
+
+
+def test_a_layer_of_a_number_without_sense_is_named(state, tmp_path):
+    name = "encoder.block.999999999.layer.0.layer_norm.weight"
+    source = save_state(tmp_path, state | {name: torch.ones(24)})
+    assert source.unused == {name: (24,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("embeddings.position_embeddings", torch.ones(13, 24)),
+        ("embeddings.cls_token", torch.ones(24)),
+    ],
+)
+def test_positions_of_another_rank(name, array, tmp_path):
+    vit_model().config.save_pretrained(tmp_path)
+    torch.save({**vit_model().state_dict(), name: array}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConvertError, match=f"{name} has shape .*, expected"):
+        huggingface.open_huggingface(str(tmp_path))

@@ -5,6 +5,7 @@ import pytest
 from flax import traverse_util
 
 from richhf_jax.convert import layers
+from richhf_jax.convert.source import ConvertError, Tensor
 
 
 @pytest.fixture
@@ -81,3 +82,9 @@ def test_natural_order():
         "conv_10/bias",
     ]
     assert sorted(names, key=layers.natural_order) == expected
+
+
+def test_an_axis_that_is_no_stack_is_not_taken_apart():
+    tensor = Tensor("encoder/layers/w", (10**9, 0), np.dtype(np.float32), None)
+    with pytest.raises(ConvertError, match="that is no stack of layers"):
+        layers.unstack_tensors({"encoder/layers/w": tensor})

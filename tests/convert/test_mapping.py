@@ -27,8 +27,8 @@ def model(**shapes):
     }
 
 
-def source(path="a.npz", unused=(), **tensors):
-    return Source(path, "made up", {name.replace("__", "/"): t for name, t in tensors.items()}, unused)
+def source(path="a.npz", unused=None, **tensors):
+    return Source(path, "made up", {name.replace("__", "/"): t for name, t in tensors.items()}, unused or {})
 
 
 def rows(conversion):
@@ -38,7 +38,7 @@ def rows(conversion):
 def test_loaded_initialised_and_unused():
     given = [
         source("a", w=tensor((2, 3), "w.weight"), more=tensor((4,), "m.weight")),
-        source("b", head__b=tensor((3,), "head.bias"), unused=("pooler",)),
+        source("b", head__b=tensor((3,), "head.bias"), unused={"pooler": (2, 2), "step": None}),
     ]
     conversion = mapping.make_plan(model(w=(2, 3), head__b=(3,), fresh=(5,)), given)
     assert conversion.rows == (
@@ -46,7 +46,8 @@ def test_loaded_initialised_and_unused():
         mapping.Row("loaded", "head/b", (3,), "[2] head.bias"),
         mapping.Row("loaded", "w", (2, 3), "[1] w.weight"),
         mapping.Row("unused", "more", (4,), "[1] m.weight"),
-        mapping.Row("unused", "pooler", None, "[2]"),
+        mapping.Row("unused", "pooler", (2, 2), "[2]"),
+        mapping.Row("unused", "step", None, "[2]"),
     )
     assert conversion.tensors.keys() == {"w", "head/b"}
     np.testing.assert_array_equal(conversion.tensors["w"].read(), np.arange(6.0).reshape(2, 3))
@@ -229,3 +230,57 @@ def test_the_table_shows_every_parameter_and_counts():
         "initialised     2 arrays, 10 numbers\n"
         "unused          1 arrays, 4 numbers"
     )
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        ([1, np.nan, np.inf], r"a.npz: 2 of the 3 numbers of w.weight are NaN or infinite"),
+        (np.array([1.0, 1e300, 0.0]), r"a.npz: 1 of the 3 numbers of w.weight"),
+        (np.array([1, 2, 3], np.int8), "w.weight is of type int8; quantised weights"),
+    ],
+)
+def test_only_finite_floating_point_numbers_are_loaded(array, message):
+    array = np.array(array, None if isinstance(array, np.ndarray) else np.float32)
+    given = source(w=Tensor("w.weight", (3,), array.dtype, lambda: array))
+    loaded = mapping.make_plan(model(w=(3,)), [given]).tensors["w"]
+    with pytest.raises(ConvertError, match=message):
+        loaded.read()
+
+
+def test_an_error_of_a_read_names_the_file():
+    def read():
+        raise MemoryError("no memory")
+
+    given = source(w=Tensor("w.weight", (3,), np.dtype(np.float32), read))
+    with pytest.raises(ConvertError, match=r"a.npz: w.weight can't be read \(MemoryError: no memory\)"):
+        mapping.make_plan(model(w=(3,)), [given]).tensors["w"].read()
+
+
+def test_copies_must_be_equal():
+    used, equal, other = tensor((2, 2), "shared"), tensor((2, 2), "copy"), tensor((2, 2), "head", start=1)
+    given = dataclasses.replace(source(w=used), copies={"copy": (equal, used)})
+    mapping.check_copies([given])
+    assert "unused  copy  (2, 2)  [1], a copy of shared\n" in mapping.format_table(
+        mapping.make_plan(model(w=(2, 2)), [given]), [given]
+    )
+    for wrong in (other, tensor((4,), "head")):
+        given = dataclasses.replace(source(w=used), copies={"copy": (equal, used), "head": (wrong, used)})
+        with pytest.raises(ConvertError, match=r"a.npz: head \(.*\) has other values than shared \(2, 2\)"):
+            mapping.check_copies([given])
+
+
+@pytest.mark.parametrize("shape", [(2**9, 2**9, 2), (0, 3, 2)])
+def test_a_position_table_without_sense_does_not_fit(shape):
+    given = source(vit__position_embedding__embedding=Tensor("pos", shape, np.dtype(np.float32), None))
+    with pytest.raises(ConvertError, match="do not fit the model"):
+        mapping.make_plan(model(vit__position_embedding__embedding=(5, 5, 2)), [given])
+
+
+def test_names_from_a_file_do_not_reach_the_terminal_as_they_are():
+    given = source("a\x1b[2J", **{"w": tensor((1,)), "\x1b]0;title\x07": tensor((1,), "\n[2] forged")})
+    table = mapping.format_table(mapping.make_plan(model(w=(1,)), [given]), [given], ["a\rb"])
+    assert table.isascii()
+    assert not set(table) & {"\x1b", "\x07", "\r"}
+    assert "[1] \\n[2] forged\n" in table
+    assert str(ConvertError("a\x1b[2J\nb")) == "a\\x1b[2J\nb"

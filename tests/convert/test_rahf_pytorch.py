@@ -397,10 +397,10 @@ def test_the_published_sizes_fit_the_preset():
     assert source.settings["vit_config.layer_norm_epsilon"] == release.vit.config.layer_norm_eps
     # Every entry is loaded, or is listed as unused.
     used = {name for tensor in source.tensors.values() for name in tensor.origin.split(" + ")}
-    assert used.isdisjoint([*source.unused, *rahf_pytorch.TIED])
-    assert {*used, *source.unused, *rahf_pytorch.TIED} == state.keys()
-    assert source.unused == ("vit.pooler.dense.bias", "vit.pooler.dense.weight")
-    for name in rahf_pytorch.TIED:
+    assert used.isdisjoint([*source.unused, *source.copies])
+    assert {*used, *source.unused, *source.copies} == state.keys()
+    assert [*source.unused] == ["vit.pooler.dense.bias", "vit.pooler.dense.weight"]
+    for name in source.copies:
         assert release.get_parameter(name) is release.t5.shared.weight
 
 
@@ -448,3 +448,32 @@ def test_a_release_that_does_not_fit(tmp_path, change, message):
     torch.save(state, tmp_path / "rahf_model.pt")
     with pytest.raises(ConvertError, match=rf"rahf_model\.pt.*{message}"):
         rahf_pytorch.open_rahf_pytorch(tmp_path / "rahf_model.pt")
+
+
+def test_the_release_with_a_trainers_prefix(tmp_path):
+    release = make_release("multi_head")
+    state = published_names(release, release.state_dict())
+    torch.save({"state_dict": {f"module._orig_mod.{n}": a for n, a in state.items()}}, tmp_path / "ddp.pt")
+    assert rahf_pytorch.is_rahf_pytorch(tmp_path / "ddp.pt")
+    opened = rahf_pytorch.open_rahf_pytorch(tmp_path / "ddp.pt")
+    torch.save(state, tmp_path / "plain.pt")
+    plain = rahf_pytorch.open_rahf_pytorch(tmp_path / "plain.pt")
+    assert {n: t.shape for n, t in opened.tensors.items()} == {n: t.shape for n, t in plain.tensors.items()}
+    assert opened.note == "all names begin with 'module._orig_mod.', which is taken off"
+    assert [*opened.unused] == [f"module._orig_mod.{name}" for name in plain.unused]
+
+
+def test_a_prefix_that_no_trainer_has_is_named(tmp_path):
+    torch.save({"net.visual_token_projection.weight": torch.ones(2, 2)}, tmp_path / "x.pt")
+    assert rahf_pytorch.is_rahf_pytorch(tmp_path / "x.pt")
+    with pytest.raises(ConvertError, match="but its names begin with 'net.': save"):
+        rahf_pytorch.open_rahf_pytorch(tmp_path / "x.pt")
+
+
+def test_another_token_table_in_the_release_is_refused(tmp_path):
+    release = make_release("multi_head")
+    state = published_names(release, release.state_dict())
+    state["t5.lm_head.weight"] = state["t5.lm_head.weight"] + 1
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ConvertError, match="t5.lm_head.weight .* has other values than t5.shared.weight"):
+        mapping.check_copies([rahf_pytorch.open_rahf_pytorch(tmp_path / "x.pt")])

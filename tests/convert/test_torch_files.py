@@ -42,7 +42,7 @@ def assert_same(tensor, expected: torch.Tensor) -> None:
 def test_every_type(tmp_path, zipped, dtype):
     values = torch.arange(-4, 8).reshape(3, 4).to(getattr(torch, dtype))
     path = save({"values": values}, tmp_path / "weights.pt", zipped)
-    read = torch_files.read_torch_file(path)
+    read = torch_files.read_torch_file(path).tensors
     assert list(read) == ["values"]
     assert read["values"].origin == "values"
     assert_same(read["values"], values)
@@ -62,7 +62,7 @@ def test_views_share_a_storage(tmp_path, zipped):
         "nothing": table[:0],
     }
     path = save(state, tmp_path / "weights.pt", zipped)
-    read = torch_files.read_torch_file(path)
+    read = torch_files.read_torch_file(path).tensors
     assert list(read) == list(state)
     for name, expected in state.items():
         assert_same(read[name], expected)
@@ -76,7 +76,7 @@ def test_the_state_dict_of_a_module(tmp_path, zipped):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     state = module.state_dict()
     state["parameter"] = module[0].weight
-    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped))
+    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped)).tensors
     assert list(read) == list(state)
     assert "1.num_batches_tracked" in read
     for name, expected in state.items():
@@ -87,14 +87,14 @@ def test_the_state_dict_of_a_module(tmp_path, zipped):
 def test_a_state_dict_under_a_name(tmp_path, wrapper):
     weights = torch.ones(2)
     content = {"epoch": 3, wrapper: {"weight": weights}, "losses": [0.5, 0.25]}
-    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True)).tensors
     assert list(read) == ["weight"]
     assert_same(read["weight"], weights)
 
 
 def test_values_are_read_when_asked_for(tmp_path):
     path = save({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "weights.pt", zipped=False)
-    read = torch_files.read_torch_file(path)
+    read = torch_files.read_torch_file(path).tensors
     content = path.read_bytes()
     path.write_bytes(content.replace(np.ones(4, np.float32).tobytes(), np.full(4, 2, np.float32).tobytes()))
     np.testing.assert_array_equal(read["a"].read(), np.full(4, 2))
@@ -120,7 +120,7 @@ def test_the_byte_order_of_another_machine(tmp_path):
 
     swapped = rewritten(path, swap)
     torch.testing.assert_close(torch.load(swapped)["values"], values.T)  # torch agrees that it is one
-    assert_same(torch_files.read_torch_file(swapped)["values"], values.T)
+    assert_same(torch_files.read_torch_file(swapped).tensors["values"], values.T)
 
 
 class Malicious:
@@ -230,3 +230,85 @@ def test_a_view_outside_its_storage(tmp_path):
 
     with pytest.raises(ConvertError, match=r"shape \(5,\) in a storage of 4 numbers"):
         torch_files.read_torch_file(rewritten(path, grow))
+
+
+def test_weights_go_before_their_moving_average_and_the_rest_is_named(tmp_path):
+    weights = {"w": torch.ones(2)}
+    content = {
+        "state_dict_ema": {"w": torch.zeros(2)},
+        "state_dict": weights,
+        "optimizer": {"state": {0: {"m": torch.ones(2, 3), "v": torch.ones(2, 3)}}, "groups": [1, 2]},
+        "epoch": 3,
+    }
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    assert_same(read.tensors["w"], weights["w"])
+    assert read.note == (
+        "the weights under 'state_dict' are taken; left out are 'state_dict_ema' (1 arrays, 2 numbers), "
+        "'optimizer' (2 arrays, 12 numbers)"
+    )
+    del content["state_dict"]
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    assert_same(read.tensors["w"], torch.zeros(2))
+
+
+def test_wrappers_in_wrappers(tmp_path):
+    content = {"model": {"state_dict": {"w": torch.ones(2)}}, "epoch": 3}
+    read = torch_files.read_torch_file(save(content, tmp_path / "weights.pt", zipped=True))
+    assert (list(read.tensors), read.note) == (["w"], "")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_a_trainers_prefix_is_taken_off(tmp_path, prefix):
+    state = {f"{prefix}{name}": torch.ones(2) for name in ("a", "module.b")}
+    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped=True)).unwrapped()
+    assert {name: tensor.origin for name, tensor in read.tensors.items()} == {
+        "a": f"{prefix}a",
+        "module.b": f"{prefix}module.b",
+    }
+    assert read.note == f"all names begin with {prefix!r}, which is taken off"
+
+
+def test_a_prefix_of_some_names_stays(tmp_path):
+    state = {"module.a": torch.ones(2), "b": torch.ones(2)}
+    read = torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped=True))
+    assert read.unwrapped() is read
+
+
+def test_a_flipped_bit_of_a_storage(tmp_path):
+    path = save({"w": torch.ones(64)}, tmp_path / "weights.pt", zipped=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(np.ones(64, np.float32).tobytes()) + 17] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ConvertError, match=r"weights\.pt is damaged: a storage's checksum"):
+        torch_files.read_torch_file(path).tensors["w"].read()
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        # 6 GB of spaces in a text; a million lists; a place in the memory of 2**31 - 1 objects.
+        (b"\x80\x02X\x00\x00\x00\x01" + b" " * 2**24 + b".", "data.pkl has more than 16,777,216 bytes"),
+        (b"\x80\x02(" + b"]" * 1_000_001 + b"l.", "its pickle is too long"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "its pickle is too long"),
+    ],
+    ids=["long", "many", "far"],
+)
+def test_a_pickle_without_end(tmp_path, pickled, message):
+    path = save({"w": torch.ones(2)}, tmp_path / "weights.pt", zipped=True)
+    bomb = rewritten(path, lambda n, c: pickled if n.endswith("data.pkl") else c, zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 40_000
+    with pytest.raises(ConvertError, match=message):
+        torch_files.read_torch_file(bomb)
+
+
+def test_a_legacy_pickle_without_end(tmp_path):
+    path = save({"w": torch.ones(2)}, tmp_path / "weights.pt", zipped=False)
+    path.write_bytes(path.read_bytes()[:14] + b"\x80\x02]r\xff\xff\xff\x7f.")
+    with pytest.raises(ConvertError, match="its pickle is too long|truncated"):
+        torch_files.read_torch_file(path)
+
+
+def test_a_tensor_that_repeats_one_number_without_end(tmp_path):
+    state = {"w": torch.ones(1).expand(2**40)}
+    with pytest.raises(ConvertError, match=r"shape \(1099511627776,\) repeats 1 numbers"):
+        torch_files.read_torch_file(save(state, tmp_path / "weights.pt", zipped=True))

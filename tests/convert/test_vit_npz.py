@@ -181,6 +181,10 @@ def test_names_of_other_times(variant, compressed, their_params, tmp_path):
     ours, unused = read(tmp_path / "other.npz")
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
     assert unused == [f"{prefix}head/bias", f"{prefix}head/kernel"]
+    named = (
+        "without 1 arrays of the optimizer" in vit_npz.open_vit_npz(str(tmp_path / "other.npz")).description
+    )
+    assert named == (variant == "optimizer")
 
 
 def test_bfloat16_as_numpy_saves_it(their_params, tmp_path):

@@ -1,9 +1,11 @@
 """Exports, run in fresh processes that can't import richhf_jax, give the predictor's outputs."""
 
+import contextlib
 import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,9 +17,9 @@ import safetensors.numpy
 from flax import traverse_util
 from PIL import Image
 
-from richhf_jax import RahfPredictor, checkpoints, feedback
+from richhf_jax import RahfPredictor, checkpoints, errors, feedback, model_description
 from richhf_jax.export import __main__ as export
-from richhf_jax.export import program
+from richhf_jax.export import card, program
 
 PROMPTS = [
     "a red circle, and two blue stars",
@@ -249,19 +251,130 @@ def test_weights_are_bit_by_bit_the_checkpoints(case):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_card_says_what_it_is(case, name):
-    card = (case.folder / name / "MODEL_CARD.md").read_text()
+    written = (case.folder / name / "MODEL_CARD.md").read_text()
     count = sum(array.size for array in jax.tree.leaves(case.predictor.params))
     for part in (
         f"| variant | {case.variant} |", f'fitted by "{case.fit}"', f"| parameters | {count:,}, float32 |",
-        "- task: synthetic_rich_hf_multi_head", "- initial checkpoint: none", "my_task, test, by the paper's",
+        r"- task: synthetic\_rich\_hf\_multi\_head", "- initial checkpoint: none",
+        r"my\_task, test, by the paper's",
         "| score/plcc/overall | 0.75 |", "## Limits", "Apache-2.0", "## How to load it",
     ):  # fmt: skip
-        assert part in card
-    assert "{{" not in card
-    assert "{%" not in card
+        assert part in written
+    assert "{{" not in written
+    assert "{%" not in written
     # The card names every file, and every named file exists.
     for place in (case.folder / name).iterdir():
-        assert place.name == "MODEL_CARD.md" or f"- `{place.name}{'/' if place.is_dir() else ''}`" in card
+        assert place.name == "MODEL_CARD.md" or f"- `{place.name}{'/' if place.is_dir() else ''}`" in written
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_standard_tool_checks_all_files(case, name):
+    def check():
+        return subprocess.run(
+            ["sha256sum", "--check", "--quiet", "SHA256SUMS"],
+            cwd=case.folder / name, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert check().returncode == 0
+    listed = {line[66:] for line in (case.folder / name / "SHA256SUMS").read_text().splitlines()}
+    files = [path for path in (case.folder / name).rglob("*") if path.is_file()]
+    there = {str(path.relative_to(case.folder / name)) for path in files}
+    assert listed == there - {"SHA256SUMS"}
+    with flipped(case.folder / name / "model.json"):
+        assert check().stdout == "model.json: FAILED\n"
+
+
+@contextlib.contextmanager
+def flipped(path: pathlib.Path):
+    """Flips a bit in the middle of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]))
+    with path.open("ab") as file:
+        file.write(content[len(content) // 2 + 1 :])
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
+# Runs example.py with several arguments in one process, because loading its libraries takes seconds.
+EXAMPLES = """
+import json, pathlib, runpy, sys
+messages = []
+for path, arguments in json.loads(sys.argv[1]):
+    flip = pathlib.Path(path) if path else None
+    if flip:
+        content = flip.read_bytes()
+        flip.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_path('example.py', run_name='__main__')
+        messages.append('no message')
+    except SystemExit as error:
+        messages.append(str(error.code))
+    if flip:
+        flip.write_bytes(content)
+print(json.dumps(messages))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("stablehlo", ["interface.json", "vocabulary.model", "rahf.stablehlo", "model.safetensors"]),
+        ("savedmodel", ["saved_model/saved_model.pb", "saved_model/variables/variables.index"]),
+    ],
+)
+def test_the_example_says_what_is_wrong(case, name, files):
+    (case.folder / name / "image.png").write_bytes(png(case.images[0]))
+    (case.folder / name / "no image.png").write_bytes(b"no image")
+    good = ["image.png", "a cat"]
+    runs = [["", []], ["", ["no image.png", "x"]], *([file, good] for file in files)]
+    try:
+        printed = run_elsewhere(EXAMPLES, case.folder / name, json.dumps(runs), blocked=TRAINING_LIBRARIES)
+    finally:
+        (case.folder / name / "image.png").unlink()
+        (case.folder / name / "no image.png").unlink()
+    usage, no_image, *damaged = json.loads(printed.splitlines()[-1])
+    assert "python example.py IMAGE PROMPT" in usage
+    assert no_image.startswith("no image.png is no image that can be read: ")
+    for file, message in zip(files, damaged, strict=True):
+        assert message.endswith(f"{file} is damaged: copy the export again")
+
+
+def test_damaged_parameters_are_named(case):
+    with (
+        flipped(case.folder / "safetensors/model.safetensors"),
+        pytest.raises(errors.UserError, match="model.safetensors: .* isn't the array that was written"),
+    ):
+        RahfPredictor.from_checkpoint(case.folder / "safetensors")
+
+
+def test_other_peoples_text_is_no_markup(make_model_dir, tmp_path):
+    directory = make_model_dir()
+    description = json.loads((directory / "model.json").read_text())
+    description.pop("checksums", None)  # Whoever changes the file on purpose removes it.
+    description["training"] = {
+        "note\n\n## Licence\n\nPublic domain": "[x](javascript:alert(1))",
+        "<img src=x>": "{{ 7*7 }}{% raw %}",
+        "| a |": "`code`",
+    }
+    (directory / "model.json").write_text(json.dumps(description))
+    metrics = directory / "inference_eval/t<img src=x>/test/0/metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"x | 1.0 |\n| forged": 0.5, "y": "<b>", "z": None, "n": 12_345_678}))
+    facts = card.evaluations(str(directory / "checkpoint_0"))
+    card.write(tmp_path, model_description.read(directory), str(directory / "checkpoint_0"), 1, "orbax", 0)
+    written = (tmp_path / "MODEL_CARD.md").read_text()
+    assert [*facts] == ["t<img src=x>, test"]
+    for markup in ("<img", "](javascript", "\n| forged", "<b>", "`code`", "49"):
+        assert markup not in written
+    assert written.count("\n## Licence\n") == 1
+    assert "| z | none |\n" in written
+    assert "| n | 12345678 |\n" in written
+    metrics.write_text("[" * 100_000)
+    with pytest.raises(errors.UserError, match="metrics.json is truncated, or no JSON: it is nested"):
+        card.evaluations(str(directory / "checkpoint_0"))
 
 
 def test_a_card_without_evaluations(make_model_dir, tmp_path):
@@ -283,6 +396,11 @@ def test_in_bfloat16(make_model_dir, tmp_path):
     assert "| activations | bfloat16 |" in (tmp_path / "new/MODEL_CARD.md").read_text()
 
 
+def fail(*_):
+    """Fails as Orbax does, whose message is TensorStore's."""
+    raise ValueError("OUT_OF_RANGE: Error writing \"/new/checkpoint_7/d/1\": Failed [os_error_code='27']")
+
+
 def test_mistakes_are_one_message_and_leave_nothing(model_dir, tmp_path, monkeypatch):
     def message(*arguments):
         with pytest.raises(SystemExit) as exit_info:
@@ -295,7 +413,16 @@ def test_mistakes_are_one_message_and_leave_nothing(model_dir, tmp_path, monkeyp
     assert "is not empty: name a new directory with --out" in message(
         "--to=orbax", f"--out={tmp_path / 'full'}"
     )
+    inside = message("--to=orbax", f"--out={model_dir}/checkpoint_0/new")
+    assert f"lies in the checkpoint {model_dir}/checkpoint_0: name" in inside
     assert "--out=gs://a/b: a local directory is needed" in message("--to=orbax", "--out=gs://a/b")
+    with monkeypatch.context() as patch:
+        full = shutil.disk_usage(tmp_path)._replace(free=10)
+        patch.setattr(shutil, "disk_usage", lambda _: full)
+        assert "No space left on device. Make" in message("--to=orbax")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_params", fail)
+        assert "new/checkpoint_7/d/1: File too large. Make the folder" in message("--to=orbax")
     monkeypatch.setitem(sys.modules, "orbax.export", None)
     monkeypatch.delitem(sys.modules, "richhf_jax.export.saved_model", raising=False)
     assert "a SavedModel needs orbax.export: pip install" in message("--to=savedmodel")
