@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from richhf_jax import (
     gin_utils,
     input_pipeline,
+    locking,
     metrics,
     models,
     partitioning,
@@ -103,8 +104,7 @@ def evaluate(
     ]
     curves = {stage: _read_curves(path) for stage, path in (curve_dirs or {}).items() if path}
     details = {"task": task.name, "split": dataset_cfg.split, "step": step, "images": len(targets)}
-    with writing.explained_disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    with writing.explained_disk_errors(directory), locking.held(directory, "--gin.EVAL_OUTPUT_DIR=DIR"):
         _write_json(directory / "metrics.json", rows[0].metrics)
         _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
         writing.write(directory / "predictions.jsonl", "".join(lines))

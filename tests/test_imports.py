@@ -31,9 +31,10 @@ keywords           |                |
 inputs             |                |
 pixels             |                |
 writing            |                |
+locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
-datasets           | tensorflow torch | inputs writing
+datasets           | tensorflow torch | inputs locking writing
 benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache multihost writing
 metrics            |                |
@@ -52,8 +53,8 @@ torch_twin         | torch          | network
 train_state        | jax            |
 checkpoints        | jax            | train_state writing
 convert            | jax            | checkpoints
-predict            | jax            | checkpoints compilation_cache inputs keywords model_description
-                                      models pages partitioning pixels shapes writing
+predict            | jax            | checkpoints compilation_cache inputs keywords locking
+                                      model_description models pages partitioning pixels shapes writing
 export             | jax tensorflow | augmentation checkpoints convert keywords model_description predict
                                       preprocessors
 trainer            | jax            | losses models partitioning train_state

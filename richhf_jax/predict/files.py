@@ -12,7 +12,6 @@ step. So everything that run.json tells of is there, even after a power cut. A r
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import itertools
@@ -28,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, locking, writing
 from richhf_jax.pages import gallery, overlay
 from richhf_jax.predict.predictor import Prediction
 
@@ -123,8 +122,7 @@ class PredictionFiles:
         }
         self._heatmaps, self._overlays, self._with_report = heatmaps, overlays, with_report
         with contextlib.ExitStack() as stack:
-            self._out.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, _locked(self._out))
+            stack.enter_context(locking.held(self._out, "--out"))
             progress = self._read_state()
             if progress is None:  # What a run left that was killed in its first batch is of no account.
                 shutil.rmtree(self._out / _PARTS, ignore_errors=True)
@@ -147,7 +145,9 @@ class PredictionFiles:
     def _read_state(self) -> Progress | None:
         path = self._out / STATE
         if not path.exists():
-            if entries := sorted({entry.name for entry in self._out.iterdir()} - {f".{STATE}.new"}):
+            if entries := sorted(
+                {entry.name for entry in self._out.iterdir()} - {f".{STATE}.new", locking.RECORD}
+            ):
                 raise errors.UserError(
                     f"{self._out} holds {entries[0]!r}, but no run to continue: name a new --out"
                 )
@@ -302,19 +302,6 @@ class PredictionFiles:
         heatmaps = {kind: (peak, uri(f"{number}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
         image = uri(f"{number}.png", f"{number}.jpg") or ""
         return gallery.Card(line, tuple(line["image_size"]), image, heatmaps)
-
-
-def _locked(directory: pathlib.Path) -> int:
-    """Locks the directory for this process until the returned descriptor is closed or the process ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise errors.UserError(
-            f"another process writes to {directory}: wait for it, or name another --out"
-        ) from error
-    return descriptor
 
 
 def file_name(name: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import RahfPredictor, feedback
+from richhf_jax import RahfPredictor, feedback, locking
 from richhf_jax.export import __main__ as export
 from richhf_jax.predict import __main__ as predict
 from richhf_jax.predict import files as prediction_files
@@ -374,10 +375,8 @@ def test_a_run_that_was_killed_at_its_very_start(score, table, tmp_path):
 
 
 def test_one_process_a_directory(score, table, tmp_path):
-    (tmp_path / "out").mkdir()
-    lock = prediction_files._locked(tmp_path / "out")
-    assert "another process writes to" in score(table)[0]
-    os.close(lock)
+    with locking.held(tmp_path / "out", "--out"):
+        assert re.search(r"another process \(.*\) writes to .*/out: wait for it, or name", score(table)[0])
     assert score(table)[0] == predict.SOME_FAILED
 
 
