@@ -195,7 +195,7 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, floa
 def _configure(steps: Sequence[str]) -> None:
     """Parses the gin files, which must describe a run."""
     # MODEL_DIR has no value in the files and isn't used here.
-    flags.FLAGS.gin_bindings = ["MODEL_DIR = None", *flags.FLAGS.gin_bindings]
+    flags.FLAGS.gin_bindings = ["MODEL_DIR = 'none'", *flags.FLAGS.gin_bindings]
     try:
         gin_utils.configure()
     except errors.UserError as error:

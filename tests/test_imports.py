@@ -36,7 +36,8 @@ augmentation       | tensorflow     |
 compilation_cache  | jax            |
 datasets           | tensorflow torch | inputs locking writing
 benchmarks         | tensorflow     | datasets
-gin_utils          | tensorflow     | compilation_cache multihost writing
+gin_values         | tensorflow     |
+gin_utils          | tensorflow     | compilation_cache gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
 model_description  |                | models network pixels writing
