@@ -311,10 +311,12 @@ def _configure_and_call(main: Callable[..., Any], has_cache: bool) -> None:
         print(gin.config_str())
         return
     # These imports take seconds, so --help and --dry_run come without them.
-    if _TFDS_DATA_DIR.value:
+    if data_dir := _TFDS_DATA_DIR.value:
+        if os.path.isfile(data_dir):
+            raise errors.UserError(f"--tfds_data_dir={data_dir} is a file: name the folder of the data sets")
         import seqio
 
-        seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
+        seqio.set_tfds_data_dir_override(data_dir)
     from richhf_jax import compilation_cache, multihost
 
     process_settings: list[Any] = [flag.value for flag in _PROCESS_FLAGS]

@@ -23,6 +23,7 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -30,7 +31,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorstore as ts
-from absl import logging
 from etils import epath
 
 from richhf_jax import errors, foreign_text, writing
@@ -61,6 +61,8 @@ def held(directory: epath.PathLike, flag: str) -> Iterator["Lock"]:
         with writing.explained_disk_errors(place, also=(ValueError,)):  # ValueError is TensorStore's.
             descriptor = None
             if "://" not in place:
+                if os.path.lexists(place) and not os.path.isdir(place):
+                    raise errors.UserError(f"{place} is no directory: name another one with {flag}")
                 os.makedirs(place, exist_ok=True)
                 descriptor = os.open(place, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
@@ -154,10 +156,10 @@ class Lock:
     def _watch(self, record: Mapping[str, Any], generation: bytes) -> None:
         """Returns when a record is deleted or stale; fails when it is renewed."""
         owner = _describe(record)
-        logging.warning(
-            "%s is locked by another process (%s): watching for up to %d s whether that lives",
-            self._place, owner, STALE_SECONDS,
-        )  # fmt: skip
+        _say(
+            f"{self._place} is locked by another process ({owner}): watching for up to"
+            f" {STALE_SECONDS} s whether that lives"
+        )
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
@@ -166,7 +168,7 @@ class Lock:
                 return
             if new_generation != generation:
                 raise self._refusal(now)
-        logging.warning("%s: taking over the lock, which wasn't renewed (%s)", self._place, owner)
+        _say(f"{self._place}: taking over the lock, which wasn't renewed ({owner})")
 
     def _keep(self) -> None:
         """Renews the record until the end."""
@@ -180,7 +182,7 @@ class Lock:
                 self._own["beat"] += 1
                 self._write(self._own, generation)
             except (OSError, ValueError) as error:
-                logging.warning("%s: the lock can't be renewed now: %s", self._place, writing.reason(error))
+                _say(f"{self._place}: the lock can't be renewed now: {writing.reason(error)}")
 
     def _read(self) -> tuple[dict[str, Any] | None, bytes]:
         """Returns (record, its generation). The record is None if there is none, and {} if it is damaged."""
@@ -220,6 +222,11 @@ class Lock:
 def _describe(record: Mapping[str, Any]) -> str:
     known = ", ".join(f"{name} {record[name]}" for name in ("host", "pid", "since") if name in record)
     return foreign_text.for_terminal(known or "unknown")
+
+
+def _say(words: str) -> None:
+    """Prints a warning. Not by absl, whose warnings some commands hide."""
+    print(f"warning: {words}", file=sys.stderr, flush=True)
 
 
 def _machine() -> str:

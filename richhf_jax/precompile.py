@@ -216,6 +216,8 @@ def main() -> None:
       SystemExit: with code 1, if a step doesn't fit.
     """
     steps = _STEPS if _STEP.value == "both" else (_STEP.value,)
+    if _JSON.value:
+        writing.check_file(_JSON.value)
     if _TOPOLOGY.value:
         os.environ.update(_OFF_TPU)
         jax.config.update("jax_platforms", "cpu")

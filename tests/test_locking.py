@@ -78,17 +78,17 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path):
             assert time.monotonic() - begin < locking.BEAT_SECONDS
 
 
-def test_an_owner_on_another_machine_that_lives_is_seen_by_its_beats(tmp_path, fast, no_flock, caplog):
+def test_an_owner_on_another_machine_that_lives_is_seen_by_its_beats(tmp_path, fast, no_flock, capsys):
     with locking.held(tmp_path, FLAG) as lock:
         with pytest.raises(errors.UserError, match="another process"), locking.held(tmp_path, FLAG):
             pass
         lock.check()
-    assert "whether that lives" in caplog.text
+    assert "whether that lives" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("has_flock", [True, False])
 def test_a_record_of_another_machine_that_is_not_renewed_is_taken_over(
-    tmp_path, fast, caplog, has_flock, request
+    tmp_path, fast, capsys, has_flock, request
 ):
     leave_a_record(tmp_path, host="other\x1b[1m", machine="another")
     if not has_flock:
@@ -97,7 +97,9 @@ def test_a_record_of_another_machine_that_is_not_renewed_is_taken_over(
     with locking.held(tmp_path, FLAG) as lock:
         assert time.monotonic() - begin >= locking.STALE_SECONDS
         lock.check()
-    assert "taking over the lock, which wasn't renewed (host other\\x1b[1m, pid 12345" in caplog.text
+    assert (
+        "taking over the lock, which wasn't renewed (host other\\x1b[1m, pid 12345" in capsys.readouterr().err
+    )
 
 
 def test_a_lock_that_is_released_while_it_is_watched(tmp_path, fast, no_flock, monkeypatch):
@@ -174,7 +176,11 @@ def test_a_directory_that_disappears(tmp_path, fast, monkeypatch, change, at_onc
 
 def test_what_can_not_be_locked(tmp_path):
     (tmp_path / "file").touch()
-    for place, words in (("file", "File exists"), ("file/run", "Not a directory"), ("a\0b", "null byte")):
+    for place, words in (
+        ("file", "file is no directory: name another one with --out"),
+        ("file/run", "Not a directory"),
+        ("a\0b", "null byte"),
+    ):
         with pytest.raises(errors.UserError, match=words), locking.held(tmp_path / place, FLAG):
             pass
 

@@ -28,7 +28,7 @@ FEWER_SLOTS = {**LENGTHS, "heatmaps": 1, "scores": 2}
 def configure(variant="multi_head", lengths=LENGTHS, *bindings):
     gin.clear_config()
     given = {
-        "MODEL_DIR": None,
+        "MODEL_DIR": "none",
         "MIXTURE_OR_TASK_NAME": f"synthetic_rich_hf_{variant}",
         "TASK_FEATURE_LENGTHS": lengths,
         "EVAL_FEATURE_LENGTHS": LENGTHS,
