@@ -64,7 +64,8 @@ def create_learning_rate_scheduler(
     names = [name.strip() for name in factors.split("*")]
     if unknown := [name for name in names if name not in terms]:
         raise errors.UserError(
-            f"create_learning_rate_scheduler.factors: unknown factor {unknown[0]!r} in {factors!r}; known: {', '.join(terms)}"
+            f"create_learning_rate_scheduler.factors: unknown factor {unknown[0]!r} in {factors!r}; known:"
+            f" {', '.join(terms)}"
         )
 
     def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:

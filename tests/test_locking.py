@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import tensorstore as ts
 
 from richhf_jax import errors, locking
 
@@ -192,3 +194,21 @@ def test_the_record_keeps_to_the_umask(tmp_path):
             assert (tmp_path / "run" / locking.RECORD).stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(before)
+
+
+def test_a_bucket_is_locked_by_its_record_alone(fast, monkeypatch):
+    """Of TensorStore's in-memory store, which stands for a bucket: it has the same conditional writes."""
+    shared = ts.Context()
+    store = types.SimpleNamespace(open=lambda url: ts.KvStore.open(url, context=shared))
+    monkeypatch.setattr(locking, "ts", types.SimpleNamespace(KvStore=store))
+    with locking.held("memory://bucket/run", FLAG) as lock:
+        refused = pytest.raises(errors.UserError, match="writes to memory://bucket/run: wait")
+        with refused, locking.held("memory://bucket/run", FLAG):
+            pass
+        lock.check()
+        lock._store.write(locking.RECORD, None).result()
+        lock._thread.join()
+        with pytest.raises(errors.UserError, match="memory://bucket/run was deleted"):
+            lock.check()
+    with locking.held("memory://bucket/run", FLAG):
+        pass
