@@ -20,6 +20,7 @@ from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
+    errors,
     gin_utils,
     input_pipeline,
     locking,
@@ -87,6 +88,8 @@ def evaluate(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the results can't be written.
     """
+    if epath.Path(output_dir).is_file():
+        raise errors.UserError(f"EVAL_OUTPUT_DIR: {output_dir} is a file, name a folder")
     trainer, state, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
     batches = split_predictions.whole_split(trainer, state, dataset_cfg, partitioner, constrained_keywords)
     images, targets, predictions = _collect(batches, dataset_cfg)

@@ -17,6 +17,7 @@ import pathlib
 import re
 import sys
 import tokenize
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -119,7 +120,9 @@ def _rewrite_gin_arg(arg: str) -> str:
 def _is_literal(value: str) -> bool:
     """Returns whether Python reads a value as a number, a bool or None."""
     try:
-        literal = ast.literal_eval(value.strip())
+        with warnings.catch_warnings():  # A folder named `1or2` is no reason to warn.
+            warnings.simplefilter("ignore")
+            literal = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return False
     # Not the tuple `1,2` nor the complex number `1-2j`.

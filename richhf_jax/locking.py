@@ -36,6 +36,8 @@ from etils import epath
 from richhf_jax import errors, foreign_text, writing
 
 RECORD = ".lock"
+# The record, and the file that TensorStore renames to it, which a kill may leave.
+FILES = (RECORD, f"{RECORD}.__lock")
 BEAT_SECONDS = 15
 STALE_SECONDS = 75
 _POLL_SECONDS = 1

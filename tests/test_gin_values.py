@@ -139,6 +139,8 @@ def test_choices_are_those_of_the_code():
         ("0x2", 2),
         ("2024-run", "2024-run"),
         ("1/2", "1/2"),
+        ("1or2", "1or2"),
+        ("2024-11", "2024-11"),
         (".hidden/x", ".hidden/x"),
         ("'2024'", "2024"),
         ("runs/lr=.1, it's a", "runs/lr=.1, it's a"),

@@ -145,9 +145,8 @@ class PredictionFiles:
     def _read_state(self) -> Progress | None:
         path = self._out / STATE
         if not path.exists():
-            if entries := sorted(
-                {entry.name for entry in self._out.iterdir()} - {f".{STATE}.new", locking.RECORD}
-            ):
+            names = {entry.name for entry in self._out.iterdir()} - {f".{STATE}.new", *locking.FILES}
+            if entries := sorted(names):
                 raise errors.UserError(
                     f"{self._out} holds {entries[0]!r}, but no run to continue: name a new --out"
                 )

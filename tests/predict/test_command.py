@@ -370,7 +370,8 @@ def test_lost_lines_are_told(score, table, tmp_path):
 
 def test_a_run_that_was_killed_at_its_very_start(score, table, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/.run.json.new").write_text("{")
+    for name in (".run.json.new", ".lock", ".lock.__lock"):
+        (tmp_path / "out" / name).write_text("{")
     assert score(table)[0] == predict.SOME_FAILED
 
 
