@@ -25,6 +25,7 @@ import gin
 from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
+from gin import config as gin_config
 
 from richhf_jax import errors, gin_values, writing
 
@@ -84,7 +85,7 @@ _GIN_ERRORS = (ValueError, SyntaxError, NameError, AttributeError, OSError, Modu
 _GIN_CALL_NOTE = "\n  In call to configurable"
 _MACRO_BINDING = re.compile(r"\s*(\w+)\s*=")
 
-gin.config.register_finalize_hook(gin_values.check)
+gin_config.register_finalize_hook(gin_values.check)
 
 
 def rewrite_gin_args(args: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
+from gin import config as gin_config
 
 from richhf_jax import errors, feedback
 
@@ -148,14 +149,15 @@ class _Place:
         """Follows macros. Returns the place of the value itself, and the value."""
         place = self
         for _ in self.macros:  # A circle of macros has no end.
-            if (name := _macro_name(value)) not in self.macros:
+            name = _macro_name(value)
+            if name is None or name not in self.macros:
                 break
             value, place = self.macros[name], dataclasses.replace(place, where=name)
         return place, value
 
 
 def _macro_name(value: Any) -> str | None:
-    is_macro = isinstance(value, gin.config.ConfigurableReference) and repr(value).startswith("%")
+    is_macro = isinstance(value, gin_config.ConfigurableReference) and repr(value).startswith("%")
     return repr(value)[1:] if is_macro else None
 
 
@@ -168,7 +170,7 @@ def _hints(configurable: Callable[..., Any]) -> dict[str, Any]:
 def _faults(place: _Place, value: Any, hint: Any) -> Iterator[tuple[str, str]]:
     """Yields (macro or binding, message) for what is wrong with a value, or with the values inside it."""
     place, value = place.resolved(value)
-    if isinstance(value, gin.config.ConfigurableReference):
+    if isinstance(value, gin_config.ConfigurableReference):
         return
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     found = (_items(value, option) for option in options)
