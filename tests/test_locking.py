@@ -212,3 +212,11 @@ def test_a_bucket_is_locked_by_its_record_alone(fast, monkeypatch):
             lock.check()
     with locking.held("memory://bucket/run", FLAG):
         pass
+
+
+def test_of_two_that_take_over_at_once_one_wins(tmp_path, no_flock):
+    with locking.held(tmp_path, FLAG) as lock:
+        _, generation = lock._read()
+        assert lock._write(lock._own | {"beat": 1}, generation)
+        assert not lock._write({"token": "late"}, generation)
+        assert lock._read()[0] == lock._own | {"beat": 1}
