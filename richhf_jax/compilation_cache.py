@@ -8,12 +8,12 @@ import contextlib
 import os
 import pathlib
 import re
+import sys
 import tempfile
 import warnings
 from typing import Any
 
 import jax
-from absl import logging
 
 # If the programs take more, those that were not used for the longest time are deleted.
 _MAX_BYTES = 1 << 30
@@ -46,7 +46,8 @@ def configure(enabled: bool) -> None:
             pass
         _delete_oldest(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home.
-        logging.warning("compiled programs aren't kept: %s", error)
+        # Not by absl, whose warnings some commands hide.
+        print(f"warning: compiled programs aren't kept, so each run compiles anew: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if _MIN_SECONDS_SETTING.upper() not in os.environ:

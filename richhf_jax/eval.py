@@ -20,8 +20,10 @@ from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
+    errors,
     gin_utils,
     input_pipeline,
+    locking,
     metrics,
     models,
     partitioning,
@@ -86,6 +88,8 @@ def evaluate(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the results can't be written.
     """
+    if epath.Path(output_dir).is_file():
+        raise errors.UserError(f"EVAL_OUTPUT_DIR: {output_dir} is a file, name a folder")
     trainer, state, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
     batches = split_predictions.whole_split(trainer, state, dataset_cfg, partitioner, constrained_keywords)
     images, targets, predictions = _collect(batches, dataset_cfg)
@@ -103,8 +107,7 @@ def evaluate(
     ]
     curves = {stage: _read_curves(path) for stage, path in (curve_dirs or {}).items() if path}
     details = {"task": task.name, "split": dataset_cfg.split, "step": step, "images": len(targets)}
-    with writing.explained_disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    with writing.explained_disk_errors(directory), locking.held(directory, "--gin.EVAL_OUTPUT_DIR=DIR"):
         _write_json(directory / "metrics.json", rows[0].metrics)
         _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
         writing.write(directory / "predictions.jsonl", "".join(lines))

@@ -7,6 +7,7 @@ stderr and exit code 1; a traceback means a bug. The log shows this package's me
 others; --verbosity=0 shows everything.
 """
 
+import ast
 import contextlib
 import difflib
 import inspect
@@ -16,6 +17,7 @@ import pathlib
 import re
 import sys
 import tokenize
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,8 +25,9 @@ import gin
 from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
+from gin import config as gin_config
 
-from richhf_jax import errors, foreign_text, writing
+from richhf_jax import errors, foreign_text, gin_values, writing
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Searched after the working directory and --gin_search_paths.
@@ -75,23 +78,27 @@ _PROCESS_FLAGS = (
 )
 _FLAGS = (*MODEL_FLAGS, _TFDS_DATA_DIR, _DRY_RUN, *_PROCESS_FLAGS)
 
-_BARE_STRING = re.compile(r"[A-Za-z~./][\w~./:+-]*")
+# First characters of values that are gin's own: references, macros, brackets, quotes.
+_EXPRESSION = tuple("@%([{'\"")
 _GIN_ERRORS = (ValueError, SyntaxError, NameError, AttributeError, OSError, ModuleNotFoundError)
 # Text that gin appends to an exception that passes through a configured function.
 _GIN_CALL_NOTE = "\n  In call to configurable"
 _MACRO_BINDING = re.compile(r"\s*(\w+)\s*=")
 
+gin_config.register_finalize_hook(gin_values.check)
+
 
 def rewrite_gin_args(args: Sequence[str]) -> list[str]:
     """Turns `--gin.NAME=value` into `--gin_bindings=NAME = value`, and keeps other arguments.
 
-    A plain word or path gets the quotes that gin needs, because shells remove the user's:
+    Shells remove quotes. So a value that is no number, no True, False or None, and doesn't begin with a
+    quote, a bracket, @ or %, is a text and gets the quotes that gin needs:
 
-    >>> rewrite_gin_args(["train", "--gin.TRAIN_STEPS=10", "--gin.MODEL_DIR=/tmp/run"])
-    ['train', '--gin_bindings=TRAIN_STEPS = 10', "--gin_bindings=MODEL_DIR = '/tmp/run'"]
+    >>> rewrite_gin_args(["train", "--gin.DROPOUT_RATE=.1", "--gin.MODEL_DIR=/tmp/run"])
+    ['train', '--gin_bindings=DROPOUT_RATE = .1', "--gin_bindings=MODEL_DIR = '/tmp/run'"]
 
     Raises:
-      errors.UserError: an argument starts with `--gin.` and has no `=`.
+      errors.UserError: an argument starts with `--gin.` and has no `=`, or nothing behind it.
     """
     return [_rewrite_gin_arg(arg) if arg.startswith("--gin.") else arg for arg in args]
 
@@ -100,9 +107,27 @@ def _rewrite_gin_arg(arg: str) -> str:
     name, equals, value = arg.removeprefix("--gin.").partition("=")
     if not equals:
         raise errors.UserError(f"{arg}: write --gin.NAME=value, with the = and no space around it")
-    if _BARE_STRING.fullmatch(value) and value not in ("True", "False", "None"):
+    if not value.strip():
+        raise errors.UserError(
+            f"{arg}: there is no value behind the =; an empty text is \"''\", with both quotes"
+        )
+    if _is_literal(value):
+        value = value.strip().removeprefix("+")  # Gin knows no such sign.
+    elif not value.startswith(_EXPRESSION):
         value = repr(value)
     return f"--gin_bindings={name} = {value}"
+
+
+def _is_literal(value: str) -> bool:
+    """Returns whether Python reads a value as a number, a bool or None."""
+    try:
+        with warnings.catch_warnings():  # A folder named `1or2` is no reason to warn.
+            warnings.simplefilter("ignore")
+            literal = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+    # Not the tuple `1,2` nor the complex number `1-2j`.
+    return literal is None or isinstance(literal, bool | int | float)
 
 
 def parse_gin_flags(
@@ -117,7 +142,8 @@ def parse_gin_flags(
 
     Raises:
       errors.UserError: a file is missing or has a mistake, a binding names a macro or parameter that
-        no file has, or a macro marked `%gin.REQUIRED` got no value.
+        no file has, a macro marked `%gin.REQUIRED` got no value, or a value is of the wrong type or out of
+        range (`gin_values`).
     """
     for path in gin_search_paths:
         gin.add_config_file_search_path(path)
@@ -296,10 +322,12 @@ def _configure_and_call(main: Callable[..., Any], has_cache: bool) -> None:
         print(gin.config_str())
         return
     # These imports take seconds, so --help and --dry_run come without them.
-    if _TFDS_DATA_DIR.value:
+    if data_dir := _TFDS_DATA_DIR.value:
+        if os.path.isfile(data_dir):
+            raise errors.UserError(f"--tfds_data_dir={data_dir} is a file: name the folder of the data sets")
         import seqio
 
-        seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
+        seqio.set_tfds_data_dir_override(data_dir)
     from richhf_jax import compilation_cache, multihost
 
     process_settings: list[Any] = [flag.value for flag in _PROCESS_FLAGS]

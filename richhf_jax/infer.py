@@ -40,7 +40,9 @@ from richhf_jax import (
     errors,
     gin_utils,
     input_pipeline,
+    locking,
     models,
+    multihost,
     partitioning,
     split_predictions,
     writing,
@@ -83,7 +85,8 @@ def infer(
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
-        split; the task is a mixture; `output_dir` has other results of this task, or can't be written.
+        split; the task is a mixture; `output_dir` has other results of this task, can't be written,
+        or another process writes to it.
     """
     _check(mode, checkpoint_period, shard_id, num_shards)
     _check_task(dataset_cfg.mixture_or_task_name)
@@ -109,25 +112,26 @@ def infer(
     if chunks is None:
         logging.info("finished before: %s; delete its folder to predict anew", output.path)
         return
-    trainer, state, _ = split_predictions.load(model, checkpoint, dataset_cfg, partitioner)
-    start = chunks * checkpoint_period
-    if start:
-        logging.info("continuing from batch %d", start)
-    batches = split_predictions.own_part(
-        trainer, state, dataset_cfg, partitioner, constrained_keywords, shard_id, num_shards, start
-    )
-    lines = []
-    for number, pairs in enumerate(batches, start):
-        if not writes:
-            continue
-        heatmaps = output.write_heatmaps(number, pairs) if write_heatmaps else [{}] * len(pairs)
-        lines += map(_line, pairs, heatmaps)
-        if (number + 1) % checkpoint_period == 0:
-            output.write_chunk(number // checkpoint_period, lines)
-            lines = []
-    if writes:
-        output.finish(lines)
-        logging.info("results in %s", output.path)
+    with multihost.entered_by_all(output.locked(chunks) if writes else contextlib.nullcontext()):
+        trainer, state, _ = split_predictions.load(model, checkpoint, dataset_cfg, partitioner)
+        start = chunks * checkpoint_period
+        if start:
+            logging.info("continuing from batch %d", start)
+        batches = split_predictions.own_part(
+            trainer, state, dataset_cfg, partitioner, constrained_keywords, shard_id, num_shards, start
+        )
+        lines = []
+        for number, pairs in enumerate(batches, start):
+            if not writes:
+                continue
+            heatmaps = output.write_heatmaps(number, pairs) if write_heatmaps else [{}] * len(pairs)
+            lines += map(_line, pairs, heatmaps)
+            if (number + 1) % checkpoint_period == 0:
+                output.write_chunk(number // checkpoint_period, lines)
+                lines = []
+        if writes:
+            output.finish(lines)
+            logging.info("results in %s", output.path)
 
 
 def _check(mode: str, checkpoint_period: int, shard_id: int, num_shards: int) -> None:
@@ -215,6 +219,21 @@ class _Output:
         earlier = json.loads(self._run_path.read_text(encoding="utf-8"))
         fix = "Give another INFER_OUTPUT_DIR, or delete this one"
         writing.check_same_run(self.path.parent, earlier, self._run, fix)
+
+    @contextlib.contextmanager
+    def locked(self, chunks: int) -> Iterator[None]:
+        """Keeps other processes from writing this file.
+
+        Args:
+          chunks: number of complete chunks.
+
+        Raises:
+          errors.UserError: another process writes the file, or has finished it just now.
+        """
+        with locking.held(self._temporary, "--gin.INFER_OUTPUT_DIR=DIR"):
+            if self.count_chunks() < chunks:
+                raise errors.UserError(f"{self.path} was finished just now: give the same command again")
+            yield
 
     def count_chunks(self) -> int:
         """Counts the chunks up to the first gap."""

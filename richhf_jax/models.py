@@ -228,9 +228,11 @@ class RahfModel(BaseModel):
         """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task.
 
         Raises:
-          errors.UserError: the images are of a size that the ViT doesn't take.
+          errors.UserError: the images are of a size that the ViT doesn't take, or the prompts are of another
+            variant.
         """
         del input_types  # The network's inputs have one type each.
+        self._check_prompts(input_shapes)
         slots = self.module.smallest_slots
         height, width = input_shapes["image"][1:3]
         self.check_image_size(height, width)
@@ -249,6 +251,19 @@ class RahfModel(BaseModel):
             num_scores=slots.scores,
             enable_dropout=False,
         )
+
+    def _check_prompts(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks that the data have as many prompts an image as the model's variant."""
+        names = ("heatmap_weights", "score_weights", "decoder_input_tokens")
+        if not set(names) <= set(shapes):
+            return
+        slots = feedback.Slots(*(shapes[name][1] for name in names))
+        variant, given = self.module.variant, shapes["encoder_input_tokens"][1]
+        if given != (wanted := slots.prompts(variant)):
+            raise errors.UserError(
+                f"VARIANT is {variant!r}, which takes {wanted} prompts an image, but the data have {given}:"
+                " set MIXTURE_OR_TASK_NAME to a task of this variant, or VARIANT to the task's"
+            )
 
     def check_image_size(self, height: int, width: int) -> None:
         """Checks that the ViT takes images of this size, in pixels.

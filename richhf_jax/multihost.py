@@ -13,13 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from richhf_jax import errors
 
+_T = TypeVar("_T")
+# Length of a message that one process tells the others, in bytes.
+_MAX_WORDS = 2000
 # How long process 0 may work after the others: evaluation measures and writes its report there.
 _FAREWELL_SECONDS = 3600
 # Time for other processes, which may fail for the same reason, to print it: the end of process 0 ends them.
@@ -77,6 +82,33 @@ def session(
         raise
     jax.distributed.shutdown()
     words.cancel()
+
+
+@contextlib.contextmanager
+def entered_by_all(context: contextlib.AbstractContextManager[_T]) -> Iterator[_T]:
+    """Enters each process's own context, or none if one can't be entered. All processes must call it.
+
+    Args:
+      context: this process's context.
+
+    Yields:
+      What the context yields.
+
+    Raises:
+      errors.UserError: that of the first process whose context raised one, in every process.
+    """
+    with contextlib.ExitStack() as stack:
+        entered, words = None, ""
+        try:
+            entered = stack.enter_context(context)
+        except errors.UserError as error:
+            words = str(error)
+        own = np.frombuffer(words.encode()[:_MAX_WORDS].ljust(_MAX_WORDS), np.uint8)
+        every = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, _MAX_WORDS)
+        for said in every:
+            if words := said.tobytes().decode(errors="ignore").rstrip():
+                raise errors.UserError(words)
+        yield cast(_T, entered)
 
 
 def _check(address: str | None, count: int | None, index: int | None) -> bool:

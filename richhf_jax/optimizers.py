@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from richhf_jax import errors
+
 # Coefficients, by Muon's authors, of the Newton-Schulz iteration towards the nearest orthogonal matrix.
 # Given for each of the 5 steps: optax then compiles one loop for a matrix and not 5 copies of its body.
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
@@ -44,7 +46,7 @@ def create_learning_rate_scheduler(
       step (int scalar) -> learning rate (float32 scalar).
 
     Raises:
-      ValueError: a factor is unknown.
+      errors.UserError: a factor is unknown.
     """
     terms = {
         "constant": lambda step: base_learning_rate,
@@ -61,8 +63,9 @@ def create_learning_rate_scheduler(
     }
     names = [name.strip() for name in factors.split("*")]
     if unknown := [name for name in names if name not in terms]:
-        raise ValueError(
-            f"unknown learning-rate factor {unknown[0]!r} in {factors!r}; known: {', '.join(terms)}"
+        raise errors.UserError(
+            f"create_learning_rate_scheduler.factors: unknown factor {unknown[0]!r} in {factors!r}; known:"
+            f" {', '.join(terms)}"
         )
 
     def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:

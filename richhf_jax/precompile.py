@@ -195,7 +195,7 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, floa
 def _configure(steps: Sequence[str]) -> None:
     """Parses the gin files, which must describe a run."""
     # MODEL_DIR has no value in the files and isn't used here.
-    flags.FLAGS.gin_bindings = ["MODEL_DIR = None", *flags.FLAGS.gin_bindings]
+    flags.FLAGS.gin_bindings = ["MODEL_DIR = 'none'", *flags.FLAGS.gin_bindings]
     try:
         gin_utils.configure()
     except errors.UserError as error:
@@ -216,6 +216,8 @@ def main() -> None:
       SystemExit: with code 1, if a step doesn't fit.
     """
     steps = _STEPS if _STEP.value == "both" else (_STEP.value,)
+    if _JSON.value:
+        writing.check_file(_JSON.value)
     if _TOPOLOGY.value:
         os.environ.update(_OFF_TPU)
         jax.config.update("jax_platforms", "cpu")

@@ -26,8 +26,10 @@ from richhf_jax import (
     errors,
     gin_utils,
     input_pipeline,
+    locking,
     model_description,
     models,
+    multihost,
     partitioning,
     training_log,
     writing,
@@ -44,7 +46,6 @@ _NUM_SUMMARY_IMAGES = 8
 # Number of a broken step's examples that a message lists.
 _NUM_NAMED_EXAMPLES = 16
 # The exceptions of TensorFlow and clu when they can't write.
-# What TensorFlow and clu raise where they can't write.
 _LIBRARIES_ERRORS = (
     *(tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError, tf.errors.NotFoundError),
     *(tf.errors.FailedPreconditionError, tf.errors.UnknownError, asynclib.AsyncError),
@@ -88,8 +89,8 @@ def train(
       trainer_cls: makes the trainer; gin sets the number of microbatches.
 
     Raises:
-      errors.UserError: the loss is not finite, MODEL_DIR can't be written, or a setting doesn't fit another
-        one or the data.
+      errors.UserError: the loss is not finite; MODEL_DIR can't be written, disappears, or is another
+        process's; or a setting doesn't fit another one or the data.
     """
     if not model_dir:
         raise errors.UserError("MODEL_DIR is empty: name a directory with --gin.MODEL_DIR=DIR")
@@ -102,7 +103,10 @@ def train(
                 model_dir, _CHECKPOINTS_STAY, _LIBRARIES_ERRORS, only=writing.NO_ROOM_OR_RIGHT
             )
         )
-        # Closed last, also when something fails: a checkpoint may still be on its way to the disk.
+        # One lock for all processes. Released last, when nothing is on its way to the disk any more.
+        held = locking.held(model_dir, "--gin.MODEL_DIR=DIR") if jax.process_index() == 0 else None
+        lock = stack.enter_context(multihost.entered_by_all(held or contextlib.nullcontext()))
+        # Closed next to last, also when something fails: a checkpoint may still be on its way to the disk.
         checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint_cfg.save))
         stream = _stream(model, train_dataset_cfg, partitioner)
         trainer = trainer_cls(
@@ -122,7 +126,7 @@ def train(
 
         log = _open_log(model_dir, trainer, partitioner, train_dataset_cfg, checkpointer, total_steps, state)
         stack.enter_context(contextlib.closing(log))
-        loop = _TrainingLoop(trainer, checkpointer, evaluation, log, schedule, model_dir)
+        loop = _TrainingLoop(trainer, checkpointer, evaluation, log, schedule, model_dir, lock)
         step = loop.run(state, stream, position)
     if step < total_steps:
         logging.info("stopped at step %d; the same command continues", step)
@@ -178,6 +182,7 @@ class _TrainingLoop:
     log: training_log.TrainingLog
     schedule: _Schedule
     model_dir: str
+    lock: locking.Lock | None
 
     def run(
         self, state: trainer_lib.TrainState, stream: input_pipeline.TrainStream, position: Mapping[str, int]
@@ -209,6 +214,7 @@ class _TrainingLoop:
                 # Also before every save, because a state that is not finite must not become a checkpoint.
                 if last or save_now or step % self.schedule.log_period == 0:
                     self.log.write(step)
+                    self._check_lock()
                     self.checkpointer.check()
                 scalars = None
                 if self.schedule.evaluates(step):
@@ -216,7 +222,12 @@ class _TrainingLoop:
                 if save_now:
                     self.checkpointer.save(state, stream.position(step), step, scalars)
             self.checkpointer.wait()  # Inside `_stop_signal`, so that another signal doesn't end it.
+        self._check_lock()
         return step
+
+    def _check_lock(self) -> None:
+        if self.lock:  # Process 0 has it.
+            self.lock.check()
 
 
 def _stream(

@@ -1,7 +1,10 @@
 """The compiled steps: gradients, microbatches, metrics. Nothing in here waits for the device."""
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+import pathlib
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
-from richhf_jax import losses, models, partitioning
+from richhf_jax import errors, losses, models, partitioning
 from richhf_jax import train_state as train_state_lib
 
 TrainState = train_state_lib.TrainState
@@ -18,6 +21,7 @@ InferenceState = train_state_lib.InferenceState
 # Input of evaluation and prediction, which use the parameters and the mutable collections alone.
 AnyState = TrainState | InferenceState
 Metrics = models.Metrics
+_NETWORK = pathlib.Path(__file__).parent / "network"
 
 
 class Trainer:
@@ -50,6 +54,7 @@ class Trainer:
             the gradients: the same step with less memory.
 
         Raises:
+          errors.UserError: the network refuses its settings, or the batches' shapes.
           ValueError: the batch size is no multiple of `num_microbatches`.
         """
         batch_size = next(iter(batch_shapes.values())).shape[0]
@@ -90,7 +95,9 @@ class Trainer:
         Returns:
           The state as `ShapeDtypeStruct`s with shardings, and the shardings alone.
         """
-        variables, optimizer_def = jax.eval_shape(self._init), self.model.optimizer_def
+        with _explained_refusal():
+            variables = jax.eval_shape(self._init)
+        optimizer_def = self.model.optimizer_def
         mutables = train_state_lib.mutable_collections(variables)
         state = jax.eval_shape(
             functools.partial(TrainState.create, optimizer_def), variables["params"], mutables
@@ -213,6 +220,18 @@ class Trainer:
             accumulate, (zeros, state.flax_mutables), (parts, jnp.arange(count))
         )
         return *total, mutables
+
+
+@contextlib.contextmanager
+def _explained_refusal() -> Iterator[None]:
+    """Turns a ValueError that the network itself raises into a UserError. Any other is a bug, and stays."""
+    try:
+        yield
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if pathlib.Path(frame.f_code.co_filename).parent != _NETWORK:
+            raise
+        raise errors.UserError(f"the model's settings don't fit each other or the data: {error}") from error
 
 
 def _mutables(state: InferenceState) -> dict[str, Any]:

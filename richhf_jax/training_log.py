@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 from clu import metric_writers
+from etils import epath
 
 from richhf_jax import errors
 from richhf_jax import trainer as trainer_lib
@@ -23,9 +24,11 @@ from richhf_jax.costs import chips, counter
 
 def create_writer(model_dir: str, *folders: str) -> metric_writers.MetricWriter:
     """Makes a writer for TensorBoard in a folder of MODEL_DIR. Only process 0 writes files."""
-    return metric_writers.create_default_writer(
-        os.path.join(model_dir, *folders), just_logging=jax.process_index() > 0
-    )
+    folder = epath.Path(model_dir).joinpath(*folders)
+    if jax.process_index() == 0:
+        # TensorFlow would make it, whatever the umask, without the right to write for others.
+        folder.mkdir(parents=True, exist_ok=True)
+    return metric_writers.create_default_writer(os.fspath(folder), just_logging=jax.process_index() > 0)
 
 
 def step_seconds_at_peak(trainer: trainer_lib.Trainer, devices: Sequence[Any]) -> float | None:

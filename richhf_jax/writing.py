@@ -151,6 +151,23 @@ def check_is_local(path: epath.PathLike, flag: str) -> None:
         )
 
 
+def check_file(path: epath.PathLike) -> None:
+    """Checks, before long work, that a file for its results can be written.
+
+    Raises:
+      errors.UserError: the file's folder isn't there or can't be written, or the path is a folder.
+    """
+    is_special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if _is_url(path) or is_special:  # /dev/stdout
+        return
+    folder = os.path.dirname(os.path.realpath(path))
+    code = None if os.access(folder, os.W_OK) else errno.EACCES
+    code = code if os.path.isdir(folder) else errno.ENOENT
+    code = errno.EISDIR if os.path.isdir(path) else code
+    if code is not None:
+        raise errors.UserError(f"{os.fspath(path)}: {os.strerror(code)}. {FIX}")
+
+
 def _is_url(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 

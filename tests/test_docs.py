@@ -31,7 +31,7 @@ MAX_README_LINES = 120
 OPENING_LINES = 12
 # What programs set themselves: gin files where none is given, and a value that a plan doesn't need.
 OWN_GIN_FILES = {"richhf_jax.convert.__main__": ["models/rahf_base.gin"]}
-OWN_BINDINGS = {"richhf_jax.precompile": ["MODEL_DIR = None"]}
+OWN_BINDINGS = {"richhf_jax.precompile": ["MODEL_DIR = 'none'"]}
 # Knows every macro and function that a setting in prose may name.
 ANY_RUN = (
     "python -m richhf_jax.infer --gin_file=experiments/quickstart.gin --gin_file=partitioning/v5e_16.gin"

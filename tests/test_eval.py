@@ -8,8 +8,8 @@ import pytest
 import seqio
 
 import tasks  # noqa: F401 (registers them)
+from richhf_jax import errors, feedback, input_pipeline, partitioning, split_predictions
 from richhf_jax import eval as eval_script
-from richhf_jax import feedback, input_pipeline, partitioning, split_predictions
 
 CONFIG = input_pipeline.DatasetConfig(
     "synthetic_rich_hf_multi_head",
@@ -87,3 +87,16 @@ def test_only_process_0_writes(evaluate, monkeypatch, tmp_path, capsys):
         evaluate(baseline_fns=())
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(split_predictions, "load", lambda *args: pytest.fail("began"))
+    with pytest.raises(errors.UserError, match="EVAL_OUTPUT_DIR: .*/file is a file, name a folder"):
+        eval_script.evaluate(
+            model=None,
+            checkpoint_path="",
+            output_dir=str(tmp_path / "file"),
+            dataset_cfg=CONFIG,
+            partitioner=partitioning.PjitPartitioner(devices=jax.devices()[:1]),
+        )

@@ -89,7 +89,8 @@ def fails_with(folder: pathlib.Path, *args: str) -> str:
         ("--gin.LENGTHS={'a': 1}", "--gin_bindings=LENGTHS = {'a': 1}"),
         ("--gin.RATE=-1e-3", "--gin_bindings=RATE = -1e-3"),
         ("--gin.NET=@net.Net()", "--gin_bindings=NET = @net.Net()"),
-        ("--gin.A=b=c", "--gin_bindings=A = b=c"),
+        ("--gin.A=b=c", "--gin_bindings=A = 'b=c'"),
+        ("--gin.RATE=.1", "--gin_bindings=RATE = .1"),
         ("--gin_file=a.gin", "--gin_file=a.gin"),
     ],
 )
@@ -181,6 +182,11 @@ def test_a_program_may_have_a_compilation_cache(folder, monkeypatch):
         (["--gin_file=config.gin", "--gin.MODEL_DIR=%FOO"], "%FOO is used but has no value"),
         (["--gin_file=config.gin", "--gin.MODEL_DIR=[1,"], "a quote or bracket is not closed"),
         (["--gin_file=config.gin", "--gin.MODEL_DIR=a", "--gin.STEPS=-1"], "steps is negative\n"),
+        (
+            ["--gin_file=config.gin", "--gin.MODEL_DIR=a", "--tfds_data_dir=config.gin"],
+            "config.gin is a file",
+        ),
+        (["--gin_file=config.gin", "--gin.MODEL_DIR="], "there is no value behind the ="),
         (["--gin_file=config.gin", "--gin.MODEL_DIR=a", "--process_index=1"], "give --coordinator_address"),
     ],
 )

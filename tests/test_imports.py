@@ -17,6 +17,7 @@ ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
 # imports, and what of the project besides `errors` and `feedback`. A line may name only rooms above it, so
 # imports point one way. What is allowed is what is used: a line that allows more fails, too.
 RULES = """
+gin_values         | tensorflow     |
 foreign_text       |                |
 errors             |                | foreign_text
 feedback           |                |
@@ -33,11 +34,12 @@ pixels             |                |
 reading            |                |
 weights_file       |                | checksums foreign_text reading
 writing            |                |
+locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
-datasets           | tensorflow torch | foreign_text inputs writing
+datasets           | tensorflow torch | foreign_text inputs locking writing
 benchmarks         | tensorflow     | datasets
-gin_utils          | tensorflow     | compilation_cache foreign_text multihost writing
+gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
 model_description  |                | models network pixels writing
@@ -55,8 +57,8 @@ train_state        | jax            |
 checkpoints        | jax            | train_state writing
 convert            | jax            | checkpoints foreign_text reading weights_file writing
 predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs
-                                      keywords model_description models pages partitioning pixels
-                                      shapes weights_file writing
+                                      keywords locking model_description models pages partitioning
+                                      pixels shapes weights_file writing
 export             | jax tensorflow | augmentation convert foreign_text keywords model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state

@@ -252,7 +252,7 @@ def test_no_checkpoint(run, tmp_path):
 def test_a_folder_that_can_not_be_written(run, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(
-        errors.UserError, match="out/.*: Not a directory. What is written stays; make room or give the right"
+        errors.UserError, match="out/.*: Not a directory. Make the folder, make room or give the right"
     ):
         run()
 

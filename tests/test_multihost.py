@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from richhf_jax import errors, multihost
+from richhf_jax import errors, locking, multihost
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -137,6 +137,31 @@ except errors.UserError as error:
     assert "--nomultiprocess_gpu" in output
     assert "Traceback" not in output
     assert "ended before" not in output
+
+
+def test_a_context_that_one_process_can_not_enter_is_entered_by_none(tmp_path):
+    """Here it is the lock of a directory, which process 0 takes for both."""
+    code = """
+import contextlib, sys
+from richhf_jax import errors, locking, multihost
+folder, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+try:
+    with multihost.session(address, 2, index):
+        context = locking.held(folder, "--out") if index == 0 else contextlib.nullcontext()
+        with multihost.entered_by_all(context):
+            print("entered")
+except errors.UserError as error:
+    sys.exit(str(error))
+"""
+    with locking.held(tmp_path, "--out"):
+        address = f"127.0.0.1:{free_port()}"
+        both = [run_python("-c", code, str(tmp_path), address, str(index)) for index in range(2)]
+        outputs = [process.communicate(timeout=100)[0] for process in both]
+    for process, output in zip(both, outputs, strict=True):
+        assert process.returncode == 1
+        assert f"pid {os.getpid()}, since " in output
+        assert "entered" not in output
+        assert "Traceback" not in output
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from richhf_jax import optimizers
+from richhf_jax import errors, optimizers
 
 
 def schedule(factors, steps, **kwargs):
@@ -60,7 +60,7 @@ def test_step_offset_shifts_the_schedule():
 
 
 def test_an_unknown_factor_is_named():
-    with pytest.raises(ValueError, match="'warmup'.*linear_warmup"):
+    with pytest.raises(errors.UserError, match="'warmup'.*linear_warmup"):
         optimizers.create_learning_rate_scheduler("constant * warmup")
 
 

@@ -102,7 +102,7 @@ def test_compiler_options_reach_xla_but_for_those_of_another_platform():
 def test_every_gin_file_goes_with_an_experiment(path):
     gin.clear_config()
     files = ["experiments/rich_hf_18k.gin", f"partitioning/{path.name}"]
-    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, ["MODEL_DIR = None"])
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, ["MODEL_DIR = 'none'"])
     if path.stem.startswith(("v4", "v5", "v6")):
         assert gin.query_parameter("rahf.HeadsConfig.row_strips") == 8
         assert gin.query_parameter("standard_logical_axis_rules.parameter_partitioning_dims") == 2

@@ -37,6 +37,7 @@ from richhf_jax import (
     feedback,
     gin_utils,
     input_pipeline,
+    locking,
     losses,
     models,
     optimizers,
@@ -635,3 +636,28 @@ def test_a_profile_of_steps_that_there_are_not(small_train, profile_steps, steps
         errors.UserError, match=f"--profile_steps={steps}: give FIRST:LAST.*this run's 4 steps"
     ):
         small_train(total_steps=4)
+
+
+def test_two_trainings_in_one_model_dir(tmp_path, small_train):
+    with locking.held(tmp_path, "--gin.MODEL_DIR=DIR"):
+        with pytest.raises(errors.UserError, match=rf"another process \(.*\) writes to {tmp_path}: wait"):
+            small_train()
+        assert os.listdir(tmp_path) == [locking.RECORD]
+    small_train()
+
+
+@pytest.mark.parametrize(("moved", "period"), [(True, 1), (True, 1000), (False, 1000)])
+def test_a_model_dir_that_disappears_ends_the_training(tmp_path, small_train, moved, period):
+    folder = tmp_path / "run"
+
+    class Vanishing(Counting):
+        def train_step(self, state, batch):
+            state, metrics = super().train_step(state, batch)
+            if int(state.step) == 3:
+                folder.rename(tmp_path / "moved") if moved else shutil.rmtree(folder)
+            return state, metrics
+
+    save = checkpoints.SaveCheckpointConfig(period)
+    with pytest.raises(errors.UserError, match=f"{folder} was deleted, moved or emptied while this process"):
+        small_train(model_dir=str(folder), trainer_cls=Vanishing, save=save)
+    assert not folder.exists()

@@ -12,7 +12,7 @@ from flax import traverse_util
 from flax.linen.partitioning import AxisMetadata
 from jax.sharding import Mesh, PartitionSpec
 
-from richhf_jax import losses, models, optimizers, partitioning
+from richhf_jax import errors, losses, models, optimizers, partitioning
 from richhf_jax import trainer as trainer_lib
 
 NAMES = [("dense", "bias"), ("dense", "kernel")]
@@ -96,6 +96,27 @@ def test_a_step_by_numpy_whatever_the_layout(batch, layout):
     norm = np.sqrt((kernel_gradient**2).sum() + (bias_gradient**2).sum())
     for name, expected in (("loss", loss), ("error", loss), ("gradient_norm", norm)):
         np.testing.assert_allclose(found[name], expected, rtol=1e-5, err_msg=name)
+
+
+def test_a_network_that_refuses_its_settings_is_the_users_mistake_and_other_errors_are_not(
+    batch, make_model, make_batch, monkeypatch
+):
+    data = make_batch(make_model("multi_head"), 2, 4, 1)
+    with pytest.raises(
+        errors.UserError, match="VARIANT is 'augmented_prompt', which takes 7 prompts .* have 1"
+    ):
+        make_trainer(make_model("augmented_prompt"), data)
+    with pytest.raises(
+        errors.UserError, match="settings don't fit each other .* 5 heads do not divide the width"
+    ):
+        make_trainer(make_model("multi_head", "vit.ViTConfig.num_heads = 5"), data)
+
+    def fail(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Affine, "get_initial_variables", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        make_trainer(Affine(optax.sgd(0.1)), batch)
 
 
 def test_microbatches_must_divide_the_batch(batch):

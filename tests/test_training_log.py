@@ -1,6 +1,7 @@
 """Speed, progress lines and scalars of a training."""
 
 import functools
+import os
 import re
 import types
 
@@ -98,3 +99,13 @@ def test_progress_lines_and_scalars(tmp_path, caplog):
     tags = events.Tags()["tensors"]
     assert {"loss", "timing/steps_per_second", "timing/step_seconds_p99"} <= set(tags)
     assert [event.step for event in events.Tensors("loss")] == [4, 6]
+
+
+def test_the_folders_keep_to_the_umask(tmp_path):
+    before = os.umask(0o002)
+    try:
+        training_log.create_writer(str(tmp_path / "run"), "training_eval", "task").close()
+    finally:
+        os.umask(before)
+    paths = (tmp_path / "run").rglob("*")
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o775, 0o664}

@@ -320,3 +320,19 @@ def test_a_link_to_an_empty_directory_is_followed(tmp_path):
         (directory / "a").write_text("here")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "empty/a").read_text() == "here"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no/a.html", "no/a.html: No such file or directory"),
+        (".", "Is a directory"),
+        ("file/a.html", "No such file"),
+    ],
+)
+def test_a_file_is_checked_before_the_work(tmp_path, path, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.UserError, match=message):
+        writing.check_file(tmp_path / path)
+    for good in (tmp_path / "file", tmp_path / "new", "gs://bucket/x", "/dev/stdout"):
+        writing.check_file(good)

@@ -12,7 +12,6 @@ cuts the two .jsonl files to the sizes in run.json, and writes other files again
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import itertools
 import json
@@ -28,7 +27,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from PIL import Image
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, locking, writing
 from richhf_jax.pages import gallery, overlay
 from richhf_jax.predict.names import file_name
 from richhf_jax.predict.predictor import Prediction
@@ -96,8 +95,7 @@ class PredictionFiles:
         }
         self._heatmaps, self._overlays, self._with_report = heatmaps, overlays, with_report
         with contextlib.ExitStack() as stack:
-            self._out.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, _locked(self._out))
+            stack.enter_context(locking.held(self._out, "--out"))
             self._saves = self._read_state() or [Progress(first)]
             self.progress = self._saves[-1]
             self._write_state()
@@ -117,7 +115,8 @@ class PredictionFiles:
         """Returns the progress at the last saves up to the one to continue from; [] for a new run."""
         path = self._out / STATE
         if not path.exists():
-            if entries := sorted({entry.name for entry in self._out.iterdir()} - {f".{STATE}.new"}):
+            names = {entry.name for entry in self._out.iterdir()} - {f".{STATE}.new", *locking.FILES}
+            if entries := sorted(names):
                 raise errors.UserError(
                     f"{self._out} holds {entries[0]!r}, but no run to continue: name a new --out"
                 )
@@ -306,19 +305,6 @@ class PredictionFiles:
     def _first(self, *places: str) -> str | None:
         """Returns the first of these files that exists, if one does."""
         return next((place for place in places if (self._out / place).exists()), None)
-
-
-def _locked(directory: pathlib.Path) -> int:
-    """Locks the directory for this process until the returned descriptor is closed or the process ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise errors.UserError(
-            f"another process writes to {directory}: wait for it, or name another --out"
-        ) from error
-    return descriptor
 
 
 def _part(position: int) -> str:

@@ -361,7 +361,13 @@ def test_text_is_aligned():
         ),
         (["--raw=empty.jsonl", "--vocabulary=zero"], "--vocabulary: zero: no SentencePiece model"),
         (["--dataset=", "--data_dir=none"], "none: there is no data set"),
-        (["--raw=raw.jsonl", "--json=no/such/folder.json"], "no/such/folder.json: No such file or directory"),
+        # Known before anything is read.
+        (
+            ["--raw=empty.jsonl", "--json=no/such/folder.json"],
+            "no/such/folder.json: No such file or directory",
+        ),
+        (["--raw=empty.jsonl", "--html=no/x.html"], "no/x.html: No such file or directory"),
+        (["--raw=empty.jsonl", "--png=."], ".: Is a directory"),
     ],
 )
 def test_mistakes_end_with_a_message(folder, tmp_path, monkeypatch, arguments, message):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import RahfPredictor, errors, feedback, inputs
+from richhf_jax import RahfPredictor, errors, feedback, inputs, locking
 from richhf_jax.export import __main__ as export
 from richhf_jax.predict import __main__ as predict
 from richhf_jax.predict import files as prediction_files
@@ -371,15 +372,14 @@ def test_lost_lines_are_told(score, table, tmp_path):
 
 def test_a_run_that_was_killed_at_its_very_start(score, table, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/.run.json.new").write_text("{")
+    for name in (".run.json.new", ".lock", ".lock.__lock"):
+        (tmp_path / "out" / name).write_text("{")
     assert score(table)[0] == predict.SOME_FAILED
 
 
 def test_one_process_a_directory(score, table, tmp_path):
-    (tmp_path / "out").mkdir()
-    lock = prediction_files._locked(tmp_path / "out")
-    assert "another process writes to" in score(table)[0]
-    os.close(lock)
+    with locking.held(tmp_path / "out", "--out"):
+        assert re.search(r"another process \(.*\) writes to .*/out: wait for it, or name", score(table)[0])
     assert score(table)[0] == predict.SOME_FAILED
 
 

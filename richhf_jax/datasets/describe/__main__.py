@@ -111,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.length is not None and not options.vocabulary:
         parser.error("--length needs --vocabulary")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
+    for path in filter(None, (options.json, options.png, options.html)):
+        writing.check_file(path)
     count_tokens = token_counter(options.vocabulary) if options.vocabulary else None
     if options.dataset is not None:
         title = f"{options.dataset}, {options.split}"

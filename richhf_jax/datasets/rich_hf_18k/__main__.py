@@ -41,7 +41,7 @@ import pyarrow as pa
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, locking, writing
 from richhf_jax.datasets import records
 from richhf_jax.datasets.rich_hf_18k import join, labels, report, sources
 from richhf_jax.datasets.rich_hf_18k.builder import RichHf18k
@@ -107,7 +107,7 @@ def build(options: argparse.Namespace) -> None:
         print(f"{builder.info.full_name} is in {builder.data_path} already; delete that to build it again")
         return
     work_dir = options.work_dir or options.data_dir / "downloads/manual" / builder.name
-    with join.locked(work_dir):
+    with locking.held(work_dir, "--work_dir"):
         result = join_all(options, work_dir)
         print(result)
         if result.problem:

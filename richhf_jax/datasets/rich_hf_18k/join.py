@@ -3,13 +3,11 @@
 A part appears when its shard is finished. After a kill, the next run continues behind the last one.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,24 +64,6 @@ class State:
 def parts(work_dir: pathlib.Path) -> list[pathlib.Path]:
     """Lists the finished parts."""
     return sorted((work_dir / "parts").glob("*.parquet"))
-
-
-@contextlib.contextmanager
-def locked(work_dir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes from joining into the same folder, until the block or the process ends.
-
-    Raises:
-      errors.UserError: another process is at work in the folder.
-    """
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with (work_dir / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise errors.UserError(
-                f"{work_dir}: another process is at work here; wait for it, or give another --work_dir"
-            ) from None
-        yield
 
 
 def check_source(source: Source, work_dir: pathlib.Path) -> None:
