@@ -23,7 +23,7 @@ from richhf_jax.export import card, program
 
 PROMPTS = [
     "a red circle, and two blue stars",
-    "",
+    "x",
     'one "big" cat\u200b \u200b ring',
     "x " * 40,
     "drawing of Ünï 猫",
