@@ -19,11 +19,13 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, sealing, writing
 from richhf_jax import train_state as train_state_lib
 
 _STATE, _POSITION, _METRICS = "state", "data_position", "metrics"
 _NAME = re.compile(r"checkpoint_(\d+)")
+# The array in a message of TensorStore.
+_TENSORSTORE_ARRAY = re.compile(r"""['"]path['"]: ['"](\w[\w.-]*\w)""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,10 @@ class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the metrics of a checkpoint; None if it has none, or if they are damaged."""
         try:
+            sealing.read(epath.Path(self.directory) / f"checkpoint_{step}", _METRICS)
             return super().metrics(step)
-        except ValueError:
+        except ValueError as error:
+            logging.warning("checkpoint_%d counts as the worst, its metrics are damaged: %s", step, error)
             return None
 
 
@@ -130,12 +134,15 @@ class Checkpointer:
         """
         self._directory = _absolute(model_dir)
         self._metric = cfg.metric_name_to_monitor if cfg and cfg.keep_best else None
+        # Checksums of the arrays of checkpoints that are being saved, by the checkpoint's name.
+        self._checksums: dict[str, dict[str, str]] = {}
         options = ocp.CheckpointManagerOptions(
             step_prefix="checkpoint",
             create=True,
             preservation_policy=_preservation_policy(cfg),
             # Orbax saves metrics only if this is given.
             best_fn=_metric_fn(cfg) if cfg and self._metric else None,
+            temporary_path_class=sealing.temporary_path_class(self._directory, self._checksums),
         )
         try:
             self._manager = _Manager(self._directory, options=options, item_names=(_STATE, _POSITION))
@@ -170,12 +177,17 @@ class Checkpointer:
                 f"SaveCheckpointConfig.metric_name_to_monitor: the validation data have no {self._metric!r},"
                 f" only {', '.join(sorted(metrics))}"
             )
+        content = state.state_dict()
         items = ocp.args.Composite(
             **{
-                _STATE: ocp.args.StandardSave(state.state_dict()),
+                _STATE: ocp.args.StandardSave(content),
                 _POSITION: ocp.args.JsonSave(dict(data_position)),
             }
         )
+        # Now, because the next step overwrites the arrays.
+        checksums = sealing.of_arrays(_flat(content))
+        if jax.process_index() == 0:
+            self._checksums[f"checkpoint_{step}"] = checksums
         with self._explained():
             self._manager.save(step, args=items, metrics=dict(metrics or {}) if self._metric else None)
 
@@ -238,13 +250,10 @@ class Checkpointer:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             directory = self._directory / f"checkpoint_{step}"
-            reason = _damage(directory) if jax.process_index() == 0 else None
-            if not _any_process(reason):
-                _check_fits(directory, abstract_state)
-                restored, reason = _read(directory, abstract_state)
-                if not _any_process(reason):
-                    self._set_aside(damaged)
-                    return restored
+            restored, reason = _restore_whole(directory, abstract_state)
+            if restored:
+                self._set_aside(damaged)
+                return restored
             # Only the process that found the damage knows the reason.
             logging.warning("skipping %s: %s", directory, reason or "another process can't read it")
             damaged.append(directory)
@@ -311,12 +320,40 @@ def _any_process(reason: str | None) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(reason is not None))))
 
 
+def _restore_whole(
+    directory: epath.Path, abstract_state: train_state_lib.TrainState
+) -> tuple[tuple[train_state_lib.TrainState, dict[str, Any]] | None, str | None]:
+    """Reads state and data position of a checkpoint, if it is whole in all processes, which must all call it.
+
+    Returns:
+      ((state, data position), None), or (None, the reason if this process knows it).
+
+    Raises:
+      CheckpointError: the checkpoint is of another model, or holds parameters alone.
+    """
+    reason = _damage(directory) if jax.process_index() == 0 else None
+    if _any_process(reason):
+        return None, reason
+    _check_fits(directory, abstract_state)
+    restored, reason = _read(directory, abstract_state)
+    if _any_process(reason) or restored is None:
+        return None, reason
+    parts, position, checksums = restored
+    try:  # Here all processes find the same.
+        state = train_state_lib.TrainState(**_checked(directory, parts, abstract_state.state_dict(), checksums))
+    except sealing.DamageError as error:
+        return None, str(error)
+    return (state, position), None
+
+
 def _damage(directory: epath.Path) -> str | None:
     """Says how the files of a checkpoint are damaged; None if they are whole.
 
     It reads little of each array: the last byte.
     """
     try:
+        for item in (_STATE, _POSITION):
+            sealing.read(directory, item)
         base = os.fspath(directory / _STATE)
         store = ts.KvStore.open(f"{base if '://' in base else f'file://{base}'}/|ocdbt:").result()
         reads = {key: store.read(key, byte_range=slice(-1, None)) for key in store.list().result()}
@@ -324,13 +361,26 @@ def _damage(directory: epath.Path) -> str | None:
         if absent or not reads:
             return f"{base} has lost {absent[0] if absent else 'all values'}"
         # Orbax opens all arrays at once. Broken ones, caught above, would make it print tracebacks here.
-        saved = ocp.StandardCheckpointHandler().metadata(directory / _STATE).tree
+        saved = _metadata(directory)
         if not _is_parameters_alone(directory, saved):
             ocp.JsonCheckpointHandler().restore(directory / _POSITION)
     # Orbax and TensorStore raise many kinds of exceptions for broken files.
     except Exception as error:
-        return writing.reason(error)
+        return _reason(error)
     return None
+
+
+def _reason(error: Exception) -> str:
+    """Describes an error while reading, with the array's name if TensorStore names it."""
+    if isinstance(error, sealing.DamageError):
+        return str(error)
+    array = _TENSORSTORE_ARRAY.search(str(error))
+    return f"{array[1].replace('.', '/')}: {writing.reason(error)}" if array else writing.reason(error)
+
+
+def _metadata(directory: epath.Path) -> Mapping[str, Any]:
+    """Reads which arrays a checkpoint holds: a tree of leaves with `shape` and `dtype`."""
+    return ocp.PyTreeCheckpointHandler().metadata(directory / _STATE).tree
 
 
 def _is_parameters_alone(directory: epath.Path, saved: Mapping[str, Any]) -> bool:
@@ -340,8 +390,12 @@ def _is_parameters_alone(directory: epath.Path, saved: Mapping[str, Any]) -> boo
 
 def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
     """Flattens a tree, even of tuples and dataclasses, or Orbax's metadata, to {path of names: leaf}."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in paths}
+    return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns the names in a path in a tree."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainState) -> None:
@@ -350,7 +404,7 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
     Raises:
       CheckpointError: the checkpoint is of another model or optimizer, or holds parameters alone.
     """
-    tree = ocp.StandardCheckpointHandler().metadata(directory / _STATE).tree
+    tree = _metadata(directory)
     if _is_parameters_alone(directory, tree):
         raise CheckpointError(
             f"{directory} holds parameters alone, which no training can continue from: "
@@ -377,20 +431,58 @@ def _does_not_fit(path: epath.PathLike, wrong: list[str]) -> str:
 
 def _read(
     directory: epath.Path, abstract_state: train_state_lib.TrainState
-) -> tuple[tuple[train_state_lib.TrainState, dict[str, Any]] | None, str | None]:
-    """Reads state and data position, by Orbax's handlers, which wait for no other process.
+) -> tuple[tuple[dict[str, Any], dict[str, Any], dict[str, str] | None] | None, str | None]:
+    """Reads state, data position and checksums, by Orbax's handlers, which wait for no other process.
 
     Returns:
-      ((state, data position), None), or (None, the reason why they can't be read).
+      ((parts of the state, data position, checksums), None), or (None, the reason why they can't be read).
     """
     try:
-        parts = ocp.StandardCheckpointHandler().restore(
-            directory / _STATE, args=ocp.args.StandardRestore(abstract_state.state_dict())
-        )
+        checksums = sealing.read(directory, _POSITION)
         position = ocp.JsonCheckpointHandler().restore(directory / _POSITION)
-        return (train_state_lib.TrainState(**parts), dict(position)), None
+        return (_read_arrays(directory, abstract_state.state_dict()), dict(position), checksums), None
     except Exception as error:  # As in `_damage`.
-        return None, writing.reason(error)
+        return None, _reason(error)
+
+
+def _read_arrays(directory: epath.Path, abstract: Any) -> Any:
+    """Reads the arrays of a tree of `ShapeDtypeStruct`s, each with the type in which it was saved."""
+    saved = _flat(_metadata(directory))
+    item = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, saved[_names(path)].dtype, sharding=leaf.sharding
+        ),
+        abstract,
+    )
+    return ocp.PyTreeCheckpointHandler().restore(
+        directory / _STATE,
+        args=ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        ),
+    )
+
+
+def _checked(
+    directory: epath.Path, arrays: Any, abstract: Any, checksums: Mapping[str, str] | None
+) -> Any:
+    """Checks the arrays of `_read_arrays` in all processes, and converts them to the wanted types.
+
+    Raises:
+      sealing.DamageError: an array isn't the one that was saved.
+    """
+    if checksums is None:
+        logging.warning(
+            "%s has no %s (an older version wrote it, or the file was deleted): damage may stay unseen,"
+            " only numbers that are not finite are found",
+            directory,
+            sealing.FILE,
+        )
+    sealing.check_arrays(_flat(arrays), checksums)
+    return jax.tree.map(
+        lambda array, leaf: array if array.dtype == leaf.dtype else array.astype(leaf.dtype), arrays, abstract
+    )
 
 
 def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any = None) -> None:
@@ -405,12 +497,14 @@ def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any =
       flax_mutables: a tree of `jax.Array`, the mutable collections; None: the model has none.
     """
     content = {"params": params} | ({"flax_mutables": flax_mutables} if flax_mutables else {})
-    directory = _absolute(model_dir) / f"checkpoint_{step}" / _STATE
+    directory = _absolute(model_dir) / f"checkpoint_{step}"
+    checksums = {directory.name: sealing.of_arrays(_flat(content))}
     # Orbax keeps the content of a file in memory until the file is full: small files take less.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
-    with ocp.Checkpointer(handler) as checkpointer:
-        args = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
-        checkpointer.save(directory, args=args)
+    handler = ocp.CompositeCheckpointHandler(**{_STATE: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)})
+    paths = sealing.temporary_path_class(directory.parent, checksums)
+    with ocp.Checkpointer(handler, temporary_path_class=paths) as checkpointer:
+        state = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
+        checkpointer.save(directory, args=ocp.args.Composite(**{_STATE: state}))
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -513,15 +607,13 @@ def _restore_found(
     Returns:
       (parameters, mutable collections), each {path of names: array}, and a line for each missing array.
     """
-    directory, _ = find_checkpoint(path)
-    state_dir = os.path.join(directory, _STATE)
-    reader = ocp.PyTreeCheckpointer()
-    metadata = reader.metadata(state_dir).item_metadata
-    if metadata is None:
-        raise CheckpointError(f"{directory} is damaged: it doesn't say what is in it")
+    directory = epath.Path(find_checkpoint(path)[0])
+    with _explained_damage(directory):
+        checksums = sealing.read(directory, _STATE)
+        tree = _metadata(directory)
     item, absent = {}, []
     for part in ("params", "flax_mutables"):
-        saved: dict[tuple, Any] = traverse_util.flatten_dict(metadata.tree.get(part, {}))
+        saved: dict[tuple, Any] = traverse_util.flatten_dict(tree.get(part, {}))
         wanted: dict[tuple, Any] = traverse_util.flatten_dict(getattr(abstract_state, part))
         fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
         absent += [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
@@ -529,18 +621,24 @@ def _restore_found(
             item[part] = traverse_util.unflatten_dict(fits)
     restored = {}
     if item:
-        restored = reader.restore(
-            state_dir,
-            args=ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                partial_restore=True,
-            ),
-        )
+        with _explained_damage(directory):
+            restored = _checked(directory, _read_arrays(directory, item), item, checksums)
     params, mutables = (
         traverse_util.flatten_dict(restored.get(part, {})) for part in ("params", "flax_mutables")
     )
     return (params, mutables), absent
+
+
+@contextlib.contextmanager
+def _explained_damage(directory: epath.Path) -> Iterator[None]:
+    """Turns any exception while reading a checkpoint into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:  # As in `_damage`.
+        raise CheckpointError(
+            f"{directory} is damaged or can't be read: {_reason(error)}. Bring it back from a copy, or name"
+            " another checkpoint"
+        ) from error
 
 
 def _describe(name: tuple[str, ...], leaf: Any | None, saved: Mapping) -> str:
