@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -347,27 +347,50 @@ def _restore_whole(
 
 
 def _damage(directory: epath.Path) -> str | None:
-    """Says how the files of a checkpoint are damaged; None if they are whole.
-
-    It reads little of each array: the last byte.
-    """
+    """Says how the files of a training's checkpoint are damaged; None if they are whole."""
     try:
-        for item in (_STATE, _POSITION):
-            sealing.read(directory, item)
-        base = os.fspath(directory / _STATE)
-        store = ts.KvStore.open(f"{base if '://' in base else f'file://{base}'}/|ocdbt:").result()
-        reads = {key: store.read(key, byte_range=slice(-1, None)) for key in store.list().result()}
-        absent = [key.decode() for key, read in reads.items() if read.result().state != "value"]
-        if absent or not reads:
-            return f"{base} has lost {absent[0] if absent else 'all values'}"
-        # Orbax opens all arrays at once. Broken ones, caught above, would make it print tracebacks here.
-        saved = _metadata(directory)
-        if not _is_parameters_alone(directory, saved):
-            ocp.JsonCheckpointHandler().restore(directory / _POSITION)
+        _check_files(directory)
+        if not _is_parameters_alone(directory, _metadata(directory)):
+            _read_position(directory)
     # Orbax and TensorStore raise many kinds of exceptions for broken files.
     except Exception as error:
         return _reason(error)
     return None
+
+
+def _check_files(directory: epath.Path) -> dict[str, str] | None:
+    """Checks that all files of the state are there, and returns the arrays' checksums as `sealing.read` does.
+
+    It reads little of each array: the last byte. Orbax opens all arrays at once, and after an error it would
+    leave unfinished work on the others behind, which prints tracebacks.
+
+    Raises:
+      Exception: of many kinds, if a file is damaged or can't be read.
+    """
+    checksums = sealing.read(directory, _STATE)
+    base = directory / _STATE
+    store = ts.KvStore.open(f"{_url(base)}/|ocdbt:").result()
+    reads = {key: store.read(key, byte_range=slice(-1, None)) for key in store.list().result()}
+    absent = [key.decode() for key, read in reads.items() if read.result().state != "value"]
+    if absent or not reads:
+        raise sealing.DamageError(f"{base} has lost {absent[0] if absent else 'all values'}")
+    return checksums
+
+
+def _url(path: epath.Path) -> str:
+    """Returns a path as TensorStore wants it."""
+    text = os.fspath(path)
+    return text if "://" in text else f"file://{text}"
+
+
+def _read_position(directory: epath.Path) -> dict[str, Any]:
+    """Reads the data position.
+
+    Raises:
+      Exception: of many kinds, if its file is damaged or can't be read.
+    """
+    sealing.read(directory, _POSITION)
+    return dict(ocp.JsonCheckpointHandler().restore(directory / _POSITION))
 
 
 def _reason(error: Exception) -> str:
@@ -438,30 +461,62 @@ def _read(
       ((parts of the state, data position, checksums), None), or (None, the reason why they can't be read).
     """
     try:
-        checksums = sealing.read(directory, _POSITION)
-        position = ocp.JsonCheckpointHandler().restore(directory / _POSITION)
-        return (_read_arrays(directory, abstract_state.state_dict()), dict(position), checksums), None
+        checksums, position = sealing.read(directory, _STATE), _read_position(directory)
+        return (_read_arrays(directory, abstract_state.state_dict()), position, checksums), None
     except Exception as error:  # As in `_damage`.
         return None, _reason(error)
 
 
 def _read_arrays(directory: epath.Path, abstract: Any) -> Any:
-    """Reads the arrays of a tree of `ShapeDtypeStruct`s, each with the type in which it was saved."""
-    saved = _flat(_metadata(directory))
-    item = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(
-            leaf.shape, saved[_names(path)].dtype, sharding=leaf.sharding
-        ),
-        abstract,
-    )
-    return ocp.PyTreeCheckpointHandler().restore(
-        directory / _STATE,
-        args=ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        ),
-    )
+    """Reads the arrays of a tree of `ShapeDtypeStruct`s, each with the type in which it was saved.
+
+    TensorStore reads them, not Orbax, which after an error leaves its work on other arrays behind; that prints
+    tracebacks.
+
+    Raises:
+      sealing.DamageError: an array can't be read; the message names it.
+    """
+    leaves = _flat(abstract)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})  # For the index.
+    stores = {
+        name: ts.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "ocdbt", "base": _url(directory / _STATE), "path": ".".join(name)},
+            },
+            open=True,
+            context=context,
+        )
+        for name in leaves
+    }
+    def explained(name: tuple[str, ...], function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:  # As in `_damage`.
+            raise sealing.DamageError(f"{'/'.join(name)}: {writing.reason(error)}") from error
+
+    # All reads begin before the first one is waited for.
+    reads = {
+        name: explained(name, lambda: _Read(stores[name].result(), leaf)) for name, leaf in leaves.items()
+    }
+    arrays = [explained(name, reads.pop(name).array) for name in leaves]
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+class _Read:
+    """Begins to read an array's parts for this process's devices."""
+
+    def __init__(self, store: ts.TensorStore, leaf: jax.ShapeDtypeStruct):
+        self._leaf = leaf
+        assert leaf.sharding is not None
+        places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        self._parts = {str(index): store[index].read() for index in places}
+
+    def array(self) -> jax.Array:
+        """Waits for the parts, and places them on the devices."""
+        return jax.make_array_from_callback(
+            self._leaf.shape, self._leaf.sharding, lambda index: self._parts[str(index)].result()
+        )
 
 
 def _checked(
@@ -609,7 +664,7 @@ def _restore_found(
     """
     directory = epath.Path(find_checkpoint(path)[0])
     with _explained_damage(directory):
-        checksums = sealing.read(directory, _STATE)
+        checksums = _check_files(directory)
         tree = _metadata(directory)
     item, absent = {}, []
     for part in ("params", "flax_mutables"):
