@@ -30,6 +30,7 @@ decoding           | jax            | shapes
 keywords           |                |
 inputs             |                |
 pixels             |                |
+reading            |                |
 writing            |                |
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
