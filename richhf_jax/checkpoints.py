@@ -6,26 +6,23 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from absl import logging
 from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from richhf_jax import errors, sealing, writing
+from richhf_jax import errors, saved_arrays, sealing, writing
 from richhf_jax import train_state as train_state_lib
 
-_STATE, _POSITION, _METRICS = "state", "data_position", "metrics"
+_POSITION, _METRICS = "data_position", "metrics"
 _NAME = re.compile(r"checkpoint_(\d+)")
-# The array in a message of TensorStore.
-_TENSORSTORE_ARRAY = re.compile(r"""['"]path['"]: ['"](\w[\w.-]*\w)""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +108,7 @@ class _Manager(ocp.CheckpointManager):
         try:
             sealing.read(epath.Path(self.directory) / f"checkpoint_{step}", _METRICS)
             return super().metrics(step)
-        except ValueError as error:
+        except (ValueError, errors.UserError) as error:
             logging.warning("checkpoint_%d counts as the worst, its metrics are damaged: %s", step, error)
             return None
 
@@ -145,7 +142,9 @@ class Checkpointer:
             temporary_path_class=sealing.temporary_path_class(self._directory, self._checksums),
         )
         try:
-            self._manager = _Manager(self._directory, options=options, item_names=(_STATE, _POSITION))
+            self._manager = _Manager(
+                self._directory, options=options, item_names=(saved_arrays.STATE, _POSITION)
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{model_dir} can't be used as MODEL_DIR: {writing.reason(error)}"
@@ -180,12 +179,12 @@ class Checkpointer:
         content = state.state_dict()
         items = ocp.args.Composite(
             **{
-                _STATE: ocp.args.StandardSave(content),
+                saved_arrays.STATE: ocp.args.StandardSave(content),
                 _POSITION: ocp.args.JsonSave(dict(data_position)),
             }
         )
         # Now, because the next step overwrites the arrays.
-        checksums = sealing.of_arrays(_flat(content))
+        checksums = sealing.of_arrays(saved_arrays.flat(content))
         if jax.process_index() == 0:
             self._checksums[f"checkpoint_{step}"] = checksums
         with self._explained():
@@ -340,7 +339,9 @@ def _restore_whole(
         return None, reason
     parts, position, checksums = restored
     try:  # Here all processes find the same.
-        state = train_state_lib.TrainState(**_checked(directory, parts, abstract_state.state_dict(), checksums))
+        state = train_state_lib.TrainState(
+            **saved_arrays.checked(directory, parts, abstract_state.state_dict(), checksums)
+        )
     except sealing.DamageError as error:
         return None, str(error)
     return (state, position), None
@@ -349,38 +350,13 @@ def _restore_whole(
 def _damage(directory: epath.Path) -> str | None:
     """Says how the files of a training's checkpoint are damaged; None if they are whole."""
     try:
-        _check_files(directory)
-        if not _is_parameters_alone(directory, _metadata(directory)):
+        saved_arrays.check_files(directory)
+        if not _is_parameters_alone(directory, saved_arrays.metadata(directory)):
             _read_position(directory)
     # Orbax and TensorStore raise many kinds of exceptions for broken files.
     except Exception as error:
-        return _reason(error)
+        return saved_arrays.reason(error)
     return None
-
-
-def _check_files(directory: epath.Path) -> dict[str, str] | None:
-    """Checks that all files of the state are there, and returns the arrays' checksums as `sealing.read` does.
-
-    It reads little of each array: the last byte. Orbax opens all arrays at once, and after an error it would
-    leave unfinished work on the others behind, which prints tracebacks.
-
-    Raises:
-      Exception: of many kinds, if a file is damaged or can't be read.
-    """
-    checksums = sealing.read(directory, _STATE)
-    base = directory / _STATE
-    store = ts.KvStore.open(f"{_url(base)}/|ocdbt:").result()
-    reads = {key: store.read(key, byte_range=slice(-1, None)) for key in store.list().result()}
-    absent = [key.decode() for key, read in reads.items() if read.result().state != "value"]
-    if absent or not reads:
-        raise sealing.DamageError(f"{base} has lost {absent[0] if absent else 'all values'}")
-    return checksums
-
-
-def _url(path: epath.Path) -> str:
-    """Returns a path as TensorStore wants it."""
-    text = os.fspath(path)
-    return text if "://" in text else f"file://{text}"
 
 
 def _read_position(directory: epath.Path) -> dict[str, Any]:
@@ -393,32 +369,9 @@ def _read_position(directory: epath.Path) -> dict[str, Any]:
     return dict(ocp.JsonCheckpointHandler().restore(directory / _POSITION))
 
 
-def _reason(error: Exception) -> str:
-    """Describes an error while reading, with the array's name if TensorStore names it."""
-    if isinstance(error, sealing.DamageError):
-        return str(error)
-    array = _TENSORSTORE_ARRAY.search(str(error))
-    return f"{array[1].replace('.', '/')}: {writing.reason(error)}" if array else writing.reason(error)
-
-
-def _metadata(directory: epath.Path) -> Mapping[str, Any]:
-    """Reads which arrays a checkpoint holds: a tree of leaves with `shape` and `dtype`."""
-    return ocp.PyTreeCheckpointHandler().metadata(directory / _STATE).tree
-
-
 def _is_parameters_alone(directory: epath.Path, saved: Mapping[str, Any]) -> bool:
     """Returns whether `save_params` wrote the checkpoint."""
     return set(saved) <= {"params", "flax_mutables"} and not (directory / _POSITION).exists()
-
-
-def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Flattens a tree, even of tuples and dataclasses, or Orbax's metadata, to {path of names: leaf}."""
-    return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Returns the names in a path in a tree."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainState) -> None:
@@ -427,13 +380,13 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
     Raises:
       CheckpointError: the checkpoint is of another model or optimizer, or holds parameters alone.
     """
-    tree = _metadata(directory)
+    tree = saved_arrays.metadata(directory)
     if _is_parameters_alone(directory, tree):
         raise CheckpointError(
             f"{directory} holds parameters alone, which no training can continue from: "
             "give it as INITIAL_CHECKPOINT_PATH, and another MODEL_DIR"
         )
-    saved, wanted = _flat(tree), _flat(abstract_state.state_dict())
+    saved, wanted = saved_arrays.flat(tree), saved_arrays.flat(abstract_state.state_dict())
     # Parameters first, because the message shows only the first three names.
     names = sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "params", name))
     wrong = [
@@ -461,83 +414,10 @@ def _read(
       ((parts of the state, data position, checksums), None), or (None, the reason why they can't be read).
     """
     try:
-        checksums, position = sealing.read(directory, _STATE), _read_position(directory)
-        return (_read_arrays(directory, abstract_state.state_dict()), position, checksums), None
+        checksums, position = sealing.read(directory, saved_arrays.STATE), _read_position(directory)
+        return (saved_arrays.read(directory, abstract_state.state_dict()), position, checksums), None
     except Exception as error:  # As in `_damage`.
-        return None, _reason(error)
-
-
-def _read_arrays(directory: epath.Path, abstract: Any) -> Any:
-    """Reads the arrays of a tree of `ShapeDtypeStruct`s, each with the type in which it was saved.
-
-    TensorStore reads them, not Orbax, which after an error leaves its work on other arrays behind; that prints
-    tracebacks.
-
-    Raises:
-      sealing.DamageError: an array can't be read; the message names it.
-    """
-    leaves = _flat(abstract)
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})  # For the index.
-    stores = {
-        name: ts.open(
-            {
-                "driver": "zarr",
-                "kvstore": {"driver": "ocdbt", "base": _url(directory / _STATE), "path": ".".join(name)},
-            },
-            open=True,
-            context=context,
-        )
-        for name in leaves
-    }
-    def explained(name: tuple[str, ...], function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except Exception as error:  # As in `_damage`.
-            raise sealing.DamageError(f"{'/'.join(name)}: {writing.reason(error)}") from error
-
-    # All reads begin before the first one is waited for.
-    reads = {
-        name: explained(name, lambda: _Read(stores[name].result(), leaf)) for name, leaf in leaves.items()
-    }
-    arrays = [explained(name, reads.pop(name).array) for name in leaves]
-    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
-
-
-class _Read:
-    """Begins to read an array's parts for this process's devices."""
-
-    def __init__(self, store: ts.TensorStore, leaf: jax.ShapeDtypeStruct):
-        self._leaf = leaf
-        assert leaf.sharding is not None
-        places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-        self._parts = {str(index): store[index].read() for index in places}
-
-    def array(self) -> jax.Array:
-        """Waits for the parts, and places them on the devices."""
-        return jax.make_array_from_callback(
-            self._leaf.shape, self._leaf.sharding, lambda index: self._parts[str(index)].result()
-        )
-
-
-def _checked(
-    directory: epath.Path, arrays: Any, abstract: Any, checksums: Mapping[str, str] | None
-) -> Any:
-    """Checks the arrays of `_read_arrays` in all processes, and converts them to the wanted types.
-
-    Raises:
-      sealing.DamageError: an array isn't the one that was saved.
-    """
-    if checksums is None:
-        logging.warning(
-            "%s has no %s (an older version wrote it, or the file was deleted): damage may stay unseen,"
-            " only numbers that are not finite are found",
-            directory,
-            sealing.FILE,
-        )
-    sealing.check_arrays(_flat(arrays), checksums)
-    return jax.tree.map(
-        lambda array, leaf: array if array.dtype == leaf.dtype else array.astype(leaf.dtype), arrays, abstract
-    )
+        return None, saved_arrays.reason(error)
 
 
 def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any = None) -> None:
@@ -553,13 +433,15 @@ def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any =
     """
     content = {"params": params} | ({"flax_mutables": flax_mutables} if flax_mutables else {})
     directory = _absolute(model_dir) / f"checkpoint_{step}"
-    checksums = {directory.name: sealing.of_arrays(_flat(content))}
+    checksums = {directory.name: sealing.of_arrays(saved_arrays.flat(content))}
     # Orbax keeps the content of a file in memory until the file is full: small files take less.
-    handler = ocp.CompositeCheckpointHandler(**{_STATE: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)})
+    handler = ocp.CompositeCheckpointHandler(
+        **{saved_arrays.STATE: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)}
+    )
     paths = sealing.temporary_path_class(directory.parent, checksums)
     with ocp.Checkpointer(handler, temporary_path_class=paths) as checkpointer:
         state = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
-        checkpointer.save(directory, args=ocp.args.Composite(**{_STATE: state}))
+        checkpointer.save(directory, args=ocp.args.Composite(**{saved_arrays.STATE: state}))
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -593,8 +475,8 @@ def find_checkpoint(path: str) -> tuple[str, int]:
                 f"no checkpoint_<step> in {directory}: train first, or name another directory"
             )
         directory = newest
-    if not (directory / _STATE).is_dir():
-        raise CheckpointError(f"{directory} is not a checkpoint: it holds no {_STATE}/")
+    if not (directory / saved_arrays.STATE).is_dir():
+        raise CheckpointError(f"{directory} is not a checkpoint: it holds no {saved_arrays.STATE}/")
     return str(directory), int(directory.name.split("_")[1])
 
 
@@ -663,9 +545,9 @@ def _restore_found(
       (parameters, mutable collections), each {path of names: array}, and a line for each missing array.
     """
     directory = epath.Path(find_checkpoint(path)[0])
+    checksums = array_checksums(directory)
     with _explained_damage(directory):
-        checksums = _check_files(directory)
-        tree = _metadata(directory)
+        tree = saved_arrays.metadata(directory)
     item, absent = {}, []
     for part in ("params", "flax_mutables"):
         saved: dict[tuple, Any] = traverse_util.flatten_dict(tree.get(part, {}))
@@ -677,11 +559,28 @@ def _restore_found(
     restored = {}
     if item:
         with _explained_damage(directory):
-            restored = _checked(directory, _read_arrays(directory, item), item, checksums)
+            restored = saved_arrays.checked(directory, saved_arrays.read(directory, item), item, checksums)
     params, mutables = (
         traverse_util.flatten_dict(restored.get(part, {})) for part in ("params", "flax_mutables")
     )
     return (params, mutables), absent
+
+
+def array_checksums(directory: epath.PathLike) -> dict[str, str] | None:
+    """Checks the files of a checkpoint, and returns the checksums of its arrays, for readers of their own.
+
+    Args:
+      directory: a `checkpoint_<step>`.
+
+    Returns:
+      Name of an array, such as "params/encoder/relpos_bias/rel_embedding" -> the result of
+      `checksums.of_array`; None: the checkpoint has no checksums.
+
+    Raises:
+      CheckpointError: a file is damaged or can't be read.
+    """
+    with _explained_damage(epath.Path(directory)):
+        return saved_arrays.check_files(epath.Path(directory))
 
 
 @contextlib.contextmanager
@@ -691,8 +590,8 @@ def _explained_damage(directory: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:  # As in `_damage`.
         raise CheckpointError(
-            f"{directory} is damaged or can't be read: {_reason(error)}. Bring it back from a copy, or name"
-            " another checkpoint"
+            f"{directory} is damaged or can't be read: {saved_arrays.reason(error)}. Bring it back from a"
+            " copy, or name another checkpoint"
         ) from error
 
 

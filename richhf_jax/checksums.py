@@ -103,7 +103,7 @@ def _register(run: np.ndarray) -> int:
 
 
 def _fold(registers: np.ndarray, stride: int) -> np.ndarray:
-    """Joins registers [..., count] to [...]: those of runs that begin `stride` bytes apart, others being 0."""
+    """Joins registers [..., count] to [...], those of runs that begin `stride` bytes apart."""
     while registers.shape[-1] > 1:
         if registers.shape[-1] % 2:  # A register of 0 in front changes nothing.
             registers = np.concatenate([np.zeros_like(registers[..., :1]), registers], axis=-1)

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from richhf_jax import checksums, writing
+from richhf_jax import checksums, reading, writing
 
 FILE = "checksums.json"
 _CUT = "it is cut off or has other bytes than were written"
@@ -102,20 +101,21 @@ def read(checkpoint: epath.Path, item: str) -> dict[str, str] | None:
       item: a folder in it.
 
     Returns:
-      Name of an array -> checksum; None: the checkpoint has none, which is logged.
+      Name of an array -> checksum; None: the checkpoint has no checksums.
 
     Raises:
       DamageError: a file isn't the one that was written.
+      errors.UserError: a file is none that can be read, such as a pipe.
       OSError: a file can't be read.
     """
     path = checkpoint / FILE
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = reading.parse_json(reading.read_bytes(path))
         checksum = content.pop("checksum")
         files, arrays = content["files"], content["arrays"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{path}: {_CUT}") from error
     if checksum != checksums.of_json(content):
         raise DamageError(f"{path}: {_CUT}")
@@ -124,7 +124,7 @@ def read(checkpoint: epath.Path, item: str) -> dict[str, str] | None:
             file = checkpoint / name
             if not file.exists():
                 raise DamageError(f"{file} is missing")
-            if checksums.of_bytes(file.read_bytes()) != expected:
+            if checksums.of_bytes(reading.read_bytes(file)) != expected:
                 raise DamageError(f"{file}: {_CUT}")
     return arrays
 
@@ -151,7 +151,7 @@ def write(checkpoint: epath.Path, arrays: Mapping[str, str]) -> None:
 def temporary_path_class(
     parent: epath.Path, arrays: MutableMapping[str, Mapping[str, str]]
 ) -> type[ocp.path.atomicity.TemporaryPathBase]:
-    """Makes the class by which Orbax gives a finished checkpoint its name, which writes checksums.json before.
+    """Makes the class by which Orbax finishes a checkpoint: it writes checksums.json and gives the name.
 
     Orbax brings the arrays to the disk, but not the small files: here all are, before the checkpoint has its
     name. Items in a checkpoint are finished as always.

@@ -39,7 +39,7 @@ benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
-model_description  |                | models network pixels writing
+model_description  |                | checksums models network pixels reading writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            |
@@ -51,7 +51,9 @@ tasks              | tensorflow     | datasets input_pipeline metrics postproces
                                       writing
 torch_twin         | torch          | network
 train_state        | jax            |
-checkpoints        | jax            | train_state writing
+sealing            | jax            | checksums reading writing
+saved_arrays       | jax            | reading sealing writing
+checkpoints        | jax            | saved_arrays sealing train_state writing
 convert            | jax            | checkpoints
 predict            | jax            | checkpoints compilation_cache inputs keywords model_description
                                       models pages partitioning pixels shapes writing
