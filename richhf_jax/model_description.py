@@ -107,6 +107,14 @@ def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescriptio
         return _parse(content, model, {"dtype": dtype} if dtype else {})
 
 
+def recorded_training(directory: epath.PathLike) -> dict[str, Any]:
+    """Reads the entry "training" of a directory's model.json; {} if there is none that makes sense."""
+    try:
+        return dict(reading.read_json(epath.Path(directory) / FILE)["training"])
+    except (OSError, KeyError, TypeError, ValueError, errors.UserError):
+        return {}
+
+
 @contextlib.contextmanager
 def _explained(path: epath.Path) -> Iterator[None]:
     """Turns the errors of a file that makes no sense into a UserError that names it and the fix."""
