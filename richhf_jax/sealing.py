@@ -149,7 +149,7 @@ def write(checkpoint: epath.Path, arrays: Mapping[str, str]) -> None:
 
 
 def temporary_path_class(
-    parent: epath.Path, arrays: MutableMapping[str, Mapping[str, str]]
+    parent: epath.Path, arrays: MutableMapping[str, dict[str, str]]
 ) -> type[ocp.path.atomicity.TemporaryPathBase]:
     """Makes the class by which Orbax finishes a checkpoint: it writes checksums.json and gives the name.
 
