@@ -435,9 +435,8 @@ def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any =
     directory = _absolute(model_dir) / f"checkpoint_{step}"
     checksums = {directory.name: sealing.of_arrays(saved_arrays.flat(content))}
     # Orbax keeps the content of a file in memory until the file is full: small files take less.
-    handler = ocp.CompositeCheckpointHandler(
-        **{saved_arrays.STATE: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)}
-    )
+    arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    handler = ocp.CompositeCheckpointHandler(**cast(dict[str, Any], {saved_arrays.STATE: arrays}))
     paths = sealing.temporary_path_class(directory.parent, checksums)
     with ocp.Checkpointer(handler, temporary_path_class=paths) as checkpointer:
         state = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
