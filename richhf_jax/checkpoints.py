@@ -7,22 +7,21 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from absl import logging
 from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from richhf_jax import errors, writing
+from richhf_jax import errors, saved_arrays, sealing, writing
 from richhf_jax import train_state as train_state_lib
 
-_STATE, _POSITION, _METRICS = "state", "data_position", "metrics"
+_POSITION, _METRICS = "data_position", "metrics"
 _NAME = re.compile(r"checkpoint_(\d+)")
 
 
@@ -107,8 +106,10 @@ class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the metrics of a checkpoint; None if it has none, or if they are damaged."""
         try:
+            sealing.read(epath.Path(self.directory) / f"checkpoint_{step}", _METRICS)
             return super().metrics(step)
-        except ValueError:
+        except (ValueError, errors.UserError) as error:
+            logging.warning("checkpoint_%d counts as the worst, its metrics are damaged: %s", step, error)
             return None
 
 
@@ -130,15 +131,20 @@ class Checkpointer:
         """
         self._directory = _absolute(model_dir)
         self._metric = cfg.metric_name_to_monitor if cfg and cfg.keep_best else None
+        # Checksums of the arrays of checkpoints that are being saved, by the checkpoint's name.
+        self._checksums: dict[str, dict[str, str]] = {}
         options = ocp.CheckpointManagerOptions(
             step_prefix="checkpoint",
             create=True,
             preservation_policy=_preservation_policy(cfg),
             # Orbax saves metrics only if this is given.
             best_fn=_metric_fn(cfg) if cfg and self._metric else None,
+            temporary_path_class=sealing.temporary_path_class(self._directory, self._checksums),
         )
         try:
-            self._manager = _Manager(self._directory, options=options, item_names=(_STATE, _POSITION))
+            self._manager = _Manager(
+                self._directory, options=options, item_names=(saved_arrays.STATE, _POSITION)
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{model_dir} can't be used as MODEL_DIR: {writing.reason(error)}"
@@ -170,12 +176,17 @@ class Checkpointer:
                 f"SaveCheckpointConfig.metric_name_to_monitor: the validation data have no {self._metric!r},"
                 f" only {', '.join(sorted(metrics))}"
             )
+        content = state.state_dict()
         items = ocp.args.Composite(
             **{
-                _STATE: ocp.args.StandardSave(state.state_dict()),
+                saved_arrays.STATE: ocp.args.StandardSave(content),
                 _POSITION: ocp.args.JsonSave(dict(data_position)),
             }
         )
+        # Now, because the next step overwrites the arrays.
+        checksums = sealing.of_arrays(saved_arrays.flat(content))
+        if jax.process_index() == 0:
+            self._checksums[f"checkpoint_{step}"] = checksums
         with self._explained():
             self._manager.save(step, args=items, metrics=dict(metrics or {}) if self._metric else None)
 
@@ -238,13 +249,10 @@ class Checkpointer:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             directory = self._directory / f"checkpoint_{step}"
-            reason = _damage(directory) if jax.process_index() == 0 else None
-            if not _any_process(reason):
-                _check_fits(directory, abstract_state)
-                restored, reason = _read(directory, abstract_state)
-                if not _any_process(reason):
-                    self._set_aside(damaged)
-                    return restored
+            restored, reason = _restore_whole(directory, abstract_state)
+            if restored:
+                self._set_aside(damaged)
+                return restored
             # Only the process that found the damage knows the reason.
             logging.warning("skipping %s: %s", directory, reason or "another process can't read it")
             damaged.append(directory)
@@ -311,37 +319,59 @@ def _any_process(reason: str | None) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(reason is not None))))
 
 
-def _damage(directory: epath.Path) -> str | None:
-    """Says how the files of a checkpoint are damaged; None if they are whole.
+def _restore_whole(
+    directory: epath.Path, abstract_state: train_state_lib.TrainState
+) -> tuple[tuple[train_state_lib.TrainState, dict[str, Any]] | None, str | None]:
+    """Reads state and data position of a checkpoint, if it is whole in all processes, which must all call it.
 
-    It reads little of each array: the last byte.
+    Returns:
+      ((state, data position), None), or (None, the reason if this process knows it).
+
+    Raises:
+      CheckpointError: the checkpoint is of another model, or holds parameters alone.
     """
+    reason = _damage(directory) if jax.process_index() == 0 else None
+    if _any_process(reason):
+        return None, reason
+    _check_fits(directory, abstract_state)
+    restored, reason = _read(directory, abstract_state)
+    if _any_process(reason) or restored is None:
+        return None, reason
+    parts, position, checksums = restored
+    try:  # Here all processes find the same.
+        state = train_state_lib.TrainState(
+            **saved_arrays.checked(directory, parts, abstract_state.state_dict(), checksums)
+        )
+    except sealing.DamageError as error:
+        return None, str(error)
+    return (state, position), None
+
+
+def _damage(directory: epath.Path) -> str | None:
+    """Says how the files of a training's checkpoint are damaged; None if they are whole."""
     try:
-        base = os.fspath(directory / _STATE)
-        store = ts.KvStore.open(f"{base if '://' in base else f'file://{base}'}/|ocdbt:").result()
-        reads = {key: store.read(key, byte_range=slice(-1, None)) for key in store.list().result()}
-        absent = [key.decode() for key, read in reads.items() if read.result().state != "value"]
-        if absent or not reads:
-            return f"{base} has lost {absent[0] if absent else 'all values'}"
-        # Orbax opens all arrays at once. Broken ones, caught above, would make it print tracebacks here.
-        saved = ocp.StandardCheckpointHandler().metadata(directory / _STATE).tree
-        if not _is_parameters_alone(directory, saved):
-            ocp.JsonCheckpointHandler().restore(directory / _POSITION)
+        saved_arrays.check_files(directory)
+        if not _is_parameters_alone(directory, saved_arrays.metadata(directory)):
+            _read_position(directory)
     # Orbax and TensorStore raise many kinds of exceptions for broken files.
     except Exception as error:
-        return writing.reason(error)
+        return saved_arrays.reason(error)
     return None
+
+
+def _read_position(directory: epath.Path) -> dict[str, Any]:
+    """Reads the data position.
+
+    Raises:
+      Exception: of many kinds, if its file is damaged or can't be read.
+    """
+    sealing.read(directory, _POSITION)
+    return dict(ocp.JsonCheckpointHandler().restore(directory / _POSITION))
 
 
 def _is_parameters_alone(directory: epath.Path, saved: Mapping[str, Any]) -> bool:
     """Returns whether `save_params` wrote the checkpoint."""
     return set(saved) <= {"params", "flax_mutables"} and not (directory / _POSITION).exists()
-
-
-def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Flattens a tree, even of tuples and dataclasses, or Orbax's metadata, to {path of names: leaf}."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in paths}
 
 
 def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainState) -> None:
@@ -350,13 +380,13 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
     Raises:
       CheckpointError: the checkpoint is of another model or optimizer, or holds parameters alone.
     """
-    tree = ocp.StandardCheckpointHandler().metadata(directory / _STATE).tree
+    tree = saved_arrays.metadata(directory)
     if _is_parameters_alone(directory, tree):
         raise CheckpointError(
             f"{directory} holds parameters alone, which no training can continue from: "
             "give it as INITIAL_CHECKPOINT_PATH, and another MODEL_DIR"
         )
-    saved, wanted = _flat(tree), _flat(abstract_state.state_dict())
+    saved, wanted = saved_arrays.flat(tree), saved_arrays.flat(abstract_state.state_dict())
     # Parameters first, because the message shows only the first three names.
     names = sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "params", name))
     wrong = [
@@ -377,20 +407,17 @@ def _does_not_fit(path: epath.PathLike, wrong: list[str]) -> str:
 
 def _read(
     directory: epath.Path, abstract_state: train_state_lib.TrainState
-) -> tuple[tuple[train_state_lib.TrainState, dict[str, Any]] | None, str | None]:
-    """Reads state and data position, by Orbax's handlers, which wait for no other process.
+) -> tuple[tuple[dict[str, Any], dict[str, Any], dict[str, str] | None] | None, str | None]:
+    """Reads state, data position and checksums, by Orbax's handlers, which wait for no other process.
 
     Returns:
-      ((state, data position), None), or (None, the reason why they can't be read).
+      ((parts of the state, data position, checksums), None), or (None, the reason why they can't be read).
     """
     try:
-        parts = ocp.StandardCheckpointHandler().restore(
-            directory / _STATE, args=ocp.args.StandardRestore(abstract_state.state_dict())
-        )
-        position = ocp.JsonCheckpointHandler().restore(directory / _POSITION)
-        return (train_state_lib.TrainState(**parts), dict(position)), None
+        checksums, position = sealing.read(directory, saved_arrays.STATE), _read_position(directory)
+        return (saved_arrays.read(directory, abstract_state.state_dict()), position, checksums), None
     except Exception as error:  # As in `_damage`.
-        return None, writing.reason(error)
+        return None, saved_arrays.reason(error)
 
 
 def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any = None) -> None:
@@ -405,12 +432,15 @@ def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any =
       flax_mutables: a tree of `jax.Array`, the mutable collections; None: the model has none.
     """
     content = {"params": params} | ({"flax_mutables": flax_mutables} if flax_mutables else {})
-    directory = _absolute(model_dir) / f"checkpoint_{step}" / _STATE
+    directory = _absolute(model_dir) / f"checkpoint_{step}"
+    checksums = {directory.name: sealing.of_arrays(saved_arrays.flat(content))}
     # Orbax keeps the content of a file in memory until the file is full: small files take less.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
-    with ocp.Checkpointer(handler) as checkpointer:
-        args = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
-        checkpointer.save(directory, args=args)
+    arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    handler = ocp.CompositeCheckpointHandler(**cast(dict[str, Any], {saved_arrays.STATE: arrays}))
+    paths = sealing.temporary_path_class(directory.parent, checksums)
+    with ocp.Checkpointer(handler, temporary_path_class=paths) as checkpointer:
+        state = ocp.args.PyTreeSave(content, ocdbt_target_data_file_size=16 * 2**20)
+        checkpointer.save(directory, args=ocp.args.Composite(**{saved_arrays.STATE: state}))
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -444,8 +474,8 @@ def find_checkpoint(path: str) -> tuple[str, int]:
                 f"no checkpoint_<step> in {directory}: train first, or name another directory"
             )
         directory = newest
-    if not (directory / _STATE).is_dir():
-        raise CheckpointError(f"{directory} is not a checkpoint: it holds no {_STATE}/")
+    if not (directory / saved_arrays.STATE).is_dir():
+        raise CheckpointError(f"{directory} is not a checkpoint: it holds no {saved_arrays.STATE}/")
     return str(directory), int(directory.name.split("_")[1])
 
 
@@ -513,15 +543,13 @@ def _restore_found(
     Returns:
       (parameters, mutable collections), each {path of names: array}, and a line for each missing array.
     """
-    directory, _ = find_checkpoint(path)
-    state_dir = os.path.join(directory, _STATE)
-    reader = ocp.PyTreeCheckpointer()
-    metadata = reader.metadata(state_dir).item_metadata
-    if metadata is None:
-        raise CheckpointError(f"{directory} is damaged: it doesn't say what is in it")
+    directory = epath.Path(find_checkpoint(path)[0])
+    checksums = array_checksums(directory)
+    with _explained_damage(directory):
+        tree = saved_arrays.metadata(directory)
     item, absent = {}, []
     for part in ("params", "flax_mutables"):
-        saved: dict[tuple, Any] = traverse_util.flatten_dict(metadata.tree.get(part, {}))
+        saved: dict[tuple, Any] = traverse_util.flatten_dict(tree.get(part, {}))
         wanted: dict[tuple, Any] = traverse_util.flatten_dict(getattr(abstract_state, part))
         fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
         absent += [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
@@ -529,18 +557,41 @@ def _restore_found(
             item[part] = traverse_util.unflatten_dict(fits)
     restored = {}
     if item:
-        restored = reader.restore(
-            state_dir,
-            args=ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                partial_restore=True,
-            ),
-        )
+        with _explained_damage(directory):
+            restored = saved_arrays.checked(directory, saved_arrays.read(directory, item), item, checksums)
     params, mutables = (
         traverse_util.flatten_dict(restored.get(part, {})) for part in ("params", "flax_mutables")
     )
     return (params, mutables), absent
+
+
+def array_checksums(directory: epath.PathLike) -> dict[str, str] | None:
+    """Checks the files of a checkpoint, and returns the checksums of its arrays, for readers of their own.
+
+    Args:
+      directory: a `checkpoint_<step>`.
+
+    Returns:
+      Name of an array, such as "params/encoder/relpos_bias/rel_embedding" -> the result of
+      `checksums.of_array`; None: the checkpoint has no checksums.
+
+    Raises:
+      CheckpointError: a file is damaged or can't be read.
+    """
+    with _explained_damage(epath.Path(directory)):
+        return saved_arrays.check_files(epath.Path(directory))
+
+
+@contextlib.contextmanager
+def _explained_damage(directory: epath.Path) -> Iterator[None]:
+    """Turns any exception while reading a checkpoint into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:  # As in `_damage`.
+        raise CheckpointError(
+            f"{directory} is damaged or can't be read: {saved_arrays.reason(error)}. Bring it back from a"
+            " copy, or name another checkpoint"
+        ) from error
 
 
 def _describe(name: tuple[str, ...], leaf: Any | None, saved: Mapping) -> str:

@@ -9,20 +9,35 @@ TensorFlow. The entries of model.json:
     fit                                  how pictures become square, see `pixels.square`
     misalignment_threshold               words with a higher probability of being misaligned are marked
     training                             facts about the training, for people: {"task", ...}
+    checksums                            {"vocabulary.model": its checksum, "model.json": that of all
+                                         other entries, see `checksums.of_json`}
+
+Another vocabulary, or another entry, changes every score without a word. So files that differ from their
+checksums are refused. Files without the entry `checksums` are taken: older versions wrote none, and whoever
+changes a file on purpose removes it.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from richhf_jax import errors, feedback, models, pixels, writing
+from richhf_jax import checksums, errors, feedback, models, pixels, reading, writing
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
 VOCABULARY_FILE = "vocabulary.model"
+
+_CHECKSUMS = "checksums"
+_LARGEST = 2**20  # bytes of model.json
+_FIX = (
+    "Bring it back from a copy; or give the training's command again, which writes it anew (a finished one"
+    " ends at once)"
+)
+_MEANT = f'if the change is meant, remove the entry "{_CHECKSUMS}" from {FILE}'
 
 _CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config": rahf.HeadsConfig}
 
@@ -57,7 +72,11 @@ def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: byt
     directory = epath.Path(directory)
     if vocabulary is not None:
         writing.write(directory / VOCABULARY_FILE, vocabulary)
-    writing.write(directory / FILE, json.dumps(content, indent=2) + "\n")
+    entries = dict(content) | {_CHECKSUMS: {}}
+    if vocabulary is not None:
+        entries[_CHECKSUMS][VOCABULARY_FILE] = checksums.of_bytes(vocabulary)
+    entries[_CHECKSUMS][FILE] = checksums.of_json(entries)
+    writing.write(directory / FILE, json.dumps(entries, indent=2) + "\n")
 
 
 def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescription:
@@ -68,7 +87,7 @@ def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescriptio
       dtype: type of activations, 'float32' or 'bfloat16'; None: that of the training.
 
     Raises:
-      errors.UserError: a file or an entry is missing or has a wrong value; the message says which.
+      errors.UserError: a file or an entry is missing, wrong or changed; the message says which.
     """
     directory = epath.Path(directory)
     path, vocabulary = directory / FILE, directory / VOCABULARY_FILE
@@ -81,13 +100,50 @@ def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescriptio
         raise errors.UserError(
             f"{directory} has no {VOCABULARY_FILE}: copy the SentencePiece model that the training used to it"
         )
+    with _explained(path):
+        content = reading.parse_json(reading.read_bytes(path, _LARGEST))
+        model = reading.read_bytes(vocabulary)
+        _check(content, model, path, vocabulary)
+        return _parse(content, model, {"dtype": dtype} if dtype else {})
+
+
+def recorded_training(directory: epath.PathLike) -> dict[str, Any]:
+    """Reads the entry "training" of a directory's model.json; {} if there is none that makes sense."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _parse(content, vocabulary.read_bytes(), {"dtype": dtype} if dtype else {})
+        return dict(reading.read_json(epath.Path(directory) / FILE)["training"])
+    except (OSError, KeyError, TypeError, ValueError, errors.UserError):
+        return {}
+
+
+@contextlib.contextmanager
+def _explained(path: epath.Path) -> Iterator[None]:
+    """Turns the errors of a file that makes no sense into a UserError that names it and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.UserError(f"{writing.reason(error)}. {_FIX}") from error
     except KeyError as error:
-        raise errors.UserError(f"{path} lacks {error}") from error
+        raise errors.UserError(f"{path} lacks {error}. {_FIX}") from error
     except (AttributeError, TypeError, ValueError) as error:
-        raise errors.UserError(f"{path} makes no sense: {error}") from error
+        raise errors.UserError(f"{path} makes no sense: {error}. {_FIX}") from error
+
+
+def _check(content: dict[str, Any], model: bytes, path: epath.Path, vocabulary: epath.Path) -> None:
+    """Checks the files' checksums, if there are any.
+
+    Raises:
+      errors.UserError: a file differs from its checksum.
+    """
+    if (expected := content.get(_CHECKSUMS)) is None:
+        return
+    own = {name: value for name, value in expected.items() if name != FILE}
+    if expected.get(FILE) != checksums.of_json(content | {_CHECKSUMS: own}):
+        raise errors.UserError(f"{path} isn't as it was written: its checksum differs. {_FIX}; {_MEANT}")
+    if own.get(VOCABULARY_FILE) != checksums.of_bytes(model):
+        raise errors.UserError(
+            f"{vocabulary} isn't the vocabulary that the model was trained with: its checksum is"
+            f" {checksums.of_bytes(model)}, {FILE} has {own.get(VOCABULARY_FILE)}. {_FIX}; {_MEANT}"
+        )
 
 
 def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str, Any]) -> ModelDescription:
@@ -102,6 +158,8 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
         raise ValueError(f"variant must be one of {feedback.VARIANTS}, got {content['variant']!r}")
     if content["fit"] not in pixels.FITS:
         raise ValueError(f"fit must be one of {pixels.FITS}, got {content['fit']!r}")
+    if not isinstance(content["training"], dict):
+        raise ValueError("training must be an object")
     return ModelDescription(
         rahf.Rahf(
             variant=content["variant"], decoder_sees_image=bool(content["decoder_sees_image"]), **configs

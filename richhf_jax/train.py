@@ -119,7 +119,9 @@ def train(
         state, position = _initial_state(trainer, checkpointer, checkpoint_cfg.restore)
         if jax.process_index() == 0:
             gin_utils.write_operative_config(os.path.join(model_dir, "config.gin"))
-            _write_description(model, train_dataset_cfg, stream, checkpoint_cfg, model_dir)
+            _write_description(
+                model, train_dataset_cfg, stream, checkpoint_cfg, model_dir, random_seed, int(state.step)
+            )
             _write_model_info(os.path.join(model_dir, "model-info.txt"), state.params)
         evaluation = _Evaluation(trainer, train_eval_dataset_cfg, partitioner, eval_steps, model_dir)
         stack.enter_context(contextlib.closing(evaluation))
@@ -263,8 +265,13 @@ def _write_description(
     stream: input_pipeline.TrainStream,
     checkpoint_cfg: checkpoints.CheckpointConfig,
     model_dir: str,
+    random_seed: int,
+    step: int,
 ) -> None:
-    """Writes the model's description, which predictions need beside the parameters, if it has one."""
+    """Writes the model's description, which predictions need beside the parameters, if it has one.
+
+    A run that continues keeps the name of the checkpoint that its first parameters came from.
+    """
     content = model.describe(cfg.task_feature_lengths, stream.batch_shapes)
     if content is None:
         return
@@ -272,8 +279,16 @@ def _write_description(
     training = {
         "task": cfg.mixture_or_task_name,
         "batch_size": cfg.batch_size,
+        "random_seed": random_seed,
         "initial_checkpoint": initial,
     }
+    earlier = model_description.recorded_training(model_dir) if step else {}
+    for name in training.keys() & earlier.keys():
+        if training[name] != earlier[name]:
+            logging.warning("%s was %r, now it is %r", name, earlier[name], training[name])
+    if earlier.get("initial_checkpoint", initial) != initial:
+        logging.warning("the run continues from step %d of its own, so initial_checkpoint isn't read", step)
+        training["initial_checkpoint"] = earlier["initial_checkpoint"]
     model_description.write(model_dir, content | {"training": training}, input_pipeline.vocabulary_model(cfg))
 
 

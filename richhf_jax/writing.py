@@ -29,8 +29,8 @@ NO_ROOM_OR_RIGHT = frozenset(
 )
 # Codes of file systems that can't synchronise a folder.
 _CAN_NOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
-# The last file and the error code in a message of TensorStore.
-_TENSORSTORE_OS_ERROR = re.compile(r".*\"(?P<file>[^\"]+)\".*os_error_code='(?P<code>\d+)'")
+# The last file and the error code in a message of TensorStore. A specification in it has escaped quotes.
+_TENSORSTORE_OS_ERROR = re.compile(r".*(?<!\\)\"(?P<file>[^\"\\]+)\".*os_error_code='(?P<code>\d+)'")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 import dataclasses
 import gc
+import itertools
+import json
+import os
 import pathlib
 import resource
 import shutil
@@ -16,7 +19,7 @@ import pytest
 from absl import logging
 from jax.sharding import PartitionSpec
 
-from richhf_jax import checkpoints, errors, optimizers, partitioning, train_state
+from richhf_jax import checkpoints, checksums, errors, optimizers, partitioning, train_state
 
 # If one array can't be read or written, Orbax leaves unfinished work on the others behind.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -307,6 +310,152 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(tmp_path, two_checkpoints
     assert restore(tmp_path, like(large))[1]["step"] == 4
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, large):
+    """Saves two checkpoints with metrics, whose positions differ."""
+    folder = tmp_path_factory.mktemp("measured")
+    cfg = checkpoints.SaveCheckpointConfig(1, keep_best=1)
+    with checkpoints.Checkpointer(str(folder), cfg) as checkpointer:
+        for step in (3, 4):
+            checkpointer.save(large, POSITION | {"step": step}, step, {"loss": 1.0})
+    return folder
+
+
+def flips(path):
+    """Yields after each flip of one bit in the file, all over its length; then it is whole again."""
+    content = path.read_bytes()
+    for number in range(6):
+        flipped = bytearray(content)
+        flipped[len(content) * number // 6] ^= 1 << number
+        path.write_bytes(flipped)
+        yield
+    path.write_bytes(content)
+
+
+def files_of(checkpoint):
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def test_after_a_flipped_bit_parameters_are_the_saved_ones_or_refused(tmp_path, measured, large, capfd):
+    shutil.copytree(measured / "checkpoint_4", tmp_path / "checkpoint_4")
+    refused = set()
+    for path in files_of(tmp_path / "checkpoint_4"):
+        for _ in flips(path):
+            try:
+                found = checkpoints.restore_params(str(tmp_path), like(large).params)
+            except checkpoints.CheckpointError as error:
+                message = str(error)
+                assert str(path) in message or "params/dense/" in message
+                refused.add(path.name)
+            else:
+                assert_equal(found, large.params)
+    gc.collect()
+    assert {"_METADATA", "_sharding", "process_0", "manifest.ocdbt", "checksums.json"} < refused
+    assert {path.name for path in data_files(tmp_path / "checkpoint_4")[-2:]} < refused
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_after_a_flipped_bit_training_goes_on_from_a_whole_checkpoint(tmp_path, measured, large, caplog):
+    skipped = set()
+    cfg = checkpoints.SaveCheckpointConfig(1, keep_best=1)
+    for number, place in enumerate(files_of(measured / "checkpoint_4")):
+        folder = tmp_path / str(number)
+        shutil.copytree(measured, folder)
+        path = folder / place.relative_to(measured)
+        next(itertools.islice(flips(path), 3, None))  # In the middle.
+        with checkpoints.Checkpointer(str(folder), cfg) as checkpointer:
+            found, position = checkpointer.restore_newest(like(large))
+        assert_equal(found, large)
+        assert position in (POSITION | {"step": 3}, POSITION | {"step": 4})
+        if position["step"] == 3:
+            skipped.add(f"{path.parent.name}/{path.name}")
+            warning = caplog.records[-1].getMessage()
+            assert str(path) in warning or "params/dense" in warning
+    assert {"data_position/metadata", "state/_METADATA", "checkpoint_4/checksums.json"} < skipped
+
+
+def test_a_changed_array_is_named(tmp_path, measured, large):
+    """The numbers of another checkpoint, which nothing but a checksum tells from those that were saved."""
+    shutil.copytree(measured / "checkpoint_4", tmp_path / "checkpoint_4")
+    path = tmp_path / "checkpoint_4/checksums.json"
+    content = json.loads(path.read_text())
+    content["arrays"]["params/dense/bias"] = "00000000"
+    del content["checksum"]
+    path.write_text(json.dumps(content | {"checksum": checksums.of_json(content)}))
+    message = (
+        f"{tmp_path}/checkpoint_4 is damaged.*1 of 2 arrays have other numbers.*: params/dense/bias. Bring"
+    )
+    for restore_ in (checkpoints.restore_params, checkpoints.restore_matching):
+        with pytest.raises(checkpoints.CheckpointError, match=message):
+            restore_(
+                str(tmp_path), like(large) if restore_ == checkpoints.restore_matching else like(large).params
+            )
+
+
+def test_a_checkpoint_without_checksums_is_taken_if_it_is_finite(tmp_path, large, caplog):
+    broken = {"dense": large.params["dense"] | {"bias": large.params["dense"]["bias"].at[3, 4].set(jnp.nan)}}
+    checkpoints.save_params(str(tmp_path), large.params, 1)
+    checkpoints.save_params(str(tmp_path), broken, 2)
+    for step in (1, 2):
+        (tmp_path / f"checkpoint_{step}/checksums.json").unlink()
+    found = checkpoints.restore_params(str(tmp_path / "checkpoint_1"), like(large).params)
+    assert_equal(found, large.params)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{tmp_path}/checkpoint_1 has no checksums.json (an older version wrote it")
+    with pytest.raises(
+        checkpoints.CheckpointError, match="1 of 2 arrays have numbers.*finite: params/dense/b"
+    ):
+        checkpoints.restore_params(str(tmp_path), like(large).params)
+
+
+def test_parameters_of_another_type_are_checked_and_converted(tmp_path, large):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), large.params)
+    checkpoints.save_params(str(tmp_path), half)
+    found = checkpoints.restore_params(str(tmp_path), like(large).params)
+    assert_equal(found, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half))
+
+
+def test_checksums_for_readers_of_their_own(tmp_path, large):
+    checkpoints.save_params(str(tmp_path), large.params)
+    found = checkpoints.array_checksums(str(tmp_path / "checkpoint_0"))
+    assert found == {
+        f"params/dense/{name}": checksums.of_array(np.asarray(leaf))
+        for name, leaf in large.params["dense"].items()
+    }
+
+
+def test_a_pipe_in_a_checkpoint_is_not_read(tmp_path, large):
+    checkpoints.save_params(str(tmp_path), large.params)
+    (tmp_path / "checkpoint_0/checksums.json").unlink()
+    (tmp_path / "checkpoint_0/state/_METADATA").unlink()
+    os.mkfifo(tmp_path / "checkpoint_0/state/_METADATA")
+    with pytest.raises(checkpoints.CheckpointError, match="_METADATA is a named pipe"):
+        checkpoints.restore_params(str(tmp_path), like(large).params)
+
+
+def test_a_finished_checkpoint_was_synchronised_before_it_had_its_name(tmp_path, large, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def sync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def rename(old, new):
+        events.append(("renamed", os.fspath(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    save(tmp_path, large, [3])
+    named = events.index(("renamed", f"{tmp_path}/checkpoint_3"))
+    synced = {str(path).partition("orbax-checkpoint-tmp/")[2] for path in events[:named]}
+    final = tmp_path / "checkpoint_3"
+    assert {str(path.relative_to(final)) for path in files_of(final)} <= synced
+    assert {"state", "data_position"} <= synced
+    assert events[named + 1] == str(tmp_path)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path, two_checkpoints, large):
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     for step in (3, 4):
@@ -319,11 +468,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path, t
     assert names(tmp_path) == ["checkpoint_3", "checkpoint_4"]
 
 
-def test_damaged_metrics_cost_a_checkpoint_its_rank_alone(tmp_path, large):
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.write_text('{"loss": 1.0}')])
+def test_damaged_metrics_cost_a_checkpoint_its_rank_alone(tmp_path, large, damage):
     cfg = checkpoints.SaveCheckpointConfig(1, keep=1, keep_best=1)
     with checkpoints.Checkpointer(str(tmp_path), cfg) as checkpointer:
-        checkpointer.save(large, POSITION, 1, {"loss": 1.0})
-    truncate(tmp_path / "checkpoint_1/metrics/metrics")
+        checkpointer.save(large, POSITION, 1, {"loss": 5.0})
+    damage(tmp_path / "checkpoint_1/metrics/metrics")
     with checkpoints.Checkpointer(str(tmp_path), cfg) as checkpointer:
         assert checkpointer.restore_newest(like(large)) is not None
         checkpointer.save(large, POSITION, 2, {"loss": 2.0})

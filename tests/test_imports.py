@@ -42,7 +42,7 @@ benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
-model_description  |                | models network pixels writing
+model_description  |                | checksums models network pixels reading writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            |
@@ -54,7 +54,9 @@ tasks              | tensorflow     | datasets input_pipeline metrics postproces
                                       writing
 torch_twin         | torch          | network
 train_state        | jax            |
-checkpoints        | jax            | train_state writing
+sealing            | jax            | checksums reading writing
+saved_arrays       | jax            | reading sealing writing
+checkpoints        | jax            | saved_arrays sealing train_state writing
 convert            | jax            | checkpoints foreign_text reading weights_file writing
 predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs
                                       keywords locking model_description models pages partitioning

@@ -1,7 +1,8 @@
-"""model.json and vocabulary.model are read as written, and a missing part is named."""
+"""model.json and vocabulary.model are read as written; what is missing, damaged or another's is named."""
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -56,10 +57,11 @@ def test_a_missing_file_is_named(copy, name, message):
         ({"feature_lengths": {"image": 32, "inputs": 24}}, "lacks 'targets'"),
         ({"t5_config": {"vocab_size": 8, "depth": 3}}, "unknown 'depth'"),
         ({"vit_config": 3}, "makes no sense"),
+        ({"training": ["task"]}, "makes no sense: training must be an object"),
     ],
 )
 def test_an_entry_that_is_missing_or_wrong_is_named(copy, change, message):
-    content = json.loads((copy / FILE).read_text()) | change
+    content = json.loads((copy / FILE).read_text()) | change | {"checksums": None}
     (copy / FILE).write_text(
         json.dumps({name: value for name, value in content.items() if value is not None})
     )
@@ -70,4 +72,74 @@ def test_an_entry_that_is_missing_or_wrong_is_named(copy, change, message):
 def test_a_file_that_is_cut_off(copy):
     (copy / FILE).write_text((copy / FILE).read_text()[:100])
     with pytest.raises(errors.UserError, match="makes no sense"):
+        model_description.read(copy)
+
+
+def test_a_changed_entry_is_refused_until_the_change_is_meant(copy):
+    content = json.loads((copy / FILE).read_text()) | {"misalignment_threshold": 0.25}
+    (copy / FILE).write_text(json.dumps(content))
+    with pytest.raises(errors.UserError, match=f"{copy}/{FILE} isn't as it was.*remove the entry \"checks"):
+        model_description.read(copy)
+    del content["checksums"]
+    (copy / FILE).write_text(json.dumps(content))
+    assert model_description.read(copy).misalignment_threshold == 0.25
+
+
+def test_another_layout_of_the_text_is_no_change(copy):
+    (copy / FILE).write_text(json.dumps(json.loads((copy / FILE).read_text()), sort_keys=True))
+    model_description.read(copy)
+
+
+def test_another_vocabulary_is_refused_until_the_change_is_meant(copy):
+    (copy / VOCABULARY).write_bytes((copy / VOCABULARY).read_bytes() + b"\0")
+    with pytest.raises(errors.UserError, match=f"{copy}/{VOCABULARY} isn't the vocabulary that.*remove the"):
+        model_description.read(copy)
+    content = json.loads((copy / FILE).read_text())
+    del content["checksums"]
+    (copy / FILE).write_text(json.dumps(content))
+    model_description.read(copy)
+
+
+def test_each_flipped_bit_of_the_description_is_seen(copy):
+    text = (copy / FILE).read_bytes()
+    whole, wrong = model_description.read(copy), []
+    for bit in range(3, len(text) * 8, 97):  # 97 is prime: every kind of bit comes.
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (copy / FILE).write_bytes(flipped)
+        found = read_or_message(copy)
+        if found != whole and str(copy / FILE) not in str(found):
+            wrong.append((bit, found))
+    assert wrong == []
+
+
+def read_or_message(directory):
+    try:
+        return model_description.read(directory)
+    except errors.UserError as error:
+        return str(error)
+
+
+def test_json_nested_without_end(copy):
+    (copy / FILE).write_text("[" * 100_000)
+    with pytest.raises(errors.UserError, match=f"{FILE} makes no sense: it is nested too deeply"):
+        model_description.read(copy)
+
+
+@pytest.mark.parametrize("name", [FILE, VOCABULARY])
+def test_a_pipe_and_a_device_are_named_and_not_read(copy, name):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(errors.UserError, match=f"{copy}/{name} is a named pipe: a regular file"):
+        model_description.read(copy)
+    (copy / name).unlink()
+    (copy / name).symlink_to("/dev/zero")
+    with pytest.raises(errors.UserError, match=f"{copy}/{name} is a device: a regular file"):
+        model_description.read(copy)
+
+
+def test_a_file_without_end(copy):
+    with (copy / FILE).open("r+") as file:
+        file.truncate(2**40)
+    with pytest.raises(errors.UserError, match=f"{copy}/{FILE} is larger than"):
         model_description.read(copy)

@@ -396,7 +396,14 @@ def small_train(tmp_path, monkeypatch):
     )
 
     def run(
-        total_steps=5, save=None, eval_cfg=None, model=COUNTED, trainer_cls=Counting, model_dir=None, **kwargs
+        total_steps=5,
+        save=None,
+        restore=None,
+        eval_cfg=None,
+        model=COUNTED,
+        trainer_cls=Counting,
+        model_dir=None,
+        **kwargs,
     ):
         train.train(
             model=model,
@@ -404,7 +411,7 @@ def small_train(tmp_path, monkeypatch):
             train_dataset_cfg=cfg,
             train_eval_dataset_cfg=eval_cfg,
             partitioner=partitioning.PjitPartitioner(),
-            checkpoint_cfg=checkpoints.CheckpointConfig(save),
+            checkpoint_cfg=checkpoints.CheckpointConfig(save, restore),
             total_steps=total_steps,
             trainer_cls=trainer_cls,
             **kwargs,
@@ -520,10 +527,12 @@ def test_a_model_of_other_inputs_trains_evaluates_and_continues(tmp_path, train_
     for total_steps in (30, 60):
         train_points(total_steps=total_steps, save=save, eval_cfg=train_points.cfg, eval_period=30)
     assert checkpoint_names(tmp_path) == ["checkpoint_30", "checkpoint_60"]
-    assert json.loads((tmp_path / "model.json").read_text()) == {
+    description = json.loads((tmp_path / "model.json").read_text())
+    assert description.pop("checksums").keys() == {"model.json"}
+    assert description == {
         "lengths": {"points": 3},
         "features": ["answers", "points"],
-        "training": {"task": "task", "batch_size": 20, "initial_checkpoint": None},
+        "training": {"task": "task", "batch_size": 20, "random_seed": 0, "initial_checkpoint": None},
     }
     events = event_accumulator.EventAccumulator(str(tmp_path / "training_eval/task"), {"tensors": 0}).Reload()
     losses_by_step = {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")}
@@ -538,6 +547,29 @@ def test_a_model_of_other_inputs_trains_evaluates_and_continues(tmp_path, train_
     assert whole.keys() == parts.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(array, parts[name], err_msg=str(name))
+
+
+def test_a_run_that_continues_says_what_changed_and_keeps_what_it_began_from(tmp_path, train_points, caplog):
+    save = checkpoints.SaveCheckpointConfig(period=1)
+
+    def recorded():
+        return json.loads((tmp_path / "model.json").read_text())["training"]
+
+    train_points(total_steps=1, save=save)
+    shutil.move(tmp_path / "checkpoint_1", tmp_path / "first/checkpoint_1")
+    first = checkpoints.RestoreCheckpointConfig(str(tmp_path / "first"))
+    train_points(total_steps=1, save=save, restore=first)
+    caplog.clear()
+    other = checkpoints.RestoreCheckpointConfig(str(tmp_path / "other"))
+    train_points(total_steps=2, save=save, restore=other, random_seed=7)
+    assert recorded()["initial_checkpoint"] == first.path
+    assert recorded()["random_seed"] == 7
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(lines) == [
+        f"initial_checkpoint was {first.path!r}, now it is {other.path!r}",
+        "random_seed was 0, now it is 7",
+        "the run continues from step 1 of its own, so initial_checkpoint isn't read",
+    ]
 
 
 def saved_arrays(checkpoint):

@@ -236,7 +236,10 @@ def load_vocabulary(model: bytes | None) -> sentencepiece.SentencePieceProcessor
     try:
         vocabulary.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        raise errors.UserError(f"{model_description.VOCABULARY_FILE} is no SentencePiece model") from error
+        raise errors.UserError(
+            f"{model_description.VOCABULARY_FILE} beside {model_description.FILE} is damaged, or no"
+            " SentencePiece model: copy the one that the training used there"
+        ) from error
     return vocabulary
 
 
