@@ -18,7 +18,9 @@ _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
 _HEADER_BYTES, _FOOTER_BYTES = _LENGTH.size + _CHECKSUM.size, _CHECKSUM.size
 _CUT_OFF = "cut off: the file ends within this record"
-# No more is read at once: a garbled length may be huge.
+# Most bytes of a record: more than any image that is decoded has.
+_MAX_BYTES = 1 << 30
+# No more is read at once: a length may be huge, and the file short.
 _CHUNK_BYTES = 1 << 20
 
 
@@ -44,6 +46,9 @@ def read(file: IO[bytes]) -> Iterator[bytes | RecordError]:
             size = _data_size(header)
         except RecordError as error:
             yield error
+            return
+        if size > _MAX_BYTES:
+            yield RecordError(f"it claims {size} bytes; this record and the rest of the file are lost")
             return
         data = _read_up_to(file, size + _FOOTER_BYTES)
         if len(data) < size + _FOOTER_BYTES:

@@ -8,11 +8,13 @@ from richhf_jax import errors
 from richhf_jax.inputs import tars
 from richhf_jax.inputs.record import (
     IMAGE_EXTENSIONS,
+    MAX_TEXT_BYTES,
     Record,
     broken_record,
     checked_prompt,
     printable,
     read_bytes,
+    regular,
 )
 
 _GZIP = b"\x1f\x8b"
@@ -30,7 +32,7 @@ def tar_records(path: str) -> Iterator[Record]:
     """
     waiting: dict[str, tuple[str, tars.Member]] = {}
     problem = ""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         if file.peek(len(_GZIP)).startswith(_GZIP):
             raise compressed(path)
         try:
@@ -85,6 +87,6 @@ def _pair(path: str, key: str, image: tars.Member, text: tars.Member) -> Record:
 
 def _load_pair(path: str, key: str, image: tars.Member, text: tars.Member) -> tuple[bytes, str]:
     where = f"{path}, {key}"
-    prompt = read_bytes(path, f"{where}.txt", "", text.offset, text.size)
+    prompt = read_bytes(path, f"{where}.txt", "", text.offset, text.size, MAX_TEXT_BYTES)
     prompt = checked_prompt(prompt, f"{where}.txt")
     return read_bytes(path, where, "", image.offset, image.size), prompt

@@ -38,7 +38,7 @@ def parquet_records(path: str) -> Iterator[Record]:
 
 
 def count_rows(path: str) -> int:
-    """Returns the number of records. It reads what `parquet_records` reads, since a footer may claim anything."""
+    """Counts the records. It reads what `parquet_records` reads, because a footer may claim anything."""
     table = _open(path)
     return table.count(_name_columns(table), _NAME_ROWS)
 

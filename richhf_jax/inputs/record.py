@@ -1,16 +1,42 @@
-"""Records, which every kind of input gives. They load later, in any thread, or tell why they can't."""
+"""Records, which every kind of input gives, and what all readers share: limits, safe opening, JSON, ids.
+
+Records load later, in any thread, or tell why they can't. A row or file that breaks a limit fails alone.
+"""
 
 import dataclasses
+import errno
 import functools
+import json
+import math
 import os
+import re
 import stat
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NoReturn
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# JPEG's names are those of Windows and Chrome, too; Firefox saves animations as .apng.
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp"),
+    *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+)
+# Pictures that no decoder here reads.
+OTHER_IMAGE_EXTENSIONS = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".tif", ".tiff", ".svg", ".svgz", ".ico"),
+    *(".psd", ".tga", ".exr", ".hdr", ".qoi", ".ppm", ".pgm", ".pbm", ".pnm", ".dng", ".cr2", ".nef", ".arw"),
+)
 
-# Larger than any image that is decoded. It keeps a huge file with an image's extension out of memory.
-_MAX_BYTES = 1 << 30
+# Bytes of an image's file: more than any image that is decoded has.
+MAX_IMAGE_BYTES = 1 << 30
+# Bytes of a text file with a prompt.
+MAX_TEXT_BYTES = 1 << 20
+# Characters of a CSV's row, or bytes of a JSON line.
+MAX_ROW = 1 << 24
+# Levels of objects and lists in JSON. Python's parser would use the stack of the process for each.
+MAX_DEPTH = 200
+# From here on, a float can't hold every whole number.
+_MAX_WHOLE_FLOAT = 1 << 53
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
 
 class InputError(ValueError):
@@ -28,10 +54,12 @@ class Record:
       id: the image's name for the user, the same in every run. Two records may have the same id.
       load: returns the image file's bytes (not decoded) and the prompt (stripped, not empty), or raises
         InputError. Any thread may call it at any time; it is fastest in the records' order.
+      row_id: the id to take where an earlier record has this one. '' where `id` is more than a hint.
     """
 
     id: str
     load: Callable[[], tuple[bytes, str]]
+    row_id: str = ""
 
 
 def broken_record(name: str, problem: str) -> Record:
@@ -51,7 +79,39 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def read_bytes(path: str, where: str, fix: str = "", offset: int = 0, size: int | None = None) -> bytes:
+def unsupported_image(path: str) -> str:
+    """Returns why a file with one of OTHER_IMAGE_EXTENSIONS isn't scored, and what to do."""
+    extension = os.path.splitext(path)[1].lower()
+    return f"{path}: {extension} isn't read; convert it to PNG or JPEG"
+
+
+def regular(path: str, flags: int) -> int:
+    """Opens a regular file: the argument `opener` of `open`. A pipe or device would never end.
+
+    Raises:
+      OSError: there is no such file, or it is a folder, pipe, device or socket.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a file")
+
+
+def reason(error: Exception) -> str:
+    """Returns an OSError's reason, which doesn't repeat the file's name as the whole message does."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def read_bytes(
+    path: str,
+    where: str,
+    fix: str = "",
+    offset: int = 0,
+    size: int | None = None,
+    most: int = MAX_IMAGE_BYTES,
+) -> bytes:
     """Reads a file, or a part of it.
 
     Args:
@@ -60,27 +120,23 @@ def read_bytes(path: str, where: str, fix: str = "", offset: int = 0, size: int 
       fix: the end of an error's message: what to do.
       offset: first byte of the part.
       size: bytes of the part; None: the whole file.
+      most: most bytes that are taken.
 
     Raises:
       InputError: the file can't be read, is no regular file, is too large, or is shorter than the part.
     """
     fix = fix and f" ({fix})"
     try:
-        status = os.stat(path)
-        is_file = stat.S_ISREG(status.st_mode)  # Opening a pipe could wait for ever.
-        wanted = status.st_size if size is None else size
-        data = b""
-        if is_file and wanted <= _MAX_BYTES:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(wanted)
+        with open(path, "rb", opener=regular) as file:
+            wanted = os.fstat(file.fileno()).st_size if size is None else size
+            if wanted > most:
+                raise InputError(f"{where}: {wanted} bytes; at most {most} are taken")
+            file.seek(offset)
+            data = file.read(wanted)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name.
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{where}: {reason}{fix}") from error
-    if not is_file:
-        raise InputError(f"{where}: not a file{fix}")
-    if wanted > _MAX_BYTES:
-        raise InputError(f"{where}: {wanted} bytes; at most {_MAX_BYTES} are taken")
+        raise InputError(f"{where}: {reason(error)}{fix}") from error
     if len(data) < wanted:
         raise InputError(f"{where}: cut off, {len(data)} of {wanted} bytes are there")
     return data
@@ -96,3 +152,77 @@ def checked_prompt(text: str | bytes, where: str) -> str:
     if not text.strip():
         raise InputError(f"{where}: the prompt is empty")
     return text.strip()
+
+
+def json_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines that aren't blank, with their numbers from 1; `parsed_json` refuses those cut here.
+
+    A line of more than MAX_ROW bytes is cut, so a file that is one endless line stays out of memory.
+    """
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        rest = line
+        while len(rest) > MAX_ROW and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_ROW + 1)
+        if line.strip():
+            yield number, line
+
+
+def parsed_json(line: str | bytes) -> Any:
+    """Parses JSON within MAX_ROW and MAX_DEPTH.
+
+    Raises:
+      InputError: it is broken, too long or too deep, or an object has two values of one name.
+    """
+    line = line.encode("utf-8", "surrogatepass") if isinstance(line, str) else line
+    if len(line) > MAX_ROW:
+        raise InputError(f"longer than {MAX_ROW} bytes")
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+        raise InputError(f"no JSON: lists or objects are nested more than {MAX_DEPTH} deep")
+    try:
+        return json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no JSON: {getattr(error, 'msg', error)}") from error
+
+
+def _depth(line: bytes) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(rb"[][{}]", _STRING.sub(b"", line)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs) and (twice := [name for name, value in pairs if value != fields[name]]):
+        raise InputError(f"{twice[0]!r} has two values")
+    return fields
+
+
+def whole(value: Any) -> Any:
+    """Returns a float that is a whole number as int, NaN as None, and any other value as it is.
+
+    JSON has one kind of number, and pandas writes whole numbers as 7.0 where a column has an empty cell.
+    A float beyond 2**53 stays: which whole number was meant isn't known.
+    """
+    if not isinstance(value, float):
+        return value
+    if math.isnan(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) <= _MAX_WHOLE_FLOAT else value
+
+
+def checked_id(value: Any) -> str:
+    """Returns the id in a table's cell as text; '' where the cell is empty.
+
+    Raises:
+      InputError: it is neither text nor a whole number.
+    """
+    value = whole(value)
+    if value is None:
+        return ""
+    if type(value) not in (str, int):  # A bool is an int.
+        raise InputError(f"`id` is a {type(value).__name__}, not a string or whole number")
+    return printable(str(value))

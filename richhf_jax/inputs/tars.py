@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, BinaryIO, cast
 
-# Most bytes of a file in a tar; see `record`.
-MAX_BYTES = 1 << 30
+from richhf_jax.inputs.record import MAX_IMAGE_BYTES
+
 # Most bytes of an extended header (a long name, times, ...), and most entries of headers for all members.
 _MAX_HEADER, _MAX_GLOBAL = 1 << 20, 100
 # Most bytes of a gzipped tar that are kept because hard links refer to them.
@@ -103,17 +103,18 @@ class Tar:
         return data
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
-        """Yields all members from the first one on, and checks the end. Raises anything at garbled headers."""
+        """Yields all members from the first one on, and checks the end. It raises what tarfile raises."""
         if self._file.tell():
             self._file.seek(0)
         with tarfile.open(fileobj=cast(IO[bytes], _Headers(self._file)), mode="r:") as tar:
             end = 0
             while (info := tar.next()) is not None:
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # Else it keeps all in memory.
+                # Else it keeps all in memory.
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 # A negative size would lead to an endless loop.
                 if info.size < 0 or tar.offset <= end or len(tar.pax_headers) > _MAX_GLOBAL:
                     raise TarError("garbled header")
-                if self._gzipped and info.size > MAX_BYTES:  # Passing it may take hours.
+                if self._gzipped and info.size > MAX_IMAGE_BYTES:  # Passing it may take hours.
                     raise TarError(f"{info.name} {_too_large(info.size)} in a compressed tar")
                 end = tar.offset
                 yield info
@@ -140,7 +141,7 @@ class Tar:
             self._linked.update(_short(info.linkname) for info in self._headers() if info.islnk())
         except StorageError:
             raise
-        except Exception:  # noqa: S110  # It is told when the members behind it are wanted.
+        except Exception:  # It is told when the members behind it are wanted.
             pass
         for info in itertools.takewhile(lambda info: info.offset < end, self._headers()):
             self._noted(info)
@@ -150,9 +151,9 @@ class Tar:
         member = self._member(info)
         if self._linked and member.name in self._linked:
             self._targets[member.name] = member
-            if self._gzipped and info.isreg() and not member.problem and member.offset not in self._kept:
-                if sum(map(len, self._kept.values())) + member.size <= _MAX_KEPT:
-                    self._kept[member.offset] = self.read(member)
+            kept = sum(map(len, self._kept.values()))
+            if self._gzipped and info.isreg() and not member.problem and kept + member.size <= _MAX_KEPT:
+                self._kept[member.offset] = self.read(member)
         return member
 
     def _member(self, info: tarfile.TarInfo) -> Member:
@@ -166,25 +167,23 @@ class Tar:
         elif not info.isreg():
             problem = "is no regular file"
         else:
-            problem = _too_large(info.size) if info.size > MAX_BYTES else ""
+            problem = _too_large(info.size) if info.size > MAX_IMAGE_BYTES else ""
         return Member(name, info.offset_data, info.size, problem)
 
     def _target(self, name: str) -> Member:
         """Returns the file that a hard link refers to, or a member with the problem."""
-        if not self._rewinds:
-            return Member(
-                name, problem=f"is a hard link to {name}, which can't be read again; copy the tar first"
-            )
         target = self._targets.get(name)
-        if target is None:
-            return Member(name, problem=f"is a hard link to {name}, which isn't before it in the tar")
-        if target.problem:
-            return Member(name, problem=f"is a hard link to {name}, which {target.problem}")
-        if self._gzipped and target.offset not in self._kept:
-            return Member(
-                name, problem=f"is a hard link to {name}, and more is linked than is kept; gunzip the tar"
-            )
-        return target
+        if not self._rewinds:
+            problem = "can't be read again; copy the tar first"
+        elif target is None:
+            problem = "isn't before it in the tar"
+        elif not target.problem and self._gzipped and target.offset not in self._kept:
+            problem = f"isn't among the first {_MAX_KEPT} bytes that are linked; `gunzip` the tar"
+        elif target.problem:
+            problem = target.problem
+        else:
+            return target
+        return Member(name, problem=f"is a hard link to {name}, which {problem}")
 
 
 class _Headers:
@@ -213,4 +212,4 @@ def _short(name: str) -> str:
 
 
 def _too_large(size: int) -> str:
-    return f"has {size} bytes, and at most {MAX_BYTES} are taken"
+    return f"has {size} bytes, and at most {MAX_IMAGE_BYTES} are taken"

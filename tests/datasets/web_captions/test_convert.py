@@ -216,7 +216,7 @@ BROKEN = {
         GOOD[2:] * 2,
         [("0", "garbled: its checksum is wrong"), ("1", "no tf.train.Example")],
     ),
-    "corrupt.parquet": (corrupt_parquet, GOOD[2:], [("0 to 1", "row group 0 is broken: ")]),
+    "corrupt.parquet": (corrupt_parquet, GOOD[2:], [("0 to 1", "row group 0 is broken, 2 rows are lost: ")]),
     "samples.parquet": (
         bad_samples,
         ["the last caption"],
@@ -225,7 +225,7 @@ BROKEN = {
     "members.tar": (
         bad_members,
         GOOD[:1],
-        [("0", NO_CAPTION), ("1", "the caption isn't UTF-8"), ("2", "2.json isn't a JSON object")],
+        [("0", NO_CAPTION), ("1", "the caption isn't UTF-8"), ("2", "2.json: no JSON: ")],
     ),
 }
 
