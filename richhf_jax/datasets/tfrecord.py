@@ -28,6 +28,10 @@ class RecordError(ValueError):
     """A record is cut off, garbled or no tf.train.Example; the message says which."""
 
 
+class RestLostError(RecordError):
+    """The records behind this one can't be found, or aren't there."""
+
+
 def write(file: IO[bytes], data: bytes) -> None:
     """Appends a record with its checksums to a file."""
     length = _LENGTH.pack(len(data))
@@ -38,8 +42,8 @@ def read(file: IO[bytes]) -> Iterator[bytes | RecordError]:
     """Reads records from a file's current position to its end.
 
     Yields:
-      Records in order. An error takes the place of a record whose data is garbled. It is the last item if a
-      length is garbled or the file is cut off.
+      Records in order. An error takes the place of a record whose data is garbled. A RestLostError is the
+      last item if a length is garbled or the file is cut off.
     """
     while header := _read_up_to(file, _HEADER_BYTES):
         try:
@@ -48,11 +52,11 @@ def read(file: IO[bytes]) -> Iterator[bytes | RecordError]:
             yield error
             return
         if size > _MAX_BYTES:
-            yield RecordError(f"it claims {size} bytes; this record and the rest of the file are lost")
+            yield RestLostError(f"it claims {size} bytes; this record and the rest of the file are lost")
             return
         data = _read_up_to(file, size + _FOOTER_BYTES)
         if len(data) < size + _FOOTER_BYTES:
-            yield RecordError(_CUT_OFF)
+            yield RestLostError(_CUT_OFF)
             return
         if data[size:] != _checksum(data[:size]):
             yield RecordError("garbled: its checksum is wrong")
@@ -110,10 +114,10 @@ def _data_size(header: bytes) -> int:
       RecordError: the header is cut off or garbled.
     """
     if len(header) < _HEADER_BYTES:
-        raise RecordError(_CUT_OFF)
+        raise RestLostError(_CUT_OFF)
     length = header[: _LENGTH.size]
     if header != length + _checksum(length):
-        raise RecordError("its length is garbled; this record and the rest of the file are lost")
+        raise RestLostError("its length is garbled; this record and the rest of the file are lost")
     return _LENGTH.unpack(length)[0]
 
 

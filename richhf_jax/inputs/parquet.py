@@ -27,8 +27,8 @@ def parquet_records(path: str) -> Iterator[Record]:
     table = _open(path)
     load_image = _Images(path).load if _holds_images(table) else None
     for row in table.rows(_name_columns(table), _NAME_ROWS):
-        if row.count > 1:
-            last = row.number + row.count - 1
+        if row.lost > 1:
+            last = row.number + row.lost - 1
             name = f"{os.path.basename(path)}:{row.number}-{last}"
             yield broken_record(name, f"{path}, rows {row.number} to {last}: {row.problem}")
         elif row.problem:
@@ -45,7 +45,7 @@ def count_rows(path: str) -> int:
 
 def _open(path: str) -> row_groups.Table:
     try:
-        table = row_groups.Table(path, os.path.getsize(path))
+        table = row_groups.Table(path)
     except ImportError as error:
         raise errors.UserError(f"{path}: parquet needs pyarrow: `pip install pyarrow`") from error
     except row_groups.ParquetError as error:

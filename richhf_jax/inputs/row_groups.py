@@ -4,9 +4,12 @@ Nothing here imports pyarrow before a file is opened.
 """
 
 import dataclasses
+import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
+
+from richhf_jax.inputs.record import regular
 
 # Most rows a byte of a file. Tables of images and prompts have less than one.
 _MAX_ROWS_A_BYTE = 64
@@ -34,13 +37,13 @@ class Row:
       number: the (first) row's number, from 0.
       fields: column -> value; empty if there is a problem.
       problem: why there are no fields, or ''.
-      count: number of rows.
+      lost: number of rows that a broken row group loses; 0 where the problem is this row's own.
     """
 
     number: int
     fields: Mapping[str, Any]
     problem: str = ""
-    count: int = 1
+    lost: int = 0
 
 
 class Table:
@@ -52,17 +55,13 @@ class Table:
       metadata: the footer (pyarrow.parquet.FileMetaData).
     """
 
-    def __init__(
-        self, source: str | BinaryIO, size: int, buffer_size: int = 1 << 20, checksums: bool = False
-    ):
+    def __init__(self, source: str | BinaryIO, buffer_size: int = 1 << 20):
         """Reads the footer.
 
         Args:
           source: a regular file's path, or an open file that can seek. What it raises passes, unless it is an
             OSError.
-          size: bytes of the file.
           buffer_size: bytes that are read at once.
-          checksums: whether checksums of pages are checked.
 
         Raises:
           ParquetError: the footer can't be read.
@@ -71,11 +70,15 @@ class Table:
         from pyarrow import parquet
 
         self._broken = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError, MemoryError)
-        self._size = size
         try:
+            if isinstance(source, str):
+                with open(source, "rb", opener=regular) as file:
+                    self._size = file.seek(0, io.SEEK_END)
+            else:
+                self._size = source.seek(0, io.SEEK_END)
             # These options read page by page, not whole columns of a row group.
             self._file = parquet.ParquetFile(
-                source, buffer_size=buffer_size, pre_buffer=False, page_checksum_verification=checksums
+                source, buffer_size=buffer_size, pre_buffer=False, page_checksum_verification=True
             )
             self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
             groups = [self.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
@@ -112,16 +115,20 @@ class Table:
         try:
             if self.starts[group + 1] > _MAX_ROWS_A_BYTE * self._size:
                 raise GroupError(f"it claims {rows} rows, more than the file can hold")
-            at_once = self._rows_at_once(group, columns, most)
-            for batch in self._file.iter_batches(
-                at_once, row_groups=[group], columns=list(columns), use_threads=False
-            ):
+            if self.metadata.row_group(group).total_byte_size * most > _BATCH_BYTES:
+                # Reading the first row raises where pyarrow ends the process when it is asked for the sizes.
+                next(self._iter_batches(1, group, columns), None)
+                most = self._rows_at_once(group, columns, most)
+            for batch in self._iter_batches(most, group, columns):
                 yield batch
                 read += len(batch)
         except self._broken as error:
             raise GroupError(_line(error)) from error
         if read < rows:
             raise GroupError(f"it claims {rows} rows, but {read} are there")
+
+    def _iter_batches(self, rows: int, group: int, columns: Sequence[str]) -> Iterator[Any]:
+        return self._file.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)
 
     def rows(self, columns: Sequence[str], most: int) -> Iterator[Row]:
         """Yields all rows. One whose text isn't UTF-8 has a problem; so have those that a row group loses.

@@ -97,11 +97,13 @@ def examples(work_dir: pathlib.Path, split: str) -> Iterator[dict]:
 def _label(file: BinaryIO, offset: int) -> labels.Record:
     file.seek(offset)
     data = next(tfrecord.read(file))
-    where = f"{file.name}: offset {offset}"
-    if isinstance(data, tfrecord.RecordError):
-        folder = pathlib.Path(file.name).parent
-        raise errors.UserError(f"{where}: {data}; delete {folder} and give the command again")
-    return labels.parse(data, where)
+    try:
+        if isinstance(data, tfrecord.RecordError):
+            raise data
+        return labels.parse(data)
+    except (tfrecord.RecordError, labels.BadRecordError) as error:
+        again = f"delete {pathlib.Path(file.name).parent} and give the command again"
+        raise errors.UserError(f"{file.name}: offset {offset}: {error}; {again}") from error
 
 
 def _label_offsets(work_dir: pathlib.Path, split: str) -> dict[str, int]:

@@ -93,7 +93,10 @@ class Folder:
         return self._fs.unstrip_protocol(self._root)
 
     def files(self, suffixes: Sequence[str]) -> dict[str, int]:
-        """Lists files with one of the suffixes: name below the folder -> bytes (0: unknown), by name."""
+        """Lists files with one of the suffixes, in any case: name below the folder -> bytes (0: unknown).
+
+        The order is by name. Pipes and devices are left out.
+        """
         found = _patiently(self.path, lambda: self._fs.find(self._root, detail=True))
         names = {
             posixpath.basename(path) if path == self._root else posixpath.relpath(path, self._root): entry
@@ -102,8 +105,16 @@ class Folder:
         return {
             name: entry["size"] or 0
             for name, entry in sorted(names.items())
-            if name.endswith(tuple(suffixes))
+            if name.lower().endswith(tuple(suffixes)) and entry["type"] == "file"
         }
+
+    def read(self, name: str, most: int) -> bytes:
+        """Reads a file. Raises ValueError where it has more than `most` bytes."""
+        with self.open(name) as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"more than {most} bytes")
+        return data
 
     def where(self, name: str) -> str:
         """Returns a file's name for messages."""

@@ -126,7 +126,7 @@ def read(shard: Shard, wanted: Collection[str], count: Callable[[int], object]) 
         raise ShardError(f"{error or type(error).__name__}") from error
     source = _Source(file, count)
     with file, io.BufferedReader(source, _BUFFER_BYTES) as buffered:
-        yield from read_format(buffered, shard.size, wanted)
+        yield from read_format(buffered, wanted)
     count(shard.size - source.bytes_read)
 
 
@@ -161,8 +161,7 @@ class _Source(io.RawIOBase):
         return len(data)
 
 
-def _read_tfrecord(file: BinaryIO, size: int, wanted: Collection[str]) -> Iterator[Sample]:
-    del size
+def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
     for number, record in enumerate(tfrecord.read(file)):
         key = str(number)
         try:
@@ -176,8 +175,7 @@ def _read_tfrecord(file: BinaryIO, size: int, wanted: Collection[str]) -> Iterat
         yield Sample(key, {name: value[0] for name, value in values.items() if value})
 
 
-def _read_webdataset(file: BinaryIO, size: int, wanted: Collection[str]) -> Iterator[Sample]:
-    del size
+def _read_webdataset(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
     tar = tars.Tar(file)
     key, fields, problem, end = None, {}, "", ""
     try:
@@ -226,17 +224,16 @@ def _webdataset_sample(key: str, fields: dict[str, Any], problem: str) -> Sample
     return Sample(key, {**texts, **fields})
 
 
-def _read_parquet(file: BinaryIO, size: int, wanted: Collection[str]) -> Iterator[Sample]:
+def _read_parquet(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
     try:
-        table = row_groups.Table(file, size or file.seek(0, io.SEEK_END))
+        table = row_groups.Table(file)
     except row_groups.ParquetError as error:
         raise ShardError(f"no whole parquet file: {error}") from error
     columns = [name for name in table.schema.names if name in wanted]
     if len(set(columns)) < len(columns):
         raise ShardError(f"a column is there twice; those of use are {', '.join(columns)}")
     for row in table.rows([table.leaf(name, "bytes") for name in columns], _ROWS):
-        last = row.number + row.count - 1
-        key = str(row.number) if row.count == 1 else f"{row.number} to {last}"
+        key = str(row.number) if row.lost <= 1 else f"{row.number} to {row.number + row.lost - 1}"
         yield Sample(key, row.fields, row.problem)
 
 
@@ -248,7 +245,7 @@ _READERS = {
 }
 
 
-def _reader(url: str) -> Callable[[BinaryIO, int, Collection[str]], Iterator[Sample]]:
+def _reader(url: str) -> Callable[[BinaryIO, Collection[str]], Iterator[Sample]]:
     path = url.partition("?")[0]
     for ending, reader in _READERS.items():
         if re.search(ending, path):
