@@ -1,6 +1,7 @@
 """Reads tars of pairs: <key>.<image extension> and <key>.txt, which need not be adjacent."""
 
 import functools
+import io
 import os
 from collections.abc import Iterator
 
@@ -68,7 +69,7 @@ def _broken_member(path: str, key: str, problem: str) -> Record:
     return broken_record(key, f"{path}, {key}: {problem}")
 
 
-def _halves(file) -> Iterator[tuple[str, str, tars.Member]]:
+def _halves(file: io.BufferedReader) -> Iterator[tuple[str, str, tars.Member]]:
     """Yields key, extension and member of each image and text. Raises tars.TarError."""
     for member in tars.Tar(file):
         folder, slash, name = member.name.rpartition("/")

@@ -13,6 +13,9 @@ from richhf_jax.inputs.record import regular
 
 # Most rows a byte of a file. Tables of images and prompts have less than one.
 _MAX_ROWS_A_BYTE = 64
+# Of smaller files, whole columns of a row group are read: pyarrow checks their size. Page by page, it takes as
+# much memory as a garbled page claims, up to 2 GB.
+_SMALL_FILE = 1 << 26
 # Columns of a row group above this size, in bytes, may be this many times larger than in the file.
 _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100
 # Aim for the bytes of a batch.
@@ -61,7 +64,7 @@ class Table:
         Args:
           source: a regular file's path, or an open file that can seek. What it raises passes, unless it is an
             OSError.
-          buffer_size: bytes that are read at once.
+          buffer_size: bytes that are read at once of a large file, at least a page.
 
         Raises:
           ParquetError: the footer can't be read.
@@ -76,7 +79,7 @@ class Table:
                     self._size = file.seek(0, io.SEEK_END)
             else:
                 self._size = source.seek(0, io.SEEK_END)
-            # These options read page by page, not whole columns of a row group.
+            buffer_size = 0 if self._size <= _SMALL_FILE else buffer_size
             self._file = parquet.ParquetFile(
                 source, buffer_size=buffer_size, pre_buffer=False, page_checksum_verification=True
             )

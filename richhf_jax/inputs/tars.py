@@ -6,7 +6,7 @@ import io
 import itertools
 import tarfile
 from collections.abc import Iterator
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, cast
 
 from richhf_jax.inputs.record import MAX_IMAGE_BYTES
 
@@ -51,15 +51,18 @@ class Tar:
     Only hard links need a file that can seek back: it is then read up to three times.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.BufferedReader):
         """Takes a file at its start. It may be gzipped, and may raise StorageError when it is read."""
-        start = _peek(file)
+        start = file.peek(8)
+        other = (name for magic, name in _OTHER_COMPRESSION.items() if start.startswith(magic))
+        self._compression = next(other, "")
         self._rewinds = file.seekable()
         self._gzipped = start.startswith(_GZIP)
-        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if self._gzipped else file
-        self._compression = next(
-            (name for magic, name in _OTHER_COMPRESSION.items() if start.startswith(magic)), ""
-        )
+        self._file: Any = file
+        if self._gzipped:
+            self._file = gzip.GzipFile(fileobj=file)
+        elif not self._rewinds:
+            self._file = _Forward(file)
         # Names that hard links refer to (None: no link was met), the last file of each, and contents.
         self._linked: set[str] | None = None
         self._targets: dict[str, Member] = {}
@@ -186,10 +189,29 @@ class Tar:
         return Member(name, problem=f"is a hard link to {name}, which {problem}")
 
 
+class _Forward:
+    """File that can't seek: it reads what it passes over."""
+
+    def __init__(self, file: io.BufferedReader):
+        self._file, self._at = file, 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int) -> None:
+        while self._at < offset and self.read(min(offset - self._at, 1 << 20)):
+            pass
+
+
 class _Headers:
     """File for tarfile, which reads headers only: it refuses to read as much as a garbled one may claim."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: Any):
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
@@ -197,14 +219,6 @@ class _Headers:
         if size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return self._file.read(size)
-
-
-def _peek(file: BinaryIO) -> bytes:
-    if isinstance(file, io.BufferedReader):
-        return file.peek(8)[:8]
-    start = file.read(8)
-    file.seek(0)
-    return start
 
 
 def _short(name: str) -> str:

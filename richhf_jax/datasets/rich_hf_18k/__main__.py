@@ -43,7 +43,6 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
 from richhf_jax import errors, writing
-from richhf_jax.datasets import records
 from richhf_jax.datasets.rich_hf_18k import join, labels, report, sources
 from richhf_jax.datasets.rich_hf_18k.builder import RichHf18k
 
@@ -121,8 +120,6 @@ def build(options: argparse.Namespace) -> None:
         shuffle.MAX_MEM_BUFFER_SIZE = _SORTED_IN_MEMORY
         config = tfds.download.DownloadConfig(manual_dir=work_dir, try_download_gcs=False)
         builder.download_and_prepare(download_config=config)
-        records.write_index(str(builder.data_path))
-        result.write(pathlib.Path(builder.data_path) / report.FILE)
     sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
     print(f"{builder.info.full_name}: {sizes}; {builder.data_path}\n{work_dir} may be deleted")
 

@@ -161,7 +161,7 @@ class _Source(io.RawIOBase):
         return len(data)
 
 
-def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
+def _read_tfrecord(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
     for number, record in enumerate(tfrecord.read(file)):
         key = str(number)
         try:
@@ -175,7 +175,7 @@ def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
         yield Sample(key, {name: value[0] for name, value in values.items() if value})
 
 
-def _read_webdataset(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
+def _read_webdataset(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
     tar = tars.Tar(file)
     key, fields, problem, end = None, {}, "", ""
     try:
@@ -224,7 +224,7 @@ def _webdataset_sample(key: str, fields: dict[str, Any], problem: str) -> Sample
     return Sample(key, {**texts, **fields})
 
 
-def _read_parquet(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
+def _read_parquet(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
     try:
         table = row_groups.Table(file)
     except row_groups.ParquetError as error:
@@ -245,7 +245,7 @@ _READERS = {
 }
 
 
-def _reader(url: str) -> Callable[[BinaryIO, Collection[str]], Iterator[Sample]]:
+def _reader(url: str) -> Callable[[io.BufferedReader, Collection[str]], Iterator[Sample]]:
     path = url.partition("?")[0]
     for ending, reader in _READERS.items():
         if re.search(ending, path):
