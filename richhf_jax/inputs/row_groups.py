@@ -13,8 +13,8 @@ from richhf_jax.inputs.record import regular
 
 # Most rows a byte of a file. Tables of images and prompts have less than one.
 _MAX_ROWS_A_BYTE = 64
-# Of smaller files, whole columns of a row group are read: pyarrow checks their size. Page by page, it takes as
-# much memory as a garbled page claims, up to 2 GB.
+# Of smaller files, whole columns of a row group are read, of a size that pyarrow checks. Page by page, it
+# takes as much memory as a garbled page claims, up to 2 GB.
 _SMALL_FILE = 1 << 26
 # Columns of a row group above this size, in bytes, may be this many times larger than in the file.
 _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100

@@ -142,7 +142,7 @@ def test_a_footer_whose_levels_differ_does_not_end_the_process(monkeypatch):
     monkeypatch.setattr(row_groups, "_BATCH_BYTES", 1)
     images = [{"bytes": b"J"}, None]
     data = parquet_of(columns={"image": images, "prompt": ["a cat"] * 2}, store_schema=False)
-    optional, required = b"\x15\x02\x18\x05image", b"\x15\x00\x18\x05image"
+    optional, required = b"\x35\x02\x18\x05image", b"\x35\x00\x18\x05image"
     assert data.count(optional) == 1
     (row,) = rows_of(data.replace(optional, required), ["image.bytes"])
     assert row.lost == 2
