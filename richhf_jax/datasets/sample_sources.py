@@ -194,7 +194,7 @@ def write_raw(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
     folder.mkdir(parents=True)
     for split, group in _by_split(samples, _OWN_SPLITS):
         lines = [line for by_rater in zip(*(s.raw_lines for s in group), strict=True) for line in by_rater]
-        (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def write_labels(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
@@ -292,11 +292,11 @@ def write_images(folder: pathlib.Path, samples: Sequence[Sample]) -> None:
     for sample in samples:
         (folder / "images" / f"{sample.uid}.{sample.extension}").write_bytes(sample.image)
     rows = [{"uid": sample.uid, "prompt": sample.prompt} for sample in samples]
-    with (folder / "prompts.csv").open("w", newline="") as file:
+    with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["uid", "prompt"])
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
 
 
 def make_web_pairs(examples: int = 24, image_size: int = 64) -> list[dict[str, str | bytes]]:

@@ -96,7 +96,7 @@ def regular(path: str, flags: int) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a file")
+    raise OSError(errno.EINVAL, "not a file", path)
 
 
 def reason(error: Exception) -> str:
@@ -154,19 +154,16 @@ def checked_prompt(text: str | bytes, where: str) -> str:
     return text.strip()
 
 
-def json_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines that aren't blank, with their numbers from 1; `parsed_json` refuses those cut here.
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yields a file's lines; one of more than MAX_ROW bytes is cut there, and `parsed_json` refuses it.
 
-    A line of more than MAX_ROW bytes is cut, so a file that is one endless line stays out of memory.
+    So a file that is one endless line stays out of memory.
     """
-    number = 0
     while line := file.readline(MAX_ROW + 1):
-        number += 1
         rest = line
         while len(rest) > MAX_ROW and not rest.endswith(b"\n"):
             rest = file.readline(MAX_ROW + 1)
-        if line.strip():
-            yield number, line
+        yield line
 
 
 def parsed_json(line: str | bytes) -> Any:
@@ -182,6 +179,8 @@ def parsed_json(line: str | bytes) -> Any:
         raise InputError(f"no JSON: lists or objects are nested more than {MAX_DEPTH} deep")
     try:
         return json.loads(line, object_pairs_hook=_object)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON: {getattr(error, 'msg', error)}") from error
 

@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import re
 import resource
 import struct
@@ -15,7 +14,7 @@ from hypothesis import strategies
 
 from richhf_jax import errors, inputs
 from richhf_jax.inputs import row_groups
-from tests.inputs.damage import damaged
+from tests.inputs.mutation import mutants
 from tests.inputs.reading import loaded, read, user_error
 
 
@@ -193,16 +192,15 @@ VALUES_NAMES = ("image", "prompt", "id")
 
 def test_thousands_of_damaged_files_take_little_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rng = random.Random(0)
     whole = [
         parquet_of(4, columns=SIX, store_schema=False, write_page_checksum=True),
         parquet_of(4, columns=SIX, use_dictionary=False, compression="none", write_page_checksum=True),
         parquet_of(columns=SIX, data_page_version="2.0", compression="zstd", write_page_checksum=True),
     ]
     good = lost = refused = 0
-    for _ in range(9_000):
+    for data in mutants(whole, 9_000):
         try:
-            rows = rows_of(damaged(rng.choice(whole), rng))
+            rows = rows_of(data)
         except row_groups.ParquetError:
             refused += 1
             continue
@@ -217,12 +215,11 @@ def test_thousands_of_damaged_files_take_little_memory():
 
 
 def test_thousands_of_damaged_files_are_scored_or_listed(tmp_path):
-    rng = random.Random(1)
     whole = parquet_of(4, columns=SIX, write_page_checksum=True)
     path = tmp_path / "t.parquet"
     scored = failed = 0
-    for _ in range(1_000):
-        path.write_bytes(damaged(whole, rng))
+    for data in mutants([whole], 1_000):
+        path.write_bytes(data)
         try:
             given = inputs.Inputs([str(path)])
         except errors.UserError:
@@ -231,5 +228,5 @@ def test_thousands_of_damaged_files_are_scored_or_listed(tmp_path):
         assert len(results) == len(given)
         scored += sum(isinstance(result, tuple) for result in results)
         failed += sum(isinstance(result, str) for result in results)
-    assert scored > 500
+    assert scored > 300
     assert failed > 100

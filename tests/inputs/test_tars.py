@@ -3,7 +3,6 @@
 import collections
 import gzip
 import io
-import random
 import tarfile
 import tracemalloc
 
@@ -13,7 +12,7 @@ from hypothesis import strategies
 
 from richhf_jax import errors, inputs
 from richhf_jax.inputs import archives, tars
-from tests.inputs.damage import damaged
+from tests.inputs.mutation import mutants
 from tests.inputs.reading import loaded, read, write_tar
 
 SPECIAL = {
@@ -243,23 +242,21 @@ def pairs_of_three(form):
 
 
 def test_thousands_of_damaged_tars():
-    rng = random.Random(1)
     whole = [pairs_of_three(form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
     kinds = collections.Counter()
-    for _ in range(8_000):
-        for name, content in contents(damaged(rng.choice(whole), rng)):
+    for data in mutants(whole, 9_000):
+        for name, content in contents(data):
             kinds[bool(name), type(content)] += 1
     assert kinds[True, bytes] > 20_000
     assert kinds[False, str] > 5_000
 
 
 def test_thousands_of_damaged_tars_are_scored_or_listed(tmp_path):
-    rng = random.Random(0)
     whole = pairs_of_three(tarfile.GNU_FORMAT)
     path = tmp_path / "t.tar"
     scored = failed = 0
-    for _ in range(2_000):
-        path.write_bytes(damaged(whole, rng))
+    for data in mutants([whole], 1_000):
+        path.write_bytes(data)
         try:
             given = inputs.Inputs([str(path)])
         except errors.UserError:  # Nothing in it is a pair.
@@ -275,12 +272,11 @@ def test_thousands_of_damaged_tars_are_scored_or_listed(tmp_path):
                     # A tar has no checksum of contents. But no image has the whole prompt of another one.
                     both = {image.decode(errors="replace")[2:], prompt[4:]}
                     assert len(both) == 1 or not both <= {"0", "1", "2"}
-    assert scored > 2_000
-    assert failed > 2_000
+    assert scored > 1_000
+    assert failed > 1_000
 
 
 def test_thousands_of_damaged_gzipped_tars():
-    rng = random.Random(0)
     whole = gzip.compress(pairs_of_three(tarfile.GNU_FORMAT), mtime=0)
-    ends = sum(contents(damaged(whole, rng))[-1][0] == "" for _ in range(1_000))
+    ends = sum(contents(data)[-1][0] == "" for data in mutants([whole], 1_000))
     assert ends > 800

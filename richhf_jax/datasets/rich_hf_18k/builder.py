@@ -76,7 +76,7 @@ def check_joined(work_dir: pathlib.Path) -> None:
       errors.UserError: it isn't finished, or it left out more than was allowed.
     """
     path = work_dir / report.FILE
-    problem = json.loads(path.read_text())["problem"] if path.exists() else "the join isn't finished"
+    problem = json.loads(path.read_text("utf-8"))["problem"] if path.exists() else "the join isn't finished"
     if problem:
         raise errors.UserError(
             f"{work_dir}: {problem}\nGive the command `python -m richhf_jax.datasets.rich_hf_18k` again."

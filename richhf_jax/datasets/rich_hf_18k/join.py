@@ -93,7 +93,7 @@ def check_source(source: Source, work_dir: pathlib.Path) -> None:
       errors.UserError: `work_dir` holds images of another source.
     """
     path = work_dir / "source.json"
-    known = json.loads(path.read_text()) if path.exists() else None
+    known = json.loads(path.read_text("utf-8")) if path.exists() else None
     if known == source.description:
         return
     if known is None or not parts(work_dir):

@@ -143,7 +143,7 @@ def _decoded(text: bytes, field: str) -> str:
 
 def load(work_dir: pathlib.Path) -> Index:
     """Reads the index that `prepare` kept in `work_dir`."""
-    return Index(**json.loads((work_dir / "labels" / _INDEX).read_text()))
+    return Index(**json.loads((work_dir / "labels" / _INDEX).read_text("utf-8")))
 
 
 def prepare(

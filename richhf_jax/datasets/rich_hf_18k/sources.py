@@ -25,8 +25,8 @@ from richhf_jax.inputs.record import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     InputError,
+    bounded_lines,
     checked_prompt,
-    json_lines,
     parsed_json,
 )
 
@@ -476,7 +476,9 @@ def _csv_rows(data: bytes) -> Iterator[tuple[int, object]]:
 
 def _jsonl_rows(data: bytes) -> Iterator[tuple[int, object]]:
     """Yields each line's number and content, or what is wrong with it."""
-    for number, line in json_lines(io.BytesIO(data)):
+    for number, line in enumerate(bounded_lines(io.BytesIO(data)), start=1):
+        if not line.strip():
+            continue
         try:
             yield number, parsed_json(line)
         except InputError as error:

@@ -88,7 +88,7 @@ def build(
         if folder.exists():
             _check_plan(folder, plan)
             shutil.rmtree(folder / "shards", ignore_errors=True)  # A kill at the very end leaves it there.
-            return Report(folder, json.loads((folder / BUILD_NAME).read_text())["counts"])
+            return Report(folder, json.loads((folder / BUILD_NAME).read_text("utf-8"))["counts"])
         (partial / "shards").mkdir(parents=True, exist_ok=True)
         if (partial / BUILD_NAME).exists():
             _check_plan(partial, plan)
@@ -107,7 +107,7 @@ def build(
 def _check_plan(folder: pathlib.Path, plan: dict) -> None:
     """Raises a UserError if the folder has a build of other shards or with other options."""
     try:
-        found = json.loads((folder / BUILD_NAME).read_text())
+        found = json.loads((folder / BUILD_NAME).read_text("utf-8"))
     except (OSError, ValueError):
         found = {}
     if found.get("shards") != plan["shards"]:

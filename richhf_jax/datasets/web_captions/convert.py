@@ -79,7 +79,7 @@ class State:
 def read_state(job: Job) -> State | None:
     """Reads a job's state; None if it isn't finished, its output is gone, or its input's size has changed."""
     try:
-        state = State(**json.loads(job.state.read_text()))
+        state = State(**json.loads(job.state.read_text("utf-8")))
         written = job.out.stat().st_size
     except (FileNotFoundError, ValueError, TypeError):  # A damaged state file counts as none.
         return None
