@@ -323,7 +323,7 @@ class Images(Source):
                 try:
                     image = self._folder.read(name, MAX_IMAGE_BYTES)
                     passed(len(image))
-                except ValueError as error:
+                except (ValueError, remote.UnreadableError) as error:
                     problem = str(error)
             yield Row(uid, self._prompts.get(uid) or "", self._folder.where(name), image, problem)
 

@@ -3,6 +3,7 @@
 import collections
 import os
 import pathlib
+import zipfile
 
 import fsspec
 import numpy as np
@@ -326,6 +327,25 @@ def test_pipes_and_huge_files_of_images_are_not_read(bench, samples, monkeypatch
     assert bench.report["missing"] == [samples[0].record[feedback.FILENAME_FIELD]]
     (line,) = bench.report["undecodable"]
     assert f"{huge}: more than 100000 bytes" in line
+
+
+def test_images_in_a_zip(tmp_path):
+    """Some have names as no folder has them, and one is encrypted."""
+    (tmp_path / "p.csv").write_text("uid,prompt\na,x\nb,y\nc,z\n")
+    with zipfile.ZipFile(tmp_path / "i.zip", "w") as archive:
+        for name, content in [("a.png", b"A"), ("/abs/b.png", b"B"), ("../c.JPG", b"C"), ("._a.png", b"")]:
+            archive.writestr(name, content)
+    data = bytearray((tmp_path / "i.zip").read_bytes())
+    data[6] |= 1  # The flag of encryption of a.png, here and in the directory.
+    data[data.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "i.zip").write_bytes(data)
+    source = sources.Images(f"zip://::{tmp_path}/i.zip", str(tmp_path / "p.csv"))
+    assert str(tmp_path) in source.description
+    rows = [row for shard in source.shards() for row in source.rows(shard, "abc", "abc", nothing)]
+    found = {row.uid: row.image or row.problem for row in rows}
+    assert "encrypted" in found.pop("a")
+    assert found.pop("b").endswith("/abs/b.png: no such file or folder")  # fsspec has no absolute names.
+    assert found == {"c": b"C"}
 
 
 def test_a_prompt_and_a_uid_that_are_not_utf8(bench, samples):
