@@ -198,6 +198,8 @@ def _checked(
     overall = feedback.SCORE_FIELDS[feedback.OVERALL]
     for where, record in records:
         try:
+            if isinstance(record, BadRecordError):
+                raise record
             filename, text, scores = _texts_and_scores(record)
         except BadRecordError as error:
             bad.append(f"{where}: {error}")
@@ -222,10 +224,8 @@ def _checked(
         yield {feedback.FILENAME_FIELD: filename, feedback.KEYWORDS_FIELD: text, **scores, **maps}
 
 
-def _texts_and_scores(record: Record | BadRecordError) -> tuple[str, str, dict[str, float]]:
+def _texts_and_scores(record: Record) -> tuple[str, str, dict[str, float]]:
     """Returns file name, keyword labels and scores (NaN where there is none). Raises BadRecordError."""
-    if isinstance(record, BadRecordError):
-        raise record
     filename = record.get(feedback.FILENAME_FIELD)
     if not filename:
         raise BadRecordError(f"it has no {feedback.FILENAME_FIELD}")

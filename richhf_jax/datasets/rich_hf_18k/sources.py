@@ -235,7 +235,7 @@ class Joined(_Parquet):
         """Returns name -> size of the shards; a change means that their labels may have changed."""
         return {shard.name: str(shard.size) for shard in self.shards()}
 
-    def label_records(self) -> dict[str, Iterator[tuple[str, Record]]]:
+    def label_records(self) -> dict[str, Iterator[tuple[str, Record | BadRecordError]]]:
         """Returns split -> the mirror's own labels, as `labels.prepare` takes them.
 
         Raises:
@@ -458,18 +458,20 @@ def _uid_and_prompt(row: object) -> tuple[str, str]:
 def _csv_rows(data: bytes) -> Iterator[tuple[int, object]]:
     """Yields each row's last line and its fields, or what is wrong with it."""
     reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), strict=True)
-    header = None
+    header: list[str] = []
     while True:
         try:
-            values = next(reader, None)
-            if values is None:
-                return
-            header = header or values
-            if values and values is not header:
-                yield reader.line_num, dict(zip(header, values, strict=True))
+            values = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:  # The reader goes on with the next line.
             yield reader.line_num, InputError(str(error))
-        except ValueError:
+            continue
+        if not header:
+            header = values
+        elif len(values) == len(header):
+            yield reader.line_num, dict(zip(header, values, strict=True))
+        elif values:
             there = f"{len(values)} fields, but the header has {len(header)} (quote those with commas)"
             yield reader.line_num, InputError(there)
 

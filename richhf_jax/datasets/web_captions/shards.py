@@ -125,7 +125,7 @@ def read(shard: Shard, wanted: Collection[str], count: Callable[[int], object]) 
     except Exception as error:  # See _Source.
         raise ShardError(f"{error or type(error).__name__}") from error
     source = _Source(file, count)
-    with file, io.BufferedReader(source, _BUFFER_BYTES) as buffered:
+    with file, io.BufferedReader(cast(Any, source), _BUFFER_BYTES) as buffered:
         yield from read_format(buffered, wanted)
     count(shard.size - source.bytes_read)
 
