@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
+# All readers of folders, tars and shards take images by this list, so a name means the same everywhere.
 # JPEG's names are those of Windows and Chrome, too; Firefox saves animations as .apng.
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp"),

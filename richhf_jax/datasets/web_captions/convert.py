@@ -14,7 +14,7 @@ from richhf_jax import feedback, writing
 from richhf_jax.datasets import tfrecord
 from richhf_jax.datasets.web_captions import shards
 from richhf_jax.inputs import images
-from richhf_jax.inputs.record import MAX_TEXT_BYTES
+from richhf_jax.inputs.record import IMAGE_EXTENSIONS, MAX_TEXT_BYTES
 
 KEPT, BAD = "kept", "bad"
 # Most bad samples of a shard that are listed.
@@ -43,7 +43,7 @@ class Options:
     min_words: int = 3
     max_words: int = 64
     min_side: int = 0
-    image_fields: tuple[str, ...] = ("image", "jpg", "jpeg", "png", "webp", "image/encoded")
+    image_fields: tuple[str, ...] = ("image", *(e[1:] for e in IMAGE_EXTENSIONS), "image/encoded")
     caption_fields: tuple[str, ...] = ("caption", "text", "txt", "image/caption")
     language_fields: tuple[str, ...] = ("language", "lang")
 

@@ -122,13 +122,20 @@ def test_entries_of_json_hide_no_file(tmp_path):
         "2.png": other,
         "2.json": b'{"image": {"bytes": "AAAA"}, "caption": "a caption in json", "txt": "another one"}',
         "2.txt": b"a caption in text",
+        "2b.JFIF": jpeg(8),
+        "2b.txt": b"a jpeg of another name",
         "3.json": b'{"image": "train/3.jpg", "caption": "no image beside it"}',
     }
     write_tar(tmp_path / "a.tar", members)
     kept, found = converted(tmp_path / "a.tar")
-    captions = {"0": "a caption in json", "1": "a caption in text", "2": "a caption in json"}
+    captions = {
+        "0": "a caption in json",
+        "1": "a caption in text",
+        "2": "a caption in json",
+        "2b": "a jpeg of another name",
+    }
     assert {name.rpartition("/")[2]: prompt for name, _, prompt in kept} == captions
-    assert [image for _, image, _ in kept] == [jpeg(), jpeg(), other]
+    assert [image for _, image, _ in kept] == [jpeg(), jpeg(), other, jpeg(8)]
     assert found == [("3", "the image isn't bytes but str")]
 
 
