@@ -57,7 +57,7 @@ train_state        | jax            |
 sealing            | jax            | checksums reading writing
 saved_arrays       | jax            | reading sealing writing
 checkpoints        | jax            | saved_arrays sealing train_state writing
-convert            | jax            | checkpoints foreign_text reading weights_file writing
+convert            | jax            | checkpoints foreign_text reading sealing weights_file writing
 predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs
                                       keywords locking model_description models pages partitioning
                                       pixels shapes weights_file writing

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from richhf_jax import feedback
-from richhf_jax.datasets import records, rendering_pool, scenes
+from richhf_jax.datasets import rendering_pool, scenes
 from richhf_jax.datasets.rich_hf_18k import builder
 
 JPEG_QUALITY = 95
@@ -40,7 +40,6 @@ def write(data_dir: pathlib.Path, image_size: int, examples: int) -> None:
     data = _NoisyScenes(image_size, examples, data_dir=data_dir)
     if not data.is_prepared():
         data.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        records.write_index(data.data_dir)
 
 
 def _as_jpeg(png: bytes) -> bytes:

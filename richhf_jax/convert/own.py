@@ -1,10 +1,15 @@
 """Reads our own checkpoints, with or without an optimizer's state, and our own .safetensors files."""
 
+import dataclasses
 import math
 import pathlib
 import re
+from collections.abc import Mapping
 
-from richhf_jax import checkpoints, errors, weights_file
+import numpy as np
+from etils import epath
+
+from richhf_jax import checkpoints, errors, sealing, weights_file
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
@@ -35,9 +40,24 @@ def open_checkpoint(path: str) -> Source:
     found = zarr_arrays.orbax_names(index)
     names = [name for name in found if name[0] == "params"]
     arrays = zarr_arrays.ZarrArrays(index)
-    tensors = {"/".join(name[1:]): arrays.tensor(".".join(name), "/".join(name[1:])) for name in names}
+    checksums = sealing.read(epath.Path(directory), "state") or {}
+    tensors = {}
+    for name in names:
+        tensor = arrays.tensor(".".join(name), "/".join(name[1:]))
+        tensors[tensor.origin] = _checked(tensor, "/".join(name), directory, checksums)
     left_out = f", without {len(found) - len(names)} other arrays" if len(found) > len(names) else ""
     return _source(directory, f"our checkpoint of step {step}{left_out}", tensors)
+
+
+def _checked(tensor: Tensor, name: str, directory: str, checksums: Mapping[str, str]) -> Tensor:
+    """Returns a tensor whose `read` compares the array with its checksum, if the checkpoint has any."""
+
+    def read() -> np.ndarray:
+        array = tensor.read()
+        weights_file.check(directory, name, array, checksums)
+        return array
+
+    return dataclasses.replace(tensor, read=read)
 
 
 def check_outside_checkpoints(path: str, flag: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
 
@@ -12,13 +13,29 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GP
 import tensorflow_datasets as tfds
 
 from richhf_jax import errors, writing
-from richhf_jax.datasets import records, scenes, synthetic_captions, synthetic_rich_hf
+from richhf_jax.datasets import scenes, synthetic_captions, synthetic_rich_hf
 
 BUILDERS = (synthetic_rich_hf.SyntheticRichHf, synthetic_captions.SyntheticCaptions)
 
 
+def build(data_dir: str | None, config: str) -> None:
+    """Builds the data sets of a configuration that aren't there yet.
+
+    Raises:
+      OSError: the folder can't be written.
+    """
+    for builder_class in BUILDERS:
+        if config not in builder_class.builder_configs:
+            continue
+        start = time.monotonic()
+        builder = builder_class(config=config, data_dir=data_dir)
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
+        print(f"{builder.info.full_name}: {sizes}; {time.monotonic() - start:.0f} s; {builder.data_dir}")
+
+
 @errors.command()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Builds the data sets that aren't there yet."""
     parser = argparse.ArgumentParser(
         prog="python -m richhf_jax.datasets",
@@ -26,19 +43,11 @@ def main() -> None:
     )
     parser.add_argument("--data_dir", help="TFDS's folder; default: ~/tensorflow_datasets")
     parser.add_argument("--config", choices=sorted(scenes.CONFIGS), default="default")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    for builder_class in BUILDERS:
-        if options.config not in builder_class.builder_configs:
-            continue
-        start = time.monotonic()
-        with writing.explained_disk_errors(options.data_dir or "~/tensorflow_datasets"):
-            builder = builder_class(config=options.config, data_dir=options.data_dir)
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-            records.write_index(builder.data_dir)
-        sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
-        print(f"{builder.info.full_name}: {sizes}; {time.monotonic() - start:.0f} s; {builder.data_dir}")
+    with writing.explained_disk_errors(options.data_dir or "~/tensorflow_datasets"):
+        build(options.data_dir, options.config)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _read_index(folder: epath.Path) -> dict[str, tuple[int, np.ndarray]]:
         with np.load(io.BytesIO(path.read_bytes())) as index:
             names, sizes = index["names"].tolist(), index["sizes"].tolist()
             offsets = np.split(index["offsets"], np.cumsum(index["counts"])[:-1])
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
         logging.warning("%s can't be read (%s); scanning the files", path, error)
         return {}
     return dict(zip(names, zip(sizes, offsets, strict=True), strict=True))

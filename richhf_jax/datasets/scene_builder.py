@@ -8,7 +8,7 @@ from typing import cast
 import tensorflow_datasets as tfds
 
 from richhf_jax import feedback
-from richhf_jax.datasets import rendering_pool, scenes
+from richhf_jax.datasets import rendering_pool, scenes, whole_builder
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -19,7 +19,7 @@ class SceneBuilderConfig(tfds.core.BuilderConfig):
     split_sizes: dict[str, int]
 
 
-class SceneBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class SceneBuilder(whole_builder.WholeBuilder, skip_registration=True):
     """Builder of pictures with file names and prompts; a subclass makes the examples and may add features."""
 
     @property

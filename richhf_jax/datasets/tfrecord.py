@@ -18,12 +18,18 @@ _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
 _HEADER_BYTES, _FOOTER_BYTES = _LENGTH.size + _CHECKSUM.size, _CHECKSUM.size
 _CUT_OFF = "cut off: the file ends within this record"
-# No more is read at once: a garbled length may be huge.
+# Most bytes of a record: more than any image that is decoded has.
+_MAX_BYTES = 1 << 30
+# No more is read at once: a length may be huge, and the file short.
 _CHUNK_BYTES = 1 << 20
 
 
 class RecordError(ValueError):
     """A record is cut off, garbled or no tf.train.Example; the message says which."""
+
+
+class RestLostError(RecordError):
+    """The records behind this one can't be found, or aren't there."""
 
 
 def write(file: IO[bytes], data: bytes) -> None:
@@ -36,8 +42,8 @@ def read(file: IO[bytes]) -> Iterator[bytes | RecordError]:
     """Reads records from a file's current position to its end.
 
     Yields:
-      Records in order. An error takes the place of a record whose data is garbled. It is the last item if a
-      length is garbled or the file is cut off.
+      Records in order. An error takes the place of a record whose data is garbled. A RestLostError is the
+      last item if a length is garbled or the file is cut off.
     """
     while header := _read_up_to(file, _HEADER_BYTES):
         try:
@@ -45,9 +51,12 @@ def read(file: IO[bytes]) -> Iterator[bytes | RecordError]:
         except RecordError as error:
             yield error
             return
+        if size > _MAX_BYTES:
+            yield RestLostError(f"it claims {size} bytes; this record and the rest of the file are lost")
+            return
         data = _read_up_to(file, size + _FOOTER_BYTES)
         if len(data) < size + _FOOTER_BYTES:
-            yield RecordError(_CUT_OFF)
+            yield RestLostError(_CUT_OFF)
             return
         if data[size:] != _checksum(data[:size]):
             yield RecordError("garbled: its checksum is wrong")
@@ -105,10 +114,10 @@ def _data_size(header: bytes) -> int:
       RecordError: the header is cut off or garbled.
     """
     if len(header) < _HEADER_BYTES:
-        raise RecordError(_CUT_OFF)
+        raise RestLostError(_CUT_OFF)
     length = header[: _LENGTH.size]
     if header != length + _checksum(length):
-        raise RecordError("its length is garbled; this record and the rest of the file are lost")
+        raise RestLostError("its length is garbled; this record and the rest of the file are lost")
     return _LENGTH.unpack(length)[0]
 
 

@@ -1,22 +1,26 @@
 """Reads tars of pairs: <key>.<image extension> and <key>.txt, which need not be adjacent."""
 
 import functools
+import io
 import os
-import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from richhf_jax import errors
+from richhf_jax.inputs import tars
 from richhf_jax.inputs.record import (
     IMAGE_EXTENSIONS,
+    MAX_TEXT_BYTES,
     Record,
     broken_record,
     checked_prompt,
     printable,
     read_bytes,
+    regular,
 )
 
 _GZIP = b"\x1f\x8b"
+# Most halves that wait for the other half of their pair.
+_MAX_WAITING = 1 << 20
 
 
 def tar_records(path: str) -> Iterator[Record]:
@@ -27,28 +31,31 @@ def tar_records(path: str) -> Iterator[Record]:
     Raises:
       errors.UserError: the tar is compressed.
     """
-    waiting: dict[str, tuple[str, tuple[int, int]]] = {}
+    waiting: dict[str, tuple[str, tars.Member]] = {}
     problem = ""
-    with open(path, "rb") as file:
-        if file.read(len(_GZIP)) == _GZIP:
+    with open(path, "rb", opener=regular) as file:
+        if file.peek(len(_GZIP)).startswith(_GZIP):
             raise compressed(path)
-        file.seek(0)
         try:
-            for key, extension, place in _members(file):
-                other_extension, other_place = waiting.setdefault(key, (extension, place))
-                if place == other_place:
-                    continue
-                if (extension == ".txt") == (other_extension == ".txt"):
+            for key, extension, member in _halves(file):
+                other_extension, other = waiting.setdefault(key, (extension, member))
+                if other is member:
+                    if len(waiting) > _MAX_WAITING:
+                        raise tars.TarError(
+                            f"{_MAX_WAITING} files wait for their pair; pack the tar with `tar --sort=name`"
+                        )
+                elif (extension == ".txt") == (other_extension == ".txt"):
                     yield _broken_member(path, key, f"both {other_extension} and {extension} are there")
-                    continue
-                del waiting[key]
-                image, text = (other_place, place) if extension == ".txt" else (place, other_place)
-                yield Record(printable(key), functools.partial(_load_pair, path, key, image, text))
-        except Exception as error:  # tarfile raises what it likes at garbled headers.
+                else:
+                    del waiting[key]
+                    image, text = (other, member) if extension == ".txt" else (member, other)
+                    yield _pair(path, key, image, text)
+        except tars.TarError as error:
             problem = f"cut off or broken behind the last member found, the rest is lost: {error}"
-    for key, (extension, _) in waiting.items():
+    for key, (extension, member) in waiting.items():
         lacks = "image" if extension == ".txt" else ".txt with its prompt"
-        yield _broken_member(path, key, f"{key}{extension} has no {lacks} beside it in the tar")
+        lacks = f"has no {lacks} beside it in the tar, or is there twice"
+        yield _broken_member(path, key, f"{key}{extension} {member.problem or lacks}")
     if problem:
         yield broken_record(f"{os.path.basename(path)}:end", f"{path}: {problem}")
 
@@ -62,36 +69,25 @@ def _broken_member(path: str, key: str, problem: str) -> Record:
     return broken_record(key, f"{path}, {key}: {problem}")
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Yields key, extension and (offset, size) of each image and text.
-
-    Raises:
-      tarfile.ReadError: the tar is cut off or damaged.
-    """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        end = 0
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # Else it keeps all in memory.
-            if member.size < 0 or tar.offset <= end:  # A negative size would lead to an endless loop.
-                raise tarfile.ReadError("garbled header")
-            end = tar.offset
-            folder, slash, name = member.name.removeprefix("./").rpartition("/")
-            stem, extension = os.path.splitext(name)
-            extension = extension.lower()
-            # Hidden files are left out, among them macOS's '._a.jpg'.
-            wanted = not name.startswith(".") and extension in (*IMAGE_EXTENSIONS, ".txt")
-            if wanted and member.isfile() and not member.issparse():
-                yield f"{folder}{slash}{stem}", extension, (member.offset_data, member.size)
-        # tarfile takes a missing or garbled header for the end, which is a block of zeros.
-        file.seek(tar.offset)
-        if len(file.read(tarfile.BLOCKSIZE).strip(b"\0")) or file.tell() - tar.offset < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("no mark of the end")
-        while chunk := file.read(1 << 20):
-            if chunk.strip(b"\0"):
-                raise tarfile.ReadError("something follows the mark of the end (joined tars?)")
+def _halves(file: io.BufferedReader) -> Iterator[tuple[str, str, tars.Member]]:
+    """Yields key, extension and member of each image and text. Raises tars.TarError."""
+    for member in tars.Tar(file):
+        folder, slash, name = member.name.rpartition("/")
+        stem, extension = os.path.splitext(name)
+        extension = extension.lower()
+        if extension in (*IMAGE_EXTENSIONS, ".txt"):
+            yield f"{folder}{slash}{stem}", extension, member
 
 
-def _load_pair(path: str, key: str, image: tuple[int, int], text: tuple[int, int]) -> tuple[bytes, str]:
+def _pair(path: str, key: str, image: tars.Member, text: tars.Member) -> Record:
+    for half in (image, text):
+        if half.problem:
+            return _broken_member(path, key, f"{half.name} {half.problem}")
+    return Record(printable(key), functools.partial(_load_pair, path, key, image, text))
+
+
+def _load_pair(path: str, key: str, image: tars.Member, text: tars.Member) -> tuple[bytes, str]:
     where = f"{path}, {key}"
-    prompt = checked_prompt(read_bytes(path, f"{where}.txt", "", *text), f"{where}.txt")
-    return read_bytes(path, where, "", *image), prompt
+    prompt = read_bytes(path, f"{where}.txt", "", text.offset, text.size, MAX_TEXT_BYTES)
+    prompt = checked_prompt(prompt, f"{where}.txt")
+    return read_bytes(path, where, "", image.offset, image.size), prompt

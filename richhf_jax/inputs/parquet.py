@@ -1,90 +1,75 @@
 """Reads parquet tables that hold images or paths of images. Rows count from 0."""
 
 import bisect
-import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from richhf_jax import errors
-from richhf_jax.inputs.record import InputError, Record, checked_prompt
+from richhf_jax.inputs import row_groups
+from richhf_jax.inputs.record import InputError, Record, broken_record, checked_prompt
 from richhf_jax.inputs.tables import LoadImage, broken_row, check_columns, load_row, row_record
 
-# Rows that are read at once: of names and prompts, and of images.
+# Most rows that are read at once: of names and prompts, and of images.
 _NAME_ROWS = 1024
 _IMAGE_ROWS = 16
-# Number of batches of images that stay in memory.
-_KEPT_BATCHES = 4
+# Most rows, and about the most bytes, of images that stay in memory.
+_KEPT_ROWS, _KEPT_BYTES = 4 * _IMAGE_ROWS, 1 << 28
 
 
 def parquet_records(path: str) -> Iterator[Record]:
-    """Yields a record for each row; rows that a broken row group loses don't load.
+    """Yields a record for each row, and one that doesn't load for all rows that a row group loses.
 
     Raises:
       errors.UserError: pyarrow is missing, or the file is no parquet file or lacks a column.
     """
-    file = _open(path)
-    kind = str(file.schema_arrow.field("image").type)
-    # Images in the table stay on disk until they are loaded. Of a struct {bytes, path}, the path is read now.
-    load_image = _Images(path).load if "binary" in kind or kind.startswith("struct") else None
-    columns = ["prompt", "id", "image.path" if load_image else "image"]
-    row = end = 0
-    for group in range(file.num_row_groups):
-        end, problem = end + file.metadata.row_group(group).num_rows, ""
-        try:
-            for batch in _batches(file, _NAME_ROWS, group, columns):
-                for index in range(len(batch)):
-                    yield _record(path, row, batch.slice(index, 1), load_image)
-                    row += 1
-        except InputError as error:
-            problem = str(error)
-        for lost in range(row, end):
-            yield broken_row(path, lost, problem)
-        row = end
+    table = _open(path)
+    load_image = _Images(path).load if _holds_images(table) else None
+    for row in table.rows(_name_columns(table), _NAME_ROWS):
+        if row.lost > 1:
+            last = row.number + row.lost - 1
+            name = f"{os.path.basename(path)}:{row.number}-{last}"
+            yield broken_record(name, f"{path}, rows {row.number} to {last}: {row.problem}")
+        elif row.problem:
+            yield broken_row(path, row.number, row.problem)
+        else:
+            yield _record(path, row, load_image)
 
 
 def count_rows(path: str) -> int:
-    """Returns the number of rows, from the footer; nothing else is read."""
-    return _open(path).metadata.num_rows
+    """Counts the records. It reads what `parquet_records` reads, because a footer may claim anything."""
+    table = _open(path)
+    return table.count(_name_columns(table), _NAME_ROWS)
 
 
-def _open(path: str):
+def _open(path: str) -> row_groups.Table:
     try:
-        from pyarrow import parquet
+        table = row_groups.Table(path)
     except ImportError as error:
         raise errors.UserError(f"{path}: parquet needs pyarrow: `pip install pyarrow`") from error
-    try:
-        # These options read page by page, not whole columns of a row group.
-        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (ValueError, OSError) as error:
+    except row_groups.ParquetError as error:
         raise errors.UserError(f"{path}: no parquet file, or cut off; copy it again: {error}") from error
-    check_columns(path, file.schema_arrow.names)
-    return file
+    check_columns(path, table.schema.names)
+    return table
 
 
-def _batches(file: Any, rows: int, group: int, columns: Sequence[str]) -> Iterator:
-    """Yields the batches of a row group, without columns that it lacks.
-
-    Raises:
-      InputError: the row group is broken.
-    """
-    import pyarrow as pa
-
-    try:
-        yield from file.iter_batches(rows, row_groups=[group], columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"row group {group} is broken: {error}") from error
+def _holds_images(table: row_groups.Table) -> bool:
+    """Tells whether the images themselves, or structs {bytes, path}, are in the table."""
+    kind = str(table.schema.field("image").type)
+    return "binary" in kind or kind.startswith("struct")
 
 
-def _record(path: str, row: int, batch: Any, load_image: LoadImage | None) -> Record:
-    try:
-        (fields,) = batch.to_pylist()
-    except ValueError as error:  # The text isn't UTF-8.
-        return broken_row(path, row, str(error))
+def _name_columns(table: row_groups.Table) -> list[str]:
+    # Images in the table stay on disk until they are loaded. Of a struct {bytes, path}, the path is read now.
+    return ["prompt", "id", "image.path" if _holds_images(table) else "image"]
+
+
+def _record(path: str, row: row_groups.Row, load_image: LoadImage | None) -> Record:
+    fields = dict(row.fields)
     if load_image:
         fields["image"] = (fields.get("image") or {}).get("path")
-    return row_record(path, row, fields, load_image)
+    return row_record(path, row.number, fields, load_image)
 
 
 class _Images:
@@ -96,15 +81,14 @@ class _Images:
 
     def __init__(self, path: str):
         self._path = path
-        self._file = _open(path)
-        groups = (self._file.metadata.row_group(group) for group in range(self._file.num_row_groups))
-        self._starts = list(itertools.accumulate((group.num_rows for group in groups), initial=0))[:-1]
+        self._table = _open(path)
         self._group, self._batches = -1, iter(())
         self._next_row = 0  # First row of the next batch.
-        self._kept = []  # Pairs of (first row, images).
+        self._problem = ""  # Why the row group has no next batch.
+        self._kept: list[tuple[int, Any]] = []  # Pairs of (first row, images).
         self._lock = threading.Lock()
         # Rows that threads wait for. A lock isn't fair: other threads may read on for hundreds of rows.
-        self._waiting = set()
+        self._waiting: set[int] = set()
 
     def load(self, row: int, prompt: str, place: str) -> tuple[bytes, str]:
         """Returns a row's image and checked prompt; see `tables.LoadImage`."""
@@ -126,20 +110,33 @@ class _Images:
         for first, images in self._kept:
             if first <= row < first + len(images):
                 return images[row - first].as_py()
-        group = bisect.bisect_right(self._starts, row) - 1
+        starts = self._table.starts
+        group = bisect.bisect_right(starts, row) - 1
         if group != self._group or row < self._next_row:
-            self._group, self._next_row = group, self._starts[group]
-            self._batches = _batches(self._file, _IMAGE_ROWS, group, ["image"])
+            self._group, self._next_row, self._problem = group, starts[group], ""
+            self._batches = self._table.batches(group, ["image"], _IMAGE_ROWS)
         while self._next_row <= row:
             try:
                 images = next(self._batches).column("image")
-            except (InputError, StopIteration) as error:  # The generator ends after its first error.
-                problem = f"row group {group} is broken from row {self._next_row} on"
-                raise InputError(f"{place}: {problem}") from error
+            except (
+                row_groups.GroupError,
+                StopIteration,
+            ) as error:  # The generator ends after its first error.
+                begin = f"row group {group} is broken from row {self._next_row} on"
+                self._problem = self._problem or f"{begin}: {error}"
+                raise InputError(f"{place}: {self._problem}") from error
             first, self._next_row = self._next_row, self._next_row + len(images)
-            late = [batch for batch in self._kept[:-_KEPT_BATCHES] if self._is_waited_for(*batch)]
-            self._kept = [*late, *self._kept[-_KEPT_BATCHES:], (first, images)]
+            self._keep(first, images)
         return images[row - first].as_py()
+
+    def _keep(self, first: int, images: Any) -> None:
+        """Adds a batch to those in memory, and drops the ones that are far behind it."""
+        rows, size, kept = len(images), images.nbytes, [(first, images)]
+        for batch in reversed(self._kept):
+            rows, size = rows + len(batch[1]), size + batch[1].nbytes
+            if (rows <= _KEPT_ROWS and size <= _KEPT_BYTES) or self._is_waited_for(*batch):
+                kept.append(batch)
+        self._kept = kept[::-1]
 
     def _is_waited_for(self, first: int, images: Any) -> bool:
         return not self._waiting.isdisjoint(range(first, first + len(images)))

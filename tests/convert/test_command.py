@@ -399,3 +399,22 @@ def test_slices_of_a_stack_read_it_once(rng):
     assert [(t.origin, t.shape) for t in slices] == [("w[0]", (2,)), ("w[1]", (2,)), ("w[2]", (2,))]
     np.testing.assert_array_equal([t.read() for t in slices], array)
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize("file", ["array", "_METADATA"])
+def test_a_flipped_bit_in_a_checkpoint_is_found(file, saved, tmp_path, monkeypatch):
+    path, model, _ = saved()
+    if file == "_METADATA":
+        place = pathlib.Path(path, "checkpoint_0/state/_METADATA")
+        place.write_bytes(place.read_bytes().replace(b'"write_shape": [', b'"write_shape":  ['))
+    else:
+        read = own.zarr_arrays.ZarrArrays.tensor
+
+        def tensor(self, name, origin):
+            found = read(self, name, origin)
+            return dataclasses.replace(found, read=lambda: found.read() + np.float32(1e-3))
+
+        monkeypatch.setattr(own.zarr_arrays.ZarrArrays, "tensor", tensor)
+    message = "_METADATA: it is cut off" if file == "_METADATA" else "isn't the array that was written"
+    with pytest.raises(errors.UserError, match=message):
+        command.convert(model, [path], str(tmp_path / "to"))

@@ -1,5 +1,7 @@
 """Tests the TFDS builders: they store what was made, with any number of processes."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -8,7 +10,17 @@ import pytest
 import tensorflow_datasets as tfds
 
 from richhf_jax import feedback
-from richhf_jax.datasets import rendering_pool, scenes, synthetic_captions, synthetic_rich_hf
+from richhf_jax.datasets import (
+    __main__ as command,
+)
+from richhf_jax.datasets import (
+    records,
+    rendering_pool,
+    scenes,
+    synthetic_captions,
+    synthetic_rich_hf,
+    whole_builder,
+)
 from richhf_jax.datasets.scene_builder import SceneBuilderConfig
 
 OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -50,6 +62,51 @@ def test_captions_round_trip(tmp_path):
         assert set(example) == {"filename", "image", "prompt"}
         np.testing.assert_array_equal(example["image"], image)
         assert example["prompt"].decode() == truth.scene.description.prompt
+
+
+TINY = (synthetic_captions.SyntheticCaptions, scenes.CAPTIONS_CONFIGS["default"], {"train": 2})
+
+
+def test_a_data_set_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synchronised, named = set(), []
+    sync, rename = os.fsync, os.replace
+
+    def fsync(descriptor):
+        synchronised.add(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def replace(new, final):
+        if os.path.isdir(new):
+            named.append(final)
+            files = {os.path.realpath(path): path.name for path in pathlib.Path(new).iterdir()}
+            assert {"dataset_info.json", records.INDEX_NAME} < set(files.values())
+            assert files.keys() <= synchronised
+        rename(new, final)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    build(*TINY, tmp_path)
+    folder = tmp_path / "synthetic_captions/tiny/2.0.0"
+    assert named == [folder]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_build_that_ends_early_leaves_no_data_set(tmp_path, monkeypatch):
+    def end(*_):
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_builder.WholeBuilder, "finish", end)
+        with pytest.raises(RuntimeError):
+            build(*TINY, tmp_path)
+    assert not (tmp_path / "synthetic_captions/tiny/2.0.0").exists()
+    assert len(build(*TINY, tmp_path)["train"]) == 2
+
+
+def test_a_file_in_place_of_the_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file/.*: Not a directory. Make the folder"):
+        command.main([f"--data_dir={tmp_path / 'file'}"])
 
 
 def test_two_processes_make_what_one_makes():

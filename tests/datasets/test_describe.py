@@ -277,7 +277,7 @@ def test_a_record_without_a_score(tmp_path):
     ("change", "message"),
     [
         (lambda data: data[:-7], ": record 3 is cut off or corrupt"),
-        (lambda data: data[:60] + b"?" + data[61:], ": record 0 is cut off or corrupt"),
+        (lambda data: data[:60] + b"?" + data[61:], ": record 0: garbled: its checksum is wrong"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid", " is a pointer of Git LFS"),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_record_that_is_no_example(tmp_path):
     path = tmp_path / "x.tfrecord"
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(b"\xff\xff\xff")
-    with pytest.raises(errors.UserError, match=r"x\.tfrecord: record 0 is no tf\.train\.Example"):
+    with pytest.raises(errors.UserError, match=r"x\.tfrecord: record 0: it is no tf\.train\.Example"):
         list(sources.label_records([path]))
 
 

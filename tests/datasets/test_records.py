@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import logging
+from etils import epath
 
 from richhf_jax.datasets import records
+from tests.inputs.mutation import mutants
 
 
 def write(path, contents):
@@ -121,6 +123,19 @@ def test_a_broken_index_is_not_used(folder, scanned, kept):
     _, offsets = records.locate(whole_files(folder))
     assert len(scanned) == len(FILES)
     assert offsets.tolist() == [0, 20, 40, 0, 16]
+
+
+def test_a_damaged_index_is_right_or_not_used(folder):
+    index = folder / records.INDEX_NAME
+    whole = records._read_index(epath.Path(folder))
+    used = 0
+    for data in mutants([index.read_bytes()], 500):
+        index.write_bytes(data)
+        found = records._read_index(epath.Path(folder))
+        used += bool(found)
+        for name, (size, offsets) in found.items():
+            assert (size, offsets.tolist()) == (whole[name][0], whole[name][1].tolist())
+    assert 0 < used < 250
 
 
 def test_the_index_of_the_same_files_is_the_same(folder):

@@ -1,9 +1,12 @@
 import io
+import struct
+import tracemalloc
 
 import pytest
 import tensorflow as tf
 
 from richhf_jax.datasets import tfrecord
+from tests.inputs.mutation import mutants
 
 RECORDS = [b"", b"12345", b"x" * 3_000_000, b"the last"]
 
@@ -56,6 +59,37 @@ def test_behind_a_garbled_length_nothing_is_read():
     first, reason = reasons(data)
     assert first == b""
     assert "rest of the file" in reason
+
+
+def test_a_length_that_claims_more_than_memory():
+    length = struct.pack("<Q", 1 << 60)
+    data = file_of([b"first"]) + length + tfrecord._checksum(length) + file_of(RECORDS)
+    tracemalloc.start()
+    try:
+        first, reason = reasons(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert first == b"first"
+    assert reason == f"it claims {1 << 60} bytes; this record and the rest of the file are lost"
+    assert peak < 1 << 20
+
+
+def test_thousands_of_damaged_files_give_only_what_was_written():
+    contents = [b"%d" % number * 40 for number in range(5)]
+    whole = file_of(contents)
+    good = bad = 0
+    for data in mutants([whole], 10_000):
+        found = list(tfrecord.read(io.BytesIO(data)))
+        for number, record in enumerate(found):
+            if isinstance(record, tfrecord.RestLostError):
+                assert number == len(found) - 1
+            if isinstance(record, tfrecord.RecordError):
+                bad += 1
+            else:
+                good += 1
+                assert record in contents
+    assert min(good, bad) > 5_000
 
 
 def test_examples_are_tensorflows():

@@ -55,8 +55,8 @@ def test_halves_in_a_tar(tmp_path):
         ("c", f"{tar}, c.txt: the prompt is empty"),
         ("d", f"{tar}, d.txt: the prompt isn't UTF-8; save it as UTF-8"),
         ("e", (b"E", "e")),
-        ("a", f"{tar}, a: a.jpg has no .txt with its prompt beside it in the tar"),
-        ("b", f"{tar}, b: b.txt has no image beside it in the tar"),
+        ("a", f"{tar}, a: a.jpg has no .txt with its prompt beside it in the tar, or is there twice"),
+        ("b", f"{tar}, b: b.txt has no image beside it in the tar, or is there twice"),
     ]
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from richhf_jax import inputs
-from richhf_jax.inputs import parquet
+from richhf_jax.inputs import parquet, row_groups
 from tests.inputs.reading import numbered, read, user_error, write, write_parquet
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -114,14 +114,14 @@ def test_parquet_rows_in_any_order(tmp_path):
 def reads(monkeypatch):
     """Records what is read of parquet files: (columns, row group, rows)."""
     found = []
-    batches = parquet._batches
+    batches = row_groups.Table.batches
 
-    def counted(file, rows, group, columns):
-        for batch in batches(file, rows, group, columns):
+    def counted(table, group, columns, most):
+        for batch in batches(table, group, columns, most):
             found.append((columns, group, len(batch)))
             yield batch
 
-    monkeypatch.setattr(parquet, "_batches", counted)
+    monkeypatch.setattr(row_groups.Table, "batches", counted)
     return found
 
 
@@ -158,13 +158,14 @@ def test_a_thread_that_is_kept_waiting_costs_no_second_read(tmp_path, reads, mon
         go_on.set()
         assert late.result() == (images[3], "p3")
     assert [columns for columns, _, _ in reads].count(["image"]) == 10
-    assert len(records[0].load.func.__self__._kept) <= parquet._KEPT_BATCHES + 2
+    assert len(records[0].load.func.__self__._kept) <= 4 + 2
 
 
-def test_parquet_counts_by_its_footer_alone(tmp_path, monkeypatch):
+def test_parquet_counts_without_reading_images_or_making_records(tmp_path, reads, monkeypatch):
     numbered(tmp_path / "t.parquet", rows=300, row_group_size=100)
-    monkeypatch.setattr(parquet, "_batches", None)
+    monkeypatch.setattr(row_groups, "_rows", None)
     assert len(inputs.Inputs([str(tmp_path / "t.parquet")])) == 300
+    assert {tuple(columns) for columns, _, _ in reads} == {("prompt", "id", "image.path")}
 
 
 def test_a_broken_row_group_loses_no_other(tmp_path):
@@ -177,9 +178,8 @@ def test_a_broken_row_group_loses_no_other(tmp_path):
         data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
     found = read(path)
-    lost = [found.pop(f"t.parquet:{row}") for row in range(100, 200)]
-    assert lost[0].startswith(f"{path}, row 100: row group 1 is broken: ")
-    assert lost[99].startswith(f"{path}, row 199: row group 1 is broken: ")
+    lost = found.pop("t.parquet:100-199")
+    assert lost.startswith(f"{path}, rows 100 to 199: row group 1 is broken, 100 rows are lost: ")
     kept = [*range(100), *range(200, 300)]
     assert found == {f"t.parquet:{row}": (images[row], f"p{row}") for row in kept}
 
@@ -192,9 +192,10 @@ def test_broken_images_of_a_row_group(tmp_path):
     data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
     found = read(path)
-    assert [found.pop(f"t.parquet:{row}") for row in range(10, 20)] == [
-        f"{path}, row {row}: row group 1 is broken from row 10 on" for row in range(10, 20)
-    ]
+    reasons = [found.pop(f"t.parquet:{row}").partition(": ")[::2] for row in range(10, 20)]
+    assert [place for place, _ in reasons] == [f"{path}, row {row}" for row in range(10, 20)]
+    (reason,) = {reason for _, reason in reasons}
+    assert reason.startswith("row group 1 is broken from row 10 on: Couldn't deserialize")
     assert found == {f"t.parquet:{row}": (images[row], f"p{row}") for row in [*range(10), *range(20, 30)]}
 
 

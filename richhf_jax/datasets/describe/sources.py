@@ -95,6 +95,8 @@ def label_records(paths: Sequence[pathlib.Path]) -> Iterator[Record]:
     """
     for path in paths:
         for where, fields in labels.read_tfrecord(path):
+            if isinstance(fields, labels.BadRecordError):
+                raise errors.UserError(f"{where}: {fields}")
             yield _record(fields, where)
 
 

@@ -11,7 +11,7 @@ images of Pick-a-Pic v1, but hold neither images nor prompts. These come from on
       A mirror in parquet with filename, image, prompt and the labels' fields. Without --labels, its own
       labels are taken; an overall score of 0 then counts as missing.
   --images=DIR --prompts=FILE
-      Files <uid>.{jpg,jpeg,png,webp}, and a CSV or JSON Lines file with uid and prompt.
+      Files <uid>.{jpg,png,webp,...}, and a CSV or JSON Lines file with uid and prompt.
 
 A PATH is a local folder or an fsspec URL: hf://datasets/OWNER/NAME/data (for a gated data set, first run
 `hf auth login`), gs://BUCKET/data (with gcsfs installed), https://...
@@ -21,8 +21,9 @@ may come and go between runs. A shard that is cut off or corrupt is named; what 
 the next run reads this shard again. If several rows have the same image, the first good one counts, in the
 order of shards, row groups and image columns. If several records have the same image, the first one counts.
 
-Images that are missing or can't be decoded fail the build, unless --allow-missing covers them; their records
-are then left out. The report is printed, and is report.json in the data set's folder and in the work folder.
+Records that can't be read, and images that are missing or can't be decoded, fail the build, unless
+--allow-missing covers them; these records are then left out. The report is printed, and is report.json in the
+data set's folder and in the work folder.
 
 Disk: about 3 GB of images for the work folder, as much for the data set, and once more while it is built.
 Memory: under 2 GB. The work folder is kept, so that nothing must be read again; after the build it may be
@@ -42,7 +43,6 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
 from richhf_jax import errors, locking, writing
-from richhf_jax.datasets import records
 from richhf_jax.datasets.rich_hf_18k import join, labels, report, sources
 from richhf_jax.datasets.rich_hf_18k.builder import RichHf18k
 
@@ -82,7 +82,7 @@ def join_all(options: argparse.Namespace, work_dir: pathlib.Path) -> report.Repo
     else:
         assert isinstance(source, sources.Joined)  # `make_source` wants labels with any other.
         index = labels.prepare(source.label_records(), source.label_inputs(), work_dir, zero_is_missing=True)
-    result = report.make_report(index, join.join(source, index.splits, work_dir))
+    result = report.make_report(index, join.join(source, index.splits, work_dir), source.problems)
     result.problem = problem_of(result, options.allow_missing)
     result.write(work_dir / report.FILE)
     return result
@@ -91,7 +91,8 @@ def join_all(options: argparse.Namespace, work_dir: pathlib.Path) -> report.Repo
 def problem_of(result: report.Report, allowed: int) -> str | None:
     """Returns why nothing may be built, or None."""
     if result.left_out > allowed:
-        return f"{result.left_out} records have no image or a broken one, and --allow-missing={allowed}"
+        bad = ", or are bad themselves" if result.bad_records else ""
+        return f"{result.left_out} records have no image or a broken one{bad}, and --allow-missing={allowed}"
     empty = [name for name, size in result.splits.items() if not size["with_image"]]
     return f"no image of {', '.join(empty)} was found" if empty else None
 
@@ -119,8 +120,6 @@ def build(options: argparse.Namespace) -> None:
         shuffle.MAX_MEM_BUFFER_SIZE = _SORTED_IN_MEMORY
         config = tfds.download.DownloadConfig(manual_dir=work_dir, try_download_gcs=False)
         builder.download_and_prepare(download_config=config)
-        records.write_index(str(builder.data_path))
-        result.write(pathlib.Path(builder.data_path) / report.FILE)
     sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
     print(f"{builder.info.full_name}: {sizes}; {builder.data_path}\n{work_dir} may be deleted")
 
@@ -158,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="build even if up to N images are missing or can't be decoded; default: 0",
+        help="build even if up to N records are bad, or have no image or a broken one; default: 0",
     )
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():

@@ -8,9 +8,10 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
+from etils import epath
 
-from richhf_jax import errors, feedback
-from richhf_jax.datasets import records, tfrecord
+from richhf_jax import errors, feedback, writing
+from richhf_jax.datasets import records, tfrecord, whole_builder
 from richhf_jax.datasets.rich_hf_18k import join, labels, report
 
 # Split of the data set -> name of its file of labels.
@@ -19,7 +20,7 @@ SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 _BATCH_ROWS = 16
 
 
-class RichHf18k(tfds.core.GeneratorBasedBuilder):
+class RichHf18k(whole_builder.WholeBuilder):
     """Rich human feedback on 17,760 generated images (https://arxiv.org/abs/2312.10240).
 
     The features are those of `synthetic_rich_hf`. Images and heatmaps have their own sizes. An unknown score
@@ -28,6 +29,7 @@ class RichHf18k(tfds.core.GeneratorBasedBuilder):
 
     name = "rich_hf_18k"
     VERSION = tfds.core.Version("1.0.0")
+    _report = b""
     MANUAL_DOWNLOAD_INSTRUCTIONS = """\
     The labels must be joined with images first. `python -m richhf_jax.datasets.rich_hf_18k` does this and
     builds the data set; see its --help. `manual_dir` is its --work_dir.
@@ -53,7 +55,14 @@ class RichHf18k(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         work_dir = pathlib.Path(dl_manager.manual_dir)
         check_joined(work_dir)
+        self._report = (work_dir / report.FILE).read_bytes()
         return {split: self._generate_examples(work_dir, name) for split, name in SPLITS.items()}
+
+    def finish(self, folder: epath.Path) -> None:
+        """Adds the index of the records, and the report of the join."""
+        super().finish(folder)
+        if self._report:
+            writing.write(folder / report.FILE, self._report)
 
     def _generate_examples(self, work_dir: pathlib.Path, split: str):
         for example in examples(work_dir, split):
@@ -101,11 +110,13 @@ def examples(work_dir: pathlib.Path, split: str) -> Iterator[dict]:
 def _label(file: BinaryIO, offset: int) -> labels.Record:
     file.seek(offset)
     data = next(tfrecord.read(file))
-    where = f"{file.name}: offset {offset}"
-    if isinstance(data, tfrecord.RecordError):
-        folder = pathlib.Path(file.name).parent
-        raise errors.UserError(f"{where}: {data}; delete {folder} and give the command again")
-    return labels.parse(data, where)
+    try:
+        if isinstance(data, tfrecord.RecordError):
+            raise data
+        return labels.parse(data)
+    except (tfrecord.RecordError, labels.BadRecordError) as error:
+        again = f"delete {pathlib.Path(file.name).parent} and give the command again"
+        raise errors.UserError(f"{file.name}: offset {offset}: {error}; {again}") from error
 
 
 def _label_offsets(work_dir: pathlib.Path, split: str) -> dict[str, int]:

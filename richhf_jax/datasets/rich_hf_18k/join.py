@@ -177,8 +177,8 @@ def _read_shard(source, shard: Shard, splits, missing: set[str], state: State, w
 def _good_image(row: Row, notes: Notes) -> bytes | None:
     """Returns a row's image, or notes why it isn't good and returns None."""
     try:
-        if not (row.prompt or "").strip():
-            raise images.ImageError("no prompt beside it")
+        if row.problem or not (row.prompt or "").strip():
+            raise images.ImageError(row.problem or "no prompt beside it")
         return images.checked(row.image or b"")
     except images.ImageError as error:
         notes.undecodable.append((row.uid, f"{row.where}: {error}"))

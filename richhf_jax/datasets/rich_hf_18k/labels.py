@@ -17,12 +17,17 @@ import tqdm
 from richhf_jax import errors, feedback, writing
 from richhf_jax.datasets import consolidate, tfrecord
 from richhf_jax.inputs import images
+from richhf_jax.inputs.record import regular
 
 SPLITS = ("train", "dev", "test")
 LFS_POINTER = b"version https://git-lfs"
 _INDEX = "index.json"
 
 Record = dict[str, str | float | bytes]
+
+
+class BadRecordError(ValueError):
+    """A record isn't one of RichHF-18K; the message says why."""
 
 
 def uid_of(filename: str) -> str:
@@ -40,6 +45,7 @@ class Index:
       filenames: uid -> the record's file name.
       duplicates: records whose file name or uid had occurred before; the first record counts.
       broken_heatmaps: split -> uid -> reason; records left out because a heatmap can't be decoded.
+      bad_records: split -> records left out because they can't be read, each with the reason.
       missing_scores: field -> number of records without it.
       zero_overall: file names of records whose overall score is exactly 0.
       zero_is_missing: whether such a score counts as missing.
@@ -50,6 +56,7 @@ class Index:
     filenames: dict[str, str] = dataclasses.field(default_factory=dict)
     duplicates: list[str] = dataclasses.field(default_factory=list)
     broken_heatmaps: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    bad_records: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     missing_scores: dict[str, int] = dataclasses.field(default_factory=dict)
     zero_overall: list[str] = dataclasses.field(default_factory=list)
     zero_is_missing: bool = False
@@ -60,34 +67,39 @@ class Index:
         return {uid: split for split, uids in self.keywords.items() for uid in uids}
 
 
-def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
+def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record | BadRecordError]]:
     """Yields the records of a published file, each after its name for messages.
 
     Raises:
-      errors.UserError: the file is missing, cut off or corrupt, or a record isn't of RichHF-18K; the message
-        names both.
+      errors.UserError: the file is missing or cut off, or a length in it is garbled.
     """
     _check_is_tfrecord(path)
     with (
-        path.open("rb") as file,
+        open(path, "rb", opener=regular) as file,
         tqdm.tqdm(
             desc=f"checking {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=None
         ) as bar,
     ):
         for number, data in enumerate(tfrecord.read(file)):
             where = f"{path}: record {number}"
-            if isinstance(data, tfrecord.RecordError):
+            if isinstance(data, tfrecord.RestLostError):
                 raise errors.UserError(
-                    f"{where} is cut off or corrupt; the {number} before it are good. Get the file again, and"
-                    " give the same command: images found so far are kept."
+                    f"{where} is cut off or corrupt, and so is the rest. Get the file again, and give the"
+                    " same command: images found so far are kept."
                 )
-            yield where, parse(data, where)
+            if isinstance(data, tfrecord.RecordError):
+                yield where, BadRecordError(str(data))
+                continue
+            try:
+                yield where, parse(data)
+            except BadRecordError as error:
+                yield where, error
             bar.update(len(data))
 
 
 def _check_is_tfrecord(path: pathlib.Path) -> None:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             start = file.read(len(LFS_POINTER))
     except OSError as error:
         raise errors.UserError(f"{path}: {error.strerror}; there must be one file for each split") from error
@@ -97,26 +109,36 @@ def _check_is_tfrecord(path: pathlib.Path) -> None:
         )
 
 
-def parse(data: bytes, where: str) -> Record:
+def parse(data: bytes) -> Record:
     """Parses a serialised tf.train.Example into the fields of RichHF-18K that it has.
 
     Raises:
-      errors.UserError: the data is no tf.train.Example, or a field has another type.
+      BadRecordError: the data is no tf.train.Example, or a field has another type or several values.
     """
     try:
         features = tfrecord.parse_example(data)
     except tfrecord.RecordError as error:
-        raise errors.UserError(f"{where} is {error}") from error
+        raise BadRecordError(f"it is {error}") from error
     record = {}
     texts = (feedback.FILENAME_FIELD, feedback.KEYWORDS_FIELD)
     for field in (*texts, *feedback.SCORE_FIELDS.values(), *feedback.HEATMAP_FIELDS.values()):
         kind = "float_list" if field in feedback.SCORE_FIELDS.values() else "bytes_list"
         found = features[field].WhichOneof("kind") if field in features else None
         if found not in (None, kind):
-            raise errors.UserError(f"{where}: {field} must be a {kind}, got {found}")
-        if found and (values := getattr(features[field], kind).value):
-            record[field] = values[0].decode("utf-8", "replace") if field in texts else values[0]
+            raise BadRecordError(f"{field} must be a {kind}, got {found}")
+        values = getattr(features[field], kind).value if found else []
+        if len(values) > 1:
+            raise BadRecordError(f"{field} has {len(values)} values")
+        for value in values:
+            record[field] = _decoded(value, field) if field in texts else value
     return record
+
+
+def _decoded(text: bytes, field: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{field} isn't UTF-8") from error
 
 
 def load(work_dir: pathlib.Path) -> Index:
@@ -125,7 +147,7 @@ def load(work_dir: pathlib.Path) -> Index:
 
 
 def prepare(
-    records: Mapping[str, Iterable[tuple[str, Record]]],
+    records: Mapping[str, Iterable[tuple[str, Record | BadRecordError]]],
     inputs: Mapping[str, str],
     work_dir: pathlib.Path,
     zero_is_missing: bool = False,
@@ -166,15 +188,22 @@ def prepare(
     return new
 
 
-def _checked(records: Iterable[tuple[str, Record]], split: str, index: Index) -> Iterator[Record]:
+def _checked(
+    records: Iterable[tuple[str, Record | BadRecordError]], split: str, index: Index
+) -> Iterator[Record]:
     """Yields the good records, with all fields, and notes the others' problems in the index."""
     keywords = index.keywords.setdefault(split, {})
     broken = index.broken_heatmaps.setdefault(split, {})
+    bad = index.bad_records.setdefault(split, [])
+    overall = feedback.SCORE_FIELDS[feedback.OVERALL]
     for where, record in records:
-        filename = record.get(feedback.FILENAME_FIELD)
-        if not filename:
-            raise errors.UserError(f"{where} has no {feedback.FILENAME_FIELD}")
-        filename, text = str(filename), str(record.get(feedback.KEYWORDS_FIELD, ""))
+        try:
+            if isinstance(record, BadRecordError):
+                raise record
+            filename, text, scores = _texts_and_scores(record)
+        except BadRecordError as error:
+            bad.append(f"{where}: {error}")
+            continue
         uid = uid_of(filename)
         if uid in index.filenames:
             index.duplicates.append(f"{where}: {filename} again (first as {index.filenames[uid]})")
@@ -185,8 +214,6 @@ def _checked(records: Iterable[tuple[str, Record]], split: str, index: Index) ->
         except images.ImageError as error:
             broken[uid] = f"{where}: heatmap: {error}"
             continue
-        scores = {f: float(record.get(f, math.nan)) for f in feedback.SCORE_FIELDS.values()}
-        overall = feedback.SCORE_FIELDS[feedback.OVERALL]
         if scores[overall] == 0:
             index.zero_overall.append(filename)
             if index.zero_is_missing:
@@ -195,6 +222,18 @@ def _checked(records: Iterable[tuple[str, Record]], split: str, index: Index) ->
             index.missing_scores[field] = index.missing_scores.get(field, 0) + 1
         keywords[uid] = text
         yield {feedback.FILENAME_FIELD: filename, feedback.KEYWORDS_FIELD: text, **scores, **maps}
+
+
+def _texts_and_scores(record: Record) -> tuple[str, str, dict[str, float]]:
+    """Returns file name, keyword labels and scores (NaN where there is none). Raises BadRecordError."""
+    filename = record.get(feedback.FILENAME_FIELD)
+    if not filename:
+        raise BadRecordError(f"it has no {feedback.FILENAME_FIELD}")
+    scores = {field: float(record.get(field, math.nan)) for field in feedback.SCORE_FIELDS.values()}
+    for field, score in scores.items():
+        if not (math.isnan(score) or 0 <= score <= 1):
+            raise BadRecordError(f"{field} is {score}, not between 0 and 1")
+    return str(filename), str(record.get(feedback.KEYWORDS_FIELD, "")), scores
 
 
 def _bytes(value: str | float | bytes | None) -> bytes:
@@ -215,7 +254,7 @@ def prepare_tfrecords(labels: pathlib.Path, work_dir: pathlib.Path) -> Index:
 
 
 def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

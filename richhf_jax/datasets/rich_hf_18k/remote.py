@@ -17,15 +17,21 @@ FIRST_WAIT = 1.0
 _Result = TypeVar("_Result")
 
 
+class UnreadableError(errors.UserError):
+    """A file is gone, forbidden or encrypted: trying again wouldn't help."""
+
+
 def _patiently(path: str, action: Callable[[], _Result]) -> _Result:
     """Calls `action`, and calls it again if it fails for a reason that may pass."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise errors.UserError(f"{path}: no such file or folder") from error
+            raise UnreadableError(f"{path}: no such file or folder") from error
         except PermissionError as error:
-            raise errors.UserError(f"{path}: reading it isn't allowed ({error})") from error
+            raise UnreadableError(f"{path}: reading it isn't allowed ({error})") from error
+        except RuntimeError as error:  # zipfile's, where a password or another way to unpack is needed.
+            raise UnreadableError(f"{path}: {error}") from error
         except Exception as error:  # Each kind of file system has exceptions of its own.
             if attempt == ATTEMPTS - 1:
                 raise errors.UserError(
@@ -89,21 +95,35 @@ class Folder:
             raise errors.UserError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
-        """Returns the full path, the same for all ways to write it."""
-        return self._fs.unstrip_protocol(self._root)
+        """Returns the full path, the same for all ways to write it; for `zip://::FILE` what was given."""
+        return self.path if "::" in self.path else self._fs.unstrip_protocol(self._root)
 
     def files(self, suffixes: Sequence[str]) -> dict[str, int]:
-        """Lists files with one of the suffixes: name below the folder -> bytes (0: unknown), by name."""
+        """Lists files with one of the suffixes, in any case: name below the folder -> bytes (0: unknown).
+
+        The order is by name. Pipes and devices are left out.
+        """
         found = _patiently(self.path, lambda: self._fs.find(self._root, detail=True))
         names = {
-            posixpath.basename(path) if path == self._root else posixpath.relpath(path, self._root): entry
+            posixpath.basename(path) if path == self._root else self._below(path): entry
             for path, entry in found.items()
         }
         return {
             name: entry["size"] or 0
             for name, entry in sorted(names.items())
-            if name.endswith(tuple(suffixes))
+            if name.lower().endswith(tuple(suffixes)) and entry["type"] == "file"
         }
+
+    def _below(self, path: str) -> str:
+        return posixpath.relpath(path, self._root) if self._root else path
+
+    def read(self, name: str, most: int) -> bytes:
+        """Reads a file. Raises ValueError where it has more than `most` bytes."""
+        with self.open(name) as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"more than {most} bytes")
+        return data
 
     def where(self, name: str) -> str:
         """Returns a file's name for messages."""
@@ -114,6 +134,6 @@ class Folder:
 
     def open(self, name: str) -> io.RawIOBase:
         """Opens a file for reading. It reads exactly what is asked for, nothing ahead."""
-        path = self._root if self._is_file(name) else f"{self._root}/{name}"
+        path = self._root if self._is_file(name) else posixpath.join(self._root, name)
         where = self.where(name)
         return _PatientFile(where, _patiently(where, lambda: self._fs.open(path, "rb", cache_type="none")))

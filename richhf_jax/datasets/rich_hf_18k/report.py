@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from richhf_jax import feedback, foreign_text
 from richhf_jax.datasets.rich_hf_18k.join import State
@@ -23,6 +23,8 @@ class Report:
       splits: name of the labels' file -> number of records in it, with an image, and as published.
       missing: records left out because no image was found.
       undecodable: records left out because an image or heatmap is broken, with all that was tried.
+      bad_records: records left out because they can't be read.
+      source_problems: lines of prompts and files of images that can't be used, or are there twice.
       replaced: broken images for which another row had a good one.
       bad_shards: shards that could not be read to their end.
       duplicates: records left out because an earlier one has the same image.
@@ -40,6 +42,8 @@ class Report:
     splits: dict[str, dict[str, int]]
     missing: list[str]
     undecodable: list[str]
+    bad_records: list[str]
+    source_problems: list[str]
     replaced: list[str]
     bad_shards: list[str]
     duplicates: list[str]
@@ -53,7 +57,7 @@ class Report:
 
     @property
     def left_out(self) -> int:
-        """Number of records without image or heatmap."""
+        """Number of records that are bad, or without image or heatmap."""
         return sum(split["records"] - split["with_image"] for split in self.splits.values())
 
     def __str__(self) -> str:
@@ -66,6 +70,8 @@ class Report:
         lists = {
             "missing images": self.missing,
             "undecodable images or heatmaps, left out": self.undecodable,
+            "records that can't be read, left out": self.bad_records,
+            "prompts and image files that can't be used, or are there twice": self.source_problems,
             "undecodable images, replaced by another row's": self.replaced,
             "shards that could not be read to their end": self.bad_shards,
             "records of an image that had one before, left out": self.duplicates,
@@ -88,8 +94,8 @@ class Report:
         write_json(path, dataclasses.asdict(self))
 
 
-def make_report(index: Index, state: State) -> Report:
-    """Makes a report from the labels' index and the state of the join."""
+def make_report(index: Index, state: State, source_problems: Sequence[str]) -> Report:
+    """Makes a report from the labels' index, the state of the join, and `Source.problems`."""
     broken: dict[str, list[str]] = {}
     notes = list(state.notes.values())
     for uid, reason in (item for note in notes for item in note.undecodable):
@@ -103,6 +109,8 @@ def make_report(index: Index, state: State) -> Report:
         splits=_split_sizes(index, state.prompts),
         missing=[index.filenames[uid] for uid in absent if uid not in broken],
         undecodable=left_out,
+        bad_records=[line for lines in index.bad_records.values() for line in lines],
+        source_problems=list(source_problems),
         replaced=[
             reason
             for uid, reasons in broken.items()
@@ -123,7 +131,10 @@ def make_report(index: Index, state: State) -> Report:
 def _split_sizes(index: Index, prompts: Mapping[str, str]) -> dict[str, dict[str, int]]:
     return {
         split: {
-            "records": len(index.keywords[split]) + len(index.broken_heatmaps[split]),
+            "records": sum(
+                len(part.get(split, ()))
+                for part in (index.keywords, index.broken_heatmaps, index.bad_records)
+            ),
             "with_image": sum(uid in prompts for uid in index.keywords[split]),
             "published": PUBLISHED_SIZES[split],
         }

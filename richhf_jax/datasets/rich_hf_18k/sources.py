@@ -8,28 +8,37 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from richhf_jax import errors, feedback
 from richhf_jax.datasets.rich_hf_18k import remote
-from richhf_jax.datasets.rich_hf_18k.labels import LFS_POINTER, SPLITS, Record, uid_of
+from richhf_jax.datasets.rich_hf_18k.labels import LFS_POINTER, SPLITS, BadRecordError, Record, uid_of
+from richhf_jax.inputs import row_groups
+from richhf_jax.inputs.record import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    InputError,
+    bounded_lines,
+    checked_prompt,
+    parsed_json,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Rows of images that are decoded at once.
-_BATCH_ROWS = 16
+# Most rows that are read at once: of uids and prompts, and of images.
+_KEY_ROWS, _BATCH_ROWS = 1024, 16
 # Bytes that are read at once within a column of a row group; at least a page. So a long column of small pages
 # is never in memory as a whole.
 _BUFFER = 16 << 20
 # The files of a folder of images are split into this many shards, by a hash of their uid.
 _FOLDER_SHARDS = 64
-# pyarrow raises these at broken files. A failed read raises a UserError (`remote`), which passes through.
-_BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
+# Most bytes of a file of prompts.
+_MAX_PROMPTS = 1 << 30
 
 
 class BadShard(Exception):
@@ -53,12 +62,20 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An image and its prompt. `image` is None if it wasn't missing. `where` names the row in messages."""
+    """An image and its prompt.
+
+    Attributes:
+      uid, prompt: the image's id, and what it was to show.
+      where: names the row in messages.
+      image: the file's bytes; None if it wasn't missing.
+      problem: why the row can't be used, or ''.
+    """
 
     uid: str
     prompt: str
     where: str
     image: bytes | None
+    problem: str = ""
 
 
 class Source(abc.ABC):
@@ -66,9 +83,11 @@ class Source(abc.ABC):
 
     Attributes:
       description: identifies the source, from what was given.
+      problems: what can't be used of it, or is there twice, as far as is known before the shards are read.
     """
 
     description: str
+    problems: Sequence[str] = ()
 
     @abc.abstractmethod
     def shards(self) -> list[Shard]:
@@ -119,16 +138,15 @@ class _Parquet(Source):
     def rows(self, shard, wanted, missing, passed):
         where = self._folder.where(shard.name)
         with self._folder.open(shard.name) as file:
-            parquet = _open_parquet(file, where)
-            self._check_columns(parquet.schema_arrow, self._columns(), where)
-            start, broken = 0, None
-            for group in range(parquet.num_row_groups):
+            table = _open_parquet(file, where)
+            self._check_columns(table.schema, self._columns(), where)
+            rows, broken = max(table.starts[-1], 1), None
+            for group, (start, end) in enumerate(itertools.pairwise(table.starts)):
                 try:
-                    yield from self._group_rows(parquet, group, f"{where}: row", start, wanted, missing)
-                except _BROKEN as error:
-                    broken = f"{where}: row group {group} is corrupt ({_first_line(error)})"
-                start += parquet.metadata.row_group(group).num_rows
-                passed(_stored_bytes(parquet, group))
+                    yield from self._group_rows(table, group, f"{where}: row", wanted, missing)
+                except row_groups.GroupError as error:
+                    broken = f"{where}: row group {group} is corrupt ({error})"
+                passed(shard.size * end // rows - shard.size * start // rows)
             if broken:
                 raise BadShard(broken)
 
@@ -139,23 +157,26 @@ class _Parquet(Source):
             columns |= {uid_column: "string", image_column: "binary"}
         return columns
 
-    def _group_rows(self, parquet, group, where, start, wanted, missing) -> Iterator[Row]:
+    def _group_rows(self, table: row_groups.Table, group: int, where, wanted, missing) -> Iterator[Row]:
         """Yields the rows of a row group: all of the first image column, then those of the second."""
-        uid_columns = [column for column, _ in self.image_columns]
-        keys = parquet.read_row_group(group, columns=[*uid_columns, self.prompt_column], use_threads=False)
+        start, uid_columns = table.starts[group], [column for column, _ in self.image_columns]
+        batches = list(table.batches(group, [*uid_columns, self.prompt_column], _KEY_ROWS))
+        if not batches:
+            return
+        keys = pa.Table.from_batches(batches)
         prompts = keys[self.prompt_column]
         for uid_column, image_column in self.image_columns:
-            uids = [self._uid(name) for name in keys[uid_column].to_pylist()]
+            uids = [self._uid(_text(name)) for name in keys[uid_column]]
             _check_uids(uids, uid_column, where, start)
             found = {row: uid for row, uid in enumerate(uids) if uid is not None and uid in wanted}
             needed = [row for row, uid in found.items() if uid in missing]
             images = dict.fromkeys(found)
             # One image is in memory at a time: each is passed on before the next one is read.
-            for row, image in _cells(parquet, group, image_column, needed):
+            for row, image in _cells(table, group, image_column, needed):
                 images.pop(row)
-                yield Row(found[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", image)
+                yield _row(found[row], prompts[row], f"{where} {start + row}, {image_column}", image)
             for row in images:
-                yield Row(found[row], prompts[row].as_py(), f"{where} {start + row}, {image_column}", None)
+                yield _row(found[row], prompts[row], f"{where} {start + row}, {image_column}", None)
 
     def _uid(self, name: str | None) -> str | None:
         return name
@@ -214,7 +235,7 @@ class Joined(_Parquet):
         """Returns name -> size of the shards; a change means that their labels may have changed."""
         return {shard.name: str(shard.size) for shard in self.shards()}
 
-    def label_records(self) -> dict[str, Iterator[tuple[str, Record]]]:
+    def label_records(self) -> dict[str, Iterator[tuple[str, Record | BadRecordError]]]:
         """Returns split -> the mirror's own labels, as `labels.prepare` takes them.
 
         Raises:
@@ -236,44 +257,55 @@ class Joined(_Parquet):
             )
         return {split: self._records(shards) for split, shards in by_split.items()}
 
-    def _records(self, shards: list[Shard]) -> Iterator[tuple[str, Record]]:
+    def _records(self, shards: list[Shard]) -> Iterator[tuple[str, Record | BadRecordError]]:
         for shard in shards:
             where = self._folder.where(shard.name)
             with self._folder.open(shard.name) as file:
                 try:
-                    parquet = _open_parquet(file, where)
-                    schema = parquet.schema_arrow
-                    self._check_columns(schema, self._LABEL_COLUMNS, where)
-                    names = [_leaf(schema, name) for name in self._LABEL_COLUMNS]
-                    row = 0
-                    for batch in parquet.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
-                        for record in batch.to_pylist():
-                            values = {name: _bytes_of(value) for name, value in record.items()}
-                            yield f"{where}: row {row}", {k: v for k, v in values.items() if v is not None}
-                            row += 1
-                except (BadShard, *_BROKEN) as error:
-                    raise errors.UserError(
-                        f"{where}: the labels in it can't be read ({_first_line(error)})."
-                        " Get the file again, or give --labels"
-                    ) from error
+                    table = _open_parquet(file, where)
+                except BadShard as error:
+                    raise _unreadable_labels(where, str(error)) from error
+                self._check_columns(table.schema, self._LABEL_COLUMNS, where)
+                names = [table.leaf(name, "bytes") for name in self._LABEL_COLUMNS]
+                for row in table.rows(names, _BATCH_ROWS):
+                    place = f"{where}: row {row.number}"
+                    if row.lost:
+                        raise _unreadable_labels(where, row.problem)
+                    if row.problem:
+                        yield place, BadRecordError(row.problem)
+                        continue
+                    values = {name: _bytes_of(value) for name, value in row.fields.items()}
+                    yield place, {k: v for k, v in values.items() if v is not None}
+
+
+def _unreadable_labels(where: str, reason: str) -> errors.UserError:
+    return errors.UserError(
+        f"{where}: the labels in it can't be read ({reason}). Get the file again, or give --labels"
+    )
 
 
 class Images(Source):
-    """A folder of <uid>.{jpg,jpeg,png,webp}, and a CSV or JSON Lines file of prompts (uid, prompt)."""
+    """A folder of <uid>.jpg, .png, ..., and a CSV or JSON Lines file of prompts (uid, prompt)."""
 
     def __init__(self, images: str, prompts: str):
         """Reads the prompts and lists the images.
 
         Raises:
-          errors.UserError: there is no such folder or file, or the prompts aren't of this form.
+          errors.UserError: there is no such folder or file, or no line of the prompts is of this form.
         """
         self._folder = remote.Folder(images)
         self.description = f"Images {self._folder}"
-        self._prompts, digest = _read_prompts(prompts)
+        self._prompts, digest, problems = _read_prompts(prompts)
         self._groups: dict[Shard, list[str]] = {}
         groups: dict[int, dict[str, int]] = {}
-        for name, size in self._folder.files(IMAGE_SUFFIXES).items():
-            groups.setdefault(zlib.crc32(uid_of(name).encode()) % _FOLDER_SHARDS, {})[name] = size
+        first: dict[str, str] = {}
+        for name, size in self._folder.files(IMAGE_EXTENSIONS).items():
+            uid = uid_of(name)
+            if first.setdefault(uid, name) != name:
+                others = f"{uid} has {first[uid]}, too; the first of its files that is good is taken"
+                problems.append(f"{self._folder.where(name)}: {others}")
+            groups.setdefault(zlib.crc32(uid.encode()) % _FOLDER_SHARDS, {})[name] = size
+        self.problems = problems
         for number, sizes in sorted(groups.items()):
             version = hashlib.sha256(json.dumps([sizes, digest]).encode()).hexdigest()
             self._groups[Shard(f"images-{number:02}", sum(sizes.values()), version)] = list(sizes)
@@ -286,12 +318,14 @@ class Images(Source):
             uid = uid_of(name)
             if uid not in wanted:
                 continue
-            image = None
+            image, problem = None, ""
             if uid in missing:
-                with self._folder.open(name) as file:
-                    image = file.read()
-                passed(len(image))
-            yield Row(uid, self._prompts.get(uid, ""), self._folder.where(name), image)
+                try:
+                    image = self._folder.read(name, MAX_IMAGE_BYTES)
+                    passed(len(image))
+                except (ValueError, remote.UnreadableError) as error:
+                    problem = str(error)
+            yield Row(uid, self._prompts.get(uid) or "", self._folder.where(name), image, problem)
 
 
 def _first_part(shard: Shard) -> str:
@@ -299,21 +333,17 @@ def _first_part(shard: Shard) -> str:
     return pathlib.PurePosixPath(shard.name).name.partition("-")[0]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
-
-
-def _open_parquet(file: io.RawIOBase, where: str) -> pq.ParquetFile:
+def _open_parquet(file: io.RawIOBase, where: str) -> row_groups.Table:
     """Opens a parquet file; reads only its footer."""
     try:
-        return pq.ParquetFile(file, buffer_size=_BUFFER, page_checksum_verification=True)
-    except _BROKEN as error:
+        return row_groups.Table(cast(BinaryIO, file), _BUFFER)
+    except row_groups.ParquetError as error:
         file.seek(0)
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise errors.UserError(
                 f"{where} is a pointer of Git LFS, not the file: run `git lfs pull` in that clone"
             ) from None
-        raise BadShard(f"{where}: cut off or corrupt ({_first_line(error)})") from error
+        raise BadShard(f"{where}: cut off or corrupt ({error})") from error
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -330,42 +360,49 @@ _KINDS: dict[str, Callable[[pa.DataType], bool]] = {
 }
 
 
-def _leaf(schema: pa.Schema, column: str) -> str:
-    """Names what to read of a column: only the bytes of an image's struct, else all of it."""
-    return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
-
-
 def _bytes_of(value):
     """Returns the bytes of an image's struct, or another cell as it is."""
     return value["bytes"] if isinstance(value, dict) else value
 
 
+def _text(cell: pa.Scalar) -> str | None:
+    """Returns a cell's text; None where there is none, or it isn't UTF-8."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+def _row(uid: str, prompt: pa.Scalar, where: str, image: bytes | None) -> Row:
+    text = _text(prompt)
+    problem = "the prompt isn't UTF-8" if text is None and prompt.is_valid else ""
+    return Row(uid, text or "", where, image, problem)
+
+
 def _check_uids(uids: list[str | None], column: str, where: str, start: int) -> None:
-    """Checks that uids aren't prompts."""
-    for row, uid in enumerate(uids):
-        if uid is not None and any(character.isspace() for character in uid):
-            raise errors.UserError(
-                f"{where} {start + row}: {column} is {uid[:80]!r}, which is no uid; check the columns' order"
-            )
+    """Checks that most uids aren't prompts."""
+    wrong = [row for row, uid in enumerate(uids) if uid is not None and _has_space(uid)]
+    if 2 * len(wrong) > len(uids):
+        raise errors.UserError(
+            f"{where} {start + wrong[0]}: {column} is {uids[wrong[0]]!r:.80}, which is no uid; check the"
+            " columns' order"
+        )
 
 
-def _stored_bytes(parquet: pq.ParquetFile, group: int) -> int:
-    metadata = parquet.metadata.row_group(group)
-    return sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
+def _has_space(uid: str) -> bool:
+    return any(character.isspace() for character in uid)
 
 
 def _cells(
-    parquet: pq.ParquetFile, group: int, column: str, rows: list[int]
+    table: row_groups.Table, group: int, column: str, rows: list[int]
 ) -> Iterator[tuple[int, bytes | None]]:
     """Yields some cells of an image column, one by one; without rows, nothing is read."""
     if not rows:
         return
-    columns = [_leaf(parquet.schema_arrow, column)]
-    batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
     needed = iter(rows)
     row: int | None = next(needed)
     start = 0
-    for batch in batches:
+    for batch in table.batches(group, [table.leaf(column, "bytes")], _BATCH_ROWS):
         cells = batch.column(0)
         while row is not None and row < start + len(cells):
             yield row, _bytes_of(cells[row - start].as_py())
@@ -375,36 +412,79 @@ def _cells(
         start += len(cells)
 
 
-def _read_prompts(path: str) -> tuple[dict[str, str], str]:
-    """Reads prompts by uid, and a digest of their file."""
+def _read_prompts(path: str) -> tuple[dict[str, str | None], str, list[str]]:
+    """Reads prompts by uid (None where two differ), a digest of their file, and what is wrong with lines.
+
+    Raises:
+      errors.UserError: there is no such file, or no line is good.
+    """
     folder = remote.Folder(path)
     names = list(folder.files([".csv", ".jsonl"]))
     if len(names) != 1:
         raise errors.UserError(f"{path}: no such file, or its name ends in neither .csv nor .jsonl")
-    with folder.open(names[0]) as file:
-        data = file.read()
-    prompts = {}
     try:
-        for number, row in _prompt_rows(data.decode("utf-8-sig"), names[0].endswith(".csv")):
-            uid, prompt = (row.get("uid"), row.get("prompt")) if isinstance(row, dict) else (None, None)
-            if not isinstance(uid, str) or not isinstance(prompt, str) or any(c.isspace() for c in uid):
-                raise errors.UserError(f"{path}:{number}: expected uid and prompt, got {str(row)[:200]}")
-            if prompts.setdefault(uid, prompt) != prompt:
-                raise errors.UserError(f"{path}:{number}: its prompt for {uid} differs from an earlier one")
-    except (UnicodeDecodeError, csv.Error) as error:
+        data = folder.read(names[0], _MAX_PROMPTS)
+    except ValueError as error:
         raise errors.UserError(f"{path}: {error}") from error
-    return prompts, hashlib.sha256(data).hexdigest()
+    prompts: dict[str, str | None] = {}
+    problems: list[str] = []
+    rows = _csv_rows(data) if names[0].lower().endswith(".csv") else _jsonl_rows(data)
+    for number, row in rows:
+        try:
+            uid, prompt = _uid_and_prompt(row)
+        except InputError as error:
+            problems.append(f"{path}:{number}: {error}")
+            continue
+        if prompts.setdefault(uid, prompt) != prompt:
+            prompts[uid] = None
+            problems.append(
+                f"{path}:{number}: its prompt for {uid} differs from an earlier one: none is taken"
+            )
+    if problems and not any(prompts.values()):
+        raise errors.UserError(problems[0])
+    return prompts, hashlib.sha256(data).hexdigest(), problems
 
 
-def _prompt_rows(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
-    """Yields each line's number and content; a broken line of JSON stays text."""
-    if is_csv:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        yield from ((reader.line_num, row) for row in reader)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                yield number, line
+def _uid_and_prompt(row: object) -> tuple[str, str]:
+    """Returns both texts of a row; raises InputError where they aren't there."""
+    if isinstance(row, InputError):
+        raise row
+    uid, prompt = (row.get("uid"), row.get("prompt")) if isinstance(row, dict) else (None, None)
+    if not isinstance(uid, str) or not isinstance(prompt, str) or not uid or _has_space(uid):
+        raise InputError(f"expected uid and prompt, got {row!r:.200}")
+    return uid, checked_prompt(prompt, uid) and prompt
+
+
+def _csv_rows(data: bytes) -> Iterator[tuple[int, object]]:
+    """Yields each row's last line and its fields, or what is wrong with it."""
+    reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), strict=True)
+    header: list[str] = []
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # The reader goes on with the next line.
+            yield reader.line_num, InputError(str(error))
+            continue
+        if not header:
+            header = values
+        elif len(values) == len(header):
+            yield reader.line_num, dict(zip(header, values, strict=True))
+        elif values:
+            there = f"{len(values)} fields, but the header has {len(header)} (quote those with commas)"
+            yield reader.line_num, InputError(there)
+
+
+def _jsonl_rows(data: bytes) -> Iterator[tuple[int, object]]:
+    """Yields each line's number and content, or what is wrong with it."""
+    for number, line in enumerate(bounded_lines(io.BytesIO(data)), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, parsed_json(line)
+        except InputError as error:
+            yield (
+                number,
+                InputError(f"expected uid and prompt, got {line[:100].decode(errors='replace')}: {error}"),
+            )

@@ -14,8 +14,11 @@ from richhf_jax import feedback, writing
 from richhf_jax.datasets import tfrecord
 from richhf_jax.datasets.web_captions import shards
 from richhf_jax.inputs import images
+from richhf_jax.inputs.record import IMAGE_EXTENSIONS, MAX_TEXT_BYTES
 
 KEPT, BAD = "kept", "bad"
+# Most bad samples of a shard that are listed.
+_MAX_LISTED = 100_000
 # Reasons to leave out a good sample.
 FILTERS = TOO_FEW_WORDS, TOO_MANY_WORDS, OTHER_LANGUAGE, TOO_SMALL = (
     "too few words",
@@ -40,7 +43,7 @@ class Options:
     min_words: int = 3
     max_words: int = 64
     min_side: int = 0
-    image_fields: tuple[str, ...] = ("image", "jpg", "jpeg", "png", "webp", "image/encoded")
+    image_fields: tuple[str, ...] = ("image", *(e[1:] for e in IMAGE_EXTENSIONS), "image/encoded")
     caption_fields: tuple[str, ...] = ("caption", "text", "txt", "image/caption")
     language_fields: tuple[str, ...] = ("language", "lang")
 
@@ -74,11 +77,13 @@ class State:
 
 
 def read_state(job: Job) -> State | None:
-    """Reads a job's state; None if the job isn't finished or the input's size has changed since."""
-    if not job.state.exists():
+    """Reads a job's state; None if it isn't finished, its output is gone, or its input's size has changed."""
+    try:
+        state = State(**json.loads(job.state.read_text(encoding="utf-8")))
+        written = job.out.stat().st_size
+    except (FileNotFoundError, ValueError, TypeError):  # A damaged state file counts as none.
         return None
-    state = State(**json.loads(job.state.read_text(encoding="utf-8")))
-    return state if state.size == job.shard.size else None
+    return state if (state.size, state.bytes) == (job.shard.size, written) else None
 
 
 def convert(job: Job, count: Callable[[int], object]) -> str:
@@ -127,7 +132,8 @@ def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
             except ValueError as error:
                 verdict = BAD
                 reason = " ".join(str(error).split())  # Some messages have several lines.
-                bad.append({"file": job.shard.url, "record": sample.key, "reason": reason})
+                if counts[BAD] < _MAX_LISTED:
+                    bad.append({"file": job.shard.url, "record": sample.key, "reason": reason})
             if verdict == KEPT:
                 values = {
                     feedback.FILENAME_FIELD: f"{shard_name}/{sample.key}",
@@ -137,6 +143,9 @@ def _write(job: Job, samples: Iterator[shards.Sample]) -> State:
                 tfrecord.write(file, tfrecord.serialize_example(values))
             counts[verdict] += 1
         size = file.tell()
+    if counts[BAD] > _MAX_LISTED:
+        reason = f"{counts[BAD] - _MAX_LISTED} more samples are bad"
+        bad.append({"file": job.shard.url, "record": "", "reason": reason})
     return State(size=job.shard.size, bytes=size, counts=dict(counts), errors=bad)
 
 
@@ -158,7 +167,7 @@ def judge(sample: shards.Sample, options: Options) -> tuple[str, bytes, str]:
         language = _text(sample, options.language_fields, "language").lower()
         if not any(language == code or language.startswith(f"{code}-") for code in options.languages):
             return OTHER_LANGUAGE, b"", caption
-    image = _find(sample, options.image_fields, "image")
+    image = _find(sample, options.image_fields, "image", (bytes, Mapping))
     if isinstance(image, Mapping):  # Hugging Face's struct.
         image = image.get("bytes")
     if not isinstance(image, bytes):
@@ -169,16 +178,19 @@ def judge(sample: shards.Sample, options: Options) -> tuple[str, bytes, str]:
     return KEPT, image, caption
 
 
-def _find(sample: shards.Sample, names: tuple[str, ...], what: str) -> Any:
-    for name in names:
-        if sample.fields.get(name) is not None:
-            return sample.fields[name]
-    raise ValueError(f"no {what}: none of the fields {', '.join(names)}")
+def _find(sample: shards.Sample, names: tuple[str, ...], what: str, kinds: tuple[type, ...]) -> Any:
+    """Returns the first field of these types, else the first field: a path doesn't hide an image's bytes."""
+    found = [value for name in names if (value := sample.fields.get(name)) is not None]
+    if not found:
+        raise ValueError(f"no {what}: none of the fields {', '.join(names)}")
+    return next((value for value in found if isinstance(value, kinds)), found[0])
 
 
 def _text(sample: shards.Sample, names: tuple[str, ...], what: str) -> str:
     """Returns a field's text, which may be bytes in UTF-8. (JSON can hold text that no UTF-8 can.)"""
-    value = _find(sample, names, what)
+    value = _find(sample, names, what, (str, bytes))
+    if isinstance(value, str | bytes) and len(value) > MAX_TEXT_BYTES:
+        raise ValueError(f"the {what} has {len(value)} characters; at most {MAX_TEXT_BYTES} are taken")
     try:
         return (value if isinstance(value, bytes) else value.encode()).decode()
     except (AttributeError, UnicodeError):

@@ -3,40 +3,35 @@
 A sample is a mapping of fields. They are, by the shard's format:
 
     TFRecord             the features of a tf.train.Example that hold bytes
-    webdataset (tar)     the files <key>.<extension>, by extension, and the entries of <key>.json
+    webdataset (tar)     the files <key>.<extension>, by extension, and the texts in <key>.json
     parquet              the columns; an image may be bytes or Hugging Face's struct with `bytes`
 
 No TensorFlow is used: each process would have to import it.
 """
 
 import dataclasses
-import gzip
 import io
-import json
 import re
-import tarfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from richhf_jax import errors
 from richhf_jax.datasets import tfrecord
+from richhf_jax.inputs import row_groups, tars
+from richhf_jax.inputs.record import MAX_IMAGE_BYTES, InputError, parsed_json
 
 _BUFFER_BYTES = 1 << 20
 # Rows of a parquet file that are in memory at once.
 _ROWS = 16
-_GZIP = b"\x1f\x8b"
 # Threads that wait for a network's answers.
 _THREADS = 16
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-class ShardError(Exception):
+class ShardError(tars.StorageError):
     """A shard can't be read: its storage fails, or nothing in it is good. The message says why."""
 
 
@@ -103,7 +98,7 @@ def _glob(pattern: str) -> list[Shard]:
     except Exception as error:  # A storage may raise anything: see _Source.
         raise errors.UserError(f"{pattern}: {error or type(error).__name__}") from error
     if not infos:
-        raise errors.UserError(f"{pattern}: no such file")
+        raise errors.UserError(f"{pattern}: no such file (folders, pipes and devices aren't read)")
     return [
         Shard(filesystem.unstrip_protocol(path).removeprefix("file://"), info.get("size") or 0)
         for path, info in sorted(infos)
@@ -130,7 +125,7 @@ def read(shard: Shard, wanted: Collection[str], count: Callable[[int], object]) 
     except Exception as error:  # See _Source.
         raise ShardError(f"{error or type(error).__name__}") from error
     source = _Source(file, count)
-    with file, io.BufferedReader(source, _BUFFER_BYTES) as buffered:
+    with file, io.BufferedReader(cast(Any, source), _BUFFER_BYTES) as buffered:
         yield from read_format(buffered, wanted)
     count(shard.size - source.bytes_read)
 
@@ -166,7 +161,7 @@ class _Source(io.RawIOBase):
         return len(data)
 
 
-def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
+def _read_tfrecord(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
     for number, record in enumerate(tfrecord.read(file)):
         key = str(number)
         try:
@@ -181,67 +176,65 @@ def _read_tfrecord(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
 
 
 def _read_webdataset(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
-    key, fields, problem = None, {}, ""
-    stream: io.BufferedReader | gzip.GzipFile = file
-    bufsize = tarfile.RECORDSIZE
-    if file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP:
-        # tarfile's own gzip takes a stream that is cut off for a whole one. When a GzipFile is cut off, the
-        # buffer being read is lost: so it is small.
-        stream, bufsize = gzip.GzipFile(fileobj=file), tarfile.BLOCKSIZE
+    tar = tars.Tar(file)
+    key, fields, problem, end = None, {}, "", ""
     try:
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=bufsize) as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                member_key = f"{folder}/{stem}" if folder else stem
-                if member_key != key and key is not None:
-                    yield _webdataset_sample(key, fields)
-                    fields = {}
-                key, extension = member_key, extension.lower()
-                if extension in wanted or extension == "json":
-                    fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()  # It is a file.
-            # tarfile ends at an absent or garbled header just as at the block of zeros that marks the end.
-            source: Any = tar.fileobj
-            if source.tell() - tar.offset < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("no mark of the end")
-            while chunk := source.read(_BUFFER_BYTES):
-                if chunk.strip(b"\0"):
-                    raise tarfile.ReadError("garbled header")
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        problem = f"cut off or broken here, the rest is lost: {error}"
+        for member in tar:
+            member_key, extension = _webdataset_name(member.name)
+            if member_key != key:
+                if key is not None:
+                    yield _webdataset_sample(key, fields, problem)
+                key, fields, problem = member_key, {}, ""
+            if problem or not (extension in wanted or extension == "json"):
+                continue
+            if extension in fields:
+                problem = f"{member.name}: the sample has two of these files"
+            elif member.problem:
+                problem = f"{member.name} {member.problem}"
+            elif member.size + sum(map(len, fields.values())) > MAX_IMAGE_BYTES:
+                problem = f"its files have more than {MAX_IMAGE_BYTES} bytes"
+            else:
+                fields[extension] = tar.read(member)
+    except tars.TarError as error:
+        end = f"cut off or broken here, the rest is lost: {error}"
     if key is not None:
-        yield _webdataset_sample(key, fields)
-    if problem:
-        yield Sample(f"behind {key}" if key else "", problem=problem)
+        yield _webdataset_sample(key, fields, problem)
+    if end:
+        yield Sample(f"behind {key}" if key else "", problem=end)
 
 
-def _webdataset_sample(key: str, fields: dict[str, Any]) -> Sample:
-    if "json" not in fields:
-        return Sample(key, fields)
+def _webdataset_name(path: str) -> tuple[str, str]:
+    """Returns the key and the extension: all to the first dot of the name, and all behind it."""
+    folder, slash, name = path.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _webdataset_sample(key: str, fields: dict[str, Any], problem: str) -> Sample:
+    """Makes a sample. Texts in its .json count as fields, behind files of the same name."""
+    if problem or "json" not in fields:
+        return Sample(key, {} if problem else fields, problem)
     try:
-        return Sample(key, {**json.loads(fields["json"]), **fields})
-    except (ValueError, TypeError):
-        return Sample(key, problem=f"{key}.json isn't a JSON object")
+        entries = parsed_json(fields["json"])
+    except InputError as error:
+        return Sample(key, problem=f"{key}.json: {error}")
+    if not isinstance(entries, dict):
+        return Sample(key, problem=f"{key}.json: not a JSON object")
+    texts = {name: value for name, value in entries.items() if isinstance(value, str)}
+    return Sample(key, {**texts, **fields})
 
 
-def _read_parquet(file: BinaryIO, wanted: Collection[str]) -> Iterator[Sample]:
+def _read_parquet(file: io.BufferedReader, wanted: Collection[str]) -> Iterator[Sample]:
     try:
-        table = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+        table = row_groups.Table(file)
+    except row_groups.ParquetError as error:
         raise ShardError(f"no whole parquet file: {error}") from error
-    columns = [name for name in table.schema_arrow.names if name in wanted]
-    end = 0
-    for group in range(table.num_row_groups):
-        row, end = end, end + table.metadata.row_group(group).num_rows
-        try:
-            for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                for fields in batch.to_pylist():
-                    yield Sample(str(row), fields)
-                    row += 1
-        except (pa.ArrowException, OSError) as error:
-            yield Sample(f"{row} to {end - 1}", problem=f"row group {group} is broken: {error}")
+    columns = [name for name in table.schema.names if name in wanted]
+    if len(set(columns)) < len(columns):
+        raise ShardError(f"a column is there twice; those of use are {', '.join(columns)}")
+    for row in table.rows([table.leaf(name, "bytes") for name in columns], _ROWS):
+        key = str(row.number) if row.lost <= 1 else f"{row.number} to {row.number + row.lost - 1}"
+        yield Sample(key, row.fields, row.problem)
 
 
 _READERS = {
@@ -252,7 +245,7 @@ _READERS = {
 }
 
 
-def _reader(url: str) -> Callable[[BinaryIO, Collection[str]], Iterator[Sample]]:
+def _reader(url: str) -> Callable[[io.BufferedReader, Collection[str]], Iterator[Sample]]:
     path = url.partition("?")[0]
     for ending, reader in _READERS.items():
         if re.search(ending, path):

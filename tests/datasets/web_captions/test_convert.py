@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import tarfile
 
 import fsspec
@@ -14,6 +15,7 @@ from richhf_jax.datasets import sample_sources, tfrecord
 from richhf_jax.datasets.web_captions import convert, shards
 
 FORMATS = ("tfrecord", "webdataset", "parquet")
+GOOD = ["the first caption", "the second caption", "the third caption"]
 
 
 @pytest.fixture(scope="session")
@@ -109,8 +111,153 @@ def test_hugging_face_images_and_own_columns(tmp_path):
     assert [(image, prompt) for _, image, prompt in found] == [(jpeg(), "a title of it")]
 
 
+def test_entries_of_json_hide_no_file(tmp_path):
+    other = sample_sources.encode(np.zeros((8, 8, 3), np.uint8), "png")
+    members = {
+        "0.jpg": jpeg(),
+        "0.json": b'{"image": "train/0.jpg", "caption": "a caption in json"}',
+        "1.jpg": jpeg(),
+        "1.json": b'{"jpg": "https://example.org/1.jpg", "png": null, "text": ["no", "text"], "caption": 5}',
+        "1.txt": b"a caption in text",
+        "2.png": other,
+        "2.json": b'{"image": {"bytes": "AAAA"}, "caption": "a caption in json", "txt": "another one"}',
+        "2.txt": b"a caption in text",
+        "2b.JFIF": jpeg(8),
+        "2b.txt": b"a jpeg of another name",
+        "3.json": b'{"image": "train/3.jpg", "caption": "no image beside it"}',
+    }
+    write_tar(tmp_path / "a.tar", members)
+    kept, found = converted(tmp_path / "a.tar")
+    captions = {
+        "0": "a caption in json",
+        "1": "a caption in text",
+        "2": "a caption in json",
+        "2b": "a jpeg of another name",
+    }
+    assert {name.rpartition("/")[2]: prompt for name, _, prompt in kept} == captions
+    assert [image for _, image, _ in kept] == [jpeg(), jpeg(), other, jpeg(8)]
+    assert found == [("3", "the image isn't bytes but str")]
+
+
+def test_a_tar_as_people_pack_it(tmp_path):
+    """Hidden files, hard links, a symbolic link and a file that comes twice."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+
+        def add(name, content=b"", kind=tarfile.REGTYPE, target=""):
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(content), kind, target
+            tar.addfile(member, io.BytesIO(content))
+
+        add("./._0.jpg", b"\0\5\x16\7")
+        add("./0.jpg", jpeg())
+        add("./0.txt", GOOD[0].encode())
+        add("./1.jpg", kind=tarfile.LNKTYPE, target="./0.jpg")
+        add("./1.txt", GOOD[1].encode())
+        add("./2.jpg", kind=tarfile.SYMTYPE, target="0.jpg")
+        add("./2.txt", GOOD[2].encode())
+        add("./3.jpg", jpeg(8))
+        add("./3.JPG", jpeg())
+        add("./3.txt", GOOD[2].encode())
+        add("./4.jpg", kind=tarfile.LNKTYPE, target="./gone.jpg")
+        add("./4.txt", GOOD[2].encode())
+    for path in (tmp_path / "a.tar", tmp_path / "a.tar.gz"):
+        path.write_bytes((bytes, gzip.compress)[path.suffix == ".gz"]((tmp_path / "a.tar").read_bytes()))
+        kept, found = converted(path)
+        assert [(name, image, prompt) for name, image, prompt in kept] == [
+            (f"{path.name}/0", jpeg(), GOOD[0]),
+            (f"{path.name}/1", jpeg(), GOOD[1]),
+        ]
+        assert found == [
+            ("2", "2.jpg is a symbolic link to 0.jpg; pack the tar with `tar --dereference`"),
+            ("3", "3.JPG: the sample has two of these files"),
+            ("4", "4.jpg is a hard link to gone.jpg, which isn't before it in the tar"),
+        ]
+
+
+def test_json_that_nests_too_deep_is_one_bad_sample(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.json": b'{"a":' * 100_000, "1.jpg": jpeg(), "1.txt": GOOD[0].encode()})
+    kept, ((record, reason),) = converted(tmp_path / "a.tar")
+    assert [prompt for _, _, prompt in kept] == GOOD[:1]
+    assert record == "0"
+    assert "0.json: no JSON" in reason
+
+
+def test_files_of_a_sample_that_are_larger_than_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_IMAGE_BYTES", 1000)
+    text = b"many words " * 90
+    write_tar(
+        tmp_path / "a.tar", {"0.jpg": jpeg(), "0.txt": text, "1.jpg": jpeg(), "1.txt": GOOD[0].encode()}
+    )
+    kept, found = converted(tmp_path / "a.tar")
+    assert [prompt for _, _, prompt in kept] == GOOD[:1]
+    assert found == [("0", "its files have more than 1000 bytes")]
+
+
+def test_a_caption_that_is_longer_than_any(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "MAX_TEXT_BYTES", 20)
+    write_parquet(tmp_path / "a.parquet", ["three words here", "many words " * 20])
+    kept, found = converted(tmp_path / "a.parquet")
+    assert [prompt for _, _, prompt in kept] == ["three words here"]
+    assert found == [("1", "the caption has 220 characters; at most 20 are taken")]
+
+
+def test_more_bad_samples_than_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "_MAX_LISTED", 2)
+    write_parquet(tmp_path / "a.parquet", ["a good one", *[None] * 5])
+    _, found = converted(tmp_path / "a.parquet")
+    assert [record for record, _ in found] == ["1", "2", ""]
+    assert found[-1][1] == "3 more samples are bad"
+
+
+def test_text_that_is_not_utf8_is_one_bad_row(tmp_path):
+    captions = pa.array([GOOD[0].encode(), b"caf\xe9 au lait", GOOD[2].encode()]).view(pa.string())
+    images = pa.array([{"bytes": jpeg(), "path": path} for path in ("a", None, "c")])
+    table = pa.table({"image": images, "caption": captions})
+    pq.write_table(table, tmp_path / "a.parquet")
+    kept, ((record, reason),) = converted(tmp_path / "a.parquet")
+    assert [prompt for _, _, prompt in kept] == [GOOD[0], GOOD[2]]
+    assert record == "1"
+    assert "'utf-8' codec can't decode" in reason
+
+
+def test_columns_of_one_name_are_told(tmp_path):
+    table = pa.Table.from_arrays([pa.array([GOOD[0]])] * 2, ["caption", "caption"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    shard = shards.Shard(str(tmp_path / "a.parquet"), 0)
+    with pytest.raises(shards.ShardError, match="a column is there twice"):
+        list(shards.read(shard, {"caption"}, lambda number: None))
+
+
+def test_a_table_without_the_wanted_columns(tmp_path):
+    pq.write_table(pa.table({"other": [1, 2, 3]}), tmp_path / "a.parquet")
+    shard = shards.Shard(str(tmp_path / "a.parquet"), 0)
+    assert len(list(shards.read(shard, {"caption"}, lambda number: None))) == 3
+
+
+def test_a_finished_shard_whose_output_is_gone_or_damaged_is_converted_again(tmp_path):
+    write_parquet(tmp_path / "a.parquet", GOOD)
+    shard = shards.Shard(str(tmp_path / "a.parquet"), (tmp_path / "a.parquet").stat().st_size)
+    job = convert.Job(shard, tmp_path / "out", tmp_path / "state.json", convert.Options(), skip_bad=False)
+    assert convert.convert(job, lambda number: None) == ""
+    whole = job.out.read_bytes()
+    assert convert.read_state(job).counts == {convert.KEPT: 3}
+    job.out.write_bytes(whole[:-1])
+    assert convert.read_state(job) is None
+    job.out.unlink()
+    assert convert.read_state(job) is None
+    job.out.write_bytes(whole)
+    job.state.write_bytes(bytes(200))
+    assert convert.read_state(job) is None
+
+
+def test_pipes_are_no_shards(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    for pattern in ("a.tar", "*.tar"):
+        with pytest.raises(errors.UserError, match="no such file"):
+            shards.find([f"{tmp_path}/{pattern}"])
+
+
 # A broken shard: its name, how it is written, its kept captions, (record, reason) of the others.
-GOOD = ["the first caption", "the second caption", "the third caption"]
 
 
 def tar_of_three(path):
@@ -216,7 +363,7 @@ BROKEN = {
         GOOD[2:] * 2,
         [("0", "garbled: its checksum is wrong"), ("1", "no tf.train.Example")],
     ),
-    "corrupt.parquet": (corrupt_parquet, GOOD[2:], [("0 to 1", "row group 0 is broken: ")]),
+    "corrupt.parquet": (corrupt_parquet, GOOD[2:], [("0 to 1", "row group 0 is broken, 2 rows are lost: ")]),
     "samples.parquet": (
         bad_samples,
         ["the last caption"],
@@ -225,7 +372,7 @@ BROKEN = {
     "members.tar": (
         bad_members,
         GOOD[:1],
-        [("0", NO_CAPTION), ("1", "the caption isn't UTF-8"), ("2", "2.json isn't a JSON object")],
+        [("0", NO_CAPTION), ("1", "the caption isn't UTF-8"), ("2", "2.json: no JSON: ")],
     ),
 }
 
