@@ -30,7 +30,7 @@ decoding           | jax            | shapes
 keywords           |                |
 inputs             |                |
 pixels             |                |
-writing            |                |
+writing            |                | foreign_text
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
 datasets           | tensorflow torch | inputs writing

@@ -265,9 +265,6 @@ static void after_fork(void) { busy = 0; }
 #define TRAP_IF_IT_WRITES(number, argument)                                                                    \
   IF(number, 4), LOAD(args[argument]), BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, WRITES, 0, 1),                     \
       RETURN(SECCOMP_RET_TRAP), RETURN(SECCOMP_RET_ALLOW)
-#define TRAP_ABOVE_STDERR(number)                                                                              \
-  IF(number, 4), LOAD(args[0]), BPF_JUMP(BPF_JMP | BPF_JGT | BPF_K, 2, 0, 1), RETURN(SECCOMP_RET_TRAP),        \
-      RETURN(SECCOMP_RET_ALLOW)
 
 __attribute__((constructor)) static void begin(void) {
   root = getenv("RECORDED_ROOT");
@@ -289,8 +286,7 @@ __attribute__((constructor)) static void begin(void) {
       LOAD(args[5]), IF(OURS, 1), RETURN(SECCOMP_RET_ALLOW),
       LOAD(nr),
       TRAP_IF_IT_WRITES(SYS_open, 1), TRAP_IF_IT_WRITES(SYS_openat, 2), TRAP(SYS_creat),
-      TRAP_ABOVE_STDERR(SYS_write), TRAP_ABOVE_STDERR(SYS_writev),
-      TRAP(SYS_pwrite64), TRAP(SYS_pwritev), TRAP(SYS_sendfile), TRAP(SYS_ftruncate), TRAP(SYS_truncate),
+      TRAP(SYS_write), TRAP(SYS_writev), TRAP(SYS_pwrite64), TRAP(SYS_pwritev), TRAP(SYS_sendfile), TRAP(SYS_ftruncate), TRAP(SYS_truncate),
       TRAP(SYS_rename), TRAP(SYS_renameat), TRAP(SYS_renameat2), TRAP(SYS_link), TRAP(SYS_linkat),
       TRAP(SYS_unlink), TRAP(SYS_unlinkat), TRAP(SYS_rmdir), TRAP(SYS_mkdir), TRAP(SYS_mkdirat),
       TRAP(SYS_symlink), TRAP(SYS_symlinkat), TRAP(SYS_chmod), TRAP(SYS_fchmod), TRAP(SYS_fchmodat),
