@@ -77,7 +77,9 @@ def _is_written_directly(path: epath.PathLike) -> bool:
     if _is_url(path):
         return False
     # /dev/stdout may stand for a file that the shell has opened, and that must not be replaced by another.
-    if os.path.abspath(path).startswith(("/dev/", "/proc/")):
+    place = os.path.abspath(path)
+    target = os.readlink(place) if os.path.islink(place) else place
+    if any(name.startswith(("/dev/fd/", "/proc/")) for name in (place, target)):
         return True
     return os.path.exists(path) and not os.path.isfile(path)
 

@@ -117,7 +117,7 @@ class Record:
           recorder: the library from `build_recorder`.
         """
         self.root = root.resolve()
-        self._recorder = recorder
+        self.recorder = recorder
         self._file = recorder.with_name(f"{root.name}.record")
         self._file.unlink(missing_ok=True)
         self._start: dict[int, tuple[str, bytes]] = {}
@@ -132,7 +132,7 @@ class Record:
         Raises:
           AssertionError: it ended with another exit code, or the events don't explain the folder's content.
         """
-        recording = {"LD_PRELOAD": self._recorder, "RECORDED_ROOT": self.root, "RECORD": self._file}
+        recording = {"LD_PRELOAD": self.recorder, "RECORDED_ROOT": self.root, "RECORD": self._file}
         environment = {**(environment or os.environ), **{name: str(place) for name, place in recording.items()}}
         result = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
