@@ -60,7 +60,8 @@ class Command:
       name: its name for the table.
       module, arguments: `python -m MODULE ARGUMENTS`.
       out: the folder.
-      prepare: Python code to run first, where the command is recorded or killed.
+      prepare: Python code to run first.
+      often: Python code that makes it write more often, to run before that where it is recorded or killed.
       codes: exit codes of success.
       content: reads what must be the same at the end, however often the command was interrupted.
       has_flags: whether the module defines absl's flags, and so can run only once in a process.
@@ -71,6 +72,7 @@ class Command:
     arguments: tuple[str, ...]
     out: pathlib.Path
     prepare: str = ""
+    often: str = ""
     codes: tuple[int, ...] = (0,)
     content: Callable[[pathlib.Path], Any] = disk.tree
     has_flags: bool = False
@@ -78,13 +80,18 @@ class Command:
     def code(self) -> str:
         """Returns Python code that runs the command."""
         return (
-            f"import runpy, sys\nsys.argv[1:] = {list(self.arguments)!r}\n{self.prepare}\n"
+            f"import runpy, sys\nsys.argv[1:] = {list(self.arguments)!r}\n{self.often}\n{self.prepare}\n"
             f"runpy.run_module({self.module!r}, run_name='__main__', alter_sys=True)"
         )
 
     def start(self, log: pathlib.Path) -> int:
         """Starts the command in a forked process of a new group. Returns its number."""
-        return fork(self._run, log)
+
+        def run() -> None:
+            exec(self.often)
+            self._run()
+
+        return fork(run, log)
 
     def run(self, log: pathlib.Path) -> tuple[int, str]:
         """Runs the command in a forked process. Returns its exit code and what it printed."""
@@ -100,7 +107,19 @@ class Command:
 
     def _run(self) -> None:
         sys.argv = ["", *self.arguments]
+        exec(self.prepare)
+        if self.has_flags:
+            _forget_flags(self.module)
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)
+
+
+def _forget_flags(module: str) -> None:
+    """Forgets the flags of an imported module, which will run as the main module and define them again."""
+    from absl import flags
+
+    for name in (module, f"{module}.__main__"):
+        for flag in flags.FLAGS.get_flags_for_module(name):
+            delattr(flags.FLAGS, flag.name)
 
 
 def _exit_code(function: Callable[[], object]) -> int:
@@ -154,26 +173,34 @@ def wait(process: int) -> int:
 
 
 def checkpoints(out: pathlib.Path) -> dict[str, str]:
-    """Reads all arrays of the checkpoints in a folder, in a process of its own: path -> digest."""
+    """Reads all arrays of the checkpoints in a folder, in a process of its own: name -> digest, or what is wrong."""
 
     def read() -> None:
-        import jax
-        import orbax.checkpoint as ocp
-
         found = {}
         for state in sorted(out.rglob("checkpoint_*/state")):
-            reader = ocp.PyTreeCheckpointer()
-            tree = reader.metadata(state).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            arrays = reader.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-            for path, array in jax.tree_util.tree_leaves_with_path(arrays):
-                name = f"{state.parent.relative_to(out)}: {jax.tree_util.keystr(path)}"
-                found[name] = hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+            name = str(state.parent.relative_to(out))
+            try:
+                found |= {f"{name}: {path}": digest for path, digest in _arrays(state)}
+            except Exception as error:
+                found[name] = f"damaged: {error}"
         print(json.dumps(found), file=sys.__stdout__)
 
     log = out.with_name("checkpoints.json")
     assert wait(fork(read, log)) == 0, log.read_text()
     return json.loads(log.read_text().splitlines()[-1])
+
+
+def _arrays(state: pathlib.Path) -> Iterator[tuple[str, str]]:
+    import jax
+    import orbax.checkpoint as ocp
+
+    reader = ocp.PyTreeCheckpointer()
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(state).item_metadata.tree
+    )
+    arrays = reader.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    for path, array in jax.tree_util.tree_leaves_with_path(arrays):
+        yield jax.tree_util.keystr(path), hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
 
 
 def _images(folder: pathlib.Path, count: int) -> pathlib.Path:
@@ -188,11 +215,13 @@ def _images(folder: pathlib.Path, count: int) -> pathlib.Path:
     return folder
 
 
-def predict(name: str, model_dir: pathlib.Path, folder: pathlib.Path, out: pathlib.Path, *flags: str) -> Command:
-    """Makes the command `predict`; it reads the images in `folder`, which are made if it doesn't exist."""
-    images = folder if folder.exists() else _images(folder, 80)
+def predict(
+    name: str, model_dir: pathlib.Path, images: pathlib.Path, count: int, out: pathlib.Path, *flags: str
+) -> Command:
+    """Makes the command `predict`, and its images if they aren't there."""
+    images = images if images.exists() else _images(images, count)
     arguments = (f"--checkpoint={model_dir}", f"--out={out}", "--batch-size=4", *flags, str(images))
-    return Command(name, "richhf_jax.predict", arguments, out, _SAVE_OFTEN, (3,))
+    return Command(name, "richhf_jax.predict", arguments, out, "", _SAVE_OFTEN, (3,))
 
 
 def make(options: Any, folder: pathlib.Path) -> list[Command]:
@@ -206,7 +235,7 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
         return folder / name / "deep/out"
 
     def of_predict(name: str, *flags: str) -> Command:
-        return predict(name, options.checkpoint, inputs / "images", out(name), *flags)
+        return predict(name, options.checkpoint, inputs / "images", 80, out(name), *flags)
 
     def of_export(to: str, **more: Any) -> Command:
         name = f"export {to}"
@@ -231,16 +260,22 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
     return [
         of_predict("predict png", "--overlay"),
         of_predict("predict npz", "--heatmaps=npz", "--report"),
-        Command("train", "richhf_jax.train", train, out("train"), "", (0,), checkpoints, True),
+        Command("train", "richhf_jax.train", train, out("train"), content=checkpoints, has_flags=True),
         of_export("safetensors"),
         of_export("stablehlo"),
         of_export("orbax", content=checkpoints),
         of_convert("orbax", content=checkpoints),
         of_convert("huggingface"),
         Command(
-            "datasets", "richhf_jax.datasets", (f"--data_dir={out('datasets')}",), out("datasets"), _SMALL_SPLITS
+            "datasets",
+            "richhf_jax.datasets",
+            (f"--data_dir={out('datasets')}",),
+            out("datasets"),
+            _SMALL_SPLITS,
         ),
-        Command("web_captions", "richhf_jax.datasets.web_captions", (*web, "--processes=2"), out("web_captions")),
+        Command(
+            "web_captions", "richhf_jax.datasets.web_captions", (*web, "--processes=2"), out("web_captions")
+        ),
     ]
 
 
@@ -261,7 +296,9 @@ def choose(options: Any, folder: pathlib.Path) -> list[Command]:
 
 def _import(module: str) -> None:
     importlib.import_module(module)
-    is_package = importlib.util.find_spec(f"{module}.__main__") if hasattr(sys.modules[module], "__path__") else None
+    is_package = (
+        importlib.util.find_spec(f"{module}.__main__") if hasattr(sys.modules[module], "__path__") else None
+    )
     if is_package:
         importlib.import_module(f"{module}.__main__")
 
@@ -269,8 +306,12 @@ def _import(module: str) -> None:
 def add_options(parser: Any, each: Sequence[str]) -> None:
     """Adds the common options to a parser; `each` are the name and the default of the number of interruptions."""
     parser.add_argument("commands", nargs="*", help="names of commands; default: all")
-    parser.add_argument("--checkpoint", required=True, help="a MODEL_DIR that launch/quickstart.sh has trained")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a MODEL_DIR that launch/quickstart.sh has trained"
+    )
     parser.add_argument("--data_dir", required=True, help="its data")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(f"--{each[0]}", type=int, default=int(each[1]), help="for each command; default: %(default)s")
+    parser.add_argument(
+        f"--{each[0]}", type=int, default=int(each[1]), help="for each command; default: %(default)s"
+    )
     parser.add_argument("--out", help="a new folder, which is kept; default: a temporary one")

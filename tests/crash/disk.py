@@ -125,7 +125,10 @@ class Record:
         self.events: list[Event] = []
 
     def run(
-        self, command: Sequence[str], environment: Mapping[str, str] | None = None, codes: Sequence[int] = (0,)
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        codes: Sequence[int] = (0,),
     ) -> str:
         """Runs a command that writes into the folder, and reads its events. Returns what it printed.
 
@@ -133,7 +136,10 @@ class Record:
           AssertionError: it ended with another exit code, or the events don't explain the folder's content.
         """
         recording = {"LD_PRELOAD": self.recorder, "RECORDED_ROOT": self.root, "RECORD": self._file}
-        environment = {**(environment or os.environ), **{name: str(place) for name, place in recording.items()}}
+        environment = {
+            **(environment or os.environ),
+            **{name: str(place) for name, place in recording.items()},
+        }
         result = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -185,7 +191,9 @@ def _parse(record: bytes) -> Iterator[Event]:
 class _State:
     """Files and names, with what of them is on the disk."""
 
-    def __init__(self, root: pathlib.Path, before: Mapping[str, bytes | str | None], start: Mapping[int, tuple]):
+    def __init__(
+        self, root: pathlib.Path, before: Mapping[str, bytes | str | None], start: Mapping[int, tuple]
+    ):
         self._root_path = os.fspath(root)
         self._root = _Folder()
         self._inodes: dict[int, _Node] = {}
@@ -379,7 +387,9 @@ def tree(
     return found
 
 
-def differences(wanted: Mapping[str, bytes | str | None], found: Mapping[str, bytes | str | None]) -> list[str]:
+def differences(
+    wanted: Mapping[str, bytes | str | None], found: Mapping[str, bytes | str | None]
+) -> list[str]:
     """Lists how a folder differs from another: "+name", "-name" or "~name"."""
     return sorted(
         [f"-{name}" for name in wanted.keys() - found.keys()]

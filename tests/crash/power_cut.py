@@ -130,7 +130,9 @@ def main() -> None:
         sys.exit(str(error))
     codes = [
         # In a process of its own, because commands start threads, which no fork survives.
-        commands.wait(commands.fork(lambda: sys.exit(not cut_power(command, recorder, options.cuts, options.seed))))
+        commands.wait(
+            commands.fork(lambda: sys.exit(not cut_power(command, recorder, options.cuts, options.seed)))
+        )
         for command in commands.choose(options, folder)
     ]
     sys.exit(any(codes))

@@ -6,17 +6,14 @@
 import os
 import pathlib
 import random
-import shutil
-import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
+import commands  # noqa: E402
 import disk  # noqa: E402
 import power_cut  # noqa: E402
 
@@ -37,7 +34,7 @@ def record(tmp_path, recorder) -> disk.Record:
 def outcomes(record: disk.Record, target: pathlib.Path, model: str, cut: int | None = None) -> list[dict]:
     """Lists how a folder may look after a power cut, by default at the end."""
     found = []
-    for seed in range(40):
+    for seed in range(100):
         record.build(target, len(record.events) if cut is None else cut, model, random.Random(seed))
         found.append(disk.tree(target))
     return found
@@ -79,8 +76,8 @@ def test_what_is_not_synchronised_may_be_lost(tmp_path, record):
     code = "import os; open('new', 'wb').write(b'x' * 9000); os.rename('new', 'final')"
     record.run(["sh", "-c", f'cd {record.root} && {sys.executable} -c "{code}"'])
     whole = {"": None, "final": b"x" * 9000}
-    assert outcomes(record, tmp_path / "cut", disk.WHOLE) == [whole] * 40
-    assert outcomes(record, tmp_path / "cut", disk.SYNCED) == [{"": None}] * 40
+    assert outcomes(record, tmp_path / "cut", disk.WHOLE) == [whole] * 100
+    assert outcomes(record, tmp_path / "cut", disk.SYNCED) == [{"": None}] * 100
     ext4 = outcomes(record, tmp_path / "cut", disk.EXT4)
     posix = outcomes(record, tmp_path / "cut", disk.POSIX)
     for found in (ext4, posix):
@@ -136,12 +133,19 @@ def test_writing_is_complete_or_absent_and_stays(tmp_path, record):
                     assert there, (cut, model, step)
 
 
-def test_predictions_continue_after_a_power_cut(tmp_path, model_dir, recorder, capsys):
-    rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for number in range(24):
-        pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"images/{number:02}.png")
-        (tmp_path / f"images/{number:02}.txt").write_text("a red circle and a star")
-    (tmp_path / "images/07.png").write_bytes(b"broken")
-    ...
+def test_predictions_continue_after_a_power_cut(tmp_path, model_dir, recorder):
+    images, root = tmp_path / "images", tmp_path / "root"
+    root.mkdir()
+    flags = ("--heatmaps=npz", "--overlay", "--report", "--threads=2")
+    command = commands.predict("predict", model_dir, images, 24, root / "new/out", *flags)
+    record = disk.Record(root, recorder)
+    record.run([sys.executable, "-c", command.code()], ENVIRONMENT, command.codes)
+    wanted = disk.tree(root)
+    with commands.loaded_once():
+        found = list(
+            power_cut.outcomes(
+                record, command.run_here, lambda: disk.tree(root), wanted, command.codes, 20, 1
+            )
+        )
+    assert [str(outcome) for outcome in found if outcome.verdict != power_cut.SAME] == []
+    assert len(found) == 20
