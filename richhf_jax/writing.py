@@ -5,9 +5,9 @@
 
 A file with its final name is complete, also after a kill or a power cut. It is written as `.NAME.new` in the
 same folder and synchronised to the disk; then it is renamed, and the folder is synchronised. A folder that is
-made for it is synchronised in its own parent. What a killed process left of `.NAME.new` is replaced; what another
-process writes there is not touched. A file's path may be a URL ("gs://..."): a bucket keeps each file that it has
-taken, so nothing is synchronised there.
+made for it is synchronised in its parent. What a killed process left as `.NAME.new` is replaced; what another
+process is writing there is not touched. A file's path may be a URL ("gs://..."): a bucket keeps each file
+that it has taken, so nothing is synchronised there.
 """
 
 import contextlib
@@ -311,7 +311,8 @@ def reason(error: BaseException) -> str:
 def _file_and_words(error: BaseException) -> tuple[str | None, str]:
     """Returns the file that an error names, and its message, from the operating system if it has one."""
     if isinstance(error, OSError) and error.strerror:
-        return error.filename and foreign_text.for_terminal(os.fsdecode(error.filename)), error.strerror
+        named = isinstance(error.filename, str | bytes)  # It may be a descriptor.
+        return foreign_text.for_terminal(os.fsdecode(error.filename)) if named else None, error.strerror
     first = str(error).partition("\n")[0]
     if found := _TENSORSTORE_OS_ERROR.search(first):
         return foreign_text.for_terminal(found["file"]), os.strerror(int(found["code"]))

@@ -173,7 +173,7 @@ def wait(process: int) -> int:
 
 
 def checkpoints(out: pathlib.Path) -> dict[str, str]:
-    """Reads all arrays of the checkpoints in a folder, in a process of its own: name -> digest, or what is wrong."""
+    """Reads all checkpoints in a folder, in a process of its own: array -> digest, or what is wrong."""
 
     def read() -> None:
         found = {}
@@ -304,7 +304,7 @@ def _import(module: str) -> None:
 
 
 def add_options(parser: Any, each: Sequence[str]) -> None:
-    """Adds the common options to a parser; `each` are the name and the default of the number of interruptions."""
+    """Adds the common options to a parser; `each`: name and default of the number of interruptions."""
     parser.add_argument("commands", nargs="*", help="names of commands; default: all")
     parser.add_argument(
         "--checkpoint", required=True, help="a MODEL_DIR that launch/quickstart.sh has trained"

@@ -1,16 +1,16 @@
 """Records a command's writes below a folder, and builds the folder as a power cut could have left it.
 
-A file's content is on the disk once it is synchronised (fsync, fdatasync), a name once its folder is; sync does
-all. What becomes of the rest after a power cut depends on the file system. Four models:
+A file's content is on the disk once it is synchronised (fsync, fdatasync), a name once its folder is; sync
+does all. What becomes of the rest after a power cut depends on the file system. Four models:
 
     WHOLE   Everything is there: the disk was quick. This is also what SIGKILL leaves.
     SYNCED  Only what was synchronised is there.
-    EXT4    As ext4 with data=ordered and delayed allocation. Names and truncations reach the disk in their order,
-            all up to some moment; synchronising any file brings all of them so far. Of a file's new data only
-            the first pages may be there, so a renamed file may be empty. A page that was written over is the
-            old or the new one. (auto_da_alloc, which helps programs that forget fsync, is off.)
-    POSIX   Whatever POSIX allows. Each name is changed or not, in any order, but a rename is one step. Of a file's
-            data any pages may be there, and the file may have its new size already: lost pages are then zeros.
+    EXT4    As ext4 with data=ordered and delayed allocation. Names and truncations reach the disk in their
+            order, all up to some moment; synchronising any file brings all of them so far. Of a file's new
+            data only the first pages may be there, so a renamed file may be empty. A page that was written
+            over is the old or the new one. (auto_da_alloc, which helps programs without fsync, is off.)
+    POSIX   Whatever POSIX allows. Each name is changed or not, in any order, but a rename is one step. Of a
+            file's data any pages may be there, and it may have its new size already: lost pages are zeros.
 
 The recorder needs Linux on x86-64 and a C compiler.
 """
@@ -21,11 +21,12 @@ import os
 import pathlib
 import random
 import shutil
-import stat
 import struct
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 
+# Relative path -> content of a file, target of a link, None for a folder.
+Tree = Mapping[str, bytes | str | None]
 WHOLE, SYNCED, EXT4, POSIX = MODELS = ("whole", "synced", "ext4", "posix")
 PAGE = 4096
 _HERE = pathlib.Path(__file__).parent
@@ -56,7 +57,10 @@ class Event:
 
 @dataclasses.dataclass(eq=False)
 class _File:
-    """A file: its content when the recording began, and all changes since: (time, size) or (time, offset, data)."""
+    """A file: its content when the recording began, and the changes since.
+
+    A change is (time, new size) or (time, offset, data).
+    """
 
     content: bytes = b""
     mode: int = 0o644
@@ -81,6 +85,8 @@ class _Folder:
 
 
 _Node = _File | _Folder | _Link
+# The folder of all paths that aren't recorded.
+_OUTSIDE = _Folder()
 
 
 @dataclasses.dataclass
@@ -120,8 +126,8 @@ class Record:
         self.recorder = recorder
         self._file = recorder.with_name(f"{root.name}.record")
         self._file.unlink(missing_ok=True)
-        self._start: dict[int, tuple[str, bytes]] = {}
-        self._before = tree(self.root, with_inodes=self._start)
+        self._before = tree(self.root)
+        self._inodes = {name: (self.root / name).lstat().st_ino for name in self._before}
         self.events: list[Event] = []
 
     def run(
@@ -161,14 +167,14 @@ class Record:
           model: one of `MODELS`.
           rng: decides what is lost.
         """
-        state = _State(self.root, self._before, self._start)
+        state = _State(self.root, self._before, self._inodes)
         for time, event in enumerate(self.events[:cut]):
             state.apply(time, event)
         shutil.rmtree(target, ignore_errors=True)
         state.build(target, model, rng, cut)
 
     def moments(self, count: int, rng: random.Random) -> list[int]:
-        """Chooses cuts: half of them any, half of them just before or after a rename, where most goes wrong."""
+        """Chooses cuts: half of them any, half just before or after a rename, where most goes wrong."""
         renames = [time for time, event in enumerate(self.events) if event.kind == _Kind.RENAME]
         around = [time + rng.randint(0, 3) for time in rng.choices(renames, k=count // 2)] if renames else []
         any_time = [rng.randint(0, len(self.events)) for _ in range(count - len(around))]
@@ -191,31 +197,28 @@ def _parse(record: bytes) -> Iterator[Event]:
 class _State:
     """Files and names, with what of them is on the disk."""
 
-    def __init__(
-        self, root: pathlib.Path, before: Mapping[str, bytes | str | None], start: Mapping[int, tuple]
-    ):
+    def __init__(self, root: pathlib.Path, before: Tree, inodes: Mapping[str, int]):
         self._root_path = os.fspath(root)
         self._root = _Folder()
         self._inodes: dict[int, _Node] = {}
         self._renames: list[_Rename] = []
         self._commit = 0  # ext4: names changed before this time are on the disk.
-        by_path = {path: inode for inode, (path, _) in start.items()}
         for path, content in before.items():
             node: _Node
             if content is None:
                 node = _Folder() if path else self._root
             else:
                 node = _Link(content) if isinstance(content, str) else _File(content)
-            self._inodes[by_path[path]] = node
+            self._inodes[inodes[path]] = node
             if path:
                 parent, name = self._place(os.path.join(self._root_path, path))
                 parent.before[name] = parent.now[name] = node
 
     def _place(self, path: str) -> tuple[_Folder, str]:
-        """Finds a path's folder as programs see it; a path outside of the root gets a folder that nobody sees."""
+        """Finds a path's folder as programs see it; outside of the root it is a folder that nobody sees."""
         relative = os.path.relpath(path, self._root_path)
         if relative.startswith(".."):
-            return _Folder(), "outside"
+            return _OUTSIDE, path
         *folders, name = relative.split(os.sep)
         folder = self._root
         for part in folders:
@@ -234,36 +237,41 @@ class _State:
 
     def apply(self, time: int, event: Event) -> None:
         """Applies an event."""
-        kind, node = event.kind, self._inodes.get(event.inode)
-        if kind in (_Kind.CREATE, _Kind.MKDIR):
-            new = _File(mode=event.mode) if kind == _Kind.CREATE else _Folder(mode=event.mode)
-            place = self._place(event.first)
-            if place[1] != "outside":
-                self._inodes[event.inode] = new
-            self._set(time, (place, new))
-        elif kind == _Kind.SYMLINK:
-            self._set(time, (self._place(event.second), _Link(event.first)))
-        elif kind in (_Kind.RENAME, _Kind.LINK):
-            assert not event.mode & 2, "an exchange of names isn't modelled"
-            source, target = self._place(event.first), self._place(event.second)
-            moved = source[0].now.get(source[1])
-            if source != target and (moved or target[1] != "outside"):
-                assert moved, f"{event.first} is moved into the folder, which isn't modelled"
-                self._set(time, *([(source, None)] if kind == _Kind.RENAME else []), (target, moved))
-        elif kind in (_Kind.UNLINK, _Kind.RMDIR):
-            self._set(time, (self._place(event.first), None))
-        elif kind == _Kind.CHMOD and isinstance(node, _File | _Folder):
-            node.mode = event.mode
-        elif kind == _Kind.TRUNCATE and isinstance(node, _File):
-            node.changes.append((time, event.offset))
-        elif kind == _Kind.WRITE:
-            assert isinstance(node, _File), "a file was written that the record doesn't know"
-            node.changes.append((time, event.offset, event.data))
-        elif kind == _Kind.SYNC and node:
-            self._sync(time, node)
-        elif kind == _Kind.SYNC_ALL:
-            for one in self._inodes.values():
-                self._sync(time, one)
+        node = self._inodes.get(event.inode)
+        match event.kind:
+            case _Kind.CREATE | _Kind.MKDIR:
+                new = _File(mode=event.mode) if event.kind == _Kind.CREATE else _Folder(mode=event.mode)
+                place = self._place(event.first)
+                if place[0] is not _OUTSIDE:
+                    self._inodes[event.inode] = new
+                self._set(time, (place, new))
+            case _Kind.SYMLINK:
+                self._set(time, (self._place(event.second), _Link(event.first)))
+            case _Kind.RENAME | _Kind.LINK:
+                self._move(time, event)
+            case _Kind.UNLINK | _Kind.RMDIR:
+                self._set(time, (self._place(event.first), None))
+            case _Kind.CHMOD if isinstance(node, _File | _Folder):
+                node.mode = event.mode
+            case _Kind.TRUNCATE if isinstance(node, _File):
+                node.changes.append((time, event.offset))
+            case _Kind.WRITE:
+                assert isinstance(node, _File), "a file was written that the record doesn't know"
+                node.changes.append((time, event.offset, event.data))
+            case _Kind.SYNC if node:
+                self._sync(time, node)
+            case _Kind.SYNC_ALL:
+                for one in self._inodes.values():
+                    self._sync(time, one)
+
+    def _move(self, time: int, event: Event) -> None:
+        assert not event.mode & 2, "an exchange of names isn't modelled"
+        source, target = self._place(event.first), self._place(event.second)
+        if source == target or source[0] is target[0] is _OUTSIDE:
+            return
+        assert source[0] is not _OUTSIDE, f"{event.first} is moved into the folder, which isn't modelled"
+        gone = [(source, None)] if event.kind == _Kind.RENAME else []
+        self._set(time, *gone, (target, source[0].now[source[1]]))
 
     def _sync(self, time: int, node: _Node) -> None:
         self._commit = time
@@ -313,38 +321,46 @@ class _State:
 def _content(file: _File, model: str, rng: random.Random, journal: int) -> bytes:
     """Returns a file's content after a power cut."""
     content = bytearray(file.content)
-    for change in file.changes[: file.synced]:
+    on_disk = len(file.changes) if model == WHOLE else file.synced
+    for change in file.changes[:on_disk]:
         _change(content, change)
-    pending = file.changes[file.synced :]
-    if model == WHOLE:
-        for change in pending:
-            _change(content, change)
-    if model in (WHOLE, SYNCED):
-        return bytes(content)
     share = rng.choice([0, 0.5, 0.9, 1])
-    grows = True  # ext4: nothing follows a page at the end that is lost.
-    for change in pending:
+    if model == EXT4:
+        _change_as_ext4(content, file.changes[on_disk:], rng, share, journal)
+    elif model == POSIX:
+        _change_as_posix(content, file.changes[on_disk:], rng, share)
+    return bytes(content)
+
+
+def _change_as_ext4(
+    content: bytearray, changes: Sequence[tuple], rng: random.Random, share: float, journal: int
+) -> None:
+    grows = True  # Nothing follows a page that is lost at the end.
+    for change in changes:
         if len(change) == 2:
-            if change[0] < journal if model == EXT4 else rng.random() < share:
+            if change[0] < journal:
                 _change(content, change)
                 grows = True
             continue
-        time, offset, data = change
-        for start, part in _pages(offset, data):
-            lost = rng.random() >= share
-            beyond = start + len(part) > len(content)
-            if model == POSIX:
-                if not lost:
-                    _change(content, (time, start, part))
-                elif beyond and rng.random() < 0.5:  # The size without the data.
-                    content.extend(bytes(start + len(part) - len(content)))
-            elif beyond:
-                grows &= not lost
-                if grows:
-                    _change(content, (time, start, part))
-            elif not lost:
-                _change(content, (time, start, part))
-    return bytes(content)
+        for start, part in _pages(*change[1:]):
+            kept = rng.random() < share
+            if start + len(part) > len(content):
+                grows = kept = grows and kept
+            if kept:
+                _change(content, (change[0], start, part))
+
+
+def _change_as_posix(content: bytearray, changes: Sequence[tuple], rng: random.Random, share: float) -> None:
+    for change in changes:
+        if len(change) == 2:
+            if rng.random() < share:
+                _change(content, change)
+            continue
+        for start, part in _pages(*change[1:]):
+            if rng.random() < share:
+                _change(content, (change[0], start, part))
+            elif rng.random() < 0.5:  # The size without the data.
+                content.extend(bytes(max(0, start + len(part) - len(content))))
 
 
 def _change(content: bytearray, change: tuple) -> None:
@@ -368,28 +384,19 @@ def _pages(offset: int, data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += size
 
 
-def tree(
-    root: pathlib.Path, with_inodes: dict[int, tuple[str, bytes]] | None = None
-) -> dict[str, bytes | str | None]:
-    """Reads a folder: relative path -> content of a file, target of a link, None for a folder; "" is itself."""
+def tree(root: pathlib.Path) -> Tree:
+    """Reads a folder; "" is itself."""
     found: dict[str, bytes | str | None] = {}
     for path in [root, *sorted(root.rglob("*"))]:
-        status = path.lstat()
         name = "" if path == root else str(path.relative_to(root))
-        if stat.S_ISDIR(status.st_mode):
-            found[name] = None
-        elif stat.S_ISLNK(status.st_mode):
+        if path.is_symlink():
             found[name] = os.readlink(path)
         else:
-            found[name] = path.read_bytes()
-        if with_inodes is not None:
-            with_inodes[status.st_ino] = (name, b"")
+            found[name] = None if path.is_dir() else path.read_bytes()
     return found
 
 
-def differences(
-    wanted: Mapping[str, bytes | str | None], found: Mapping[str, bytes | str | None]
-) -> list[str]:
+def differences(wanted: Tree, found: Tree) -> list[str]:
     """Lists how a folder differs from another: "+name", "-name" or "~name"."""
     return sorted(
         [f"-{name}" for name in wanted.keys() - found.keys()]

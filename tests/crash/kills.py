@@ -1,11 +1,11 @@
 r"""Kills each command at random moments, again and again, and then lets it end.
 
     python tests/crash/kills.py --checkpoint=MODEL_DIR --data_dir=DIR
-    python tests/crash/kills.py --checkpoint=MODEL_DIR --data_dir=DIR --kills=10 --seed=1 'predict png' train
+    python tests/crash/kills.py --checkpoint=MODEL_DIR --data_dir=DIR --kills=10 'predict png' train
 
-SIGKILL goes to the command and the processes that it started. Then the same command is given again in the same
-folder. When it ends, which it may do between two kills, the folder must hold the files of an undisturbed run
-(of checkpoints, the same arrays), and nothing else; then it begins anew in an empty folder.
+SIGKILL goes to the command and the processes that it started. Then the same command is given again in the
+same folder. When it ends, which it may do between two kills, the folder must hold the files of an undisturbed
+run (of checkpoints, the same arrays), and nothing else; then it begins anew in an empty folder.
 The data of launch/quickstart.sh will do: runs/quickstart/finetune and runs/quickstart/data.
 
 Prints a table, and each failure. Exit code 1: something failed.
@@ -77,7 +77,7 @@ def _names(root: pathlib.Path) -> set[str]:
 
 
 def _measure(command: commands.Command, root: pathlib.Path, log: pathlib.Path) -> tuple[float, float]:
-    """Runs a command in an empty folder. Returns when it wrote the first file, and when it ended, in seconds."""
+    """Runs a command in an empty folder. Returns when it wrote the first file, and its end, in seconds."""
     begin, first = time.monotonic(), None
     process = command.start(log)
     while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):

@@ -54,7 +54,8 @@ os.ftruncate(file, 20000); os.close(file)
 os.truncate("before", 3)
 with open("before", "ab") as file: file.write(b" and appended")
 os.rename("folder", "renamed"); os.link("before", "hard link"); os.symlink("before", "link")
-subprocess.run("echo a shell > shell; cp shell gone; rm gone; mv shell renamed/shell; chmod 600 renamed/shell", shell=True)
+shell = "echo a shell > shell; cp shell gone; rm gone; mv shell renamed/shell; chmod 600 renamed/shell"
+subprocess.run(shell, shell=True)
 os.rmdir(os.path.abspath("../root/./renamed/..") + "/" + (os.mkdir("short") or "short"))
 """
     # `run` compares what the events explain with what is there.
