@@ -64,7 +64,7 @@ class Command:
       often: Python code that makes it write more often, to run before that where it is recorded or killed.
       codes: exit codes of success.
       content: reads what must be the same at the end, however often the command was interrupted.
-      has_flags: whether the module defines absl's flags, and so can run only once in a process.
+      alone: whether each run needs a process of its own: the module defines absl's flags, or `content` forks.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Command:
     often: str = ""
     codes: tuple[int, ...] = (0,)
     content: Callable[[pathlib.Path], Any] = disk.tree
-    has_flags: bool = False
+    alone: bool = False
 
     def code(self) -> str:
         """Returns Python code that runs the command."""
@@ -108,7 +108,7 @@ class Command:
     def _run(self) -> None:
         sys.argv = ["", *self.arguments]
         exec(self.prepare)
-        if self.has_flags:
+        if self.alone:
             _forget_flags(self.module)
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)
 
@@ -246,7 +246,7 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
         name = f"convert {form}"
         arguments = (f"--from={options.checkpoint}", f"--format={form}", f"--to={out(name)}")
         model = "--gin_file=models/rahf_tiny.gin"
-        return Command(name, "richhf_jax.convert", (*arguments, model), out(name), has_flags=True, **more)
+        return Command(name, "richhf_jax.convert", (*arguments, model), out(name), alone=True, **more)
 
     sample_sources.write(inputs / "samples", examples=24, image_size=64)
     (inputs / "mlp.gin").write_text(_MLP)
@@ -260,10 +260,10 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
     return [
         of_predict("predict png", "--overlay"),
         of_predict("predict npz", "--heatmaps=npz", "--report"),
-        Command("train", "richhf_jax.train", train, out("train"), content=checkpoints, has_flags=True),
+        Command("train", "richhf_jax.train", train, out("train"), content=checkpoints, alone=True),
         of_export("safetensors"),
         of_export("stablehlo"),
-        of_export("orbax", content=checkpoints),
+        of_export("orbax", content=checkpoints, alone=True),
         of_convert("orbax", content=checkpoints),
         of_convert("huggingface"),
         Command(

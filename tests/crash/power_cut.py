@@ -97,8 +97,8 @@ def cut_power(command: commands.Command, recorder: pathlib.Path, cuts: int, seed
     # It compiles programs, which the others find in the cache.
     record.run([sys.executable, "-c", command.code()], os.environ, command.codes)
     begin, counts, told = time.monotonic(), collections.Counter(), set()
-    again = (lambda: command.run(log)) if command.has_flags else command.run_here
-    with contextlib.nullcontext() if command.has_flags else commands.loaded_once():
+    again = (lambda: command.run(log)) if command.alone else command.run_here
+    with contextlib.nullcontext() if command.alone else commands.loaded_once():
         # A program's text names its callers, so it isn't the recorded one to the byte.
         record.build(root, 0, disk.WHOLE, random.Random(0))
         again()
