@@ -110,7 +110,9 @@ class Command:
         exec(self.prepare)
         if self.alone:
             _forget_flags(self.module)
-        runpy.run_module(self.module, run_name="__main__", alter_sys=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+            runpy.run_module(self.module, run_name="__main__", alter_sys=True)
 
 
 def _forget_flags(module: str) -> None:

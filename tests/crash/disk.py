@@ -19,10 +19,12 @@ import dataclasses
 import enum
 import os
 import pathlib
+import platform
 import random
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 # Relative path -> content of a file, target of a link, None for a folder.
@@ -37,8 +39,8 @@ _Kind = enum.IntEnum(
 )
 
 
-class NoCompilerError(Exception):
-    """There is no C compiler to build the recorder with."""
+class NoRecorderError(Exception):
+    """The recorder can't be built here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +104,12 @@ def build_recorder(folder: pathlib.Path) -> pathlib.Path:
     """Compiles the recorder into a folder.
 
     Raises:
-      NoCompilerError: there is no program `cc`.
+      NoRecorderError: there is no program `cc`, or the system isn't Linux on x86-64.
     """
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise NoRecorderError("power cuts can be tried on Linux on x86-64 only: the recorder knows no other")
     if shutil.which("cc") is None:
-        raise NoCompilerError("the recorder needs a C compiler: install gcc or clang, so that `cc` is found")
+        raise NoRecorderError("the recorder needs a C compiler: install gcc or clang, so that `cc` is found")
     library = folder / "recorder.so"
     command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(_HERE / "recorder.c")]
     subprocess.run(command, check=True)

@@ -131,7 +131,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     try:
         recorder = disk.build_recorder(folder)
-    except disk.NoCompilerError as error:
+    except disk.NoRecorderError as error:
         sys.exit(str(error))
     codes = []
     for command in commands.choose(options, folder):
