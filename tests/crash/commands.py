@@ -205,6 +205,25 @@ def _arrays(state: pathlib.Path) -> Iterator[tuple[str, str]]:
         yield jax.tree_util.keystr(path), hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
 
 
+def data_sets(out: pathlib.Path) -> dict[str, Any]:
+    """Reads a folder of data sets. Each process writes the features of an example in an order of its own."""
+    from richhf_jax.datasets import tfrecord
+
+    found: dict[str, Any] = dict(disk.tree(out))
+    for name in [name for name in found if ".tfrecord-" in name]:
+        with (out / name).open("rb") as file:
+            found[name] = [_features(tfrecord, data) for data in tfrecord.read(file)]
+    return found
+
+
+def _features(tfrecord: Any, data: Any) -> Any:
+    try:
+        parsed = tfrecord.parse_example(data)
+    except Exception as error:
+        return f"damaged: {error}"
+    return sorted((name, feature.SerializeToString()) for name, feature in parsed.items())
+
+
 def _images(folder: pathlib.Path, count: int) -> pathlib.Path:
     """Writes images with prompts; one is broken."""
     rng = np.random.default_rng(0)
@@ -258,6 +277,7 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
         *("--gin.CHECKPOINT_PERIOD=6", "--gin.BATCH_SIZE=8", "--gin.LOG_PERIOD=6"),
         "--gin.train.train_eval_dataset_cfg=None",
     )
+    datasets = (f"--data_dir={out('datasets')}",)
     web = (f"--shards={inputs}/samples/web/webdataset/*.tar", f"--data_dir={out('web_captions')}")
     return [
         of_predict("predict png", "--overlay"),
@@ -269,11 +289,7 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
         of_convert("orbax", content=checkpoints),
         of_convert("huggingface"),
         Command(
-            "datasets",
-            "richhf_jax.datasets",
-            (f"--data_dir={out('datasets')}",),
-            out("datasets"),
-            _SMALL_SPLITS,
+            "datasets", "richhf_jax.datasets", datasets, out("datasets"), _SMALL_SPLITS, content=data_sets
         ),
         Command(
             "web_captions", "richhf_jax.datasets.web_captions", (*web, "--processes=2"), out("web_captions")
