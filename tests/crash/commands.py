@@ -284,7 +284,7 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
         of_predict("predict npz", "--heatmaps=npz", "--report"),
         Command("train", "richhf_jax.train", train, out("train"), content=checkpoints, alone=True),
         of_export("safetensors"),
-        of_export("stablehlo"),
+        of_export("stablehlo", alone=True),  # A second program of one process isn't the first to the byte.
         of_export("orbax", content=checkpoints, alone=True),
         of_convert("orbax", content=checkpoints),
         of_convert("huggingface"),

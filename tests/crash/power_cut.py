@@ -84,7 +84,7 @@ def _judge(root, code, printed, content, wanted, codes) -> tuple[str, str]:
     if found == wanted:
         return SAME, tail
     if code not in codes and lines:
-        return TOLD, lines[0]
+        return TOLD, lines[-1]
     different = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)][:5]
     return WRONG, f"exit code {code}, other content: {different} {tail}"
 
