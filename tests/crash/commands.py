@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT}:{HERE}:{HERE.parent}",
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    # A program names the calls that made it.
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "LOSSES_FILE": os.devnull,
 }
@@ -284,7 +286,7 @@ def make(options: Any, folder: pathlib.Path) -> list[Command]:
         of_predict("predict npz", "--heatmaps=npz", "--report"),
         Command("train", "richhf_jax.train", train, out("train"), content=checkpoints, alone=True),
         of_export("safetensors"),
-        of_export("stablehlo", alone=True),  # A second program of one process isn't the first to the byte.
+        of_export("stablehlo"),
         of_export("orbax", content=checkpoints, alone=True),
         of_convert("orbax", content=checkpoints),
         of_convert("huggingface"),

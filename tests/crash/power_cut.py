@@ -99,9 +99,6 @@ def cut_power(command: commands.Command, recorder: pathlib.Path, cuts: int, seed
     begin, counts, told = time.monotonic(), collections.Counter(), set()
     again = (lambda: command.run(log)) if command.alone else command.run_here
     with contextlib.nullcontext() if command.alone else commands.loaded_once():
-        # A program's text names its callers, so it isn't the recorded one to the byte.
-        record.build(root, 0, disk.WHOLE, random.Random(0))
-        again()
         wanted = command.content(root)
         for outcome in outcomes(
             record, again, lambda: command.content(root), wanted, command.codes, cuts, seed
