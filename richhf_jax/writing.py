@@ -27,6 +27,10 @@ from etils import epath
 
 from richhf_jax import errors, foreign_text
 
+# Longest wait for another process that writes the same file, such as a small one of the same command.
+_PATIENCE_SECONDS = 10
+# Time in which a process makes or removes its lock.
+_MOMENT_SECONDS = 0.5
 FIX = "Make the folder, make room or give the right to write; then give the same command again"
 # Codes of the errors that mean no room, or no right to write.
 NO_ROOM_OR_RIGHT = frozenset(
@@ -34,10 +38,6 @@ NO_ROOM_OR_RIGHT = frozenset(
 )
 # Codes of file systems that can't synchronise a folder.
 _CAN_NOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
-# Longest wait for another process that writes the same file, such as a small one of the same command.
-_PATIENCE_SECONDS = 10
-# Time in which a process makes or removes its lock.
-_MOMENT_SECONDS = 0.5
 # The last file and the error code in a message of TensorStore.
 _TENSORSTORE_OS_ERROR = re.compile(r".*\"(?P<file>[^\"]+)\".*os_error_code='(?P<code>\d+)'")
 
