@@ -216,7 +216,8 @@ def new_directory(path: epath.PathLike, flag: str) -> Iterator[pathlib.Path]:
 
     Raises:
       errors.UserError: see `check_is_new`; or another process is writing the same directory.
-      OSError: it can't be written; or meanwhile something else was made at `path`, which stays.
+      OSError: it can't be written; or meanwhile something else was made at `path`, which stays. It names
+        final paths.
     """
     check_is_new(path, flag)
     final = pathlib.Path(os.path.realpath(path))  # A link to an empty directory is followed.
@@ -225,14 +226,19 @@ def new_directory(path: epath.PathLike, flag: str) -> Iterator[pathlib.Path]:
     private = final.with_name(f".{final.name}.new")
     private.mkdir(exist_ok=True)
     with _claimed(private / "lock", path, _MOMENT_SECONDS):
+        directory = private / final.name
         try:
-            directory = private / final.name
             if directory.exists():  # A killed process left it.
                 shutil.rmtree(directory)
             directory.mkdir()
             yield directory
             _give_usual_permissions(directory)
             move(directory, final)
+        except OSError as error:
+            if not isinstance(error.filename, str) or not error.filename.startswith(str(directory)):
+                raise
+            place = os.fspath(path) + error.filename.removeprefix(str(directory))
+            raise OSError(error.errno, error.strerror, place) from error
         finally:
             shutil.rmtree(private, ignore_errors=True)
 

@@ -3,6 +3,7 @@ import fcntl
 import os
 import pathlib
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -342,6 +343,28 @@ class TestNewDirectory:
             with pytest.raises(errors.UserError, match=f"another process is writing {tmp_path}/to: wait"):
                 write()
         assert tree(tmp_path) == ["to", "to/a"]
+
+    def test_an_error_names_the_final_path(self, tmp_path):
+        def write():
+            with writing.new_directory(tmp_path / "to", "--to") as directory:
+                (directory / "no/a").touch()
+
+        with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/to/no/a'$"):
+            write()
+
+    def test_a_parent_that_vanishes(self, tmp_path):
+        def write():
+            with (
+                writing.explained_disk_errors("OUT", "Fix it"),
+                writing.new_directory(tmp_path / "some/to", "--to"),
+            ):
+                shutil.rmtree(tmp_path / "some")
+
+        with pytest.raises(
+            errors.UserError, match=f"^{tmp_path}/some/to: No such file or directory. Fix it$"
+        ):
+            write()
+        assert tree(tmp_path) == []
 
     def test_a_directory_that_appears_meanwhile_is_not_overwritten(self, tmp_path):
         def write():
