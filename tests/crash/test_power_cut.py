@@ -141,7 +141,7 @@ def test_predictions_continue_after_a_power_cut(tmp_path, model_dir, recorder):
     images, root = tmp_path / "images", tmp_path / "root"
     root.mkdir()
     flags = ("--heatmaps=npz", "--overlay", "--report", "--threads=2")
-    command = commands.predict("predict", model_dir, images, 24, root / "new/out", *flags)
+    command = commands.predict("predict", model_dir, images, 16, root / "new/out", *flags)
     record = disk.Record(root, recorder)
     record.run([sys.executable, "-c", command.code()], ENVIRONMENT, command.codes)
     wanted = disk.tree(root)
