@@ -3,25 +3,34 @@
     with writing.explained_disk_errors(out), writing.atomic(out) as new:
         new.write_text(...)
 
-A file with its final name is complete, also after a kill or a power cut. It is written under another name in
-the same folder and synchronised to the disk; then it is renamed, and the folder is synchronised. A file's
-path may be a URL ("gs://..."): a bucket keeps each file that it has taken, so nothing is synchronised there.
+A file with its final name is complete, also after a kill or a power cut. It is written as `.NAME.new` in the
+same folder and synchronised to the disk; then it is renamed, and the folder is synchronised. A folder that is
+made for it is synchronised in its parent. What a killed process left as `.NAME.new` is replaced; what another
+process is writing there is not touched. A file's path may be a URL ("gs://..."): a bucket keeps each file
+that it has taken, so nothing is synchronised there.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
 import re
-import tempfile
+import shutil
+import stat
+import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from richhf_jax import errors
+from richhf_jax import errors, foreign_text
 
+# Longest wait for another process that writes the same file, such as a small one of the same command.
+_PATIENCE_SECONDS = 10
+# Time in which a process makes or removes its lock.
+_MOMENT_SECONDS = 0.5
 FIX = "Make the folder, make room or give the right to write; then give the same command again"
 # Codes of the errors that mean no room, or no right to write.
 NO_ROOM_OR_RIGHT = frozenset(
@@ -37,28 +46,106 @@ _TENSORSTORE_OS_ERROR = re.compile(r".*(?<!\\)\"(?P<file>[^\"\\]+)\".*os_error_c
 def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a path to write a file to. The file becomes `path` at the end; after an error, `path` stays.
 
-    The new file is `.NAME.new` in the same folder. A kill leaves it there, and the next call replaces it: two
-    processes must not write the same file at the same time. Links are followed. A device or a pipe, such as
-    /dev/stdout, is written directly.
+    If several processes write the same file at once, one waits for the other, and the last one's file stays.
+    Links are followed. A device or a pipe, such as /dev/stdout, is written directly.
 
     Raises:
+      errors.UserError: another process has been writing the same file for ten seconds.
       OSError: the file can't be written. The error names `path`.
     """
-    final = epath.Path(path if _is_url(path) else os.path.realpath(path))
-    if not _is_url(path) and os.path.exists(final) and not os.path.isfile(final):
-        yield final
+    if _is_written_directly(path):
+        yield epath.Path(path)
         return
+    final = epath.Path(path if _is_url(path) else os.path.realpath(path))
     new = final.with_name(f".{final.name}.new")
     try:
-        new.unlink(missing_ok=True)
-        yield new
-        move(new, final)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.strerror and error.filename in (None, os.fspath(new)):
+        with contextlib.nullcontext() if _is_url(path) else _claimed(new, path, _PATIENCE_SECONDS):
+            try:
+                yield new
+                move(new, final)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    new.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        if error.strerror and error.filename in (None, os.fspath(new)):
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+def _is_written_directly(path: epath.PathLike) -> bool:
+    if _is_url(path):
+        return False
+    # /dev/stdout may stand for a file that the shell has opened, and that must not be replaced by another.
+    place = os.path.abspath(path)
+    target = os.readlink(place) if os.path.islink(place) else place
+    if any(name.startswith(("/dev/fd/", "/proc/")) for name in (place, target)):
+        return True
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+@contextlib.contextmanager
+def _claimed(new: epath.PathLike, final: epath.PathLike, patience: float) -> Iterator[None]:
+    """Makes an empty file that only this process writes, in place of what a killed process left.
+
+    Args:
+      new: the file. It is locked until the end of the block or of the process, also under another name.
+      final: the path that it is for, for the message.
+      patience: longest wait for another process that has the file, in seconds.
+
+    Raises:
+      errors.UserError: another process has it.
+      OSError: it can't be made.
+    """
+    give_up = time.monotonic() + patience
+    while (descriptor := _claim(new)) is None:
+        if time.monotonic() > give_up:
+            raise errors.UserError(f"another process is writing {final}: wait for it, or name another place")
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim(new: epath.PathLike) -> int | None:
+    """Makes and locks a file. Returns its descriptor; None if another process has it, or had it until now."""
+    try:
+        descriptor, is_new = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        # NFS locks only what may be written. A pipe must not wait for its other end.
+        access = os.O_RDWR if os.access(new, os.W_OK) else os.O_RDONLY
+        try:
+            descriptor, is_new = os.open(new, access | os.O_NONBLOCK | os.O_NOFOLLOW), False
+        except FileNotFoundError:
+            return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        # Before it was locked, another process may have removed it or given it its final name.
+        if _lock(descriptor) and _is_at(descriptor, new):
+            if is_new:
+                stack.pop_all()
+                return descriptor
+            os.unlink(new)  # A killed process left it.
+    return None
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks a file for this process alone. Returns whether no other process has; true where nothing locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_at(descriptor: int, path: epath.PathLike) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
@@ -100,29 +187,68 @@ def _sync(path: epath.PathLike) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: epath.PathLike) -> None:
+    """Makes a folder and its parents, if they are missing. They stay after a power cut.
+
+    Raises:
+      OSError: one can't be made, or can't be synchronised to the disk.
+    """
+    parents = [] if _is_url(path) else [place for place in _and_parents(path) if not place.exists()]
+    epath.Path(path).mkdir(parents=True, exist_ok=True)
+    for place in parents:
+        _sync(place.parent)
+
+
+def _and_parents(path: epath.PathLike) -> list[pathlib.Path]:
+    place = pathlib.Path(os.path.abspath(path))
+    return [place, *place.parents]
+
+
 @contextlib.contextmanager
 def new_directory(path: epath.PathLike, flag: str) -> Iterator[pathlib.Path]:
     """Yields a directory to write to. It becomes `path` at the end; after an error it is deleted.
+
+    All files and folders in it get the permissions that the umask says, whatever a library gave them.
 
     Args:
       path: a local path that doesn't exist, or an empty directory. Its parents are made.
       flag: the flag that gave the path, for messages.
 
     Raises:
-      errors.UserError: see `check_is_new`.
-      OSError: it can't be written; or meanwhile something else was made at `path`, which stays.
+      errors.UserError: see `check_is_new`; or another process is writing the same directory.
+      OSError: it can't be written; or meanwhile something else was made at `path`, which stays. It names
+        final paths.
     """
     check_is_new(path, flag)
     final = pathlib.Path(os.path.realpath(path))  # A link to an empty directory is followed.
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     # In the same folder, so that it is on the same disk and renaming copies nothing.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True
-    ) as private:  # Only the user may read it; the directory in it has the usual permissions.
-        directory = pathlib.Path(private) / final.name
-        directory.mkdir()
-        yield directory
-        move(directory, final)
+    private = final.with_name(f".{final.name}.new")
+    private.mkdir(exist_ok=True)
+    with _claimed(private / "lock", path, _MOMENT_SECONDS):
+        directory = private / final.name
+        try:
+            if directory.exists():  # A killed process left it.
+                shutil.rmtree(directory)
+            directory.mkdir()
+            yield directory
+            _give_usual_permissions(directory)
+            move(directory, final)
+        except OSError as error:
+            if not isinstance(error.filename, str) or not error.filename.startswith(str(directory)):
+                raise
+            place = os.fspath(path) + error.filename.removeprefix(str(directory))
+            raise OSError(error.errno, error.strerror, place) from error
+        finally:
+            shutil.rmtree(private, ignore_errors=True)
+
+
+def _give_usual_permissions(directory: pathlib.Path) -> None:
+    """Gives all that is in a directory the permissions of the directory itself; files can't be executed."""
+    usual = stat.S_IMODE(directory.stat().st_mode)
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(usual if path.is_dir() else usual & 0o666)
 
 
 def check_is_new(path: epath.PathLike, flag: str) -> None:
@@ -208,11 +334,12 @@ def reason(error: BaseException) -> str:
 def _file_and_words(error: BaseException) -> tuple[str | None, str]:
     """Returns the file that an error names, and its message, from the operating system if it has one."""
     if isinstance(error, OSError) and error.strerror:
-        return error.filename and os.fsdecode(error.filename), error.strerror
+        named = isinstance(error.filename, str | bytes)  # It may be a descriptor.
+        return foreign_text.for_terminal(os.fsdecode(error.filename)) if named else None, error.strerror
     first = str(error).partition("\n")[0]
     if found := _TENSORSTORE_OS_ERROR.search(first):
-        return found["file"], os.strerror(int(found["code"]))
-    return None, f"{type(error).__name__}: {first}"
+        return foreign_text.for_terminal(found["file"]), os.strerror(int(found["code"]))
+    return None, f"{type(error).__name__}: {foreign_text.for_terminal(first)}"
 
 
 def check_same_run(place: epath.PathLike, then: Mapping[str, Any], now: Mapping[str, Any], fix: str) -> None:

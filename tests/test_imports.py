@@ -33,7 +33,7 @@ inputs             |                |
 pixels             |                |
 reading            |                |
 weights_file       |                | checksums foreign_text reading
-writing            |                |
+writing            |                | foreign_text
 locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |

@@ -1,10 +1,16 @@
 import errno
+import fcntl
 import os
 import pathlib
 import re
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from concurrent import futures
 
 import pytest
 
@@ -92,6 +98,54 @@ def test_what_a_killed_process_leaves_is_replaced(tmp_path):
     assert permissions(tmp_path / "a.txt") != 0o400
 
 
+def test_a_writer_waits_for_another_of_the_same_file(tmp_path):
+    def write(content):
+        with writing.atomic(tmp_path / "a.txt") as new:
+            started.set()
+            new.write_text(content)
+            go_on.wait()
+
+    started, go_on = threading.Event(), threading.Event()
+    with futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(write, "first")
+        started.wait()
+        second = pool.submit(writing.write, tmp_path / "a.txt", "second")
+        time.sleep(0.05)
+        assert not second.done()
+        go_on.set()
+        first.result()
+        second.result()
+    assert (tmp_path / "a.txt").read_text() == "second"
+    assert tree(tmp_path) == ["a.txt"]
+
+
+def test_a_writer_that_has_waited_for_long_gives_up_and_leaves_the_other_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_PATIENCE_SECONDS", 0.05)
+    with writing.atomic(tmp_path / "a.txt") as new:
+        new.write_text("first")
+        with pytest.raises(errors.UserError, match=f"another process is writing {tmp_path}/a.txt: wait"):
+            writing.write(tmp_path / "a.txt", "second")
+    assert (tmp_path / "a.txt").read_text() == "first"
+
+
+def test_many_writers_of_one_file(tmp_path):
+    contents = [str(number) * 10000 for number in range(10)]
+    with futures.ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda content: writing.write(tmp_path / "a.txt", content), contents * 3))
+    assert (tmp_path / "a.txt").read_text() in contents
+    assert tree(tmp_path) == ["a.txt"]
+
+
+def test_file_systems_that_know_no_locks(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".a.txt.new").write_text("half")
+    writing.write(tmp_path / "a.txt", "content")
+    assert tree(tmp_path) == ["a.txt"]
+
+
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_the_end(tmp_path, calls):
     writing.write(tmp_path / "a.txt", "content")
     assert calls == [
@@ -110,6 +164,17 @@ def test_all_of_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path, call
     assert calls[renamed] == ("replace", "new", "new")
     assert sorted(calls[:renamed]) == [("fsync", name) for name in ("a", "b", "inner", "new")]
     assert calls[renamed + 1 :] == [("fsync", tmp_path.name)]
+
+
+def test_new_folders_are_synchronised_in_their_parents(tmp_path, calls):
+    writing.make_folder(tmp_path / "some/deep/folder")
+    assert sorted(calls) == sorted(("fsync", name) for name in (tmp_path.name, "some", "deep"))
+    calls.clear()
+    writing.make_folder(tmp_path / "some/deep/folder")
+    assert calls == []
+    with writing.new_directory(tmp_path / "another/new", "--to"):
+        pass
+    assert ("fsync", tmp_path.name) in calls
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
@@ -131,6 +196,19 @@ def test_permissions_are_those_that_the_user_wants(tmp_path, umask, mask):
         (directory / "a.txt").touch()
     assert permissions(tmp_path / "new") == 0o777 & ~mask
     assert permissions(tmp_path / "new/a.txt") == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_that_a_library_gave_become_the_usual_ones(tmp_path, umask, mask):
+    umask(mask)
+    with writing.new_directory(tmp_path / "new", "--to") as directory:
+        (directory / "inner").mkdir()
+        (directory / "inner").chmod(0o755)
+        for name, mode in (("a", 0o600), ("inner/b", 0o666), ("inner/c", 0o755)):
+            (directory / name).touch()
+            (directory / name).chmod(mode)
+    assert permissions(tmp_path / "new/inner") == 0o777 & ~mask
+    assert {permissions(tmp_path / "new" / name) for name in ("a", "inner/b", "inner/c")} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("name", ["the text", "fsync", "replace"])
@@ -202,6 +280,22 @@ def test_a_pipe_is_written_directly(tmp_path):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
+def test_standard_output_is_not_replaced(tmp_path):
+    code = "from richhf_jax import writing; print('before', flush=True); writing.write('/dev/stdout', 'text')"
+    with (tmp_path / "out.txt").open("a") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+        assert os.path.samestat(os.fstat(out.fileno()), (tmp_path / "out.txt").stat())
+    assert "text" in (tmp_path / "out.txt").read_text()
+    assert tree(tmp_path) == ["out.txt"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no /dev/shm")
+def test_a_disk_among_the_devices_is_a_disk(calls):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        writing.write(f"{folder}/a.txt", "content")
+    assert ("replace", ".a.txt.new", "a.txt") in calls
+
+
 class TestNewDirectory:
     def test_appears_at_the_end_with_its_parents(self, tmp_path):
         with writing.new_directory(str(tmp_path / "some/new"), "--to") as directory:
@@ -223,6 +317,52 @@ class TestNewDirectory:
                 raise error
 
         with pytest.raises(error if isinstance(error, type) else type(error)):
+            write()
+        assert tree(tmp_path) == []
+
+    def test_what_a_killed_process_left_is_replaced(self, tmp_path):
+        code = (
+            "import os, signal, sys; from richhf_jax import writing\n"
+            "with writing.new_directory(sys.argv[1], '--to') as directory:\n"
+            "    (directory / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        for _ in range(2):
+            subprocess.run([sys.executable, "-c", code, str(tmp_path / "to")], check=False)
+            assert tree(tmp_path) == [".to.new", ".to.new/lock", ".to.new/to", ".to.new/to/half"]
+        with writing.new_directory(tmp_path / "to", "--to") as directory:
+            (directory / "a").touch()
+        assert tree(tmp_path) == ["to", "to/a"]
+
+    def test_another_process_that_writes_the_same_is_left_alone(self, tmp_path):
+        def write():
+            with writing.new_directory(tmp_path / "to", "--to"):
+                pass
+
+        with writing.new_directory(tmp_path / "to", "--to") as directory:
+            (directory / "a").touch()
+            with pytest.raises(errors.UserError, match=f"another process is writing {tmp_path}/to: wait"):
+                write()
+        assert tree(tmp_path) == ["to", "to/a"]
+
+    def test_an_error_names_the_final_path(self, tmp_path):
+        def write():
+            with writing.new_directory(tmp_path / "to", "--to") as directory:
+                (directory / "no/a").touch()
+
+        with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/to/no/a'$"):
+            write()
+
+    def test_a_parent_that_vanishes(self, tmp_path):
+        def write():
+            with (
+                writing.explained_disk_errors("OUT", "Fix it"),
+                writing.new_directory(tmp_path / "some/to", "--to"),
+            ):
+                shutil.rmtree(tmp_path / "some")
+
+        with pytest.raises(
+            errors.UserError, match=f"^{tmp_path}/some/to: No such file or directory. Fix it$"
+        ):
             write()
         assert tree(tmp_path) == []
 
@@ -280,6 +420,15 @@ def test_disk_errors_are_explained(error, message):
         raise error
     assert str(explained.value) == message
     assert explained.value.__cause__ is error
+
+
+def test_foreign_names_stay_on_one_line():
+    error = OSError(errno.EACCES, "Permission denied", "a\x1b]0;\nb")
+    told = pytest.raises(errors.UserError, match=re.escape(r"a\x1b]0;\nb: Permission denied. Fix"))
+    with told, writing.explained_disk_errors("OUT", "Fix it"):
+        raise error
+    assert writing.reason(error) == r"Permission denied: a\x1b]0;\nb"
+    assert writing.reason(OSError(errno.EIO, "Input/output error", 7)) == "Input/output error"
 
 
 def test_other_errors_pass():
