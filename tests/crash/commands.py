@@ -98,7 +98,7 @@ class Command:
     def run(self, log: pathlib.Path) -> tuple[int, str]:
         """Runs the command in a forked process. Returns its exit code and what it printed."""
         code = wait(self.start(log))
-        return code, log.read_text(errors="replace")
+        return code, log.read_text(encoding="utf-8", errors="replace")
 
     def run_here(self) -> tuple[int, str]:
         """Runs the command in this process. Returns its exit code and what it printed."""

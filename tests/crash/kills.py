@@ -86,7 +86,7 @@ def _measure(command: commands.Command, root: pathlib.Path, log: pathlib.Path) -
         time.sleep(_POLL)
     code = commands.wait(process)
     seconds = time.monotonic() - begin
-    assert code in command.codes, log.read_text()[-3000:]
+    assert code in command.codes, log.read_text(encoding="utf-8")[-3000:]
     shutil.rmtree(root)
     root.mkdir()
     return first or 0, seconds
