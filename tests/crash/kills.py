@@ -43,24 +43,29 @@ def kill_at_random_moments(command: commands.Command, count: int, seed: int) -> 
     shutil.rmtree(root)
     root.mkdir()
     first, last = _measure(command, root, log)
-    begin, killed, ended, most, wrong = time.monotonic(), 0, 0, 0, []
+    begin, killed, ended, most, wrong, is_new = time.monotonic(), 0, 0, 0, [], True
     while killed < count or not ended:
+        started = time.monotonic()
         process = command.start(log)
         # From just before the first file appears to the end.
         code = (
             _kill_after(process, rng.uniform(0.9 * first, last)) if killed < count else commands.wait(process)
         )
         if code == -signal.SIGKILL:
-            killed += 1
+            killed, is_new = killed + 1, False
             most = max(most, len(_names(root) - names))
             continue
         ended += 1
+        if is_new and killed < count:  # The machine has become faster.
+            seconds = time.monotonic() - started
+            first, last = first * seconds / last, seconds
         printed = log.read_text(errors="replace")
         if problem := _problem(command, root, code, printed, wanted, names):
             wrong.append(problem)
             print(f"  {command.name}: after {killed} kills: {problem}", flush=True)
         shutil.rmtree(root)
         root.mkdir()
+        is_new = True
     seconds = time.monotonic() - begin
     print(
         f"{command.name:20} killed {killed:4}  ended {ended:4}  most leftovers {most:3}  WRONG {len(wrong):4}"
