@@ -212,8 +212,7 @@ def _check_required_macros(config: str) -> None:
 
 def write_operative_config(path: epath.PathLike) -> None:
     """Writes every gin value that was used so far to a file that gin can parse."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writing.make_folder(epath.Path(path).parent)
     writing.write(path, gin.operative_config_str())
 
 

@@ -286,7 +286,7 @@ class _Output:
             for kind, path in of_image.items()
         ]
         with self._writing(), concurrent.futures.ThreadPoolExecutor() as pool:
-            folder.mkdir(parents=True, exist_ok=True)
+            writing.make_folder(folder)
             list(pool.map(_write_png, *zip(*files, strict=True)))
         return [
             {kind: f"{self._heatmaps.name}/{folder.name}/{path.name}" for kind, path in of_image.items()}
@@ -305,7 +305,7 @@ class _Output:
     def _writing(self) -> Iterator[None]:
         """Explains disk errors, and first of all writes the run's arguments to the folder."""
         with writing.explained_disk_errors(self.path.parent, _WRITTEN_STAYS):
-            self._temporary.mkdir(parents=True, exist_ok=True)
+            writing.make_folder(self._temporary)
             if not self._run_path.exists():
                 # Other processes may write the same file now, so each writes its own and moves it there.
                 own = self._temporary / self._run_path.name

@@ -65,7 +65,7 @@ def held(directory: epath.PathLike, flag: str) -> Iterator["Lock"]:
             if "://" not in place:
                 if os.path.lexists(place) and not os.path.isdir(place):
                     raise errors.UserError(f"{place} is no directory: name another one with {flag}")
-                os.makedirs(place, exist_ok=True)
+                writing.make_folder(place)
                 descriptor = os.open(place, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
             lock = Lock(place, flag, descriptor)

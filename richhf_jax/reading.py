@@ -3,8 +3,10 @@
 A named pipe, a device or a socket would hang a program or fill its memory, and so would a file without end.
 """
 
+import errno
 import json
 import os
+import re
 import stat
 from typing import Any
 
@@ -14,6 +16,9 @@ from richhf_jax import errors
 
 # The most bytes of a small file: a configuration, an index, a description.
 SMALL = 64 * 2**20
+# Levels of objects and lists in JSON. Python's parser would use the stack of the process for each.
+MAX_DEPTH = 200
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -21,6 +26,20 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def regular(path: str, flags: int) -> int:
+    """Opens a regular file: the argument `opener` of `open`. A pipe or device would never end.
+
+    Raises:
+      OSError: there is no such file, or it is a folder, pipe, device or socket.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a file", path)
 
 
 def check_regular(path: epath.PathLike) -> None:
@@ -67,15 +86,33 @@ def read_bytes(path: epath.PathLike, limit: int = SMALL) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parses JSON.
+    """Parses JSON within MAX_DEPTH.
 
     Raises:
-      ValueError: it is no JSON, no UTF-8, or nested too deeply for Python.
+      ValueError: it is no JSON, no UTF-8, or too deep, or an object has two values of one name.
     """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+        raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
     try:
-        return json.loads(text.decode() if isinstance(text, bytes) else text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        return json.loads(data, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from error
+
+
+def _depth(line: bytes) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(rb"[][{}]", _STRING.sub(b"", line)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs) and (twice := [name for name, value in pairs if value != fields[name]]):
+        raise ValueError(f"{twice[0]!r} has two values")
+    return fields
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:

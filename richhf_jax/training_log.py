@@ -17,7 +17,7 @@ from absl import logging
 from clu import metric_writers
 from etils import epath
 
-from richhf_jax import errors
+from richhf_jax import errors, writing
 from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import chips, counter
 
@@ -27,7 +27,7 @@ def create_writer(model_dir: str, *folders: str) -> metric_writers.MetricWriter:
     folder = epath.Path(model_dir).joinpath(*folders)
     if jax.process_index() == 0:
         # TensorFlow would make it, whatever the umask, without the right to write for others.
-        folder.mkdir(parents=True, exist_ok=True)
+        writing.make_folder(folder)
     return metric_writers.create_default_writer(os.fspath(folder), just_logging=jax.process_index() > 0)
 
 

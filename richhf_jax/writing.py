@@ -232,7 +232,7 @@ def new_directory(path: epath.PathLike, flag: str) -> Iterator[pathlib.Path]:
                 shutil.rmtree(directory)
             directory.mkdir()
             yield directory
-            _give_usual_permissions(directory)
+            give_usual_permissions(directory)
             move(directory, final)
         except OSError as error:
             if not isinstance(error.filename, str) or not error.filename.startswith(str(directory)):
@@ -243,7 +243,7 @@ def new_directory(path: epath.PathLike, flag: str) -> Iterator[pathlib.Path]:
             shutil.rmtree(private, ignore_errors=True)
 
 
-def _give_usual_permissions(directory: pathlib.Path) -> None:
+def give_usual_permissions(directory: pathlib.Path) -> None:
     """Gives all that is in a directory the permissions of the directory itself; files can't be executed."""
     usual = stat.S_IMODE(directory.stat().st_mode)
     for path in directory.rglob("*"):

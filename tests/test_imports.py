@@ -29,15 +29,15 @@ multihost          | jax            |
 losses             | jax            | shapes
 decoding           | jax            | shapes
 keywords           |                |
-inputs             |                |
 pixels             |                |
 reading            |                |
+inputs             |                | reading
 weights_file       |                | checksums foreign_text reading
 writing            |                | foreign_text
 locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
-datasets           | tensorflow torch | foreign_text inputs locking writing
+datasets           | tensorflow torch | foreign_text inputs locking reading writing
 benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
@@ -66,7 +66,7 @@ export             | jax tensorflow | augmentation convert foreign_text keywords
 trainer            | jax            | losses models partitioning train_state
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords models partitioning
                                       postprocessors trainer
-training_log       | jax            | costs trainer
+training_log       | jax            | costs trainer writing
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |
 benchmarks.steps   | jax tensorflow |

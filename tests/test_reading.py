@@ -46,8 +46,8 @@ def test_a_tree_holds_regular_files_alone(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[" * 100_000, "is truncated, or no JSON: it is nested too deeply"),
-        ('{"a": ' * 100_000, "nested too deeply"),
+        ("[" * 100_000, "is truncated, or no JSON: lists or objects are nested more than 200 deep"),
+        ('{"a": ' * 100_000, "nested more than 200 deep"),
         ('{"a"', "is truncated, or no JSON"),
         (b'{"a": "\xff"}', "is truncated, or no JSON"),
         ("9" * 5000, "is truncated, or no JSON"),

@@ -28,6 +28,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import sys
@@ -39,7 +40,7 @@ import pyarrow.parquet as pq
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors, foreign_text, writing
+from richhf_jax import errors, foreign_text, reading, writing
 from richhf_jax.inputs import files
 from richhf_jax.inputs import images as image_files
 from richhf_jax.inputs.record import (
@@ -49,7 +50,6 @@ from richhf_jax.inputs.record import (
     parsed_json,
     read_bytes,
     reason,
-    regular,
 )
 
 CATEGORIES = ("human", "animal", "object", "indoor scene", "outdoor scene")
@@ -192,7 +192,7 @@ def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes
     """Reads each row group's ids, and its images if an id is new."""
     row = 0
     try:
-        with open(path, "rb", opener=regular) as source, pq.ParquetFile(source) as file:
+        with open(path, "rb", opener=reading.regular) as source, pq.ParquetFile(source) as file:
             pairs = _columns(path, file.schema_arrow.names)
             ids = [name for name, _ in pairs]
             groups = tqdm.tqdm(range(file.num_row_groups), path.name, unit=" row groups", disable=None)
@@ -333,6 +333,7 @@ def make_table(
                 rows = ask(vqa, ids, pictures)
                 table.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
                 table.flush()
+                os.fsync(table.fileno())
                 report.add(rows)
         if not report.undecodable:
             errors_path.unlink()

@@ -36,10 +36,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
-from richhf_jax import errors, foreign_text, writing
+from richhf_jax import errors, foreign_text, reading, writing
 from richhf_jax.datasets.attributes import CATEGORIES
 from richhf_jax.inputs import tables
-from richhf_jax.inputs.record import checked_id, reason, regular, whole
+from richhf_jax.inputs.record import checked_id, reason, whole
 
 COLUMNS = ID, PHOTOREALISTIC, CATEGORY = ("id", "photorealistic", "category")
 # The paper says "the majority"; the figure is ours.
@@ -203,7 +203,7 @@ def _read(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
     try:
-        with open(path, "rb", opener=regular) as source, pq.ParquetFile(source) as file:
+        with open(path, "rb", opener=reading.regular) as source, pq.ParquetFile(source) as file:
             _check_columns(str(path), file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(columns=list(COLUMNS)):

@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from richhf_jax import errors, feedback, writing
+from richhf_jax import errors, feedback, reading, writing
 from richhf_jax.datasets import ratings, tfrecord
-from richhf_jax.inputs.record import bounded_lines, regular
+from richhf_jax.inputs.record import bounded_lines
 
 EPILOG = f"""\
 Schema of RAW.jsonl
@@ -178,7 +178,7 @@ def consolidate_file(raw: pathlib.Path, out: pathlib.Path, on_error: str = "stop
         raise errors.UserError(f"{out} is the file of raw ratings, which would be lost: name another OUT")
     good, skipped = [], []
     with writing.explained_disk_errors(out, f"Nothing written. {writing.FIX}"):
-        with open(raw, "rb", opener=regular) as file:
+        with open(raw, "rb", opener=reading.regular) as file:
             for number, rating in ratings.read_ratings(bounded_lines(file)):
                 if isinstance(rating, ratings.Rating):
                     good.append(rating)

@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Iterator
 
-from richhf_jax import errors
+from richhf_jax import errors, reading
 from richhf_jax.inputs import tars
 from richhf_jax.inputs.record import (
     IMAGE_EXTENSIONS,
@@ -15,7 +15,6 @@ from richhf_jax.inputs.record import (
     checked_prompt,
     printable,
     read_bytes,
-    regular,
 )
 
 _GZIP = b"\x1f\x8b"
@@ -33,7 +32,7 @@ def tar_records(path: str) -> Iterator[Record]:
     """
     waiting: dict[str, tuple[str, tars.Member]] = {}
     problem = ""
-    with open(path, "rb", opener=regular) as file:
+    with open(path, "rb", opener=reading.regular) as file:
         if file.peek(len(_GZIP)).startswith(_GZIP):
             raise compressed(path)
         try:

@@ -1,18 +1,16 @@
-"""Records, which every kind of input gives, and what all readers share: limits, safe opening, JSON, ids.
+"""Records, which every kind of input gives, and what all readers share: limits, JSON, ids.
 
 Records load later, in any thread, or tell why they can't. A row or file that breaks a limit fails alone.
 """
 
 import dataclasses
-import errno
 import functools
-import json
 import math
 import os
-import re
-import stat
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
+
+from richhf_jax import reading
 
 # All readers of folders, tars and shards take images by this list, so a name means the same everywhere.
 # JPEG's names are those of Windows and Chrome, too; Firefox saves animations as .apng.
@@ -32,12 +30,8 @@ MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 20
 # Characters of a CSV's row, or bytes of a JSON line.
 MAX_ROW = 1 << 24
-# Levels of objects and lists in JSON. Python's parser would use the stack of the process for each.
-MAX_DEPTH = 200
 # From here on, a float can't hold every whole number.
 _MAX_WHOLE_FLOAT = 1 << 53
-
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
 
 class InputError(ValueError):
@@ -86,20 +80,6 @@ def unsupported_image(path: str) -> str:
     return f"{path}: {extension} isn't read; convert it to PNG or JPEG"
 
 
-def regular(path: str, flags: int) -> int:
-    """Opens a regular file: the argument `opener` of `open`. A pipe or device would never end.
-
-    Raises:
-      OSError: there is no such file, or it is a folder, pipe, device or socket.
-    """
-    # Without O_NONBLOCK, opening a pipe waits for its writer.
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a file", path)
-
-
 def reason(error: Exception) -> str:
     """Returns an OSError's reason, which doesn't repeat the file's name as the whole message does."""
     return getattr(error, "strerror", None) or str(error)
@@ -128,7 +108,7 @@ def read_bytes(
     """
     fix = fix and f" ({fix})"
     try:
-        with open(path, "rb", opener=regular) as file:
+        with open(path, "rb", opener=reading.regular) as file:
             wanted = os.fstat(file.fileno()).st_size if size is None else size
             if wanted > most:
                 raise InputError(f"{where}: {wanted} bytes; at most {most} are taken")
@@ -168,37 +148,17 @@ def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parsed_json(line: str | bytes) -> Any:
-    """Parses JSON within MAX_ROW and MAX_DEPTH.
+    """Parses JSON of at most MAX_ROW bytes as `reading.parse_json` does.
 
     Raises:
       InputError: it is broken, too long or too deep, or an object has two values of one name.
     """
-    line = line.encode("utf-8", "surrogatepass") if isinstance(line, str) else line
     if len(line) > MAX_ROW:
         raise InputError(f"longer than {MAX_ROW} bytes")
-    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
-        raise InputError(f"no JSON: lists or objects are nested more than {MAX_DEPTH} deep")
     try:
-        return json.loads(line, object_pairs_hook=_object)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"no JSON: {getattr(error, 'msg', error)}") from error
-
-
-def _depth(line: bytes) -> int:
-    depth = deepest = 0
-    for bracket in re.findall(rb"[][{}]", _STRING.sub(b"", line)):
-        depth += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs) and (twice := [name for name, value in pairs if value != fields[name]]):
-        raise InputError(f"{twice[0]!r} has two values")
-    return fields
+        return reading.parse_json(line)
+    except ValueError as error:
+        raise InputError(f"no JSON: {error}") from error
 
 
 def whole(value: Any) -> Any:

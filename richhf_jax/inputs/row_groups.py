@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from richhf_jax.inputs.record import regular
+from richhf_jax import reading
 
 # Most rows a byte of a file. Tables of images and prompts have less than one.
 _MAX_ROWS_A_BYTE = 64
@@ -75,7 +75,7 @@ class Table:
         self._broken = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError, MemoryError)
         try:
             if isinstance(source, str):
-                with open(source, "rb", opener=regular) as file:
+                with open(source, "rb", opener=reading.regular) as file:
                     self._size = file.seek(0, io.SEEK_END)
             else:
                 self._size = source.seek(0, io.SEEK_END)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
-from richhf_jax import errors
+from richhf_jax import errors, reading
 from richhf_jax.inputs import record
 from richhf_jax.inputs.record import (
     InputError,
@@ -19,7 +19,6 @@ from richhf_jax.inputs.record import (
     parsed_json,
     printable,
     read_bytes,
-    regular,
 )
 
 _PATH_FIX = "paths are relative to the table's folder; URLs aren't fetched"
@@ -76,7 +75,9 @@ def csv_rows(
       OSError: the file can't be read.
     """
     # Text that isn't UTF-8 loses one row at most: a path on disk may be so, a prompt is refused on loading.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=regular) as file:
+    with open(
+        path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=reading.regular
+    ) as file:
         lines = _Lines(file)
         rows = _csv.reader(lines, strict=True)
         try:
@@ -140,7 +141,7 @@ def jsonl_rows(path: str) -> Iterator[tuple[int, Any]]:
     Raises:
       OSError: the file can't be read.
     """
-    with open(path, "rb", opener=regular) as file:
+    with open(path, "rb", opener=reading.regular) as file:
         for number, line in enumerate(bounded_lines(file), 1):
             if not line.strip():
                 continue

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from richhf_jax import errors, inputs
+from richhf_jax import errors, inputs, reading
 from richhf_jax.inputs import record, tables
 from tests.inputs.reading import loaded
 
@@ -35,12 +35,12 @@ def test_any_bytes_are_json_or_an_error(data):
         assert record.parsed_json(data) == json.loads(data)
 
 
-@given(st.integers(record.MAX_DEPTH - 3, record.MAX_DEPTH + 3), st.sampled_from("[{"), TEXT)
+@given(st.integers(reading.MAX_DEPTH - 3, reading.MAX_DEPTH + 3), st.sampled_from("[{"), TEXT)
 def test_depth_is_that_of_brackets_outside_of_text(depth, bracket, text):
     text = json.dumps(text + '[{"\\' * 300)
     opened, closed = ("[", "]") if bracket == "[" else ('{"a":', "}")
     line = opened * depth + text + closed * depth
-    if depth <= record.MAX_DEPTH:
+    if depth <= reading.MAX_DEPTH:
         assert json.dumps(record.parsed_json(line)) == json.dumps(json.loads(line))
     else:
         with pytest.raises(record.InputError, match="nested more than 200 deep"):

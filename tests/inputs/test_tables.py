@@ -163,7 +163,7 @@ def test_an_object_with_two_prompts(tmp_path):
     ]
     write(tmp_path, {"t.jsonl": "\n".join(lines), "a.jpg": b"A"})
     assert read(tmp_path / "t.jsonl") == {
-        "t.jsonl:1": f"{tmp_path}/t.jsonl, line 1: 'prompt' has two values",
+        "t.jsonl:1": f"{tmp_path}/t.jsonl, line 1: no JSON: 'prompt' has two values",
         "a.jpg": (b"A", "p"),
     }
 

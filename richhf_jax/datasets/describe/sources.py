@@ -8,11 +8,11 @@ from typing import Any
 
 import tqdm
 
-from richhf_jax import errors, feedback, foreign_text
+from richhf_jax import errors, feedback, foreign_text, reading
 from richhf_jax.datasets import consolidate, ratings
 from richhf_jax.datasets.describe.statistics import Record
 from richhf_jax.datasets.rich_hf_18k import labels
-from richhf_jax.inputs.record import bounded_lines, reason, regular
+from richhf_jax.inputs.record import bounded_lines, reason
 
 
 def _text(value: bytes | str | None) -> str | None:
@@ -110,7 +110,7 @@ def raw_records(path: pathlib.Path) -> Iterator[Record]:
     try:
         total = path.stat().st_size
         with (
-            open(path, "rb", opener=regular) as file,
+            open(path, "rb", opener=reading.regular) as file,
             tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress,
         ):
             for number, rating in ratings.read_ratings(_counted(bounded_lines(file), progress)):

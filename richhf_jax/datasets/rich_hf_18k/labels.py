@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import tqdm
 
-from richhf_jax import errors, feedback, writing
+from richhf_jax import errors, feedback, reading, writing
 from richhf_jax.datasets import consolidate, tfrecord
 from richhf_jax.inputs import images
-from richhf_jax.inputs.record import regular
 
 SPLITS = ("train", "dev", "test")
 LFS_POINTER = b"version https://git-lfs"
@@ -75,7 +74,7 @@ def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record | BadRecordE
     """
     _check_is_tfrecord(path)
     with (
-        open(path, "rb", opener=regular) as file,
+        open(path, "rb", opener=reading.regular) as file,
         tqdm.tqdm(
             desc=f"checking {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=None
         ) as bar,
@@ -99,7 +98,7 @@ def read_tfrecord(path: pathlib.Path) -> Iterator[tuple[str, Record | BadRecordE
 
 def _check_is_tfrecord(path: pathlib.Path) -> None:
     try:
-        with open(path, "rb", opener=regular) as file:
+        with open(path, "rb", opener=reading.regular) as file:
             start = file.read(len(LFS_POINTER))
     except OSError as error:
         raise errors.UserError(f"{path}: {error.strerror}; there must be one file for each split") from error
@@ -168,7 +167,7 @@ def prepare(
     old = load(work_dir) if path.exists() else None
     if old and old.inputs == inputs:
         return old
-    folder.mkdir(parents=True, exist_ok=True)
+    writing.make_folder(folder)
     new = Index(dict(inputs), zero_is_missing=zero_is_missing)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         for split in SPLITS:
@@ -254,7 +253,7 @@ def prepare_tfrecords(labels: pathlib.Path, work_dir: pathlib.Path) -> Index:
 
 
 def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb", opener=regular) as file:
+    with open(path, "rb", opener=reading.regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -89,7 +89,7 @@ def build(
             _check_plan(folder, plan)
             shutil.rmtree(folder / "shards", ignore_errors=True)  # A kill at the very end leaves it there.
             return Report(folder, json.loads((folder / BUILD_NAME).read_text(encoding="utf-8"))["counts"])
-        (partial / "shards").mkdir(parents=True, exist_ok=True)
+        writing.make_folder(partial / "shards")
         if (partial / BUILD_NAME).exists():
             _check_plan(partial, plan)
         else:
@@ -274,7 +274,7 @@ def _finish(
     records.write_index(partial)
     # Here TFDS finds the configuration's name if none is given.
     config = folder.parents[1] / ".config"
-    config.mkdir(exist_ok=True)
+    writing.make_folder(config)
     writing.write(config / "metadata.json", json.dumps({"default_config_name": CONFIG}))
     writing.write(partial / BUILD_NAME, json.dumps({**plan, "counts": counts}))
     writing.move(partial, folder)
