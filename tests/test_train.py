@@ -692,4 +692,5 @@ def test_a_model_dir_that_disappears_ends_the_training(tmp_path, small_train, mo
     save = checkpoints.SaveCheckpointConfig(period)
     with pytest.raises(errors.UserError, match=f"{folder} was deleted, moved or emptied while this process"):
         small_train(model_dir=str(folder), trainer_cls=Vanishing, save=save)
-    assert not folder.exists()
+    # Orbax may make folders for a checkpoint that it is writing, but nothing gets its final name.
+    assert not [path for path in folder.glob("*") if ".orbax-checkpoint-tmp" not in path.name]

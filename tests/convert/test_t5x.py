@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import zlib
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_scanned_layers_are_taken_apart(unpack):
 
 def test_a_checkpoint_of_ours_is_not_t5x(tmp_path):
     saver = checkpoints.Checkpointer(str(tmp_path))
-    saver.save(train_state.TrainState(np.int32(3), {"w": np.zeros(2)}, ()), {}, 3)
+    saver.save(train_state.TrainState(jnp.int32(3), {"w": jnp.zeros(2)}, ()), {}, 3)
     saver.close()
     assert (tmp_path / "checkpoint_3/state/_METADATA").is_file()
     assert not t5x.is_t5x(str(tmp_path))
