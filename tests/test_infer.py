@@ -258,6 +258,19 @@ def test_a_folder_that_can_not_be_written(run, tmp_path):
         run()
 
 
+def test_a_folder_that_disappears(tmp_path):
+    output = infer._Output(epath.Path(tmp_path / "out"), "task-predict", 0, 1, {})
+    gone = pytest.raises(errors.UserError, match="was deleted, moved or emptied while this process")
+    with output.locked(0):
+        output.write_chunk(0, ["a\n"])
+        (tmp_path / "out").rename(tmp_path / "moved")
+        with gone:
+            output.write_chunk(1, ["b\n"])
+        with gone:
+            output.finish([])
+    assert not (tmp_path / "out").exists()
+
+
 FILES = ("experiments/quickstart.gin", "runs/infer.gin")
 # Compiles faster.
 SMALL = {

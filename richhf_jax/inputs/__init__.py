@@ -94,7 +94,8 @@ class Inputs:
         for place in self._places:
             count = 0
             with _explained(place.path):
-                for count, record in enumerate(place.read(), 1):
+                for record in place.read():
+                    count += 1
                     if record.row_id and record.id in hints:
                         record = dataclasses.replace(record, id=record.row_id)
                     elif record.row_id:
@@ -169,7 +170,7 @@ def _listed(path: str, prompt: str | None) -> _Place:
 
 
 def _check_unchanged(place: _Place, count: int) -> None:
-    """Raises errors.UserError where a file isn't the one that was listed, or gave another number of records."""
+    """Raises errors.UserError where a file isn't the one that was listed, or `count` isn't its number of records."""
     with _explained(place.path):
         status = place.status and os.stat(place.path)
     if count != place.count or _version(status) != _version(place.status):

@@ -136,8 +136,8 @@ class PredictionFiles:
         writing.check_same_run(self._out, arguments, self._arguments, fix)
         if self._heatmaps == "npz" and not saves[-1].done and saves[-1].predictions_crc32c == UNKNOWN:
             raise errors.UserError(
-                f"{self._out} holds a run of an older version, which kept heatmaps for {HEATMAPS_FILE} otherwise:"
-                " finish it with that version, or name a new --out"
+                f"{self._out} holds a run of an older version, which kept its heatmaps otherwise until"
+                f" {HEATMAPS_FILE} was made: finish it with that version, or name a new --out"
             )
         return self._whole(saves)
 

@@ -101,7 +101,9 @@ def test_every_form_of_an_image_is_the_same(loaded, rng, tmp_path):
     [image] = pictures(rng, 1)
     path = tmp_path / "image.png"
     path.write_bytes(png(image))
-    forms = [image, Image.fromarray(image), path, str(path), png(image)]
+    data = png(image)
+    forms = [image, Image.fromarray(image), path, str(path), data, bytearray(data), memoryview(data)]
+    forms.append(jnp.asarray(image))
     for form in forms:
         np.testing.assert_array_equal(loaded.prepare(form, "a").image, image)
     np.testing.assert_array_equal(loaded.prepare(image[..., 0], "a").image, image[..., :1].repeat(3, -1))
@@ -149,6 +151,23 @@ def test_an_image_that_is_none(loaded, no_shape_checks, wrong):
             loaded(given, texts)
     with pytest.raises(predictor.PredictionError, match="one image and one prompt"):
         loaded([b""], wrong)
+
+
+def test_a_file_that_is_open_is_none(loaded, no_shape_checks, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with (tmp_path / "a.png").open("rb") as file:
+        for wrong, kind in ((file, "BufferedReader"), (io.BytesIO(), "BytesIO")):
+            with pytest.raises(predictor.PredictionError, match=f"or a file's bytes, got {kind}"):
+                loaded(wrong, "a")
+    with pytest.raises(predictor.PredictionError, match="as many prompts as images; got generator and str"):
+        loaded((image for image in [b""]), "a")
+
+
+def test_jax_arrays_are_images(loaded, rng):
+    given = np.stack(pictures(rng, 2))
+    expected, found = loaded(given, ["a", "b"]), loaded(jnp.asarray(given), ["a", "b"])
+    assert [one.scores for one in found] == [one.scores for one in expected]
+    assert loaded(jnp.asarray(given[0]), "a").image.dtype == np.uint8
 
 
 def test_a_pipe_is_no_image(loaded, tmp_path):
