@@ -170,7 +170,7 @@ def _listed(path: str, prompt: str | None) -> _Place:
 
 
 def _check_unchanged(place: _Place, count: int) -> None:
-    """Raises errors.UserError where a file isn't the one that was listed, or `count` isn't its number of records."""
+    """Raises errors.UserError where a file isn't as it was listed, or didn't give that many records."""
     with _explained(place.path):
         status = place.status and os.stat(place.path)
     if count != place.count or _version(status) != _version(place.status):

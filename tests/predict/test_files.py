@@ -133,7 +133,7 @@ def test_a_run_of_an_older_version_continues(killed, tmp_path):
     shutil.copytree(folder, tmp_path / "out")
     of_an_older_version(tmp_path / "out")
     if heatmaps == "npz":
-        with pytest.raises(errors.UserError, match="run of an older version, which kept its heatmaps otherwise"):
+        with pytest.raises(errors.UserError, match="older version, which kept its heatmaps otherwise"):
             run(tmp_path / "out", heatmaps=heatmaps)
         return
     run(tmp_path / "out", heatmaps=heatmaps)
