@@ -230,7 +230,7 @@ class _Output:
         Raises:
           errors.UserError: another process writes the file, or has finished it just now.
         """
-        with locking.held(self._temporary, "--gin.INFER_OUTPUT_DIR=DIR"):
+        with locking.held(self._temporary, "--gin.INFER_OUTPUT_DIR=DIR") as self._lock:
             if self.count_chunks() < chunks:
                 raise errors.UserError(f"{self.path} was finished just now: give the same command again")
             yield
@@ -303,9 +303,13 @@ class _Output:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Explains disk errors, and first of all writes the run's arguments to the folder."""
+        """Explains disk errors, and first of all writes the run's arguments to the folder.
+
+        Raises:
+          errors.UserError: the folder can't be written, or was deleted, moved or emptied meanwhile.
+        """
         with writing.explained_disk_errors(self.path.parent, _WRITTEN_STAYS):
-            writing.make_folder(self._temporary)
+            self._lock.check()
             if not self._run_path.exists():
                 # Other processes may write the same file now, so each writes its own and moves it there.
                 own = self._temporary / self._run_path.name

@@ -41,6 +41,8 @@ FILES = (RECORD, f"{RECORD}.__lock")
 BEAT_SECONDS = 15
 STALE_SECONDS = 75
 _POLL_SECONDS = 1
+# Attempts to delete the record.
+_DELETIONS = 3
 # Codes of `flock` where the file system has none for directories.
 _NO_FLOCK = frozenset({errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 _BOOT_ID = pathlib.Path("/proc/sys/kernel/random/boot_id")
@@ -122,14 +124,21 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Ends the renewals and deletes the record."""
+        """Ends the renewals and deletes the record; warns where it can't be deleted."""
         self._end.set()
         self._thread.join()
-        with contextlib.suppress(OSError, ValueError):  # The record gets stale.
-            record, generation = self._read()
-            # TensorStore would make a directory that was deleted.
-            if self._is_own(record) and self._is_there():
-                self._write(None, generation)
+        problem = ""
+        for attempt in range(_DELETIONS):
+            time.sleep(_POLL_SECONDS * bool(attempt))
+            try:
+                record, generation = self._read()
+                # TensorStore would make a directory that was deleted.
+                if not (self._is_own(record) and self._is_there()) or self._write(None, generation):
+                    return
+                problem = "its generation changes"  # A file system may tell of another time than before.
+            except (OSError, ValueError) as error:
+                problem = writing.reason(error)
+        _say(f"{self._place}: {RECORD} can't be deleted, and stays until another process takes it: {problem}")
 
     def _has_flock(self) -> bool:
         """Locks the directory on this machine. Returns False where the file system can't."""

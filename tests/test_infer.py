@@ -210,7 +210,8 @@ def test_processes_continue_from_the_same_batch(monkeypatch, tmp_path, process, 
     part, finished, _ = every[process]
     output = infer._Output(epath.Path(tmp_path), "task-predict", part, 2, {})
     if finished:
-        output.finish([])
+        with output.locked(0):
+            output.finish([])
     assert infer._agree(output, part) == result
 
 
@@ -255,6 +256,19 @@ def test_a_folder_that_can_not_be_written(run, tmp_path):
         errors.UserError, match="out/.*: Not a directory. Make the folder, make room or give the right"
     ):
         run()
+
+
+def test_a_folder_that_disappears(tmp_path):
+    output = infer._Output(epath.Path(tmp_path / "out"), "task-predict", 0, 1, {})
+    gone = pytest.raises(errors.UserError, match="was deleted, moved or emptied while this process")
+    with output.locked(0):
+        output.write_chunk(0, ["a\n"])
+        (tmp_path / "out").rename(tmp_path / "moved")
+        with gone:
+            output.write_chunk(1, ["b\n"])
+        with gone:
+            output.finish([])
+    assert not (tmp_path / "out").exists()
 
 
 FILES = ("experiments/quickstart.gin", "runs/infer.gin")

@@ -196,6 +196,26 @@ def test_the_record_keeps_to_the_umask(tmp_path):
         os.umask(before)
 
 
+@pytest.mark.parametrize(("failures", "stays"), [(1, False), (9, True)])
+@pytest.mark.parametrize("failure", [b"other", ValueError("busy")])
+def test_a_record_that_can_not_be_deleted_at_once(
+    tmp_path, fast, monkeypatch, capsys, failures, stays, failure
+):
+    write, ways = locking.Lock._write, [failure] * failures
+
+    def fail(self, record, generation):
+        way = ways.pop() if record is None and ways else generation
+        if isinstance(way, Exception):
+            raise way
+        return write(self, record, way)
+
+    monkeypatch.setattr(locking.Lock, "_write", fail)
+    with locking.held(tmp_path, FLAG):
+        pass
+    assert (tmp_path / locking.RECORD).exists() == stays
+    assert (f"{tmp_path}: .lock can't be deleted" in capsys.readouterr().err) == stays
+
+
 def test_a_bucket_is_locked_by_its_record_alone(fast, monkeypatch):
     """Of TensorStore's in-memory store, which stands for a bucket: it has the same conditional writes."""
     shared = ts.Context()

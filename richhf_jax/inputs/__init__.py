@@ -85,16 +85,34 @@ class Inputs:
         return sum(place.count for place in self._places)
 
     def __iter__(self) -> Iterator[Record]:
-        """Yields the records. Raises errors.UserError where a table or tar can no longer be read."""
+        """Yields the records.
+
+        Raises:
+          errors.UserError: a table or tar can no longer be read, or has changed.
+        """
         hints: set[str] = set()
         for place in self._places:
+            count = 0
             with _explained(place.path):
                 for record in place.read():
+                    count += 1
                     if record.row_id and record.id in hints:
                         record = dataclasses.replace(record, id=record.row_id)
                     elif record.row_id:
                         hints.add(record.id)
                     yield record
+            _check_unchanged(place, count)
+
+    def check_unchanged(self) -> None:
+        """Checks that the files that were named are still those that were listed.
+
+        A folder's names were listed once, so it may change.
+
+        Raises:
+          errors.UserError: a file was written, replaced or removed meanwhile.
+        """
+        for place in self._places:
+            _check_unchanged(place, place.count)
 
     def fingerprint(self) -> str:
         """Returns 16 characters that depend on the names in folders, and on files' sizes and change times."""
@@ -149,6 +167,21 @@ def _listed(path: str, prompt: str | None) -> _Place:
     if not place.count:
         raise _empty(path)
     return place
+
+
+def _check_unchanged(place: _Place, count: int) -> None:
+    """Raises errors.UserError where a file isn't as it was listed, or didn't give that many records."""
+    with _explained(place.path):
+        status = place.status and os.stat(place.path)
+    if count != place.count or _version(status) != _version(place.status):
+        raise errors.UserError(
+            f"{place.path} was written or replaced while it was read; it had {place.count:,} records. What is"
+            " written stays, but it may mix the old file with the new one: begin anew with another --out"
+        )
+
+
+def _version(status: os.stat_result | None) -> tuple[int, ...] | None:
+    return status and (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _extension(path: str) -> str:

@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     ) as files:
         if files.progress.position < last:
             _score_rest(predictor, given, options, files, range(first, last))
+            given.check_unchanged()
+            assert files.progress.position == last, "a run is done only with all its records"
         files.finish("Rich feedback")
         return _summary(options, path, files)
 

@@ -31,7 +31,7 @@ from richhf_jax import errors, locking, writing
 from richhf_jax.pages import gallery, overlay
 from richhf_jax.predict.names import file_name
 from richhf_jax.predict.predictor import Prediction
-from richhf_jax.predict.progress import ERRORS, KEPT_SAVES, PREDICTIONS, STATE, Progress, last_whole
+from richhf_jax.predict.progress import ERRORS, KEPT_SAVES, PREDICTIONS, STATE, UNKNOWN, Progress, whole_saves
 
 HEATMAPS_FILE = "heatmaps.npz"
 HEATMAP_FORMATS = ("png", "npz", "none")
@@ -84,7 +84,8 @@ class PredictionFiles:
           with_report: whether to write report.html.
 
         Raises:
-          errors.UserError: the directory holds something else, or a run with other arguments.
+          errors.UserError: the directory holds something else, or a run with other arguments; another
+            process writes to it.
           OSError: the directory can't be written.
         """
         self._out = pathlib.Path(out)
@@ -95,7 +96,7 @@ class PredictionFiles:
         }
         self._heatmaps, self._overlays, self._with_report = heatmaps, overlays, with_report
         with contextlib.ExitStack() as stack:
-            stack.enter_context(locking.held(self._out, "--out"))
+            self._lock = stack.enter_context(locking.held(self._out, "--out"))
             self._saves = self._read_state() or [Progress(first)]
             self.progress = self._saves[-1]
             self._write_state()
@@ -124,7 +125,7 @@ class PredictionFiles:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             arguments = state["arguments"]
-            saves = [Progress(**save) for save in (*state.get("earlier", ()), state["progress"])]
+            saves = [Progress.of_json(save) for save in (*state.get("earlier", ()), state["progress"])]
         except (ValueError, TypeError, KeyError) as error:
             raise errors.UserError(f"{path} is damaged ({error}): name a new --out") from error
         if not saves[-1].predictions:  # There is nothing to lose: begin again, even with other arguments.
@@ -133,20 +134,25 @@ class PredictionFiles:
         again = "the same command" if was == self._arguments["checkpoint"] else f"--checkpoint={was}"
         fix = f"Give {again} to continue, or another --out"
         writing.check_same_run(self._out, arguments, self._arguments, fix)
+        if self._heatmaps == "npz" and not saves[-1].done and saves[-1].predictions_crc32c == UNKNOWN:
+            raise errors.UserError(
+                f"{self._out} holds a run of an older version, which kept its heatmaps otherwise until"
+                f" {HEATMAPS_FILE} was made: finish it with that version, or name a new --out"
+            )
         return self._whole(saves)
 
     def _whole(self, saves: list[Progress]) -> list[Progress]:
-        """Returns the saves up to the last one that the files hold; see `progress.last_whole`."""
+        """Returns the saves up to the last one that the files hold; see `progress.whole_saves`."""
         for name in (PREDICTIONS, ERRORS):
             (self._out / name).touch()
-        last = last_whole(self._out, saves, self._has_pictures)
-        if lost := saves[-1].position - last.position:
+        whole = whole_saves(self._out, saves, self._has_pictures)
+        if lost := saves[-1].position - whole[-1].position:
             print(
                 f"{self._out}: the results of the last {lost:,} records are damaged, as a power cut may leave"
                 " them; they are made again",
                 file=sys.stderr,
             )
-        return saves[: saves.index(last) + 1]
+        return whole
 
     def _has_pictures(self, number: int, line: Mapping[str, Any]) -> bool:
         """Tells whether the pictures of a line of predictions.jsonl are as they were written."""
@@ -215,9 +221,11 @@ class PredictionFiles:
         self._place(place).write_bytes(content)
 
     def _place(self, place: str) -> pathlib.Path:
-        path = self._out / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        """Returns the path of a file, whose folder it makes; but never OUT, which may have been deleted."""
+        _, *folders = reversed(pathlib.PurePath(place).parents)
+        for folder in folders:
+            (self._out / folder).mkdir(exist_ok=True)
+        return self._out / place
 
     def commit(self, position: int, results: Sequence[Scored | Failure]) -> None:
         """Appends results to the files and brings them to the disk.
@@ -237,7 +245,12 @@ class PredictionFiles:
             self._save_progress()
 
     def _save_progress(self) -> None:
-        """Brings to the disk what is written, then what run.json tells of it."""
+        """Brings to the disk what is written, then what run.json tells of it.
+
+        Raises:
+          errors.UserError: the directory was deleted, moved or emptied.
+        """
+        self._lock.check()
         os.sync()  # One call for the pictures and their folders is cheaper than thousands of fsync.
         for file in (self._predictions, self._errors):
             os.fsync(file.fileno())  # Unlike sync, fsync tells of errors.
@@ -245,7 +258,12 @@ class PredictionFiles:
         self._write_state()
 
     def finish(self, title: str) -> None:
-        """Writes the files that hold all images: heatmaps.npz and report.html."""
+        """Writes the files that hold all images: heatmaps.npz and report.html.
+
+        Raises:
+          errors.UserError: the directory was deleted, moved or emptied.
+        """
+        self._lock.check()
         if not self.progress.done:
             if self._heatmaps == "npz":
                 self._join_parts()

@@ -25,7 +25,7 @@ from richhf_jax.pages import overlay
 from richhf_jax.predict import forward, rewards
 from richhf_jax.predict.forward import Features, Outputs, PredictionError, Prepared
 
-Picture = Image.Image | np.ndarray | bytes | str | os.PathLike
+Picture = Image.Image | np.ndarray | jax.Array | bytes | bytearray | memoryview | str | os.PathLike
 # Smallest side of an image, in pixels; smaller images show nothing.
 MIN_SIDE = 8
 # Ratio between consecutive compiled batch sizes.
@@ -143,9 +143,9 @@ class RahfPredictor:
         """Scores one image, or many.
 
         Args:
-          images: one image or a sequence of them. An image is a PIL image; an array, uint8 [height, width, 3]
-            or [height, width]; a path; or a file's bytes. A sequence may be one array, uint8 [images, height,
-            width, 3].
+          images: one image or a sequence of them. An image is a PIL image; an array of NumPy or JAX, uint8
+            [height, width, 3] or [height, width]; a path; or a file's bytes. A sequence may be one array,
+            uint8 [images, height, width, 3].
           prompts: one prompt for one image; for a sequence, as many prompts as images.
           ids: the images' names in the records; default: the paths, or numbers from 0.
 
@@ -156,11 +156,16 @@ class RahfPredictor:
           PredictionError: an image or a prompt can't be scored, or the model's outputs for it aren't finite;
             the message says which one.
         """
-        is_stack = isinstance(images, np.ndarray) and images.ndim == 4
-        one = (isinstance(images, Picture) and not is_stack) or not isinstance(images, Iterable)
-        pictures: list[Any] = [images] if one else list(cast(Iterable, images))
+        is_stack = isinstance(images, np.ndarray | jax.Array) and images.ndim == 4
+        # An open file is an iterable of lines; `read` tells what is taken instead of it.
+        one = (isinstance(images, Picture) and not is_stack) or hasattr(images, "read")
+        one = one or not isinstance(images, Iterable)
         if one != isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise PredictionError("give one image and one prompt, or as many prompts as images")
+            raise PredictionError(
+                "give one image and one prompt, or as many prompts as images; got"
+                f" {type(images).__name__} and {type(prompts).__name__}"
+            )
+        pictures: list[Any] = [images] if one else list(cast(Iterable, images))
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if ids is None:
             names = [str(p if isinstance(p, str | os.PathLike) else i) for i, p in enumerate(pictures)]
@@ -322,18 +327,18 @@ class RahfPredictor:
         """
         if not isinstance(picture, Picture):
             raise PredictionError(
-                "an image must be a PIL image, a numpy array, a path or a file's bytes, got"
+                "an image must be a PIL image, an array of NumPy or JAX, a path or a file's bytes, got"
                 f" {type(picture).__name__}"
             )
-        if isinstance(picture, np.ndarray):
-            return _checked_array(picture)
+        if isinstance(picture, np.ndarray | jax.Array):
+            return _checked_array(np.asarray(picture))
         try:
             if isinstance(picture, Image.Image):
                 return image_files.of_pillow(picture, self._convert)
-            if not isinstance(picture, bytes):
+            if isinstance(picture, str | os.PathLike):
                 path = os.fspath(picture)
                 picture = record_files.read_bytes(path, path)
-            return image_files.decode(picture, self._convert)
+            return image_files.decode(bytes(picture), self._convert)
         except (record_files.InputError, image_files.ImageError) as error:
             raise PredictionError(str(error)) from error
 

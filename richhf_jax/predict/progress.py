@@ -19,6 +19,8 @@ from richhf_jax import errors
 PREDICTIONS, ERRORS, STATE = "predictions.jsonl", "errors.jsonl", "run.json"
 # Number of saves that run.json keeps.
 KEPT_SAVES = 8
+# A checksum isn't negative.
+UNKNOWN = -1
 _CHUNK = 1 << 20
 
 
@@ -30,7 +32,7 @@ class Progress:
       position: number of the first record that isn't done, counted over all inputs.
       predictions, errors: numbers of lines written so far.
       predictions_bytes, errors_bytes: sizes of the two files.
-      predictions_crc32c, errors_crc32c: their checksums.
+      predictions_crc32c, errors_crc32c: their checksums; `UNKNOWN` in what an older version wrote.
       done: whether everything is written, the report included.
     """
 
@@ -42,6 +44,11 @@ class Progress:
     predictions_crc32c: int = 0
     errors_crc32c: int = 0
     done: bool = False
+
+    @classmethod
+    def of_json(cls, save: Mapping[str, Any]) -> "Progress":
+        """Makes the progress that run.json tells of. Raises TypeError where that has other fields."""
+        return cls(**{"predictions_crc32c": UNKNOWN, "errors_crc32c": UNKNOWN, **save})
 
     def after(
         self, position: int, predictions: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]
@@ -63,12 +70,12 @@ class Progress:
         return progress, new_predictions, new_errors
 
 
-def last_whole(
+def whole_saves(
     directory: pathlib.Path,
     saves: Sequence[Progress],
     has_pictures: Callable[[int, Mapping[str, Any]], bool],
-) -> Progress:
-    """Finds the last save that the directory's files still hold.
+) -> list[Progress]:
+    """Returns the saves up to the last one that the directory's files still hold, all with checksums.
 
     Args:
       directory: the folder of the two files.
@@ -86,7 +93,12 @@ def last_whole(
         (directory / ERRORS, "errors_bytes", "errors_crc32c"),
     ):
         found = _checksums(path, [getattr(save, size) for save in held])
-        held = [save for save in held if found.get(getattr(save, size)) == getattr(save, checksum)]
+        held = [
+            dataclasses.replace(save, **{checksum: found[getattr(save, size)]})
+            for save in held
+            if getattr(save, checksum) in (found.get(getattr(save, size)), UNKNOWN)
+            and getattr(save, size) in found
+        ]
         if not held:
             raise errors.UserError(
                 f"{path} has lost lines that {STATE} knows of, or was changed: name a new --out"
@@ -95,8 +107,8 @@ def last_whole(
     with (directory / PREDICTIONS).open("rb") as file:
         for number, line in enumerate(itertools.islice(file, first, last), first):
             if not has_pictures(number, json.loads(line)):
-                return [save for save in held if save.predictions <= number][-1]
-    return held[-1]
+                return [save for save in held if save.predictions <= number]
+    return held
 
 
 def _checksums(path: pathlib.Path, sizes: Sequence[int]) -> dict[int, int]:

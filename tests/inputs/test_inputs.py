@@ -1,6 +1,8 @@
 """Tests all kinds of inputs together: which are refused, and how often each is read."""
 
+import dataclasses
 import gzip
+import itertools
 import os
 import socket
 import tarfile
@@ -117,6 +119,48 @@ def test_a_folder_that_changes_is_read_as_it_was_listed(tmp_path):
     write(tmp_path, {"b.jpg": b"B"})
     assert [record.id for record in given] == ["a.jpg", "c.jpg"]
     assert (len(given), given.fingerprint()) == (2, fingerprint)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "tar", "parquet", "jpg"])
+@pytest.mark.parametrize("change", ["shorter", "replaced", "gone"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, kind, change):
+    path, new = tmp_path / f"t.{kind}", tmp_path / f"new.{kind}"
+    for place, rows in ((path, 3), (new, 2 if change == "shorter" else 3)):
+        if kind == "csv":
+            place.write_text("image,prompt\n" + "a.jpg,p\n" * rows)
+        elif kind == "jsonl":
+            place.write_text('{"image": "a.jpg", "prompt": "p"}\n' * rows)
+        elif kind == "tar":
+            write_tar(place, [(f"{row}.{end}", b"p") for row in range(rows) for end in ("jpg", "txt")])
+        elif kind == "parquet":
+            numbered(place, rows, 2)
+        else:
+            place.write_bytes(b"a" * rows)
+    os.utime(new, ns=(0, path.stat().st_mtime_ns))
+    given = inputs.Inputs([str(path)], "p" if kind == "jpg" else None)
+    records = iter(given)
+    next(records)
+    given.check_unchanged()
+    if change == "gone":
+        path.unlink()
+    else:
+        new.replace(path)
+    message = (
+        f"^{path}: No such" if change == "gone" else f"^{path} was written or replaced while it was read"
+    )
+    with pytest.raises(errors.UserError, match=message):
+        list(records)
+    with pytest.raises(errors.UserError, match=message):
+        given.check_unchanged()
+
+
+def test_a_reader_that_ends_early(tmp_path):
+    numbered(tmp_path / "t.parquet", 3, 2)
+    given = inputs.Inputs([str(tmp_path / "t.parquet")])
+    [place] = given._places
+    given._places = [dataclasses.replace(place, read=lambda: itertools.islice(place.read(), 2))]
+    with pytest.raises(errors.UserError, match="it had 3 records"):
+        list(given)
 
 
 def test_several_inputs_in_order(tmp_path):

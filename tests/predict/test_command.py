@@ -520,6 +520,23 @@ def test_a_file_that_disappears_after_the_folder_was_listed(score, table, tmp_pa
     assert "No such file" in failure["reason"]
 
 
+def test_a_table_that_gets_shorter_meanwhile(score, table, tmp_path, monkeypatch):
+    commit = prediction_files.PredictionFiles.commit
+
+    def cut(self, position, results):
+        commit(self, position, results)
+        table.write_text(table.read_text().partition("\n")[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_files.PredictionFiles, "commit", cut)
+        code, _ = score(table, "--batch-size=1")
+    assert code.startswith(f"predict: {table} was written or replaced while it was read; it had 3 records")
+    state = json.loads((tmp_path / "out/run.json").read_text())
+    assert not state["progress"]["done"]
+    assert len(lines(tmp_path / "out/predictions.jsonl")) == state["progress"]["predictions"] > 0
+    assert re.search("names_and_files was .* or another --out", score(table, "--batch-size=1")[0])
+
+
 def test_a_cache_that_cannot_be_used_is_told(score, table, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

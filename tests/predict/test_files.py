@@ -119,6 +119,51 @@ def test_a_whole_run_that_was_damaged_says_so(killed, tmp_path):
     assert (tmp_path / "predictions.jsonl").read_bytes() == flipped
 
 
+def of_an_older_version(folder: pathlib.Path) -> None:
+    """Leaves in run.json what versions without checksums wrote."""
+    state = json.loads((folder / "run.json").read_text())
+    del state["earlier"]
+    for name in ("predictions_crc32c", "errors_crc32c"):
+        del state["progress"][name]
+    (folder / "run.json").write_text(json.dumps(state))
+
+
+def test_a_run_of_an_older_version_continues(killed, tmp_path):
+    heatmaps, folder, whole = killed
+    shutil.copytree(folder, tmp_path / "out")
+    of_an_older_version(tmp_path / "out")
+    if heatmaps == "npz":
+        with pytest.raises(errors.UserError, match="older version, which kept its heatmaps otherwise"):
+            run(tmp_path / "out", heatmaps=heatmaps)
+        return
+    run(tmp_path / "out", heatmaps=heatmaps)
+    assert contents(tmp_path / "out") == whole
+    of_an_older_version(tmp_path / "out")
+    run(tmp_path / "out", heatmaps=heatmaps)  # It is done.
+    assert contents(tmp_path / "out").keys() == whole.keys()
+    of_an_older_version(tmp_path / "out")
+    (tmp_path / "out/predictions.jsonl").write_bytes(whole["predictions.jsonl"][:-1])
+    with pytest.raises(errors.UserError, match="has lost lines that run.json knows of"):
+        run(tmp_path / "out", heatmaps=heatmaps)
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda out: out.rename(f"{out}.old")])
+@pytest.mark.parametrize("then", ["save", "commit", "finish"])
+def test_a_folder_that_disappears(tmp_path, monkeypatch, change, then):
+    monkeypatch.setattr(prediction_files, "_SAVE_SECONDS", 0)
+    gone = pytest.raises(errors.UserError, match="/out was deleted, moved or emptied while this process")
+    with gone, prediction_files.PredictionFiles(str(tmp_path / "out"), {"checkpoint": "c"}, 0) as files:
+        files.commit(1, [files.save(0, "folder/0", prediction(0))])
+        change(tmp_path / "out")
+        if then == "save":
+            files.save(1, "folder/1", prediction(1))
+        elif then == "commit":
+            files.commit(2, [prediction_files.Failure("1", "a reason")])
+        else:
+            files.finish("title")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_number_is_written_that_is_no_json(tmp_path):
     with prediction_files.PredictionFiles(str(tmp_path), {"checkpoint": "c"}, 0) as files:
         with pytest.raises(ValueError, match="not JSON compliant"):

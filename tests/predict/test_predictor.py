@@ -101,7 +101,9 @@ def test_every_form_of_an_image_is_the_same(loaded, rng, tmp_path):
     [image] = pictures(rng, 1)
     path = tmp_path / "image.png"
     path.write_bytes(png(image))
-    forms = [image, Image.fromarray(image), path, str(path), png(image)]
+    data = png(image)
+    forms = [image, Image.fromarray(image), path, str(path), data, bytearray(data), memoryview(data)]
+    forms.append(jnp.asarray(image))
     for form in forms:
         np.testing.assert_array_equal(loaded.prepare(form, "a").image, image)
     np.testing.assert_array_equal(loaded.prepare(image[..., 0], "a").image, image[..., :1].repeat(3, -1))
@@ -151,6 +153,16 @@ def test_an_image_that_is_none(loaded, no_shape_checks, wrong):
         loaded([b""], wrong)
 
 
+def test_a_file_that_is_open_is_none(loaded, no_shape_checks, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with (tmp_path / "a.png").open("rb") as file:
+        for wrong, kind in ((file, "BufferedReader"), (io.BytesIO(), "BytesIO")):
+            with pytest.raises(predictor.PredictionError, match=f"or a file's bytes, got {kind}"):
+                loaded(wrong, "a")
+    with pytest.raises(predictor.PredictionError, match="as many prompts as images; got generator and str"):
+        loaded((image for image in [b""]), "a")
+
+
 def test_a_pipe_is_no_image(loaded, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(predictor.PredictionError, match="not a file"):
@@ -178,7 +190,8 @@ def test_one_array_of_many_images_and_ids_of_any_kind(loaded, rng):
     given = np.stack(pictures(rng, 2))
     records = loaded(given, ["a", "b"], np.array(["x", "y"]))
     assert [record.id for record in records] == ["x", "y"]
-    assert records[1].scores == loaded(list(given), ["a", "b"])[1].scores
+    for same in (list(given), jnp.asarray(given), list(jnp.asarray(given))):
+        assert records[1].scores == loaded(same, ["a", "b"])[1].scores
 
 
 def test_images_of_other_kinds_where_they_may_be_converted(model_dir):
