@@ -262,7 +262,16 @@ def check_is_new(path: epath.PathLike, flag: str) -> None:
     if place.exists() and not place.is_dir():
         raise errors.UserError(f"{place} is no directory: name a new one with {flag}")
     if place.is_dir() and any(place.iterdir()):
+        _remove_leftovers(pathlib.Path(os.path.realpath(place)))
         raise errors.UserError(f"{place} is not empty: name a new directory with {flag}")
+
+
+def _remove_leftovers(final: pathlib.Path) -> None:
+    """Removes what a process left beside a finished directory, if it was killed just behind the renaming."""
+    private = final.with_name(f".{final.name}.new")
+    if private.is_dir():
+        with contextlib.suppress(errors.UserError, OSError), _claimed(private / "lock", final, 0):
+            shutil.rmtree(private, ignore_errors=True)
 
 
 def check_is_local(path: epath.PathLike, flag: str) -> None:

@@ -485,3 +485,15 @@ def test_a_file_is_checked_before_the_work(tmp_path, path, message):
         writing.check_file(tmp_path / path)
     for good in (tmp_path / "file", tmp_path / "new", "gs://bucket/x", "/dev/stdout"):
         writing.check_file(good)
+
+
+def test_what_a_kill_behind_the_renaming_left_is_removed(tmp_path):
+    out, left = tmp_path / "out", tmp_path / ".out.new"
+    with writing.new_directory(out, "--out") as directory:
+        (directory / "file").write_text("whole")
+    left.mkdir()
+    (left / "lock").touch()
+    with pytest.raises(errors.UserError, match="is not empty"):
+        writing.check_is_new(out, "--out")
+    assert not left.exists()
+    assert (out / "file").read_text() == "whole"
