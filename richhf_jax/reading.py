@@ -20,7 +20,7 @@ SMALL = 64 * 2**20
 MAX_DEPTH = 200
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 _KINDS = {
-    stat.S_IFDIR: "a directory",
+    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -40,7 +40,7 @@ def regular(path: str, flags: int) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, f"is {_KINDS.get(stat.S_IFMT(mode), 'special')}, not a file", path)
+    raise OSError(errno.EINVAL, f"not a file but {_KINDS.get(stat.S_IFMT(mode), 'special')}", path)
 
 
 def check_regular(path: epath.PathLike) -> None:

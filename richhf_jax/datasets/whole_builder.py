@@ -42,6 +42,9 @@ class WholeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 self._build(final, options)
             self._save_default_config(final)
 
+    def _log_download_done(self) -> None:
+        """Says nothing: TFDS would name the temporary folder, and the commands name the data set."""
+
     def _build(self, final: epath.Path, options: dict) -> None:
         new = final.with_name(f".{final.name}.new")
         # A killed build left them: its own folder, and TFDS's temporary ones of that.

@@ -189,7 +189,9 @@ def checked_id(value: Any, exact: int = EXACT) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         fix = "write it as text or as a whole number"
-        raise InputError(f"`id` is {value!r}, a float that may be rounded, not a string or whole number; {fix}")
+        raise InputError(
+            f"`id` is a float, not a string or whole number, and {value!r} may be rounded; {fix}"
+        )
     if type(value) not in (str, int):  # A bool is an int.
         raise InputError(f"`id` is a {type(value).__name__}, not a string or whole number")
     return printable(str(value))
