@@ -120,7 +120,7 @@ class Tar:
         """Yields all members from the first one on, and checks the end. It raises what tarfile raises."""
         if self._file.tell():
             self._file.seek(0)
-        with tarfile.open(fileobj=cast(IO[bytes], _Headers(self._file)), mode="r:") as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], _Headers(self._file)), mode="r:", tarinfo=_Info) as tar:
             end = 0
             while (info := tar.next()) is not None:
                 # Else it keeps all in memory.
@@ -201,6 +201,19 @@ class Tar:
         else:
             return target
         return Member(name, problem=f"is a hard link to {name}, which {problem}")
+
+
+class _Info(tarfile.TarInfo):
+    """Header of a member with its right name: GNU's incremental tars have times where POSIX has a prefix."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Info":
+        """Makes it of a block, as tarfile does, which takes the times for a prefix of the name."""
+        info = super().frombuf(buf, encoding, errors)
+        times = buf[345:500].partition(b"\0")[0].decode(encoding, errors)
+        if times and buf[257:265] == tarfile.GNU_MAGIC:
+            info.name = info.name.removeprefix(f"{times}/")
+        return info
 
 
 class _Forward:

@@ -147,6 +147,17 @@ def test_what_is_no_file_is_left_out():
     assert contents(buffer.getvalue()) == [("a.jpg", b"")]
 
 
+def test_times_in_a_header_are_no_part_of_the_name():
+    """GNU's `tar -g` writes them where POSIX has a folder."""
+    tar = bytearray(tar_of([("a.jpg", b"A"), ("/b.jpg", b"B")]))
+    assert contents(tar) == [("a.jpg", b"A"), ("/b.jpg", b"B")]
+    for start in (0, 1024):
+        tar[start + 345 : start + 357] = b"15302374347\0"
+        tar[start + 148 : start + 156] = b" " * 8
+        tar[start + 148 : start + 155] = b"%06o\0" % sum(tar[start : start + 512])
+    assert contents(tar) == [("a.jpg", b"A"), ("/b.jpg", b"B")]
+
+
 @pytest.mark.parametrize(("name", "most"), [("a.txt", 20), ("a.caption", 20), ("a.json", 30), ("a.jpg", 40)])
 def test_a_text_that_is_larger_than_any_is_not_read(monkeypatch, name, most):
     monkeypatch.setattr(tars, "_TEXTS", {".txt": 20, ".caption": 20, ".json": 30})
