@@ -189,7 +189,7 @@ def _hexadecimal(text: bytes) -> bytes:
 
 def _jpeg(data: bytes) -> Container:
     kept: list[bytes | memoryview] = [data[:2]]
-    exif, xmp, width, height, scans, is_whole = bytearray(), b"", 0, 0, 0, False
+    exif, xmp, width, height, scans, is_whole = b"", b"", 0, 0, 0, False
     for marker, start, end, behind in _jpeg_segments(data):
         content = data[start + 4 : end] if _APP0 <= marker <= _COM or marker in _FRAMES else b""
         if marker in _FRAMES:
@@ -211,7 +211,7 @@ def _jpeg(data: bytes) -> Container:
         height=height,
         data=_joined(kept, data),
         is_plain=is_whole,
-        orientation=_orientation(bytes(exif), xmp),
+        orientation=_orientation(exif, xmp),
     )
 
 

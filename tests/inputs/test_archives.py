@@ -75,6 +75,11 @@ def test_a_key_that_comes_twice_in_a_tar(tmp_path):
         ("a", f"{tmp_path}/t.tar, a: both .jpg and .png are there"),
         ("a", (b"A", "a")),
     ]
+    write_tar(tmp_path / "t.tar", [("a.jpg", b"A"), ("a.txt", b"a"), ("a.jpg", b"P"), ("b.jpg", b"B")])
+    first, again, other = inputs.Inputs([str(tmp_path / "t.tar")])
+    assert loaded(first) == (b"A", "a")
+    assert loaded(again) == f"{tmp_path}/t.tar, a: a.jpg is there twice"
+    assert loaded(other) == f"{tmp_path}/t.tar, b: b.jpg has no .txt with its prompt beside it in the tar"
 
 
 BLOCK = tarfile.BLOCKSIZE
