@@ -42,8 +42,10 @@ class WholeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 self._build(final, options)
             self._save_default_config(final)
 
-    def _log_download_done(self) -> None:
+    def _log_download_bytes(self) -> None:
         """Says nothing: TFDS would name the temporary folder, and the commands name the data set."""
+
+    _log_download_done = _log_download_bytes
 
     def _build(self, final: epath.Path, options: dict) -> None:
         new = final.with_name(f".{final.name}.new")
