@@ -20,7 +20,7 @@ SMALL = 64 * 2**20
 MAX_DEPTH = 200
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 _KINDS = {
-    stat.S_IFDIR: "a directory",
+    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -36,10 +36,11 @@ def regular(path: str, flags: int) -> int:
     """
     # Without O_NONBLOCK, opening a pipe waits for its writer.
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a file", path)
+    raise OSError(errno.EINVAL, f"not a file but {_KINDS.get(stat.S_IFMT(mode), 'special')}", path)
 
 
 def check_regular(path: epath.PathLike) -> None:
@@ -89,15 +90,18 @@ def parse_json(text: str | bytes) -> Any:
     """Parses JSON within MAX_DEPTH.
 
     Raises:
-      ValueError: it is no JSON, no UTF-8, or too deep, or an object has two values of one name.
+      ValueError: it is no JSON, no UTF-8, or too deep, or the outermost object has two values of one name.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
         raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
     try:
-        return json.loads(data, object_pairs_hook=_object)
+        value = _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from error
+    if isinstance(value, _Doubled):
+        raise ValueError(f"{value.twice!r} has two values")
+    return value
 
 
 def _depth(line: bytes) -> int:
@@ -108,11 +112,22 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
+class _Doubled(dict[str, Any]):
+    """An object in which the name `twice` has two values. Within another object, nobody may need it."""
+
+    twice: str
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs) and (twice := [name for name, value in pairs if value != fields[name]]):
-        raise ValueError(f"{twice[0]!r} has two values")
+        fields = _Doubled(fields)
+        fields.twice = twice[0]
     return fields
+
+
+# `json.loads` would make one for each text, which takes longer than parsing a line.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def special_files(folder: pathlib.Path) -> dict[str, str]:
     (folder / "folder").mkdir()
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(folder / "socket"))
-    return {"pipe": "a named pipe", "zero": "a device", "folder": "a directory", "socket": "a socket"}
+    return {"pipe": "a named pipe", "zero": "a device", "folder": "a folder", "socket": "a socket"}
 
 
 def test_other_kinds_of_files_are_refused(tmp_path, monkeypatch):

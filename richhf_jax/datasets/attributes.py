@@ -41,7 +41,7 @@ import tqdm
 from PIL import Image
 
 from richhf_jax import errors, foreign_text, reading, writing
-from richhf_jax.inputs import files
+from richhf_jax.inputs import files, row_groups
 from richhf_jax.inputs import images as image_files
 from richhf_jax.inputs.record import (
     IMAGE_EXTENSIONS,
@@ -150,14 +150,11 @@ def read_images(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes
     is_table = path.suffix == ".parquet" and path.is_file()
     tables = [path] if is_table else sorted(path.rglob("*.parquet"))
     if tables:
-        found = (pair for table in tables for pair in _read_table(table, done))
+        seen = set()
+        for table in tables:
+            yield from _read_table(table, done, seen)
     else:
-        found = _read_folder(path, done)
-    seen = set()
-    for image_id, data in found:
-        if image_id not in seen:
-            seen.add(image_id)
-            yield image_id, data
+        yield from _read_folder(path, done)
 
 
 def _read_folder(folder: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes | str]]:
@@ -188,43 +185,61 @@ def _content(load: Callable[[], Any]) -> Any:
         return str(error)
 
 
-def _read_table(path: pathlib.Path, done: set[str]) -> Iterator[tuple[str, bytes | str]]:
-    """Reads each row group's ids, and its images if an id is new."""
+def _read_table(path: pathlib.Path, done: set[str], seen: set[str]) -> Iterator[tuple[str, bytes | str]]:
+    """Reads each row group's ids, and its images if an id is new; adds the ids to `seen`."""
     row = 0
     try:
         with open(path, "rb", opener=reading.regular) as source, pq.ParquetFile(source) as file:
             pairs = _columns(path, file.schema_arrow.names)
-            ids = [name for name, _ in pairs]
+            ids = {name: row_groups.exact(file.schema_arrow, name) for name, _ in pairs}
             groups = tqdm.tqdm(range(file.num_row_groups), path.name, unit=" row groups", disable=None)
             for group in groups:
-                known = file.read_row_group(group, ids)
-                cells = itertools.chain.from_iterable(known[name].to_pylist() for name in ids)
-                if all(_content(lambda cell=cell: checked_id(cell)) in done for cell in cells):
-                    row += known.num_rows
-                    continue
-                names = [name for pair in pairs for name in pair]
-                for batch in file.iter_batches(_ROWS_AT_ONCE, [group], names):
-                    for fields in batch.to_pylist():
-                        yield from _images_of_row(f"{path.name}:{row}", fields, pairs, done)
-                        row += 1
+                known = file.read_row_group(group, list(ids)).to_pylist()
+                wanted = []
+                for number, cells in enumerate(known, row):
+                    place = f"{path.name}:{number}"
+                    wanted.append([])
+                    for name, column in pairs:
+                        image_id, problem = _new_id(cells[name], name, ids[name], done, seen)
+                        if problem:
+                            yield f"{place}:{name}", problem
+                        elif image_id:
+                            wanted[-1].append((image_id, column))
+                row += len(known)
+                if any(wanted):
+                    yield from _images(file, group, wanted)
     except (OSError, pa.ArrowInvalid) as error:
         raise errors.UserError(f"{path}: {reason(error)}") from None
 
 
-def _images_of_row(
-    where: str, fields: dict[str, Any], pairs: Sequence[tuple[str, str]], done: set[str]
+def _new_id(cell: Any, column: str, exact: int, done: set[str], seen: set[str]) -> tuple[str, str]:
+    """Returns a cell's id, '' where its image isn't wanted; and what is wrong with it, or ''."""
+    # Tables of attributes have the ids of floats as "7.0" where an earlier version began them.
+    is_done = isinstance(cell, float) and str(cell) in done
+    try:
+        image_id = checked_id(cell, exact)
+    except InputError as error:
+        return "", "" if is_done else str(error)
+    if not image_id:
+        return "", f"`{column}` is empty"
+    if image_id in seen:
+        # An image of Pick-a-Pic is in many rows.
+        return "", "" if column != "id" else f"the id {image_id!r} was there before"
+    seen.add(image_id)
+    return "" if is_done or image_id in done else image_id, ""
+
+
+def _images(
+    file: pq.ParquetFile, group: int, wanted: Sequence[Sequence[tuple[str, str]]]
 ) -> Iterator[tuple[str, bytes | str]]:
-    for id_column, column in pairs:
-        try:
-            image_id = checked_id(fields[id_column])
-        except InputError as error:
-            yield f"{where}:{id_column}", str(error)
-            continue
-        image = fields[column]
-        data = image.get("bytes") if isinstance(image, dict) else image
-        if not image_id:
-            yield f"{where}:{id_column}", f"`{id_column}` is empty"
-        elif image_id not in done:
+    """Yields id and image, or why there is none, of the pairs (id, column) wanted of each row of a group."""
+    columns = sorted({column for row in wanted for _, column in row})
+    batches = file.iter_batches(_ROWS_AT_ONCE, [group], columns)
+    rows = (fields for batch in batches for fields in batch.to_pylist())
+    for row, fields in zip(wanted, rows, strict=True):
+        for image_id, column in row:
+            image = fields[column]
+            data = image.get("bytes") if isinstance(image, dict) else image
             yield image_id, data if isinstance(data, bytes) else f"`{column}` holds no bytes"
 
 

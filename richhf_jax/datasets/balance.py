@@ -38,8 +38,8 @@ import tqdm
 
 from richhf_jax import errors, foreign_text, reading, writing
 from richhf_jax.datasets.attributes import CATEGORIES
-from richhf_jax.inputs import tables
-from richhf_jax.inputs.record import checked_id, reason, whole
+from richhf_jax.inputs import row_groups, tables
+from richhf_jax.inputs.record import InputError, checked_id, reason, whole
 
 COLUMNS = ID, PHOTOREALISTIC, CATEGORY = ("id", "photorealistic", "category")
 # The paper says "the majority"; the figure is ours.
@@ -201,17 +201,25 @@ def _read(path: pathlib.Path) -> Iterator[tuple[int, str, int]]:
         raise errors.UserError(f"{path}: {reason(error)}") from None
 
 
-def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict | str]]:
     try:
         with open(path, "rb", opener=reading.regular) as source, pq.ParquetFile(source) as file:
             _check_columns(str(path), file.schema_arrow.names)
-            number = 0
+            number, exact = 0, row_groups.exact(file.schema_arrow, ID)
             for batch in file.iter_batches(columns=list(COLUMNS)):
                 for row in batch.to_pylist():
-                    yield number, row
+                    yield number, _with_id(row, exact)
                     number += 1
     except pa.ArrowInvalid as error:
         raise errors.UserError(f"{path}: {error}") from None
+
+
+def _with_id(row: dict, exact: int) -> dict | str:
+    """Returns a row with its id as text, or what is wrong with the id."""
+    try:
+        return {**row, ID: checked_id(row[ID], exact)}
+    except InputError as error:
+        return str(error)
 
 
 def _check_columns(path: str, names: Sequence[str]) -> None:

@@ -42,11 +42,17 @@ class WholeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 self._build(final, options)
             self._save_default_config(final)
 
+    def _log_download_bytes(self) -> None:
+        """Says nothing: TFDS would name the temporary folder, and the commands name the data set."""
+
+    _log_download_done = _log_download_bytes
+
     def _build(self, final: epath.Path, options: dict) -> None:
         new = final.with_name(f".{final.name}.new")
         # A killed build left them: its own folder, and TFDS's temporary ones of that.
-        for left in final.parent.glob(f"*{new.name}"):
-            shutil.rmtree(left)
+        # Whether a "*" matches the dot of its own folder depends on the version of etils.
+        for left in (new, *final.parent.glob(f"*{new.name}")):
+            shutil.rmtree(left, ignore_errors=True)
         new.mkdir()
         usual = stat.S_IMODE(
             os.stat(new).st_mode

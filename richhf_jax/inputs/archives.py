@@ -1,9 +1,10 @@
 """Reads tars of pairs: <key>.<image extension> and <key>.txt, which need not be adjacent."""
 
+import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from richhf_jax import errors, reading
 from richhf_jax.inputs import tars
@@ -51,10 +52,11 @@ def tar_records(path: str) -> Iterator[Record]:
                     yield _pair(path, key, image, text)
         except tars.TarError as error:
             problem = f"cut off or broken behind the last member found, the rest is lost: {error}"
+        twice = _with_both_halves(file, waiting) if waiting else set()
     for key, (extension, member) in waiting.items():
-        lacks = "image" if extension == ".txt" else ".txt with its prompt"
-        lacks = f"has no {lacks} beside it in the tar, or is there twice"
-        yield _broken_member(path, key, f"{key}{extension} {member.problem or lacks}")
+        lacks = f"has no {'image' if extension == '.txt' else '.txt with its prompt'} beside it in the tar"
+        why = member.problem or ("is there twice" if key in twice else lacks)
+        yield _broken_member(path, key, f"{key}{extension} {why}")
     if problem:
         yield broken_record(f"{os.path.basename(path)}:end", f"{path}: {problem}")
 
@@ -76,6 +78,17 @@ def _halves(file: io.BufferedReader) -> Iterator[tuple[str, str, tars.Member]]:
         extension = extension.lower()
         if extension in (*IMAGE_EXTENSIONS, ".txt"):
             yield f"{folder}{slash}{stem}", extension, member
+
+
+def _with_both_halves(file: io.BufferedReader, keys: Collection[str]) -> set[str]:
+    """Returns those of some keys that have an image and a text in the tar."""
+    file.seek(0)
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    with contextlib.suppress(tars.TarError):
+        for key, extension, _ in _halves(file):
+            if key in keys:
+                found[extension == ".txt"].add(key)
+    return found[True] & found[False]
 
 
 def _pair(path: str, key: str, image: tars.Member, text: tars.Member) -> Record:

@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 # Largest side of an image, in pixels.
 MAX_SIDE = 8192
@@ -18,20 +19,23 @@ MAX_SIDE = 8192
 MAX_SCANNED_PIXELS = 1 << 31
 # Pixels of a BMP that is run-length encoded, which Pillow decodes in Python.
 MAX_RLE_PIXELS = 1 << 22
-# Parts of a file: chunks, segments or blocks.
-MAX_PARTS = 1 << 22
-# Bytes that metadata may inflate to, where the orientation could stand in it.
-_MAX_TEXT = 1 << 20
+# Chunks or segments of a file: those of a file of 1 GiB have 4 KB then.
+MAX_PARTS = 1 << 18
+# Blocks of a GIF, none of which has more than 255 bytes.
+MAX_BLOCKS = 1 << 22
+# Bytes of metadata in which the orientation could stand, inflated; and texts of a PNG that are looked at.
+_MAX_TEXT, _MAX_TEXTS = 1 << 20, 16
 
 UPRIGHT = 1
 _ORIENTATION_TAG = 0x0112
-# EXIF's types of numbers (https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf), as `struct` writes them.
-_NUMBERS = {1: "B", 3: "H", 4: "I"}
+# TIFF's types of whole numbers that Pillow takes for an orientation, as `struct` writes them.
+_NUMBERS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I"}
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Chunks that a picture is made of (https://www.w3.org/TR/png-3/#4Concepts.FormatTypes).
-_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _PLAIN_PNG = ((8, 0), (8, 2))  # Bits and colour type: 8-bit greyscale, 8-bit RGB.
 # Keys of text that holds an orientation: XMP, and EXIF as ImageMagick writes it.
 _XMP_KEY, _EXIF_KEY = b"XML:com.adobe.xmp", b"Raw profile type exif"
@@ -96,7 +100,7 @@ def read(data: bytes) -> Container:
 
 def _png(data: bytes) -> Container:
     kept: list[bytes | memoryview] = [_PNG]
-    exif, xmp, frames, last = b"", b"", 1, -1
+    exif, xmp, frames, texts, last, in_order = b"", b"", 1, 0, -1, True
     for name, chunk in _png_chunks(data):
         content = chunk[8:-4]
         whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
@@ -104,8 +108,10 @@ def _png(data: bytes) -> Container:
             if not whole:
                 raise ImageError(f"broken PNG: the checksum of its {name.decode()} is wrong")
             place = _PNG_PIXELS.index(name)
-            if (last < 0) != (place == 0) or place < last or (place == last and name != b"IDAT"):
+            if (last < 0) != (place == 0):
                 raise ImageError(f"broken PNG: {name.decode()} isn't where it must be")
+            # Pillow and TensorFlow may differ about what isn't in its place, or is there twice.
+            in_order = in_order and (place > last or name == b"IDAT" == _PNG_PIXELS[last])
             last = place
             kept.append(chunk)
         elif not name[0] & 0x20:  # Small letters at the beginning: the picture can be shown without it.
@@ -114,18 +120,20 @@ def _png(data: bytes) -> Container:
             exif = bytes(content)
         elif name == b"acTL":
             frames = max(1, int.from_bytes(content[:4]))
-        elif name in (b"tEXt", b"zTXt", b"iTXt"):
+        elif name in (b"tEXt", b"zTXt", b"iTXt") and texts < _MAX_TEXTS:
+            texts += bytes(content[:80]).startswith((_XMP_KEY, _EXIF_KEY))
             xmp = _png_text(name, content, _XMP_KEY) or xmp
             exif = exif or _hexadecimal(_png_text(name, content, _EXIF_KEY))
     if len(kept[1]) != 25:
         raise ImageError("broken PNG: its head hasn't 13 bytes")
+    kept.append(_PNG_END)
     width, height, bits, colours = struct.unpack_from(">IIBB", kept[1], 8)
     return Container(
         format="PNG",
         width=width,
         height=height,
-        data=_joined(kept, data),
-        is_plain=(bits, colours) in _PLAIN_PNG,
+        data=_joined(kept, data) if data.endswith(_PNG_END) else b"".join(kept),
+        is_plain=in_order and (bits, colours) in _PLAIN_PNG,
         orientation=_orientation(exif, xmp),
         frames=frames,
         bits=bits,
@@ -133,14 +141,22 @@ def _png(data: bytes) -> Container:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Yields the chunks, with their names, up to the last. Raises struct.error where the file is cut off."""
-    position, name = len(_PNG), b""
+    """Yields the chunks before the end, with their names; the decoder finds out whether pixels are missing.
+
+    Raises:
+      struct.error: the file is cut off in a chunk that the picture needs.
+    """
+    position = len(_PNG)
     for _ in range(MAX_PARTS):
-        if name == b"IEND":
+        if position + 8 > len(data):
             return
         length, name = struct.unpack_from(">I4s", data, position)
+        if name == b"IEND":
+            return
         chunk = memoryview(data)[position : position + length + 12]
         if len(chunk) < length + 12:
+            if name[0] & 0x20:
+                return
             raise struct.error
         yield name, chunk
         position += len(chunk)
@@ -181,7 +197,7 @@ def _jpeg(data: bytes) -> Container:
         elif marker == _SOS:
             scans += 1
         elif marker == _APP1 and content.startswith(_EXIF):
-            exif += content[len(_EXIF) :]
+            exif += content[len(_EXIF) :] if len(exif) < _MAX_TEXT else b""
         elif marker == _APP1 and content.startswith(_JPEG_XMP):
             xmp = content
         is_whole = marker == _EOI
@@ -295,7 +311,7 @@ def _gif(data: bytes) -> Container:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + _palette_bytes(flags)
     kept, frames = [data[:position]], 0
-    parts = iter(range(MAX_PARTS))
+    parts = iter(range(MAX_BLOCKS))
     for _ in parts:
         start, kind = position, data[position : position + 1]
         if kind in (b"", b";"):
@@ -329,7 +345,7 @@ def _behind_blocks(data: bytes, position: int, parts: Iterator[int]) -> int:
         if position >= len(data) or not data[position]:
             return position + 1
         position += data[position] + 1
-    raise ImageError(f"broken GIF: more than {MAX_PARTS} blocks")
+    raise ImageError(f"broken GIF: more than {MAX_BLOCKS} blocks")
 
 
 def _bmp(data: bytes) -> Container:
@@ -351,26 +367,31 @@ def _joined(parts: list[bytes | memoryview], data: bytes) -> bytes:
 
 
 def _orientation(exif: bytes, xmp: bytes) -> int:
-    """Returns EXIF's number of the orientation, or else XMP's, or else UPRIGHT."""
-    if (found := _exif_orientation(exif.removeprefix(_EXIF))) or (found := _xmp_orientation(xmp)):
-        return found
-    return UPRIGHT
+    """Returns EXIF's number of the orientation, or, if there is none, XMP's, or else UPRIGHT."""
+    found = _exif_orientation(exif.removeprefix(_EXIF))
+    return orientation(_xmp_orientation(xmp) if found is None else found)
 
 
-def _exif_orientation(exif: bytes) -> int:
-    """Returns the orientation in the first directory of EXIF data; 0 where it isn't there or is broken."""
+def orientation(value: Any) -> int:
+    """Returns EXIF's orientation, 1 to 8, from what stands in its place; UPRIGHT for anything else."""
+    return value if type(value) is int and value in range(1, 9) else UPRIGHT
+
+
+def _exif_orientation(exif: bytes) -> Any:
+    """Returns what the first directory of EXIF data has as orientation; None where it isn't found."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2], "")
     try:
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
         (count,) = struct.unpack_from(f"{order}H", exif, start)
         for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", exif, place)
+            tag, kind, numbers = struct.unpack_from(f"{order}HHI", exif, place)
             if tag == _ORIENTATION_TAG:
-                (value,) = struct.unpack_from(f"{order}{_NUMBERS[kind]}", exif, place + 8)
-                return value if 1 <= value <= 8 else 0
-    except (struct.error, KeyError):
+                if kind not in _NUMBERS or numbers != 1:
+                    return ()
+                return struct.unpack_from(f"{order}{_NUMBERS[kind]}", exif, place + 8)[0]
+    except struct.error:
         pass
-    return 0
+    return None
 
 
 def _xmp_orientation(xmp: bytes) -> int:

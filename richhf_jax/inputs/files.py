@@ -40,7 +40,7 @@ def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> 
 
     Yields:
       A path; or a record that doesn't load, for a folder in `root` that can't be read, a picture of a kind
-      that isn't decoded, and an image whose sidecar has almost its name.
+      that isn't decoded, a hidden image with a sidecar, and an image whose sidecar has almost its name.
 
     Raises:
       OSError: `root` can't be read.
@@ -68,6 +68,10 @@ def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> 
         stem, extension = _split(name)
         if name.endswith("/"):
             yield from folder_names(root, inner + name, above | {here})
+        elif name.startswith("."):
+            if stem in texts and extension in IMAGE_EXTENSIONS:
+                problem = f"{path}{name}: hidden, as its name begins with a dot; rename it and its text"
+                yield broken_record(inner + name, problem)
         elif extension == ".txt":
             continue
         elif extension in OTHER_IMAGE_EXTENSIONS:
@@ -98,11 +102,14 @@ def folder_records(root: str, names: Iterable[str | Record], prompt: str | None)
 
 
 def _wanted(entry: os.DirEntry) -> str:
-    """Returns the name of a picture or text; with "/" added (for sorting), of a folder; '' for others."""
-    if entry.name.startswith("."):
+    """Returns the name of a picture or text; with "/" added (for sorting), of a folder; '' for others.
+
+    Hidden folders are left out, and what macOS writes beside files ("._a.jpg").
+    """
+    if entry.name.startswith("._"):
         return ""
     if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-        return f"{entry.name}/"
+        return "" if entry.name.startswith(".") else f"{entry.name}/"
     known = (*IMAGE_EXTENSIONS, *OTHER_IMAGE_EXTENSIONS, ".txt")
     return entry.name if _split(entry.name)[1] in known else ""
 

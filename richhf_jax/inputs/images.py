@@ -139,7 +139,7 @@ def _is_plain(image: Image.Image) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, containers.UPRIGHT)
+        return containers.orientation(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # Broken EXIF doesn't make pixels bad.
         return containers.UPRIGHT
 

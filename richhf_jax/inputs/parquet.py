@@ -8,7 +8,7 @@ from typing import Any
 
 from richhf_jax import errors
 from richhf_jax.inputs import row_groups
-from richhf_jax.inputs.record import InputError, Record, broken_record, checked_prompt
+from richhf_jax.inputs.record import InputError, Record, broken_record, checked_id, checked_prompt
 from richhf_jax.inputs.tables import LoadImage, broken_row, check_columns, load_row, row_record
 
 # Most rows that are read at once: of names and prompts, and of images.
@@ -26,6 +26,7 @@ def parquet_records(path: str) -> Iterator[Record]:
     """
     table = _open(path)
     load_image = _Images(path).load if _holds_images(table) else None
+    exact = row_groups.exact(table.schema, "id")
     for row in table.rows(_name_columns(table), _NAME_ROWS):
         if row.lost > 1:
             last = row.number + row.lost - 1
@@ -34,7 +35,7 @@ def parquet_records(path: str) -> Iterator[Record]:
         elif row.problem:
             yield broken_row(path, row.number, row.problem)
         else:
-            yield _record(path, row, load_image)
+            yield _record(path, row, exact, load_image)
 
 
 def count_rows(path: str) -> int:
@@ -65,8 +66,11 @@ def _name_columns(table: row_groups.Table) -> list[str]:
     return ["prompt", "id", "image.path" if _holds_images(table) else "image"]
 
 
-def _record(path: str, row: row_groups.Row, load_image: LoadImage | None) -> Record:
-    fields = dict(row.fields)
+def _record(path: str, row: row_groups.Row, exact: int, load_image: LoadImage | None) -> Record:
+    try:
+        fields = {**row.fields, "id": checked_id(row.fields.get("id"), exact)}
+    except InputError as error:
+        return broken_row(path, row.number, str(error))
     if load_image:
         fields["image"] = (fields.get("image") or {}).get("path")
     return row_record(path, row.number, fields, load_image)

@@ -30,8 +30,8 @@ MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 20
 # Characters of a CSV's row, or bytes of a JSON line.
 MAX_ROW = 1 << 24
-# From here on, a float can't hold every whole number.
-_MAX_WHOLE_FLOAT = 1 << 53
+# From here on, a float of 64 bits can't hold every whole number.
+EXACT = 1 << 53
 
 
 class InputError(ValueError):
@@ -151,7 +151,7 @@ def parsed_json(line: str | bytes) -> Any:
     """Parses JSON of at most MAX_ROW bytes as `reading.parse_json` does.
 
     Raises:
-      InputError: it is broken, too long or too deep, or an object has two values of one name.
+      InputError: it is broken, too long or too deep, or the outermost object has two values of one name.
     """
     if len(line) > MAX_ROW:
         raise InputError(f"longer than {MAX_ROW} bytes")
@@ -161,28 +161,37 @@ def parsed_json(line: str | bytes) -> Any:
         raise InputError(f"no JSON: {error}") from error
 
 
-def whole(value: Any) -> Any:
+def whole(value: Any, exact: int = EXACT) -> Any:
     """Returns a float that is a whole number as int, NaN as None, and any other value as it is.
 
     JSON has one kind of number, and pandas writes whole numbers as 7.0 where a column has an empty cell.
-    A float beyond 2**53 stays: which whole number was meant isn't known.
+    A float from `exact` on stays: which whole number was meant isn't known, as it may be rounded.
     """
     if not isinstance(value, float):
         return value
     if math.isnan(value):
         return None
-    return int(value) if value.is_integer() and abs(value) <= _MAX_WHOLE_FLOAT else value
+    return int(value) if value.is_integer() and abs(value) < exact else value
 
 
-def checked_id(value: Any) -> str:
+def checked_id(value: Any, exact: int = EXACT) -> str:
     """Returns the id in a table's cell as text; '' where the cell is empty.
 
+    Args:
+      value: the cell.
+      exact: from here on, floats of the cell's type can't hold every whole number.
+
     Raises:
-      InputError: it is neither text nor a whole number.
+      InputError: it is neither text nor a whole number, or one that may be rounded.
     """
-    value = whole(value)
+    value = whole(value, exact)
     if value is None:
         return ""
+    if isinstance(value, float) and value.is_integer():
+        fix = "write it as text or as a whole number"
+        raise InputError(
+            f"`id` is a float, not a string or whole number, and {value!r} may be rounded; {fix}"
+        )
     if type(value) not in (str, int):  # A bool is an int.
         raise InputError(f"`id` is a {type(value).__name__}, not a string or whole number")
     return printable(str(value))

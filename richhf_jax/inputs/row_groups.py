@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from richhf_jax import reading
+from richhf_jax.inputs.record import EXACT
 
 # Most rows a byte of a file. Tables of images and prompts have less than one.
 _MAX_ROWS_A_BYTE = 64
@@ -22,6 +23,8 @@ _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100
 _BATCH_BYTES = 1 << 28
 # Encodings whose pages store each value. With others, a large value that is stored once may come in all rows.
 _STORES_EACH = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}
+# Types of floats that hold fewer whole numbers than those of 64 bits: all below this one.
+_EXACT = {"halffloat": 1 << 11, "float": 1 << 24}
 
 
 class ParquetError(Exception):
@@ -47,6 +50,11 @@ class Row:
     fields: Mapping[str, Any]
     problem: str = ""
     lost: int = 0
+
+
+def exact(schema: Any, column: str) -> int:
+    """Returns below which number a column (of a pyarrow.Schema) holds every whole number as a float."""
+    return _EXACT.get(str(schema.field(column).type), EXACT) if column in schema.names else EXACT
 
 
 class Table:

@@ -94,7 +94,11 @@ def csv_rows(
             except StopIteration:
                 return
             except (_csv.Error, InputError) as error:  # The reader goes on with the next line.
-                yield number, str(error)
+                last = lines.number
+                lost = (
+                    f"; lines {number} to {last} are lost (is a quote never closed?)" if last > number else ""
+                )
+                yield number, f"{error}{lost}"
                 continue
             if len(values) == len(header):
                 yield number, dict(zip(header, values, strict=True))
@@ -107,16 +111,19 @@ class _Lines:
     """Iterates over a file's lines, and raises InputError in a row that is longer than record.MAX_ROW.
 
     The next call then gives the line behind the one where it was raised.
+
+    Attributes:
+      number: of the line that was given last, from 1.
     """
 
     def __init__(self, file: TextIO):
-        self._file, self._number = file, 0
+        self._file, self.number = file, 0
         self.begin_row()
 
     def begin_row(self) -> int:
         """Returns the number of the next line, the first of a row."""
         self._left = record.MAX_ROW
-        return self._number + 1
+        return self.number + 1
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -125,13 +132,13 @@ class _Lines:
         line = rest = self._file.readline(record.MAX_ROW)
         if not line:
             raise StopIteration
-        self._number += 1
+        self.number += 1
         while rest and not rest.endswith(("\n", "\r")):
             rest = self._file.readline(record.MAX_ROW)
             self._left -= len(rest)
         self._left -= len(line)
         if self._left < 0:
-            raise InputError(f"longer than {record.MAX_ROW} characters (is a quote never closed?)")
+            raise InputError(f"longer than {record.MAX_ROW} characters")
         return line
 
 

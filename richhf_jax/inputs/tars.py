@@ -4,12 +4,21 @@ import dataclasses
 import gzip
 import io
 import itertools
+import os
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from richhf_jax.inputs.record import MAX_IMAGE_BYTES
+from richhf_jax.inputs.record import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, MAX_ROW, MAX_TEXT_BYTES
 
+# Most bytes of files with text, by extension; of all others MAX_IMAGE_BYTES.
+_TEXTS = {
+    **dict.fromkeys((".txt", ".text", ".caption", ".language", ".lang"), MAX_TEXT_BYTES),
+    ".json": MAX_ROW,
+}
+# Types of headers that aren't files but tell how the tar was packed: GNU's label of the volume, lists of
+# folders (incremental) and long names of old, Solaris' access rights, star's inodes.
+_BOOKKEEPING = (b"V", b"D", b"N", b"A", b"I")
 # Most bytes of an extended header (a long name, times, ...), and most entries of headers for all members.
 _MAX_HEADER, _MAX_GLOBAL = 1 << 20, 100
 # Most bytes of a gzipped tar that are kept because hard links refer to them.
@@ -46,7 +55,9 @@ class Member:
 
 
 class Tar:
-    """The files of a tar, in its order; folders and hidden files (macOS's '._a.jpg') are left out.
+    """The files of a tar, in its order; folders, macOS's '._a.jpg' and hidden files are left out.
+
+    A hidden image is there, with a problem: it may be one of a pair.
 
     Only hard links need a file that can seek back: it is then read up to three times.
     """
@@ -77,8 +88,8 @@ class Tar:
                 if info.islnk() and self._linked is None:
                     self._find_targets(info.offset)
                 member = self._noted(info)
-                if not info.isdir() and not member.name.rpartition("/")[2].startswith("."):
-                    yield member
+                if not info.isdir() and info.type not in _BOOKKEEPING and not _is_left_out(member.name):
+                    yield _judged(member)
         except (StorageError, TarError):
             raise
         except Exception as error:  # tarfile raises what it likes at garbled headers.
@@ -109,7 +120,7 @@ class Tar:
         """Yields all members from the first one on, and checks the end. It raises what tarfile raises."""
         if self._file.tell():
             self._file.seek(0)
-        with tarfile.open(fileobj=cast(IO[bytes], _Headers(self._file)), mode="r:") as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], _Headers(self._file)), mode="r:", tarinfo=_Info) as tar:
             end = 0
             while (info := tar.next()) is not None:
                 # Else it keeps all in memory.
@@ -118,7 +129,9 @@ class Tar:
                 if info.size < 0 or tar.offset <= end or len(tar.pax_headers) > _MAX_GLOBAL:
                     raise TarError("garbled header")
                 if self._gzipped and info.size > MAX_IMAGE_BYTES:  # Passing it may take hours.
-                    raise TarError(f"{info.name} {_too_large(info.size)} in a compressed tar")
+                    raise TarError(
+                        f"{info.name} {_too_large(info.size, MAX_IMAGE_BYTES)} in a compressed tar"
+                    )
                 end = tar.offset
                 yield info
             self._check_end(tar.offset)
@@ -163,14 +176,15 @@ class Tar:
         name = _short(info.name)
         if info.islnk():
             return dataclasses.replace(self._target(_short(info.linkname)), name=name)
+        problem = ""
         if info.issym():
             problem = f"is a symbolic link to {info.linkname}; pack the tar with `tar --dereference`"
         elif info.issparse():
             problem = "is a sparse file; pack the tar without --sparse"
         elif not info.isreg():
             problem = "is no regular file"
-        else:
-            problem = _too_large(info.size) if info.size > MAX_IMAGE_BYTES else ""
+        elif info.size > MAX_IMAGE_BYTES:
+            problem = _too_large(info.size, MAX_IMAGE_BYTES)
         return Member(name, info.offset_data, info.size, problem)
 
     def _target(self, name: str) -> Member:
@@ -187,6 +201,19 @@ class Tar:
         else:
             return target
         return Member(name, problem=f"is a hard link to {name}, which {problem}")
+
+
+class _Info(tarfile.TarInfo):
+    """Header of a member with its right name: GNU's incremental tars have times where POSIX has a prefix."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Info":
+        """Makes it of a block, as tarfile does, which takes the times for a prefix of the name."""
+        info = super().frombuf(buf, encoding, errors)
+        times = buf[345:500].partition(b"\0")[0].decode(encoding, errors)
+        if times and buf[257:265] == tarfile.GNU_MAGIC:
+            info.name = info.name.removeprefix(f"{times}/")
+        return info
 
 
 class _Forward:
@@ -225,5 +252,30 @@ def _short(name: str) -> str:
     return name.removeprefix("./")
 
 
-def _too_large(size: int) -> str:
-    return f"has {size} bytes, and at most {MAX_IMAGE_BYTES} are taken"
+def _judged(member: Member) -> Member:
+    """Returns a file with the problem that its name makes of its size or place, if it has none yet."""
+    most = _TEXTS.get(_extension(member.name), MAX_IMAGE_BYTES)
+    problem = member.problem
+    if not problem and _is_hidden(member.name):
+        problem = "is hidden, as its name begins with a dot; rename it"
+    if not problem and member.size > most:
+        problem = _too_large(member.size, most)
+    return dataclasses.replace(member, problem=problem) if problem != member.problem else member
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def _is_left_out(name: str) -> bool:
+    """Tells whether a file is macOS's attributes of another ("._a.jpg"), or hidden and no image."""
+    is_image = _extension(name) in IMAGE_EXTENSIONS
+    return _is_hidden(name) and (name.rpartition("/")[2].startswith("._") or not is_image)
+
+
+def _too_large(size: int, most: int) -> str:
+    return f"has {size} bytes, and at most {most} are taken"

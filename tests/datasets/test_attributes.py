@@ -198,7 +198,7 @@ def test_images_that_cannot_be_read_are_listed(folder, tmp_path):
     (folder / "phone.HEIC").write_bytes(b"")
     found = dict(attributes.read_images(folder, set()))
     assert len(found) == 9
-    assert found["pipe"] == f"{folder}/pipe.png: not a file"
+    assert found["pipe"] == f"{folder}/pipe.png: not a file but a named pipe"
     assert found["phone.HEIC"] == f"{folder}/phone.HEIC: .heic isn't read; convert it to PNG or JPEG"
     report = attributes.make_table(list(found.items()), tmp_path / "table.jsonl", Oracle())
     assert (report.rows, report.undecodable) == (6, 3)
@@ -212,6 +212,27 @@ def test_ids_that_pandas_wrote_as_floats(tmp_path):
         "images.parquet:1:id": "`id` is empty",
         "images.parquet:2:id": "`id` is empty",
         "images.parquet:3:id": "`id` is a float, not a string or whole number",
+    }
+
+
+def test_floats_in_a_table_that_an_earlier_version_began(tmp_path):
+    """It wrote 7.0 as "7.0"; a text "8.0" is no number."""
+    table = pa.table({"id": [7.0, 8.0], "image": [picture("red")] * 2})
+    pq.write_table(table, tmp_path / "images.parquet")
+    assert list(attributes.read_images(tmp_path / "images.parquet", {"7.0", "8"})) == []
+    pq.write_table(table.set_column(0, "id", pa.array(["7.0", "8.0"])), tmp_path / "images.parquet")
+    found = attributes.read_images(tmp_path / "images.parquet", {"7.0", "8"})
+    assert list(found) == [("8.0", picture("red"))]
+
+
+@pytest.mark.parametrize("done", [set(), {"a", "b"}])
+def test_a_second_row_of_an_id_is_listed(tmp_path, done):
+    table = pa.table({"id": ["a", "b", "a"], "image": [picture("red"), picture("blue"), picture("blue")]})
+    pq.write_table(table, tmp_path / "images.parquet", row_group_size=1)
+    images = {"a": picture("red"), "b": picture("blue")}
+    assert dict(attributes.read_images(tmp_path / "images.parquet", done)) == {
+        **({} if done else images),
+        "images.parquet:2:id": "the id 'a' was there before",
     }
 
 

@@ -204,6 +204,15 @@ def test_numbers_that_pandas_wrote_as_floats(tmp_path):
     assert [row[0] for row in sorted(subset.rows)] == ["0.0", "1.0", "4.0"]  # Text, as a CSV has no numbers.
 
 
+def test_ids_that_floats_of_32_bits_may_have_rounded(tmp_path):
+    rows = {"photorealistic": [True] * 2, "category": ["animal"] * 2}
+    pq.write_table(pa.table({"id": pa.array([7, 2**24 - 1], pa.float32()), **rows}), tmp_path / "a.parquet")
+    assert [row[0] for row in balance.draw(tmp_path / "a.parquet", 2).rows] == ["16777215", "7"]
+    pq.write_table(pa.table({"id": pa.array([7, 2**24], pa.float32()), **rows}), tmp_path / "a.parquet")
+    with pytest.raises(errors.UserError, match="row 1: `id` is a float.* may be rounded"):
+        balance.draw(tmp_path / "a.parquet", 2)
+
+
 def test_a_pipe_is_no_table(tmp_path):
     for name in ("a.csv", "a.jsonl", "a.parquet"):
         os.mkfifo(tmp_path / name)

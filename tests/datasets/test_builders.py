@@ -67,7 +67,7 @@ def test_captions_round_trip(tmp_path):
 TINY = (synthetic_captions.SyntheticCaptions, scenes.CAPTIONS_CONFIGS["default"], {"train": 2})
 
 
-def test_a_data_set_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_data_set_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, capsys):
     synchronised, named = set(), []
     sync, rename = os.fsync, os.replace
 
@@ -89,6 +89,7 @@ def test_a_data_set_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     folder = tmp_path / "synthetic_captions/tiny/2.0.0"
     assert named == [folder]
     assert list(folder.parent.iterdir()) == [folder]
+    assert ".new" not in capsys.readouterr().out
 
 
 def test_a_build_that_ends_early_leaves_no_data_set(tmp_path, monkeypatch):

@@ -55,9 +55,17 @@ def test_halves_in_a_tar(tmp_path):
         ("c", f"{tar}, c.txt: the prompt is empty"),
         ("d", f"{tar}, d.txt: the prompt isn't UTF-8; save it as UTF-8"),
         ("e", (b"E", "e")),
-        ("a", f"{tar}, a: a.jpg has no .txt with its prompt beside it in the tar, or is there twice"),
-        ("b", f"{tar}, b: b.txt has no image beside it in the tar, or is there twice"),
+        ("a", f"{tar}, a: a.jpg has no .txt with its prompt beside it in the tar"),
+        ("b", f"{tar}, b: b.txt has no image beside it in the tar"),
     ]
+
+
+def test_a_hidden_pair_in_a_tar_is_told(tmp_path):
+    write_tar(tmp_path / "t.tar", [(".a.jpg", b"A"), (".a.txt", b"a"), ("._b.jpg", b""), *PAIRS[:2]])
+    assert read(tmp_path / "t.tar") == {
+        "a": LOADED["a"],
+        ".a": f"{tmp_path}/t.tar, .a: .a.jpg is hidden, as its name begins with a dot; rename it",
+    }
 
 
 def test_a_key_that_comes_twice_in_a_tar(tmp_path):
@@ -67,6 +75,11 @@ def test_a_key_that_comes_twice_in_a_tar(tmp_path):
         ("a", f"{tmp_path}/t.tar, a: both .jpg and .png are there"),
         ("a", (b"A", "a")),
     ]
+    write_tar(tmp_path / "t.tar", [("a.jpg", b"A"), ("a.txt", b"a"), ("a.jpg", b"P"), ("b.jpg", b"B")])
+    first, again, other = inputs.Inputs([str(tmp_path / "t.tar")])
+    assert loaded(first) == (b"A", "a")
+    assert loaded(again) == f"{tmp_path}/t.tar, a: a.jpg is there twice"
+    assert loaded(other) == f"{tmp_path}/t.tar, b: b.jpg has no .txt with its prompt beside it in the tar"
 
 
 BLOCK = tarfile.BLOCKSIZE

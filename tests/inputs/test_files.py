@@ -45,6 +45,15 @@ def test_a_folder_by_path(tmp_path):
     assert list(read(tmp_path).items()) == [(name, (b"I", name)) for name in names]
 
 
+def test_a_hidden_pair_is_told(tmp_path):
+    write(
+        tmp_path,
+        {".a.jpg": b"A", ".a.txt": "a", "._b.jpg": b"", "._b.txt": "", ".c.jpg": b"C", "d.jpg": b"D"},
+    )
+    hidden = f"{tmp_path}/.a.jpg: hidden, as its name begins with a dot; rename it and its text"
+    assert read(tmp_path, prompt="p") == {".a.jpg": hidden, "d.jpg": (b"D", "p")}
+
+
 def test_the_prompt_is_for_images_without_sidecar(tmp_path):
     write(tmp_path, {"a.jpg": b"A", "b.jpg": b"B", "b.txt": "its own", "c.jpg": b"C", "c.txt": " "})
     found = read(tmp_path, prompt="a cat")
@@ -138,7 +147,7 @@ def test_what_cannot_be_read_in_a_folder(tmp_path, monkeypatch):
         "a.jpg": f"{tmp_path}/a.txt: the prompt isn't UTF-8; save it as UTF-8",
         "gone.jpg": f"{tmp_path}/gone.jpg: No such file or directory",
         "in/": f"{tmp_path}/in/: Permission denied",
-        "pipe.jpg": f"{tmp_path}/pipe.jpg: not a file",
+        "pipe.jpg": f"{tmp_path}/pipe.jpg: not a file but a named pipe",
         "z.jpg": (b"Z", "p"),
     }
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent import futures
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,20 @@ from tests.inputs.reading import numbered, read, user_error, write, write_parque
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 STRINGS = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
 BYTES = [pa.binary(), pa.large_binary(), pa.binary(2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "exact"), [(pa.float16(), 2**11), (pa.float32(), 2**24), (pa.float64(), 2**53)]
+)
+def test_ids_of_floats_are_whole_numbers_where_their_type_is_exact(tmp_path, kind, exact):
+    ids = np.array([exact - 1, exact, -0.0], kind.to_pandas_dtype())
+    write(tmp_path, {"a.jpg": b"A"})
+    write_parquet(tmp_path / "t.parquet", image=["a.jpg"] * 3, prompt=["p"] * 3, id=pa.array(ids, kind))
+    found = read(tmp_path / "t.parquet")
+    assert list(found) == [str(exact - 1), "t.parquet:1", "0"]
+    assert (
+        f"`id` is a float, not a string or whole number, and {exact}.0 may be rounded" in found["t.parquet:1"]
+    )
 
 
 @pytest.mark.parametrize("kind", STRINGS, ids=str)

@@ -135,6 +135,40 @@ def test_other_kinds_of_members_are_told(tmp_path):
     }
 
 
+def test_what_is_no_file_is_left_out():
+    """GNU's label of a volume and list of a folder, and others that tell how the tar was packed."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for kind in b"VDNAI":
+            member = tarfile.TarInfo("0001.jpg")
+            member.type, member.size = bytes([kind]), 600
+            tar.addfile(member, io.BytesIO(bytes(600)))
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    assert contents(buffer.getvalue()) == [("a.jpg", b"")]
+
+
+def test_times_in_a_header_are_no_part_of_the_name():
+    """GNU's `tar -g` writes them where POSIX has a folder."""
+    tar = bytearray(tar_of([("a.jpg", b"A"), ("/b.jpg", b"B")]))
+    assert contents(tar) == [("a.jpg", b"A"), ("/b.jpg", b"B")]
+    for start in (0, 1024):
+        tar[start + 345 : start + 357] = b"15302374347\0"
+        tar[start + 148 : start + 156] = b" " * 8
+        tar[start + 148 : start + 155] = b"%06o\0" % sum(tar[start : start + 512])
+    assert contents(tar) == [("a.jpg", b"A"), ("/b.jpg", b"B")]
+
+
+@pytest.mark.parametrize(("name", "most"), [("a.txt", 20), ("a.caption", 20), ("a.json", 30), ("a.jpg", 40)])
+def test_a_text_that_is_larger_than_any_is_not_read(monkeypatch, name, most):
+    monkeypatch.setattr(tars, "_TEXTS", {".txt": 20, ".caption": 20, ".json": 30})
+    monkeypatch.setattr(tars, "MAX_IMAGE_BYTES", 40)
+    assert contents(tar_of([(name, b"x" * most)])) == [(name, b"x" * most)]
+    assert contents(tar_of([(name, b"x" * (most + 1))])) == [
+        (name, f"has {most + 1} bytes, and at most {most} are taken")
+    ]
+    assert {".txt", ".caption", ".json"} <= set(tars._TEXTS)
+
+
 def test_a_sparse_member_is_told():
     header = tar_of([("a.jpg", b"A")])
     sparse = bytearray(header)

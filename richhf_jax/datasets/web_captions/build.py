@@ -34,6 +34,8 @@ from richhf_jax.datasets.web_captions import convert, shards
 NAME, CONFIG, VERSION = "web_captions", "default", "1.0.0"
 DESCRIPTION = "Images with alt-text, one caption each."
 BUILD_NAME, ERRORS_NAME = "build.json", "errors.jsonl"
+# Earlier defaults of options: a build that began with one goes on with today's.
+_EARLIER_DEFAULTS = {"image_fields": ["image", "jpg", "jpeg", "png", "webp", "image/encoded"]}
 # Seconds between two looks at the progress.
 _SECONDS = 0.5
 
@@ -112,14 +114,19 @@ def _check_plan(folder: pathlib.Path, plan: dict) -> None:
         found = {}
     if found.get("shards") != plan["shards"]:
         difference = "of other shards"
-    elif found["options"] != plan["options"]:
-        names = [name for name, value in plan["options"].items() if found["options"].get(name) != value]
+    elif names := [name for name in plan["options"] if not _is_same_option(name, found, plan)]:
         difference = f"with another --{', --'.join(names)}"
     else:
         return
     raise errors.UserError(
         f"{folder} is {difference}. Give what was given then, delete that folder, or give another --data_dir."
     )
+
+
+def _is_same_option(name: str, found: dict, plan: dict) -> bool:
+    before, now = found["options"].get(name), plan["options"][name]
+    default = list(getattr(convert.Options(), name)) if name in _EARLIER_DEFAULTS else None
+    return before == now or (now == default and before == _EARLIER_DEFAULTS[name])
 
 
 def _jobs(

@@ -204,10 +204,10 @@ def _read_webdataset(file: io.BufferedReader, wanted: Collection[str]) -> Iterat
 
 
 def _webdataset_name(path: str) -> tuple[str, str]:
-    """Returns the key and the extension: all to the first dot of the name, and all behind it."""
+    """Returns the key and the extension: all to the first dot within the name, and all behind it."""
     folder, slash, name = path.rpartition("/")
-    stem, _, extension = name.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower()
+    stem, _, extension = name[1:].partition(".")
+    return f"{folder}{slash}{name[:1]}{stem}", extension.lower()
 
 
 def _webdataset_sample(key: str, fields: dict[str, Any], problem: str) -> Sample:

@@ -242,6 +242,17 @@ def test_another_build_in_the_same_folder(finished, web, tmp_path):
     assert files_of(tmp_path) == before
 
 
+def test_a_build_of_a_version_with_another_default(web, tmp_path):
+    run(tmp_path, f"{web}/tfrecord/*")
+    (path,) = tmp_path.rglob("build.json")
+    content = json.loads(path.read_text())
+    content["options"]["image_fields"] = ["image", "jpg", "jpeg", "png", "webp", "image/encoded"]
+    path.write_text(json.dumps(content))
+    run(tmp_path, f"{web}/tfrecord/*")
+    with pytest.raises(SystemExit, match="is with another --image_fields"):
+        run(tmp_path, f"{web}/tfrecord/*", image_fields="image,jpg")
+
+
 def test_bad_samples_are_listed_and_counted(tmp_path, capsys):
     for number, image in enumerate((b"<!DOCTYPE html>", jpeg()[:-100])):
         images = pa.array([image, jpeg()], pa.binary())

@@ -148,6 +148,7 @@ def test_a_tar_as_people_pack_it(tmp_path):
             member.size, member.type, member.linkname = len(content), kind, target
             tar.addfile(member, io.BytesIO(content))
 
+        add("./label", kind=b"V")
         add("./._0.jpg", b"\0\5\x16\7")
         add("./0.jpg", jpeg())
         add("./0.txt", GOOD[0].encode())
@@ -160,6 +161,8 @@ def test_a_tar_as_people_pack_it(tmp_path):
         add("./3.txt", GOOD[2].encode())
         add("./4.jpg", kind=tarfile.LNKTYPE, target="./gone.jpg")
         add("./4.txt", GOOD[2].encode())
+        add("./.5.jpg", jpeg())
+        add("./.5.txt", GOOD[2].encode())
     for path in (tmp_path / "a.tar", tmp_path / "a.tar.gz"):
         path.write_bytes((bytes, gzip.compress)[path.suffix == ".gz"]((tmp_path / "a.tar").read_bytes()))
         kept, found = converted(path)
@@ -171,6 +174,7 @@ def test_a_tar_as_people_pack_it(tmp_path):
             ("2", "2.jpg is a symbolic link to 0.jpg; pack the tar with `tar --dereference`"),
             ("3", "3.JPG: the sample has two of these files"),
             ("4", "4.jpg is a hard link to gone.jpg, which isn't before it in the tar"),
+            (".5", ".5.jpg is hidden, as its name begins with a dot; rename it"),
         ]
 
 
