@@ -214,7 +214,7 @@ def _line(pair: split_predictions.Pair, heatmaps: Mapping[str, str]) -> str:
     example, prediction = pair
     if isinstance(prediction, errors.NotFiniteError):
         name = example[feedback.FILENAME_FIELD].decode()
-        return json.dumps({"id": name, "reason": str(prediction)}) + "\n"
+        return json.dumps({"id": name, "reason": str(prediction)}, allow_nan=False) + "\n"
     inputs = {name: value.decode() for name, value in example.items() if isinstance(value, bytes)}
     answer = prediction.to_dict()
     if example["inputs_words_cut"]:
