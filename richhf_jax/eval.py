@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
     errors,
+    foreign_text,
     gin_utils,
     input_pipeline,
     locking,
@@ -86,7 +87,8 @@ def evaluate(
       The model's metrics, as in metrics.json; {} in any process but 0.
 
     Raises:
-      errors.UserError: there is no checkpoint, or it doesn't fit the model; the results can't be written.
+      errors.UserError: there is no checkpoint, or it doesn't fit the model; a prediction isn't finite; the
+        results can't be written.
     """
     if epath.Path(output_dir).is_file():
         raise errors.UserError(f"EVAL_OUTPUT_DIR: {output_dir} is a file, name a folder")
@@ -120,13 +122,20 @@ def evaluate(
 def _collect(
     batches: Iterable[Sequence[split_predictions.Pair]], cfg: input_pipeline.DatasetConfig
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
-    """Collects images, targets and predictions of all examples."""
+    """Collects images, targets and predictions of all examples.
+
+    Raises:
+      errors.UserError: a prediction isn't finite. Metrics of the other examples would not be the split's.
+    """
     images, targets, predictions = [], [], []
     cut = 0
     for example, prediction in itertools.chain.from_iterable(batches):
         cut += example["inputs_words_cut"] > 0
         images.append(postprocessors.in_box(example["image"], example))
         targets.append(postprocessors.target(example))
+        if isinstance(prediction, errors.NotFiniteError):
+            name = foreign_text.for_terminal(targets[-1].id)
+            raise errors.UserError(f"{name}: {prediction}. Metrics need the predictions of all examples")
         predictions.append(prediction)
     if cut:
         length = cfg.task_feature_lengths["inputs"]

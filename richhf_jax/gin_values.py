@@ -53,8 +53,8 @@ class Range:
 # Range -> parameters of numbers, or of tuples of numbers. "name[key]" is an item of a dictionary.
 _PARAMETERS = {
     Range(1): (
-        "batch_size total_steps num_microbatches eval_steps log_period eval_period period checkpoint_period"
-        " keep keep_best num_decodes num_shards gallery_size warmup_steps steps_per_decay steps_per_cycle"
+        "batch_size total_steps eval_steps log_period eval_period period checkpoint_period"
+        " keep keep_best num_decodes num_shards warmup_steps steps_per_decay steps_per_cycle"
         " patch_size grid emb_dim num_heads head_dim mlp_dim num_layers num_encoder_layers num_decoder_layers"
         " vocab_size stem_filters heatmap_layers heatmap_output_layer score_conv_layers score_dense_layers"
         " row_strips num_partitions num_cpu_devices ici_mesh_shape dcn_mesh_shape task_feature_lengths[image]"
@@ -62,9 +62,9 @@ _PARAMETERS = {
     # One token of a text is its end.
     Range(2): "task_feature_lengths[inputs] task_feature_lengths[targets]",
     Range(0): (
-        "task_feature_lengths shard_id topk step_offset heatmap_loss_weight score_loss_weight"
-        " keywords_loss_weight z_loss weight_decay learning_rate_multipliers base_learning_rate"
-        " min_learning_rate decay_factor contrast saturation temperature alpha"
+        "num_microbatches gallery_size task_feature_lengths shard_id topk step_offset heatmap_loss_weight"
+        " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers"
+        " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
     ),
     Range(0, is_open=True): "norm_epsilon layer_norm_epsilon max_grad_norm rate",
     Range(-1): "eos_id",  # -1: no token ends a text.
@@ -96,11 +96,14 @@ _PYTHONS = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 _PYTHONS |= {"none": None, "null": None}
 
 
-def check(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+def check(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, int]:
     """Checks all values of a configuration. Values that a function will compute (`@name()`) aren't known yet.
 
     Args:
       config: gin's own: (scope, selector) -> {parameter: value}, as its finalize hooks get it.
+
+    Returns:
+      Binding -> new value, for gin to set: whole numbers that were written as floats, such as 1e3.
 
     Raises:
       errors.UserError: values are of another type or out of range; the message has a line for each.
@@ -109,6 +112,7 @@ def check(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
         scope: params["value"] for (scope, selector), params in config.items() if selector == "gin.macro"
     }
     faults: dict[str, str] = {}
+    whole: dict[str, int] = {}
     for (scope, selector), params in config.items():
         if selector.split(".")[0] not in _PACKAGES:
             continue
@@ -116,11 +120,19 @@ def check(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
         for name, value in params.items():
             where = f"{selector.rpartition('.')[2]}.{name}"
             where = f"{scope}/{where}" if scope else where
-            for place, message in _faults(_Place(where, name, macros), value, hints.get(name, Any)):
-                faults.setdefault(place, message)  # Several parameters may get the same macro.
+            place, hint = _Place(where, name, macros), hints.get(name, Any)
+            source, number = place.resolved(value)
+            if int in _options(hint) and isinstance(number, float) and number.is_integer():
+                is_macro = source.where in macros
+                binding = f"{source.where}/gin.macro.value" if is_macro else f"{scope}/{selector}.{name}"
+                place, value = source, int(number)
+                whole[binding] = value
+            for culprit, message in _faults(place, value, hint):
+                faults.setdefault(culprit, message)  # Several parameters may get the same macro.
     if faults:
         raise errors.UserError("\n".join(faults.values()))
     _check_microbatches(config, macros)
+    return whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +179,16 @@ def _hints(configurable: Callable[..., Any]) -> dict[str, Any]:
     return typing.get_type_hints(configurable.__init__ if is_plain else configurable)
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def _faults(place: _Place, value: Any, hint: Any) -> Iterator[tuple[str, str]]:
     """Yields (macro or binding, message) for what is wrong with a value, or with the values inside it."""
     place, value = place.resolved(value)
     if isinstance(value, gin_config.ConfigurableReference):
         return
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = _options(hint)
     found = (_items(value, option) for option in options)
     items = next((items for items in found if items is not None), None)
     for key, item, item_hint in items or ():
@@ -250,5 +266,5 @@ def _check_microbatches(
     if len(found) < 2:
         return
     (parts, number), (batch, size) = found["num_microbatches"], found["batch_size"]
-    if isinstance(number, int) and isinstance(size, int) and size % number:
+    if isinstance(number, int | float) and isinstance(size, int | float) and size % (number or 1):
         raise errors.UserError(f"{parts.where}, {number}, must divide {batch.where}, {size}")

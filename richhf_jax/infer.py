@@ -14,9 +14,12 @@ is
 A prediction may also have "prompt_words_cut", the number of words that the model has no room for, and
 "heatmaps", {kind: path}: 8-bit greyscale PNG files; the paths are relative to the folder of the results.
 
-Every `checkpoint_period` batches the results so far are saved in a folder `tmp-...`.
-`<task>-predict.run.json` names the checkpoint, the split and the batches of the results, so that results of
-another run don't mix with them.
+A record whose outputs aren't finite has no line there, but one in `<task>-predict.errors.jsonl-...`:
+{"id", "reason"}. Then the command ends with exit code 1 when the other records are written.
+
+Every `checkpoint_period` batches the results so far are saved in a folder `tmp-...`, with a checksum.
+`<task>-predict.run.json` tells what the results depend on: the checkpoint, the model, the vocabulary, the
+data, the batches. So results of another run don't mix with them.
 """
 
 import concurrent.futures
@@ -24,7 +27,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,13 +39,18 @@ from jax.experimental import multihost_utils
 
 from richhf_jax import (
     checkpoints,
+    checksums,
     errors,
+    feedback,
+    foreign_text,
     gin_utils,
     input_pipeline,
     locking,
     models,
     multihost,
     partitioning,
+    reading,
+    sealing,
     split_predictions,
     writing,
 )
@@ -52,6 +59,10 @@ from richhf_jax.pages import overlay
 _WRITTEN_STAYS = (
     "What is written stays; make room or give the right to write, then continue by the same command"
 )
+# The end of a chunk is a checksum of its lines: eight digits and a line break.
+_CHECKSUM_BYTES = 9
+# A line of a chunk that begins so is of a record without a prediction.
+_FAILURE = b'{"id": '
 
 
 def infer(
@@ -86,7 +97,7 @@ def infer(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
         split; the task is a mixture; `output_dir` has other results of this task, can't be written,
-        or another process writes to it.
+        disappears, or another process writes to it; records have no prediction.
     """
     _check(mode, checkpoint_period, shard_id, num_shards)
     _check_task(dataset_cfg.mixture_or_task_name)
@@ -98,7 +109,8 @@ def infer(
         shard_id * layout.num_shards + layout.shard_id,
         num_shards * layout.num_shards,
         {
-            "checkpoint": checkpoint,
+            **_sources(model, checkpoint, dataset_cfg),
+            "task": dataset_cfg.mixture_or_task_name,
             "split": dataset_cfg.split,
             "task_feature_lengths": dict(dataset_cfg.task_feature_lengths),
             "batch_size": dataset_cfg.batch_size,
@@ -109,10 +121,12 @@ def infer(
     )
     output.check_run()
     writes, chunks = _agree(output, layout.shard_id)
+    job = range(shard_id * layout.num_shards, (shard_id + 1) * layout.num_shards)
     if chunks is None:
         logging.info("finished before: %s; delete its folder to predict anew", output.path)
+        output.check_failures(job)
         return
-    with multihost.entered_by_all(output.locked(chunks) if writes else contextlib.nullcontext()):
+    with multihost.entered_by_all(output.locked() if writes else contextlib.nullcontext()):
         trainer, state, _ = split_predictions.load(model, checkpoint, dataset_cfg, partitioner)
         start = chunks * checkpoint_period
         if start:
@@ -120,7 +134,7 @@ def infer(
         batches = split_predictions.own_part(
             trainer, state, dataset_cfg, partitioner, constrained_keywords, shard_id, num_shards, start
         )
-        lines = []
+        number, lines = start - 1, []
         for number, pairs in enumerate(batches, start):
             if not writes:
                 continue
@@ -130,8 +144,10 @@ def infer(
                 output.write_chunk(number // checkpoint_period, lines)
                 lines = []
         if writes:
-            output.finish(lines)
+            output.finish((number + 1) // checkpoint_period, lines, dataset_cfg.batch_size * num_shards)
             logging.info("results in %s", output.path)
+    multihost_utils.sync_global_devices("results written")
+    output.check_failures(job)
 
 
 def _check(mode: str, checkpoint_period: int, shard_id: int, num_shards: int) -> None:
@@ -150,6 +166,28 @@ def _check_task(name: str) -> None:
     if isinstance(task, seqio.Mixture):
         names = ", ".join(part.name for part in seqio.get_subtasks(task))
         raise errors.UserError(f"{name} is a mixture: predict its tasks one by one: {names}")
+
+
+def _sources(model: models.BaseModel, checkpoint: str, cfg: input_pipeline.DatasetConfig) -> dict[str, Any]:
+    """Tells the checkpoint, model, vocabulary and data from others that may get the same names."""
+    vocabulary = input_pipeline.vocabulary_model(cfg)
+    shapes = input_pipeline.data_shapes(cfg)
+    return {
+        "checkpoint": checkpoint,
+        "checkpoint_checksum": _checkpoint_checksum(epath.Path(checkpoint)),
+        "model_checksum": checksums.of_json(model.describe(cfg.task_feature_lengths, shapes)),
+        "vocabulary_checksum": None if vocabulary is None else checksums.of_bytes(vocabulary),
+        **input_pipeline.data_identity(cfg),
+    }
+
+
+def _checkpoint_checksum(checkpoint: epath.Path) -> str:
+    """Returns a checksum of the checkpoint's own ones, or, if it has none, of its files' names and sizes."""
+    own = checkpoint / sealing.FILE
+    if own.exists():
+        return checksums.of_bytes(reading.read_bytes(own))
+    paths = [folder / name for folder, _, names in checkpoint.walk() for name in names]
+    return checksums.of_json({path.relative_to(checkpoint).as_posix(): path.stat().length for path in paths})
 
 
 def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:
@@ -172,8 +210,11 @@ def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:
 
 
 def _line(pair: split_predictions.Pair, heatmaps: Mapping[str, str]) -> str:
-    """Formats a line of the results; see the top of this file."""
+    """Formats a line of the results or of the errors; see the top of this file."""
     example, prediction = pair
+    if isinstance(prediction, errors.NotFiniteError):
+        name = example[feedback.FILENAME_FIELD].decode()
+        return json.dumps({"id": name, "reason": str(prediction)}, allow_nan=False) + "\n"
     inputs = {name: value.decode() for name, value in example.items() if isinstance(value, bytes)}
     answer = prediction.to_dict()
     if example["inputs_words_cut"]:
@@ -201,43 +242,47 @@ class _Output:
           index, count: index of the file from 0, and number of files.
           run: JSON-able arguments on which the results depend.
         """
-        shard = f"{index:05}-of-{count:05}"
-        self.path = folder / f"{name}.jsonl-{shard}"
-        self._heatmaps = folder / f"{name}.heatmaps-{shard}"
-        self._temporary = folder / f"tmp-{name}-{shard}"
+        self._stem, self._index, self._count = folder / name, index, count
+        self.path = self._file("jsonl", index)
+        self._heatmaps = self._file("heatmaps", index)
+        self._temporary = folder / f"tmp-{name}-{index:05}-of-{count:05}"
         self._run_path = folder / f"{name}.run.json"
         self._run = {**run, "files": count}
+        self._lock: locking.Lock | None = None
 
     def check_run(self) -> None:
         """Checks that results in the folder, if any, are of the same run.
 
         Raises:
-          errors.UserError: they are of another run.
+          errors.UserError: they are of another run, or the file that tells this is damaged.
         """
         if not self._run_path.exists():
             return
-        earlier = json.loads(self._run_path.read_text(encoding="utf-8"))
         fix = "Give another INFER_OUTPUT_DIR, or delete this one"
+        try:
+            earlier = reading.read_json(self._run_path)
+        except errors.UserError as error:
+            raise errors.UserError(f"{error}. {fix}") from error
         writing.check_same_run(self.path.parent, earlier, self._run, fix)
 
     @contextlib.contextmanager
-    def locked(self, chunks: int) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keeps other processes from writing this file.
-
-        Args:
-          chunks: number of complete chunks.
 
         Raises:
           errors.UserError: another process writes the file, or has finished it just now.
         """
         with locking.held(self._temporary, "--gin.INFER_OUTPUT_DIR=DIR") as self._lock:
-            if self.count_chunks() < chunks:
+            if self.path.exists():
                 raise errors.UserError(f"{self.path} was finished just now: give the same command again")
             yield
 
     def count_chunks(self) -> int:
-        """Counts the chunks up to the first gap."""
-        return next(number for number in itertools.count() if not self._chunk(number).exists())
+        """Counts the chunks up to the first one that is missing or damaged."""
+        count = next(number for number in itertools.count() if self._read_chunk(number) is None)
+        if self._chunk(count).exists():
+            logging.warning("%s is damaged: its batches are predicted again", self._chunk(count))
+        return count
 
     def write_chunk(self, number: int, lines: Iterable[str]) -> None:
         """Writes the lines of `checkpoint_period` batches.
@@ -247,22 +292,78 @@ class _Output:
         """
         with self._writing():
             self._sync_heatmaps()
-            writing.write(self._chunk(number), "".join(lines))
+            content = "".join(lines).encode()
+            writing.write(self._chunk(number), content + _checksum(content))
 
-    def finish(self, lines: Iterable[str]) -> None:
-        """Writes the complete file: all chunks, then the given lines.
+    def _read_chunk(self, number: int) -> bytes | None:
+        """Reads the lines of a chunk. Returns None if it is missing or isn't as it was written."""
+        path = self._chunk(number)
+        content = path.read_bytes() if path.exists() else b""
+        lines, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+        return lines if checksum == _checksum(lines) else None
+
+    def finish(self, chunks: int, lines: Iterable[str], batch_size: int) -> None:
+        """Writes the complete file: the lines of the chunks, then the given ones.
+
+        Args:
+          chunks: number of chunks.
+          lines: the lines behind them.
+          batch_size: number of examples in a batch of all files together.
 
         Raises:
-          errors.UserError: it can't be written.
+          errors.UserError: it can't be written, a chunk is missing or damaged, or lines are missing.
         """
-        with self._writing():
+        with self._writing() as lock:
             self._sync_heatmaps()
+            failures, count = [], 0
             with writing.atomic(self.path) as new, new.open("wb") as file:
-                for number in range(self.count_chunks()):
-                    with self._chunk(number).open("rb") as chunk:
-                        shutil.copyfileobj(chunk, file)
-                file.write("".join(lines).encode())
+                for part in (*map(self._read_chunk, range(chunks)), "".join(lines).encode()):
+                    for line in (part or b"").splitlines(keepends=True):
+                        if line.startswith(_FAILURE):
+                            failures.append(line)
+                        else:
+                            file.write(line)
+                        count += 1
+                expected = self._num_examples(batch_size)
+                if count != expected:
+                    raise errors.UserError(
+                        f"{self._temporary} has the results of {count} of {expected} examples: files in it"
+                        " were deleted or damaged meanwhile. Give the same command again"
+                    )
+                lock.check()
+                if failures:
+                    writing.write(self._file("errors.jsonl", self._index), b"".join(failures))
             self._temporary.rmtree()
+
+    def _num_examples(self, batch_size: int) -> int:
+        """Returns the number of examples of this file's part; `batch_size` is that of all files together."""
+        own = batch_size // self._count
+        batches, rest = divmod(self._run["examples"], batch_size)
+        return batches * own + min(max(rest - self._index * own, 0), own)
+
+    def check_failures(self, job: Iterable[int]) -> None:
+        """Checks that all records have a prediction.
+
+        Args:
+          job: indices of this job's files, which are complete.
+
+        Raises:
+          errors.UserError: records have none.
+        """
+        files = [self._file("errors.jsonl", index) for index in job]
+        places = [file for file in files if file.exists()]
+        failures = [line for place in places for line in place.read_bytes().splitlines()]
+        if not failures:
+            return
+        if not any(self._file("jsonl", index).stat().length for index in job):
+            raise errors.UserError(
+                f"{self._run['checkpoint']} predicts no record: its outputs {errors.NOT_FINITE}"
+            )
+        first = {name: foreign_text.for_terminal(text) for name, text in json.loads(failures[0]).items()}
+        raise errors.UserError(
+            f"{len(failures)} records have no prediction, see {', '.join(map(str, places))}; the first is"
+            f" {first['id']}: {first['reason']}. All others have one"
+        )
 
     def write_heatmaps(self, batch: int, pairs: Sequence[split_predictions.Pair]) -> list[dict[str, str]]:
         """Writes the heatmaps of a batch as 8-bit greyscale PNG files.
@@ -270,19 +371,22 @@ class _Output:
         The files are named by number, because several images may have the same id.
 
         Returns:
-          For each image, kind -> path, relative to the results' folder.
+          For each image, kind -> path, relative to the results' folder; {} for one without a prediction.
 
         Raises:
           errors.UserError: they can't be written.
         """
         folder = self._heatmaps / f"{batch:06}"
+        every = [
+            prediction.heatmaps if isinstance(prediction, feedback.RichFeedback) else {}
+            for _, prediction in pairs
+        ]
         paths = [
-            {kind: folder / f"{row:04}.{kind}.png" for kind in prediction.heatmaps}
-            for row, (_, prediction) in enumerate(pairs)
+            {kind: folder / f"{row:04}.{kind}.png" for kind in heatmaps} for row, heatmaps in enumerate(every)
         ]
         files = [
-            (path, prediction.heatmaps[kind])
-            for of_image, (_, prediction) in zip(paths, pairs, strict=True)
+            (path, heatmaps[kind])
+            for of_image, heatmaps in zip(paths, every, strict=True)
             for kind, path in of_image.items()
         ]
         with self._writing(), concurrent.futures.ThreadPoolExecutor() as pool:
@@ -298,24 +402,30 @@ class _Output:
         if self._heatmaps.exists():
             os.sync()
 
+    def _file(self, kind: str, index: int) -> epath.Path:
+        """Returns the path of the process `index`."""
+        return self._stem.with_name(f"{self._stem.name}.{kind}-{index:05}-of-{self._count:05}")
+
     def _chunk(self, number: int) -> epath.Path:
         return self._temporary / f"{self.path.name}-chunk{number:05}"
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Explains disk errors, and first of all writes the run's arguments to the folder.
-
-        Raises:
-          errors.UserError: the folder can't be written, or was deleted, moved or emptied meanwhile.
-        """
+    def _writing(self) -> Iterator[locking.Lock]:
+        """Checks the lock, explains disk errors, and first writes the run's arguments to the folder."""
+        lock = self._lock
+        assert lock is not None
+        lock.check()  # Nothing is made anew in a folder that disappeared.
         with writing.explained_disk_errors(self.path.parent, _WRITTEN_STAYS):
-            self._lock.check()
             if not self._run_path.exists():
                 # Other processes may write the same file now, so each writes its own and moves it there.
                 own = self._temporary / self._run_path.name
                 writing.write(own, json.dumps(self._run, indent=2, allow_nan=False) + "\n")
                 writing.move(own, self._run_path)
-            yield
+            yield lock
+
+
+def _checksum(lines: bytes) -> bytes:
+    return f"{checksums.of_bytes(lines)}\n".encode()
 
 
 def _write_png(path: epath.Path, heatmap: np.ndarray) -> None:

@@ -177,6 +177,17 @@ def vocabulary_model(cfg: DatasetConfig) -> bytes | None:
     return getattr(features["inputs"].vocabulary, "sp_model", None)
 
 
+def data_identity(cfg: DatasetConfig) -> dict[str, Any]:
+    """Tells the data of a task's split from others: {"data": name and version, "data_bytes", "examples"}.
+
+    Raises:
+      errors.UserError: as `evaluation_batches`.
+    """
+    task = seqio.TaskRegistry.get(cfg.mixture_or_task_name)
+    count, info = len(_Records(task, cfg.split)), _builder(task).info
+    return {"data": info.full_name, "data_bytes": int(info.dataset_size), "examples": count}
+
+
 class TrainStream:
     """Batches of `get_dataset` as numpy arrays, for the training loop.
 

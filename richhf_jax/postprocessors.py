@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from richhf_jax import errors, feedback, foreign_text
+from richhf_jax import feedback, foreign_text
 
 
 def rich_feedback(output: Any, example: Mapping[str, Any], is_target: bool) -> feedback.RichFeedback:
@@ -72,15 +72,11 @@ def prediction(
       tokens: the prompt's tokens with labels, from `keywords.tokens` or `written_tokens`.
 
     Raises:
-      errors.UserError: an output isn't finite.
+      errors.NotFiniteError: an output isn't finite.
     """
-    name = example[feedback.FILENAME_FIELD].decode()
-    try:
-        feedback.check_finite(scores, heatmaps)
-    except errors.NotFiniteError as error:
-        raise errors.UserError(f"{name}: {error}") from error
+    feedback.check_finite(scores, heatmaps)
     return feedback.RichFeedback.from_outputs(
-        name,
+        example[feedback.FILENAME_FIELD].decode(),
         example[feedback.PROMPT_FIELD].decode(),
         scores,
         [in_box(np.asarray(heatmap, np.float32), example) for heatmap in heatmaps],

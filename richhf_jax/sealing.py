@@ -10,7 +10,9 @@ checkpoint on purpose deletes the file.
 """
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -148,18 +150,29 @@ def write(checkpoint: epath.Path, arrays: Mapping[str, str]) -> None:
     (checkpoint / FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def _identity(directory: epath.Path) -> tuple[int, int] | None:
+    """Returns what a local directory keeps when it is moved; None if there is none."""
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def temporary_path_class(
     parent: epath.Path, arrays: MutableMapping[str, dict[str, str]]
 ) -> type[ocp.path.atomicity.TemporaryPathBase]:
     """Makes the class by which Orbax finishes a checkpoint: it writes checksums.json and gives the name.
 
     Orbax brings the arrays to the disk, but not the small files: here all are, before the checkpoint has its
-    name. Items in a checkpoint are finished as always.
+    name. Items in a checkpoint are finished as always. If the parent is deleted or moved meanwhile, nothing
+    gets its name.
 
     Args:
       parent: the checkpoints' parent.
       arrays: name of a checkpoint's directory -> the result of `of_arrays`, which is removed at the end.
     """
+    identity = _identity(parent)
     base: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(parent)
 
     class _Path(base):
@@ -168,6 +181,9 @@ def temporary_path_class(
             if final.name not in arrays:
                 await super().finalize()
                 return
+            # TensorStore would go on in a new directory of the same name.
+            if identity not in (None, _identity(parent)):
+                raise FileNotFoundError(errno.ENOENT, "was deleted or moved meanwhile", os.fspath(parent))
             await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
             await asyncio.to_thread(write, new, arrays.pop(final.name))
             if new == final:  # In a bucket, which can't rename: a last file says that all is there.

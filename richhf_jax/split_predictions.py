@@ -14,6 +14,7 @@ import tqdm
 
 from richhf_jax import (
     checkpoints,
+    errors,
     feedback,
     input_pipeline,
     keywords,
@@ -23,8 +24,8 @@ from richhf_jax import (
 )
 from richhf_jax import trainer as trainer_lib
 
-# A task example, and the model's prediction for it.
-Pair = tuple[Mapping[str, Any], feedback.RichFeedback]
+# A task example, and the model's prediction for it, or the error if the model's outputs aren't finite.
+Pair = tuple[Mapping[str, Any], feedback.RichFeedback | errors.NotFiniteError]
 
 
 def load(
@@ -184,15 +185,22 @@ class _Decoder:
         outputs: Mapping[str, np.ndarray],
     ) -> list[Pair]:
         """Returns each example with its prediction, from row i of the outputs for example i."""
-        pairs = []
+        pairs: list[Pair] = []
         for i, example in enumerate(examples):
-            prompt = example[feedback.PROMPT_FIELD].decode()
-            if pieces:
-                decisions = (outputs[name][i, 0] for name in ("keyword_probability", "keyword_misaligned"))
-                tokens = keywords.tokens(prompt, pieces[i], *decisions)
-            else:
-                text = self._vocabulary.decode(outputs["tokens"][i, 0].tolist())
-                tokens = postprocessors.written_tokens(prompt, text)
-            answer = postprocessors.prediction(example, outputs["heatmaps"][i], outputs["scores"][i], tokens)
+            row = {name: value[i] for name, value in outputs.items()}
+            try:
+                tokens = self._tokens(example[feedback.PROMPT_FIELD].decode(), pieces[i : i + 1], row)
+                answer = postprocessors.prediction(example, row["heatmaps"], row["scores"], tokens)
+            except errors.NotFiniteError as error:
+                answer = error
             pairs.append((example, answer))
         return pairs
+
+    def _tokens(
+        self, prompt: str, pieces: Sequence[keywords.KeywordPieces], row: Mapping[str, np.ndarray]
+    ) -> Sequence[feedback.Token]:
+        """Labels the prompt's tokens as an example's outputs say; `pieces` is [] for free decoding."""
+        if not pieces:
+            text = self._vocabulary.decode(row["tokens"][0].tolist())
+            return postprocessors.written_tokens(prompt, text)
+        return keywords.tokens(prompt, pieces[0], row["keyword_probability"][0], row["keyword_misaligned"][0])

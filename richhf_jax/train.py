@@ -223,13 +223,28 @@ class _TrainingLoop:
                     scalars = self.evaluation.run(state, step)
                 if save_now:
                     self.checkpointer.save(state, stream.position(step), step, scalars)
-            self.checkpointer.wait()  # Inside `_stop_signal`, so that another signal doesn't end it.
-        self._check_lock()
+            try:
+                self.checkpointer.wait()  # Inside `_stop_signal`, so that another signal doesn't end it.
+            finally:
+                self._check_lock()
         return step
 
     def _check_lock(self) -> None:
-        if self.lock:  # Process 0 has it.
-            self.lock.check()
+        """Checks that MODEL_DIR is still there and this process's own; process 0 has the lock."""
+        try:
+            if self.lock:
+                self.lock.check()
+        except errors.UserError as error:
+            with contextlib.suppress(checkpoints.CheckpointError):
+                self.checkpointer.wait()
+            names = sorted(os.listdir(self.model_dir)) if os.path.isdir(self.model_dir) else []
+            # Orbax makes the directory anew for a checkpoint that it is writing.
+            if names and all(name.startswith("checkpoint_") for name in names):
+                raise errors.UserError(
+                    f"{error}. There is a new {self.model_dir} with what was being written"
+                    f" ({', '.join(names)}): delete that before you bring the directory back"
+                ) from error
+            raise
 
 
 def _stream(

@@ -270,7 +270,8 @@ def _remove_leftovers(final: pathlib.Path) -> None:
     """Removes what a process left beside a finished directory, if it was killed just behind the renaming."""
     private = final.with_name(f".{final.name}.new")
     if private.is_dir():
-        with contextlib.suppress(errors.UserError, OSError), _claimed(private / "lock", final, _MOMENT_SECONDS):
+        claimed = _claimed(private / "lock", final, _MOMENT_SECONDS)
+        with contextlib.suppress(errors.UserError, OSError), claimed:
             shutil.rmtree(private, ignore_errors=True)
 
 

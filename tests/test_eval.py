@@ -81,6 +81,22 @@ def test_constrained_keywords_have_probabilities(evaluate):
     assert not batches[1]["keyword_pieces"][3:].any()
 
 
+def test_metrics_of_a_part_of_the_split_are_no_metrics(evaluate, monkeypatch, tmp_path):
+    answers = Answers.predict
+
+    def predict(self, params, batch):
+        outputs = answers(self, params, batch)
+        outputs["scores"] = np.where(np.arange(5)[:, None] == 2, np.nan, outputs["scores"])
+        return outputs
+
+    monkeypatch.setattr(Answers, "predict", predict)
+    with pytest.raises(
+        errors.UserError, match=r"^test/.*\.png: the model's scores aren't finite numbers.*all"
+    ):
+        evaluate()
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_process_0_writes(evaluate, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(ValueError, match="not enough values"):  # There is no file to read.

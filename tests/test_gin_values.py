@@ -46,18 +46,19 @@ MACROS = {
         ("TRAIN_STEPS", "BATCH_SIZE", "EVAL_BATCH_SIZE", "INFER_BATCH_SIZE"), (COUNT, "0 -1 1.5 True 1/2")
     ),
     **dict.fromkeys(
-        ("LOG_PERIOD", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD"), (COUNT, "0 -5 None 1e3")
+        ("LOG_PERIOD", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD"), (COUNT, "0 -5 None 1e-3 -1e3")
     ),
     **dict.fromkeys(("WARMUP_STEPS", "NUM_DECODES", "IMAGE_SIDE"), (COUNT, "0 -1 x 64px")),
-    **dict.fromkeys(("KEEP_CHECKPOINTS", "KEEP_BEST", "NUM_MICROBATCHES"), (MAYBE_COUNT, "0 -1 all False")),
-    **dict.fromkeys(("TEXT_LENGTH", "TARGET_LENGTH"), ("a whole number of at least 2", "1 0 -1 24.0")),
+    **dict.fromkeys(("KEEP_CHECKPOINTS", "KEEP_BEST"), (MAYBE_COUNT, "0 -1 all False")),
+    "NUM_MICROBATCHES": ("a whole number of at least 0 or None", "-1 all False 1.5"),
+    **dict.fromkeys(("TEXT_LENGTH", "TARGET_LENGTH"), ("a whole number of at least 2", "1 0 -1 24.5")),
     **dict.fromkeys(
-        ("NUM_HEATMAPS", "NUM_SCORES", "NUM_TEXTS"), ("a whole number of at least 0", "-1 1.0 None")
+        ("NUM_HEATMAPS", "NUM_SCORES", "NUM_TEXTS"), ("a whole number of at least 0", "-1 1.5 None")
     ),
     **dict.fromkeys(("DROPOUT_RATE", "ADAM_BETA2"), (BELOW_1, "7 1 -.1 .1x 0,1 None nan inf 1e999 [0.1]")),
     "MISALIGNMENT_THRESHOLD": (SHARE, "1.1 -1 50%"),
     "BASE_LEARNING_RATE": (AMOUNT, "-1e-3 None 1e-3x"),
-    "RANDOM_SEED": (SEED, "-1 4294967296 0.0 None"),
+    "RANDOM_SEED": (SEED, "-1 4294967296 0.5 None"),
     **dict.fromkeys(
         ("AUGMENT", "USE_HARDWARE_RNG", "SCAN_LAYERS", "RESAMPLE_POSITIONS"), (BOOL, "yes 1 0 None")
     ),
@@ -202,6 +203,18 @@ def test_a_gin_file_is_checked_too(tmp_path):
     (tmp_path / "mine.gin").write_text("TEXT_LENGTH = '24'\n")
     with pytest.raises(errors.UserError, match="TEXT_LENGTH must be .*, got the text '24'"):
         parse(files=(*QUICKSTART, str(tmp_path / "mine.gin")))
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    parse("--gin.TRAIN_STEPS=1e3", "--gin.train/DatasetConfig.batch_size=32.0", "--gin.NUM_MICROBATCHES=2.0")
+    values = [gin.query_parameter("TRAIN_STEPS/macro.value"), gin_utils.macro("TRAIN_STEPS")]
+    values += [gin.query_parameter("train/DatasetConfig.batch_size"), gin_utils.macro("NUM_MICROBATCHES")]
+    assert [repr(value) for value in values] == ["1000", "1000", "32", "2"]
+
+
+@pytest.mark.parametrize("flag", ["evaluate.gallery_size=0", "NUM_MICROBATCHES=0"])
+def test_none_of_something_optional(flag):
+    parse(f"--gin.{flag}", files=(*QUICKSTART, "runs/eval.gin"))
 
 
 def test_macros_in_a_circle():

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from typing import Any, cast
 
 import gin
 import jax
@@ -42,23 +43,35 @@ CONFIG = input_pipeline.DatasetConfig(
 
 
 class Answers:
-    """A trainer whose model writes the targets and marks every word; the call number `broken` fails."""
+    """A trainer whose model writes the targets and marks every word; the call number `broken` fails.
 
-    def __init__(self, broken: int | None = None):
+    `changed(call, outputs)` changes the outputs of a call.
+    """
+
+    def __init__(self, broken: int | None = None, changed=lambda call, outputs: outputs):
         self.calls = 0
         self.broken = broken
+        self.changed = changed
 
     def predict(self, params, batch):
         self.calls += 1
         if self.calls == self.broken:
             raise KeyboardInterrupt
         decided = np.arange(1, 33) <= batch["keyword_words"].max(-1, keepdims=True)
-        return {
+        outputs = {
             "heatmaps": batch["heatmap_targets"] / 255,
-            "scores": batch["score_targets"],
+            "scores": batch["score_targets"].copy(),
             "keyword_probability": np.where(decided, 0.75, np.nan),
             "keyword_misaligned": decided,
         }
+        return self.changed(self.calls, outputs)
+
+
+class Described:
+    """A model with a description."""
+
+    def __init__(self, name: str):
+        self.describe = lambda lengths, shapes: {"name": name}
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +93,14 @@ def read(synthetic_data_dir):
 def run(tmp_path, monkeypatch, read):
     """Runs inference into a folder and gives its model."""
     monkeypatch.setattr(input_pipeline, "evaluation_batches", read)
+    monkeypatch.setattr(input_pipeline, "data_shapes", lambda cfg: {})  # It takes half a second.
     (tmp_path / "model/checkpoint_7/state").mkdir(parents=True)
 
-    def start(folder="out", broken=None, cfg=CONFIG, **kwargs):
-        trainer = Answers(broken)
+    def start(folder="out", broken=None, cfg=CONFIG, model="mine", changed=lambda _, out: out, **kwargs):
+        trainer = Answers(broken, changed)
         monkeypatch.setattr(split_predictions, "load", lambda *args: (trainer, {}, 7))
         infer.infer(
-            model=None,
+            model=cast(Any, Described(model)),
             checkpoint_path=str(tmp_path / "model"),
             output_dir=folder and str(tmp_path / folder),
             dataset_cfg=cfg,
@@ -210,8 +224,7 @@ def test_processes_continue_from_the_same_batch(monkeypatch, tmp_path, process, 
     part, finished, _ = every[process]
     output = infer._Output(epath.Path(tmp_path), "task-predict", part, 2, {})
     if finished:
-        with output.locked(0):
-            output.finish([])
+        output.path.write_text("")
     assert infer._agree(output, part) == result
 
 
@@ -221,6 +234,7 @@ def test_processes_continue_from_the_same_batch(monkeypatch, tmp_path, process, 
         ({"cfg": changed(batch_size=4)}, "batch_size was 3, now it is 4. Give another INFER_OUTPUT_DIR"),
         ({"cfg": changed(split="validation")}, "split was 'test', now it is 'validation'"),
         ({"num_shards": 2}, "files was 1, now it is 2"),
+        ({"model": "other"}, "model_checksum was '.*', now it is '"),
         ({"write_heatmaps": True}, "write_heatmaps was False, now it is True"),
         ({"cfg": changed(mixture_or_task_name="nope")}, "there is no task 'nope'"),
         (
@@ -242,6 +256,111 @@ def test_mistakes_change_nothing(run, tmp_path, changes, message):
     with pytest.raises(errors.UserError, match=message):
         run(**changes)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "vocabulary", "data"])
+def test_other_sources_of_the_same_names_are_another_run(run, tmp_path, monkeypatch, name):
+    run()
+    before = files(tmp_path / "out")
+    if name == "checkpoint":
+        (tmp_path / "model/checkpoint_7/checksums.json").write_text('{"files": {}}')
+    elif name == "vocabulary":
+        monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: b"other")
+    else:
+        identity = input_pipeline.data_identity(CONFIG)
+        monkeypatch.setattr(input_pipeline, "data_identity", lambda cfg: identity | {"data": "data/9.9.9"})
+    with pytest.raises(errors.UserError, match=rf"other arguments: {name}\w* was '.*', now it is '"):
+        run()
+    assert files(tmp_path / "out") == before
+
+
+def test_the_parts_of_a_run_json_that_was_cut_off(run, tmp_path):
+    run()
+    os.truncate(tmp_path / f"out/{TASK}-predict.run.json", 40)
+    with pytest.raises(errors.UserError, match="run.json is truncated, or no JSON: .*Give another INFER"):
+        run()
+
+
+@pytest.mark.parametrize("vanishes", ["out", "tmp-"])
+def test_a_folder_that_disappears_ends_the_run(run, tmp_path, vanishes):
+    def vanish(call, outputs):
+        if call == 6:
+            (gone,) = [
+                path for path in (tmp_path / "out", *(tmp_path / "out").iterdir()) if vanishes in path.name
+            ]
+            shutil.rmtree(gone)
+        return outputs
+
+    kwargs = {"cfg": changed(batch_size=1), "checkpoint_period": 2}
+    with pytest.raises(errors.UserError, match="tmp-.* was deleted, moved or emptied while this process"):
+        run(changed=vanish, **kwargs)
+    assert not list(tmp_path.glob("out/*.jsonl-*"))
+    assert run(**kwargs).calls == 8
+
+
+@pytest.mark.parametrize("damage", ["cut", "digit", "empty", "zeros"])
+def test_a_damaged_chunk_is_predicted_again(run, tmp_path, caplog, damage):
+    kwargs = {"cfg": changed(batch_size=1), "checkpoint_period": 2}
+    run("whole", **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken=8, **kwargs)
+    (chunk,) = (tmp_path / "out").rglob("*-chunk00001")
+    content = chunk.read_bytes()
+    harmed = {
+        "cut": content[: content.index(b"\n") + 1],
+        "digit": content.replace(b"0.75", b"0.85", 1),
+        "empty": b"",
+        "zeros": bytes(len(content)),
+    }
+    chunk.write_bytes(harmed[damage])
+    assert run(**kwargs).calls == 6
+    assert "chunk00001 is damaged: its batches are predicted again" in caplog.text
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_chunk_that_is_lost_while_the_run_goes_on(run, tmp_path):
+    def lose(call, outputs):
+        if call == 6:
+            next((tmp_path / "out").rglob("*-chunk00000")).unlink()
+        return outputs
+
+    kwargs = {"cfg": changed(batch_size=1), "checkpoint_period": 2}
+    with pytest.raises(errors.UserError, match="has the results of 6 of 8 examples: files in it were"):
+        run(changed=lose, **kwargs)
+    assert not list((tmp_path / "out").glob("*.jsonl-*"))
+    assert run(**kwargs).calls == 8
+
+
+@pytest.mark.parametrize("kind", ["scores", "heatmaps", "keyword_probability"])
+def test_a_record_without_a_prediction_fails_alone(run, tmp_path, examples, kind):
+    def damage(call, outputs):
+        if call == 1:
+            outputs[kind][1] = np.nan
+        return outputs
+
+    run("whole")
+    name = examples[1][feedback.FILENAME_FIELD].decode()
+    for _ in range(2):  # Also when all was done before.
+        with pytest.raises(
+            errors.UserError, match=f"^1 records have no prediction, see .*; the first is {name}: "
+        ):
+            run(changed=damage, write_heatmaps=True)
+    lines, whole = (
+        records(tmp_path / f"{out}/{TASK}-predict.jsonl-00000-of-00001") for out in ("out", "whole")
+    )
+    assert [line["inputs"] for line in lines] == [line["inputs"] for line in whole[:1] + whole[2:]]
+    (failure,) = records(tmp_path / f"out/{TASK}-predict.errors.jsonl-00000-of-00001")
+    assert failure["id"] == name
+    assert "aren't finite numbers" in failure["reason"]
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 14
+
+
+def test_a_model_that_predicts_nothing_is_blamed(run):
+    def damage(call, outputs):
+        return outputs | {"scores": np.full_like(outputs["scores"], np.nan)}
+
+    with pytest.raises(errors.UserError, match="checkpoint_7 predicts no record: its outputs aren't finite"):
+        run(changed=damage)
 
 
 def test_no_checkpoint(run, tmp_path):
@@ -342,7 +461,8 @@ def test_two_processes_continue_and_find_what_one_finds(tmp_path, bindings, one_
         temporary = output / f"tmp-{path.name.replace('.jsonl', '')}"
         temporary.mkdir(parents=True)
         for number in range(chunks):
-            (temporary / f"{path.name}-chunk{number:05}").write_text(f'"chunk {number}"\n')
+            content = f'"chunk {number}"\n'.encode()
+            (temporary / f"{path.name}-chunk{number:05}").write_bytes(content + infer._checksum(content))
     given = bindings | {"INFER_OUTPUT_DIR": str(output), "PjitPartitioner.num_cpu_devices": 1}
     log = run_two_processes(
         [

@@ -69,7 +69,7 @@ def test_prediction():
 def test_outputs_that_are_not_finite_are_no_prediction(output, value):
     outputs = {"heatmaps": np.full((2, 2, 2), 0.5), "scores": np.zeros(4)}
     outputs[output].flat[1] = value
-    with pytest.raises(errors.UserError, match=rf"^train/1.png: the model's {output} aren't finite numbers"):
+    with pytest.raises(errors.NotFiniteError, match=rf"^the model's {output} aren't finite numbers"):
         postprocessors.prediction(task_example(), **outputs, tokens=())
 
 

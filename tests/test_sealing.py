@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from richhf_jax import checksums, errors, sealing
+from richhf_jax import checkpoints, checksums, errors, sealing
 
 
 @pytest.fixture
@@ -96,3 +97,23 @@ def test_a_pipe_in_the_place_of_a_file_is_not_read(folder):
     os.mkfifo(folder / "state/_METADATA")
     with pytest.raises(errors.UserError, match="is a named pipe"):
         sealing.read(folder, "state")
+
+
+def test_nothing_gets_its_name_in_a_directory_that_was_moved_and_made_anew(tmp_path, monkeypatch):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    folder.mkdir()
+    identity, calls = sealing._identity, []
+
+    def move_before_the_end(directory):
+        calls.append(directory)
+        if len(calls) == 2:
+            folder.rename(moved)
+            shutil.copytree(moved, folder)
+        return identity(directory)
+
+    monkeypatch.setattr(sealing, "_identity", move_before_the_end)
+    with pytest.raises(FileNotFoundError, match="was deleted or moved meanwhile"):
+        checkpoints.save_params(str(folder), {"a": jnp.zeros(2)})
+    assert not (folder / "checkpoint_0").exists()
+    checkpoints.save_params(str(folder), {"a": jnp.zeros(2)})
+    assert (folder / "checkpoint_0").exists()

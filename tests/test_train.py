@@ -4,6 +4,7 @@ Only sizes and steps are smaller (see SMALL). The fixtures do the runs once; the
 """
 
 import collections
+import dataclasses
 import errno
 import html
 import itertools
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import types
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -678,6 +680,8 @@ def test_two_trainings_in_one_model_dir(tmp_path, small_train):
     small_train()
 
 
+# After an error Orbax leaves futures of TensorStore behind, which complain of the closed event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("moved", "period"), [(True, 1), (True, 1000), (False, 1000)])
 def test_a_model_dir_that_disappears_ends_the_training(tmp_path, small_train, moved, period):
     folder = tmp_path / "run"
@@ -694,3 +698,23 @@ def test_a_model_dir_that_disappears_ends_the_training(tmp_path, small_train, mo
         small_train(model_dir=str(folder), trainer_cls=Vanishing, save=save)
     # Orbax may make folders for a checkpoint that it is writing, but nothing gets its final name.
     assert not [path for path in folder.glob("*") if ".orbax-checkpoint-tmp" not in path.name]
+
+
+@pytest.mark.parametrize(
+    ("made_anew", "told"), [("checkpoint_3.orbax-checkpoint-tmp", True), ("config.gin", False)]
+)
+def test_what_a_checkpoint_made_anew_is_told(tmp_path, made_anew, told):
+    folder = tmp_path / "run"
+
+    class Writing:
+        def wait(self):
+            (folder / made_anew).mkdir(parents=True)
+
+    loop = train._TrainingLoop(*cast(Any, [None, Writing(), None, None, None, str(folder), None]))
+    with locking.held(folder, "--gin.MODEL_DIR=DIR") as lock:
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(errors.UserError, match="was deleted, moved or emptied") as refused:
+            dataclasses.replace(loop, lock=lock)._check_lock()
+    assert (
+        f"There is a new {folder} with what was being written ({made_anew})" in str(refused.value)
+    ) == told
