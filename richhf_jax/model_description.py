@@ -128,6 +128,41 @@ def _explained(path: epath.Path) -> Iterator[None]:
         raise errors.UserError(f"{path} makes no sense: {error}. {_FIX}") from error
 
 
+def _is_whole(content: dict[str, Any]) -> bool:
+    """Returns whether the entries of model.json have the checksum that is among them."""
+    own = dict(content[_CHECKSUMS])
+    return own.pop(FILE, None) == checksums.of_json(content | {_CHECKSUMS: own})
+
+
+def check_vocabulary(directory: epath.PathLike, vocabulary: bytes | None, fix: str) -> None:
+    """Checks that data have the vocabulary with which a model was trained, if both are known.
+
+    Args:
+      directory: a MODEL_DIR.
+      vocabulary: the data's SentencePiece model; None: it isn't known.
+      fix: what to do; the end of the message.
+
+    Raises:
+      errors.UserError: they have another one.
+    """
+    if vocabulary is not None and _trained_with(directory) not in (None, checksums.of_bytes(vocabulary)):
+        raise errors.UserError(
+            f"VOCABULARY: the data's vocabulary isn't {epath.Path(directory) / VOCABULARY_FILE}, with which the"
+            f" model was trained, so the model would read other words. {fix}"
+        )
+
+
+def _trained_with(directory: epath.PathLike) -> str | None:
+    """Returns the checksum of a model's vocabulary; None: it isn't known."""
+    path = epath.Path(directory) / VOCABULARY_FILE
+    # First that in model.json, because vocabulary.model may be damaged.
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, errors.UserError):
+        content = reading.read_json(epath.Path(directory) / FILE)
+        if _is_whole(content):
+            return content[_CHECKSUMS][path.name]
+    return checksums.of_bytes(reading.read_bytes(path)) if path.exists() else None
+
+
 def _check(content: dict[str, Any], model: bytes, path: epath.Path, vocabulary: epath.Path) -> None:
     """Checks the files' checksums, if there are any.
 
@@ -137,7 +172,7 @@ def _check(content: dict[str, Any], model: bytes, path: epath.Path, vocabulary: 
     if (expected := content.get(_CHECKSUMS)) is None:
         return
     own = {name: value for name, value in expected.items() if name != FILE}
-    if expected.get(FILE) != checksums.of_json(content | {_CHECKSUMS: own}):
+    if not _is_whole(content):
         raise errors.UserError(f"{path} isn't as it was written: its checksum differs. {_FIX}; {_MEANT}")
     if own.get(VOCABULARY_FILE) != checksums.of_bytes(model):
         raise errors.UserError(

@@ -18,7 +18,13 @@ from richhf_jax import errors, foreign_text, reading, sealing, writing
 STATE = "state"  # The folder of the arrays in a `checkpoint_<step>`.
 # The files of a checkpoint that Orbax and TensorStore open. Others may lie beside them.
 _READ = (
-    *("*_METADATA", f"{STATE}/_*", f"{STATE}/manifest.ocdbt", f"{STATE}/d/*", f"{STATE}/ocdbt.process_*/**/*"),
+    *(
+        "*_METADATA",
+        f"{STATE}/_*",
+        f"{STATE}/manifest.ocdbt",
+        f"{STATE}/d/*",
+        f"{STATE}/ocdbt.process_*/**/*",
+    ),
     *(f"{STATE}/array_metadatas/*", "data_position/*", "metrics/*"),
 )
 
@@ -114,9 +120,8 @@ def checked(directory: epath.Path, arrays: Any, abstract: Any, checksums: Mappin
     Raises:
       sealing.DamageError: an array isn't the one that was saved.
     """
-    if checksums is None:
-        if jax.process_index() == 0:
-            _warn_of_no_checksums(directory)
+    if checksums is None and jax.process_index() == 0:
+        _warn_of_no_checksums(directory)
     kinds = flat(jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), abstract))
     for name, array in flat(arrays).items():  # Checksums are of bytes, and don't say what the bytes mean.
         if jnp.issubdtype(array.dtype, jnp.floating) != kinds[name]:
@@ -130,7 +135,9 @@ def checked(directory: epath.Path, arrays: Any, abstract: Any, checksums: Mappin
 @functools.cache
 def _warn_of_no_checksums(directory: epath.Path) -> None:
     """Warns once of a checkpoint. The programs that predict don't show the log's warnings."""
-    words = f"warning: {directory} has no {sealing.FILE} (an older version wrote it, or the file was deleted):"
+    words = (
+        f"warning: {directory} has no {sealing.FILE} (an older version wrote it, or the file was deleted):"
+    )
     words += " damage may stay unseen, only numbers that are not finite are found"
     print(foreign_text.for_terminal(words), file=sys.stderr, flush=True)
 

@@ -454,7 +454,10 @@ def test_a_path_is_taken_as_it_is(tmp_path, state, name):
 
 def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, state):
     path = str(tmp_path / "run[1]")
-    for write in (lambda: checkpoints.save_params(path, state.params), lambda: checkpoints.Checkpointer(path)):
+    for write in (
+        lambda: checkpoints.save_params(path, state.params),
+        lambda: checkpoints.Checkpointer(path),
+    ):
         with pytest.raises(checkpoints.CheckpointError, match=r"run\[1\] can't hold checkpoints"):
             write()
     checkpoints.save_params(str(tmp_path), state.params)

@@ -55,7 +55,7 @@ tasks              | tensorflow     | datasets input_pipeline metrics postproces
 torch_twin         | torch          | network
 train_state        | jax            |
 sealing            | jax            | checksums reading writing
-saved_arrays       | jax            | reading sealing writing
+saved_arrays       | jax            | foreign_text reading sealing writing
 checkpoints        | jax            | saved_arrays sealing train_state writing
 convert            | jax            | checkpoints foreign_text reading sealing weights_file writing
 predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs
@@ -64,8 +64,8 @@ predict            | jax            | checkpoints checksums compilation_cache fo
 export             | jax tensorflow | augmentation convert foreign_text keywords model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
-split_predictions  | jax tensorflow | checkpoints input_pipeline keywords models partitioning
-                                      postprocessors trainer
+split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
+                                      partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |

@@ -100,6 +100,28 @@ def test_another_vocabulary_is_refused_until_the_change_is_meant(copy):
     model_description.read(copy)
 
 
+def test_data_must_have_the_vocabulary_of_the_training(copy):
+    own = (copy / VOCABULARY).read_bytes()
+
+    def check(vocabulary):
+        model_description.check_vocabulary(copy, vocabulary, "Do this")
+
+    check(own)
+    check(None)
+    with pytest.raises(errors.UserError, match=f"data's vocabulary isn't {copy}/{VOCABULARY}, .* Do this"):
+        check(own + b"\0")
+    (copy / VOCABULARY).write_bytes(own[:-1])  # model.json knows the right one.
+    check(own)
+    with pytest.raises(errors.UserError, match="data's vocabulary isn't"):
+        check(own[:-1])
+    (copy / FILE).write_text("{")
+    check(own[:-1])
+    with pytest.raises(errors.UserError, match="data's vocabulary isn't"):
+        check(own)
+    (copy / VOCABULARY).unlink()
+    check(own)
+
+
 def test_each_flipped_bit_of_the_description_is_seen(copy):
     text = (copy / FILE).read_bytes()
     whole, wrong = model_description.read(copy), []
