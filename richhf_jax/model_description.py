@@ -20,12 +20,13 @@ changes a file on purpose removes it.
 import contextlib
 import dataclasses
 import json
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from richhf_jax import checksums, errors, feedback, models, pixels, reading, writing
+from richhf_jax import allowed_values, checksums, errors, models, reading, writing
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
@@ -39,6 +40,14 @@ _FIX = (
 )
 _MEANT = f'if the change is meant, remove the entry "{_CHECKSUMS}" from {FILE}'
 
+# Entry -> its type.
+_ENTRIES = {
+    "variant": str,
+    "decoder_sees_image": bool,
+    "fit": str,
+    "misalignment_threshold": float,
+    "training": Mapping[str, Any],
+}
 _CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config": rahf.HeadsConfig}
 
 
@@ -147,8 +156,8 @@ def check_vocabulary(directory: epath.PathLike, vocabulary: bytes | None, fix: s
     """
     if vocabulary is not None and _trained_with(directory) not in (None, checksums.of_bytes(vocabulary)):
         raise errors.UserError(
-            f"VOCABULARY: the data's vocabulary isn't {epath.Path(directory) / VOCABULARY_FILE}, with which the"
-            f" model was trained, so the model would read other words. {fix}"
+            f"VOCABULARY: the data's vocabulary isn't {epath.Path(directory) / VOCABULARY_FILE}, with which"
+            f" the model was trained, so the model would read other words. {fix}"
         )
 
 
@@ -185,26 +194,35 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
     configs = {}
     for name, config in _CONFIGS.items():
         given = _tuples(content[name])
-        known = {field.name for field in dataclasses.fields(config)}
-        if unknown := given.keys() - known:
+        hints = typing.get_type_hints(config)
+        if unknown := given.keys() - hints.keys():
             raise ValueError(f"{name} has an unknown {min(unknown)!r}; it is of another version")
-        configs[name] = config(**given | {key: value for key, value in overrides.items() if key in known})
-    if content["variant"] not in feedback.VARIANTS:
-        raise ValueError(f"variant must be one of {feedback.VARIANTS}, got {content['variant']!r}")
-    if content["fit"] not in pixels.FITS:
-        raise ValueError(f"fit must be one of {pixels.FITS}, got {content['fit']!r}")
-    if not isinstance(content["training"], dict):
-        raise ValueError("training must be an object")
+        given |= {key: value for key, value in overrides.items() if key in hints}
+        for key, value in given.items():
+            _check_value(key, value, str if key == "dtype" else hints[key], f"{name}.{key}")
+        configs[name] = config(**given)
+    lengths = {name: content["feature_lengths"][name] for name in models.DESCRIBED_LENGTHS}
+    _check_value("task_feature_lengths", lengths, Mapping[str, int], "feature_lengths")
+    for name, hint in _ENTRIES.items():
+        _check_value(name, content[name], hint)
     return ModelDescription(
-        rahf.Rahf(
-            variant=content["variant"], decoder_sees_image=bool(content["decoder_sees_image"]), **configs
-        ),
-        {name: int(content["feature_lengths"][name]) for name in models.DESCRIBED_LENGTHS},
+        rahf.Rahf(variant=content["variant"], decoder_sees_image=content["decoder_sees_image"], **configs),
+        lengths,
         content["fit"],
         float(content["misalignment_threshold"]),
         content["training"],
         vocabulary,
     )
+
+
+def _check_value(name: str, value: Any, hint: Any, where: str | None = None) -> None:
+    """Checks an entry's type and range by those of the parameter of its name.
+
+    Raises:
+      ValueError: one of them is wrong.
+    """
+    for _, message in allowed_values.faults(allowed_values.Place(where or name, name), value, hint):
+        raise ValueError(message)
 
 
 def _tuples(value: Any) -> Any:

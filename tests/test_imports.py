@@ -17,7 +17,8 @@ ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
 # imports, and what of the project besides `errors` and `feedback`. A line may name only rooms above it, so
 # imports point one way. What is allowed is what is used: a line that allows more fails, too.
 RULES = """
-gin_values         | tensorflow     |
+allowed_values     |                |
+gin_values         | tensorflow     | allowed_values
 foreign_text       |                |
 errors             |                | foreign_text
 feedback           |                |
@@ -42,7 +43,7 @@ benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
-model_description  |                | checksums models network pixels reading writing
+model_description  |                | allowed_values checksums models network reading writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            |

@@ -39,8 +39,8 @@ def read_safetensors(path: str | pathlib.Path, own: bool = False) -> dict[str, T
 
     Raises:
       ConvertError: there is no such file, it is truncated or no safetensors file, or a type is unknown.
-      errors.UserError: the header or the checksums in the file are damaged. An array whose checksum is wrong is
-        found only when it is read.
+      errors.UserError: the header or the checksums in the file are damaged. An array whose checksum is wrong
+        is found only when it is read.
     """
     header, start = _header(path)
     if own:
