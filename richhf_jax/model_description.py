@@ -34,6 +34,7 @@ VOCABULARY_FILE = "vocabulary.model"
 
 _CHECKSUMS = "checksums"
 _LARGEST = 2**20  # bytes of model.json
+_MOST_TOKENS = 2**14  # in the encoder: there are arrays of this size squared
 _FIX = (
     "Bring it back from a copy; or give the training's command again, which writes it anew (a finished one"
     " ends at once)"
@@ -203,6 +204,9 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
         configs[name] = config(**given)
     lengths = {name: content["feature_lengths"][name] for name in models.DESCRIBED_LENGTHS}
     _check_value("task_feature_lengths", lengths, Mapping[str, int], "feature_lengths")
+    tokens = (lengths["image"] // configs["vit_config"].patch_size) ** 2 + lengths["inputs"]
+    if tokens > _MOST_TOKENS:
+        raise ValueError(f"an image and its text have {tokens:,} tokens; {_MOST_TOKENS:,} are the most")
     for name, hint in _ENTRIES.items():
         _check_value(name, content[name], hint)
     return ModelDescription(

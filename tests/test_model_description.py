@@ -103,6 +103,15 @@ def test_a_value_of_another_type_or_out_of_range_is_named(copy, entry, value, me
         model_description.read(copy)
 
 
+def test_an_encoder_of_too_many_tokens(copy):
+    content = json.loads((copy / FILE).read_text())
+    del content["checksums"]
+    content["feature_lengths"]["image"] = 8192
+    (copy / FILE).write_text(json.dumps(content))
+    with pytest.raises(errors.UserError, match="makes no sense: an image and its text have .* are the most"):
+        model_description.read(copy)
+
+
 def test_a_file_that_is_cut_off(copy):
     (copy / FILE).write_text((copy / FILE).read_text()[:100])
     with pytest.raises(errors.UserError, match="makes no sense"):
