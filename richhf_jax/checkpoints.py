@@ -127,9 +127,9 @@ class Checkpointer:
           cfg: which checkpoints to keep; None keeps all.
 
         Raises:
-          CheckpointError: the directory can't be made.
+          CheckpointError: the directory can't be made, or Orbax can't write to it.
         """
-        self._directory = _absolute(model_dir)
+        self._directory = _to_write(model_dir)
         self._metric = cfg.metric_name_to_monitor if cfg and cfg.keep_best else None
         # Checksums of the arrays of checkpoints that are being saved, by the checkpoint's name.
         self._checksums: dict[str, dict[str, str]] = {}
@@ -430,9 +430,12 @@ def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any =
       params: a tree of `jax.Array`, all parameters or a part. Orbax would copy NumPy arrays.
       step: the checkpoint's number.
       flax_mutables: a tree of `jax.Array`, the mutable collections; None: the model has none.
+
+    Raises:
+      CheckpointError: Orbax can't write to the directory.
     """
     content = {"params": params} | ({"flax_mutables": flax_mutables} if flax_mutables else {})
-    directory = _absolute(model_dir) / f"checkpoint_{step}"
+    directory = _to_write(model_dir) / f"checkpoint_{step}"
     checksums = {directory.name: sealing.of_arrays(saved_arrays.flat(content))}
     # Orbax keeps the content of a file in memory until the file is full: small files take less.
     arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
@@ -448,9 +451,22 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path) if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
 
 
+def _to_write(path: str) -> epath.Path:
+    """Makes the path of a directory for checkpoints absolute.
+
+    Raises:
+      CheckpointError: Orbax would take the path for a pattern of others, and write nothing that can be read.
+    """
+    if "[" in path:
+        raise CheckpointError(f"{path} can't hold checkpoints, because Orbax can't write to a path with '['")
+    return _absolute(path)
+
+
 def newest_checkpoint(model_dir: epath.PathLike) -> epath.Path | None:
     """Returns the `checkpoint_<step>` of the highest step in a MODEL_DIR; None if there is none."""
-    steps = {int(m[1]): p for p in epath.Path(model_dir).glob("*") if (m := _NAME.fullmatch(p.name))}
+    folder = epath.Path(model_dir)  # Not `glob`: it would take "[1]" in the path for a pattern.
+    paths = folder.iterdir() if folder.is_dir() else ()
+    steps = {int(m[1]): p for p in paths if (m := _NAME.fullmatch(p.name))}
     return steps[max(steps)] if steps else None
 
 

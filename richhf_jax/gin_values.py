@@ -1,99 +1,24 @@
 """Checks the values of a gin configuration before anything runs: types, ranges and choices.
 
-The type is the annotation of the parameter that gets the value. The range depends on the parameter's name
-alone (`RANGES`), so `dropout_rate` means the same in each network. Messages name the macro if there is one:
+The type is the annotation of the parameter that gets the value, the range is that of `allowed_values`.
+Messages name the macro if there is one:
 
     DROPOUT_RATE must be a number from 0 to below 1, got 7
 """
 
 import dataclasses
 import inspect
-import math
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gin
 from gin import config as gin_config
 
-from richhf_jax import errors, feedback
+from richhf_jax import allowed_values, errors
 
 # Parameters of other packages aren't checked, because their annotations may be loose.
 _PACKAGES = ("richhf_jax", "tasks")
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Range of a number, or of each number in a tuple.
-
-    Attributes:
-      least: the least value.
-      greatest: the greatest value; None: there is none.
-      is_open: whether the last limit is left out: the greatest, or without one the least.
-    """
-
-    least: float
-    greatest: float | None = None
-    is_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        if self.greatest is None:
-            return value > self.least if self.is_open else value >= self.least
-        return self.least <= value and (value < self.greatest if self.is_open else value <= self.greatest)
-
-    def __str__(self) -> str:
-        if self.greatest is None:
-            return f"above {self.least}" if self.is_open else f"of at least {self.least}"
-        return f"from {self.least} to {'below ' if self.is_open else ''}{self.greatest}"
-
-
-# Range -> parameters of numbers, or of tuples of numbers. "name[key]" is an item of a dictionary.
-_PARAMETERS = {
-    Range(1): (
-        "batch_size total_steps eval_steps log_period eval_period period checkpoint_period"
-        " keep keep_best num_decodes num_shards warmup_steps steps_per_decay steps_per_cycle"
-        " patch_size grid emb_dim num_heads head_dim mlp_dim num_layers num_encoder_layers num_decoder_layers"
-        " vocab_size stem_filters heatmap_layers heatmap_output_layer score_conv_layers score_dense_layers"
-        " row_strips num_partitions num_cpu_devices ici_mesh_shape dcn_mesh_shape task_feature_lengths[image]"
-    ),
-    # One token of a text is its end.
-    Range(2): "task_feature_lengths[inputs] task_feature_lengths[targets]",
-    Range(0): (
-        "num_microbatches gallery_size task_feature_lengths shard_id topk step_offset heatmap_loss_weight"
-        " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers"
-        " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
-    ),
-    Range(0, is_open=True): "norm_epsilon layer_norm_epsilon max_grad_norm rate",
-    Range(-1): "eos_id",  # -1: no token ends a text.
-    Range(0, 1): (
-        "misalignment_threshold crop_probability crop_shares jitter_probability grey_probability"
-        " jpeg_probability shown_share brightness hue topp"
-    ),
-    Range(0, 1, is_open=True): "dropout_rate label_smoothing beta beta1 beta2 adam_beta2",
-    Range(0, 100): "jpeg_quality",
-    Range(0, 2**32 - 1): "seed random_seed",
-    Range(1, 2): "parameter_partitioning_dims",
-}
-RANGES = {name: limits for limits, names in _PARAMETERS.items() for name in names.split()}
-# Parameter -> the texts that it may be.
-CHOICES = {
-    "variant": feedback.VARIANTS,
-    "remat_policy": ("none", "minimal", "full"),
-    "image_positions": ("running", "after_text", "one_point"),
-    "norm": ("layer", "rms"),
-    "deconv_padding": ("SAME", "torch"),
-    "fit": ("resize", "letterbox"),
-    "to": ("image", "prompt"),
-    "metric_mode": ("min", "max"),
-    "dtype": ("float32", "bfloat16", "float16"),
-}
-_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
-# Words of other languages -> Python's.
-_PYTHONS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_PYTHONS |= {"none": None, "null": None}
 
 
 def check(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, int]:
@@ -122,12 +47,12 @@ def check(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, int]
             where = f"{scope}/{where}" if scope else where
             place, hint = _Place(where, name, macros), hints.get(name, Any)
             source, number = place.resolved(value)
-            if int in _options(hint) and isinstance(number, float) and number.is_integer():
+            if int in allowed_values.options_of(hint) and isinstance(number, float) and number.is_integer():
                 is_macro = source.where in macros
                 binding = f"{source.where}/gin.macro.value" if is_macro else f"{scope}/{selector}.{name}"
                 place, value = source, int(number)
                 whole[binding] = value
-            for culprit, message in _faults(place, value, hint):
+            for culprit, message in allowed_values.faults(place, value, hint):
                 faults.setdefault(culprit, message)  # Several parameters may get the same macro.
     if faults:
         raise errors.UserError("\n".join(faults.values()))
@@ -136,26 +61,14 @@ def check(config: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """The place of a value.
+class _Place(allowed_values.Place):
+    """The place of a value in a configuration of gin: the macro or binding that holds it.
 
     Attributes:
-      where: the macro or binding that holds the value.
-      name: the parameter's name, or "name[key]" for an item of a dictionary.
       macros: name -> value of all macros.
     """
 
-    where: str
-    name: str
     macros: Mapping[str, Any]
-
-    @property
-    def parameter(self) -> str:
-        return self.name.partition("[")[0]
-
-    @property
-    def range(self) -> Range | None:
-        return RANGES.get(self.name, RANGES.get(self.parameter))
 
     def resolved(self, value: Any) -> tuple["_Place", Any]:
         """Follows macros. Returns the place of the value itself, and the value."""
@@ -167,6 +80,10 @@ class _Place:
             value, place = self.macros[name], dataclasses.replace(place, where=name)
         return place, value
 
+    def is_known(self, value: Any) -> bool:
+        """Returns False for what a function will compute."""
+        return not isinstance(value, gin_config.ConfigurableReference)
+
 
 def _macro_name(value: Any) -> str | None:
     is_macro = isinstance(value, gin_config.ConfigurableReference) and repr(value).startswith("%")
@@ -177,79 +94,6 @@ def _hints(configurable: Callable[..., Any]) -> dict[str, Any]:
     """Returns the annotations of a function's parameters, or of those of a class."""
     is_plain = inspect.isclass(configurable) and not dataclasses.is_dataclass(configurable)
     return typing.get_type_hints(configurable.__init__ if is_plain else configurable)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _faults(place: _Place, value: Any, hint: Any) -> Iterator[tuple[str, str]]:
-    """Yields (macro or binding, message) for what is wrong with a value, or with the values inside it."""
-    place, value = place.resolved(value)
-    if isinstance(value, gin_config.ConfigurableReference):
-        return
-    options = _options(hint)
-    found = (_items(value, option) for option in options)
-    items = next((items for items in found if items is not None), None)
-    for key, item, item_hint in items or ():
-        name = place.name if key is None else f"{place.name}[{key}]"
-        yield from _faults(dataclasses.replace(place, name=name), item, item_hint)
-    if items is None or not (items or _is_allowed(place, value, options)):
-        yield place.where, _message(place, value, options)
-
-
-def _items(value: Any, hint: Any) -> list[tuple[str | None, Any, Any]] | None:
-    """Returns (key, value, annotation) of what is in a value; None if its type isn't the annotated one."""
-    outer, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if isinstance(value, dict) and outer in (Any, Mapping):
-        return [(key, item, args[1] if args else Any) for key, item in value.items()]
-    if isinstance(value, tuple | list) and outer in (Any, Sequence, type(value)):
-        inner = args or (Any, ...)
-        if outer is tuple and inner[-1] is not ...:
-            return (
-                [(None, *pair) for pair in zip(value, inner, strict=True)]
-                if len(value) == len(inner)
-                else None
-            )
-        return [(None, item, inner[0]) for item in value]
-    fits = outer is Any or type(value) is outer or (outer is float and type(value) is int)
-    return [] if fits else None
-
-
-def _is_allowed(place: _Place, value: Any, options: Sequence[Any]) -> bool:
-    """Returns whether a value of the right type is in the range, or one of the choices."""
-    if isinstance(value, str):
-        # A path of this name would be ./none.
-        is_none = (
-            type(None) in options and value.lower() in ("none", "null") and place.name == place.parameter
-        )
-        return value in CHOICES.get(place.parameter, [value]) and not is_none
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return math.isfinite(value) and (place.range is None or value in place.range)
-    return True
-
-
-def _message(place: _Place, value: Any, options: Sequence[Any]) -> str:
-    given = f"the text {value!r}" if isinstance(value, str) else repr(value)
-    hint = ""
-    if isinstance(value, str) and value.lower() in _PYTHONS:
-        meant = _PYTHONS[value.lower()]
-        hint = f": write {meant}" if type(meant) in options else ""
-    elif isinstance(value, int | float) and str in options:
-        hint = f""": write "'{value}'", with both quotes"""
-    expected = " or ".join(_expected(place, option) for option in options)
-    return f"{place.where} must be {expected}, got {given}{hint}"
-
-
-def _expected(place: _Place, option: Any) -> str:
-    if place.parameter in CHOICES and option in (str, Any):
-        return " or ".join(map(repr, CHOICES[place.parameter]))
-    if option in (int, float) and place.range:
-        return f"{_WORDS[option]} {place.range}"
-    outer, args = typing.get_origin(option) or option, typing.get_args(option)
-    if outer in (tuple, Sequence):
-        return f"a tuple of {len(args)}" if args and args[-1] is not ... and outer is tuple else "a tuple"
-    return _WORDS.get(outer, "a dictionary" if outer is Mapping else "a reference, such as @name()")
 
 
 def _check_microbatches(

@@ -174,20 +174,11 @@ def _sources(model: models.BaseModel, checkpoint: str, cfg: input_pipeline.Datas
     shapes = input_pipeline.data_shapes(cfg)
     return {
         "checkpoint": checkpoint,
-        "checkpoint_checksum": _checkpoint_checksum(epath.Path(checkpoint)),
+        "checkpoint_checksum": sealing.of_checkpoint(epath.Path(checkpoint)),
         "model_checksum": checksums.of_json(model.describe(cfg.task_feature_lengths, shapes)),
         "vocabulary_checksum": None if vocabulary is None else checksums.of_bytes(vocabulary),
         **input_pipeline.data_identity(cfg),
     }
-
-
-def _checkpoint_checksum(checkpoint: epath.Path) -> str:
-    """Returns a checksum of the checkpoint's own ones, or, if it has none, of its files' names and sizes."""
-    own = checkpoint / sealing.FILE
-    if own.exists():
-        return checksums.of_bytes(reading.read_bytes(own))
-    paths = [folder / name for folder, _, names in checkpoint.walk() for name in names]
-    return checksums.of_json({path.relative_to(checkpoint).as_posix(): path.stat().length for path in paths})
 
 
 def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:

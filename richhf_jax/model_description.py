@@ -20,12 +20,13 @@ changes a file on purpose removes it.
 import contextlib
 import dataclasses
 import json
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from richhf_jax import checksums, errors, feedback, models, pixels, reading, writing
+from richhf_jax import allowed_values, checksums, errors, models, reading, writing
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
@@ -33,12 +34,21 @@ VOCABULARY_FILE = "vocabulary.model"
 
 _CHECKSUMS = "checksums"
 _LARGEST = 2**20  # bytes of model.json
+_MOST_TOKENS = 2**14  # in the encoder: there are arrays of this size squared
 _FIX = (
     "Bring it back from a copy; or give the training's command again, which writes it anew (a finished one"
     " ends at once)"
 )
 _MEANT = f'if the change is meant, remove the entry "{_CHECKSUMS}" from {FILE}'
 
+# Entry -> its type.
+_ENTRIES = {
+    "variant": str,
+    "decoder_sees_image": bool,
+    "fit": str,
+    "misalignment_threshold": float,
+    "training": Mapping[str, Any],
+}
 _CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config": rahf.HeadsConfig}
 
 
@@ -55,10 +65,15 @@ class ModelDescription:
 
     def write(self, directory: epath.PathLike) -> None:
         """Writes the files into an existing directory."""
-        content = models.describe_rahf(
-            self.network, self.feature_lengths, self.fit, self.misalignment_threshold
-        )
-        write(directory, content | {"training": dict(self.training)}, self.vocabulary)
+        write(directory, self._content() | {"training": dict(self.training)}, self.vocabulary)
+
+    def checksum(self) -> str:
+        """Returns a checksum of all that predictions depend on: the entries but `training`, the vocabulary."""
+        vocabulary = checksums.of_bytes(self.vocabulary or b"")
+        return checksums.of_json(self._content() | {VOCABULARY_FILE: vocabulary})
+
+    def _content(self) -> dict[str, Any]:
+        return models.describe_rahf(self.network, self.feature_lengths, self.fit, self.misalignment_threshold)
 
 
 def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: bytes | None) -> None:
@@ -128,6 +143,41 @@ def _explained(path: epath.Path) -> Iterator[None]:
         raise errors.UserError(f"{path} makes no sense: {error}. {_FIX}") from error
 
 
+def _is_whole(content: dict[str, Any]) -> bool:
+    """Returns whether the entries of model.json have the checksum that is among them."""
+    own = dict(content[_CHECKSUMS])
+    return own.pop(FILE, None) == checksums.of_json(content | {_CHECKSUMS: own})
+
+
+def check_vocabulary(directory: epath.PathLike, vocabulary: bytes | None, fix: str) -> None:
+    """Checks that data have the vocabulary with which a model was trained, if both are known.
+
+    Args:
+      directory: a MODEL_DIR.
+      vocabulary: the data's SentencePiece model; None: it isn't known.
+      fix: what to do; the end of the message.
+
+    Raises:
+      errors.UserError: they have another one.
+    """
+    if vocabulary is not None and _trained_with(directory) not in (None, checksums.of_bytes(vocabulary)):
+        raise errors.UserError(
+            f"VOCABULARY: the data's vocabulary isn't {epath.Path(directory) / VOCABULARY_FILE}, with which"
+            f" the model was trained, so the model would read other words. {fix}"
+        )
+
+
+def _trained_with(directory: epath.PathLike) -> str | None:
+    """Returns the checksum of a model's vocabulary; None: it isn't known."""
+    path = epath.Path(directory) / VOCABULARY_FILE
+    # First that in model.json, because vocabulary.model may be damaged.
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, errors.UserError):
+        content = reading.read_json(epath.Path(directory) / FILE)
+        if _is_whole(content):
+            return content[_CHECKSUMS][path.name]
+    return checksums.of_bytes(reading.read_bytes(path)) if path.exists() else None
+
+
 def _check(content: dict[str, Any], model: bytes, path: epath.Path, vocabulary: epath.Path) -> None:
     """Checks the files' checksums, if there are any.
 
@@ -137,7 +187,7 @@ def _check(content: dict[str, Any], model: bytes, path: epath.Path, vocabulary: 
     if (expected := content.get(_CHECKSUMS)) is None:
         return
     own = {name: value for name, value in expected.items() if name != FILE}
-    if expected.get(FILE) != checksums.of_json(content | {_CHECKSUMS: own}):
+    if not _is_whole(content):
         raise errors.UserError(f"{path} isn't as it was written: its checksum differs. {_FIX}; {_MEANT}")
     if own.get(VOCABULARY_FILE) != checksums.of_bytes(model):
         raise errors.UserError(
@@ -150,26 +200,38 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
     configs = {}
     for name, config in _CONFIGS.items():
         given = _tuples(content[name])
-        known = {field.name for field in dataclasses.fields(config)}
-        if unknown := given.keys() - known:
+        hints = typing.get_type_hints(config)
+        if unknown := given.keys() - hints.keys():
             raise ValueError(f"{name} has an unknown {min(unknown)!r}; it is of another version")
-        configs[name] = config(**given | {key: value for key, value in overrides.items() if key in known})
-    if content["variant"] not in feedback.VARIANTS:
-        raise ValueError(f"variant must be one of {feedback.VARIANTS}, got {content['variant']!r}")
-    if content["fit"] not in pixels.FITS:
-        raise ValueError(f"fit must be one of {pixels.FITS}, got {content['fit']!r}")
-    if not isinstance(content["training"], dict):
-        raise ValueError("training must be an object")
+        given |= {key: value for key, value in overrides.items() if key in hints}
+        for key, value in given.items():
+            _check_value(key, value, str if key == "dtype" else hints[key], f"{name}.{key}")
+        configs[name] = config(**given)
+    lengths = {name: content["feature_lengths"][name] for name in models.DESCRIBED_LENGTHS}
+    _check_value("task_feature_lengths", lengths, Mapping[str, int], "feature_lengths")
+    tokens = (lengths["image"] // configs["vit_config"].patch_size) ** 2 + lengths["inputs"]
+    if tokens > _MOST_TOKENS:
+        raise ValueError(f"an image and its text have {tokens:,} tokens; {_MOST_TOKENS:,} are the most")
+    for name, hint in _ENTRIES.items():
+        _check_value(name, content[name], hint)
     return ModelDescription(
-        rahf.Rahf(
-            variant=content["variant"], decoder_sees_image=bool(content["decoder_sees_image"]), **configs
-        ),
-        {name: int(content["feature_lengths"][name]) for name in models.DESCRIBED_LENGTHS},
+        rahf.Rahf(variant=content["variant"], decoder_sees_image=content["decoder_sees_image"], **configs),
+        lengths,
         content["fit"],
         float(content["misalignment_threshold"]),
         content["training"],
         vocabulary,
     )
+
+
+def _check_value(name: str, value: Any, hint: Any, where: str | None = None) -> None:
+    """Checks an entry's type and range by those of the parameter of its name.
+
+    Raises:
+      ValueError: one of them is wrong.
+    """
+    for _, message in allowed_values.faults(allowed_values.Place(where or name, name), value, hint):
+        raise ValueError(message)
 
 
 def _tuples(value: Any) -> Any:

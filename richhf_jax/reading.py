@@ -4,10 +4,13 @@ A named pipe, a device or a socket would hang a program or fill its memory, and 
 """
 
 import errno
+import itertools
 import json
 import os
+import pathlib
 import re
 import stat
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -59,16 +62,23 @@ def check_regular(path: epath.PathLike) -> None:
         )
 
 
-def check_tree(folder: epath.PathLike) -> None:
-    """Checks that a local folder and those in it hold only regular files, for libraries that open them.
+def check_files(folder: epath.PathLike, patterns: Sequence[str] = ("**/*",)) -> None:
+    """Checks that files in a local folder are regular ones, for libraries that open them.
+
+    A link that leads nowhere is as good as no file: who needs the file finds that it is missing.
+
+    Args:
+      folder: a path. The files under a URL ("gs://...") always are regular.
+      patterns: glob patterns, relative to the folder, of the files that will be read.
 
     Raises:
-      errors.UserError: something else is there.
-      OSError: a link leads nowhere.
+      errors.UserError: a file is something else.
     """
-    for place, _, files in os.walk(folder):
-        for file in files:
-            check_regular(os.path.join(place, file))
+    if "://" in os.fspath(folder):
+        return
+    for path in itertools.chain.from_iterable(map(pathlib.Path(folder).glob, patterns)):
+        if path.exists() and not path.is_dir():
+            check_regular(path)
 
 
 def read_bytes(path: epath.PathLike, limit: int = SMALL) -> bytes:

@@ -1,19 +1,32 @@
 """Reads the arrays of a checkpoint, of Orbax's format, onto the devices, and checks that they are whole."""
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from absl import logging
 from etils import epath
 
-from richhf_jax import errors, reading, sealing, writing
+from richhf_jax import errors, foreign_text, reading, sealing, writing
 
 STATE = "state"  # The folder of the arrays in a `checkpoint_<step>`.
+# The files of a checkpoint that Orbax and TensorStore open. Others may lie beside them.
+_READ = (
+    *(
+        "*_METADATA",
+        f"{STATE}/_*",
+        f"{STATE}/manifest.ocdbt",
+        f"{STATE}/d/*",
+        f"{STATE}/ocdbt.process_*/**/*",
+    ),
+    *(f"{STATE}/array_metadatas/*", "data_position/*", "metrics/*"),
+)
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -35,10 +48,10 @@ def check_files(directory: epath.Path) -> dict[str, str] | None:
     Raises:
       Exception: of many kinds, if a file is damaged or can't be read.
     """
-    reading.check_tree(directory)
+    reading.check_files(directory, _READ)
     checksums = sealing.read(directory, STATE)
     base = directory / STATE
-    store = ts.KvStore.open(f"{_url(base)}/|ocdbt:").result()
+    store = ts.KvStore.open(_database(directory)).result()
     reads = {key: store.read(key, byte_range=slice(-1, None)) for key in store.list().result()}
     absent = [key.decode() for key, read in reads.items() if read.result().state != "value"]
     if absent or not reads:
@@ -46,10 +59,11 @@ def check_files(directory: epath.Path) -> dict[str, str] | None:
     return checksums
 
 
-def _url(path: epath.Path) -> str:
-    """Returns a path as TensorStore wants it."""
-    text = os.fspath(path)
-    return text if "://" in text else f"file://{text}"
+def _database(directory: epath.Path) -> dict[str, Any]:
+    """Returns TensorStore's specification of the database of a checkpoint's arrays."""
+    text = f"{os.fspath(directory / STATE)}/"
+    # A local path is no URL: "%25", "#" or "?" in it are characters like others.
+    return {"driver": "ocdbt", "base": text if "://" in text else {"driver": "file", "path": text}}
 
 
 def read(directory: epath.Path, abstract: Any) -> Any:
@@ -86,7 +100,7 @@ def _spec(directory: epath.Path, name: tuple[str, ...]) -> dict[str, Any]:
     """Returns TensorStore's specification of an array."""
     return {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": _url(directory / STATE), "path": ".".join(name)},
+        "kvstore": {**_database(directory), "path": ".".join(name)},
         "fill_missing_data_reads": False,  # Else what is missing would be zeros.
     }
 
@@ -106,17 +120,26 @@ def checked(directory: epath.Path, arrays: Any, abstract: Any, checksums: Mappin
     Raises:
       sealing.DamageError: an array isn't the one that was saved.
     """
-    if checksums is None:
-        logging.warning(
-            "%s has no %s (an older version wrote it, or the file was deleted): damage may stay unseen,"
-            " only numbers that are not finite are found",
-            directory,
-            sealing.FILE,
-        )
+    if checksums is None and jax.process_index() == 0:
+        _warn_of_no_checksums(directory)
+    kinds = flat(jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), abstract))
+    for name, array in flat(arrays).items():  # Checksums are of bytes, and don't say what the bytes mean.
+        if jnp.issubdtype(array.dtype, jnp.floating) != kinds[name]:
+            raise sealing.DamageError(f"{'/'.join(name)} can't be of type {array.dtype}")
     sealing.check_arrays(flat(arrays), checksums)
     return jax.tree.map(
         lambda array, leaf: array if array.dtype == leaf.dtype else array.astype(leaf.dtype), arrays, abstract
     )
+
+
+@functools.cache
+def _warn_of_no_checksums(directory: epath.Path) -> None:
+    """Warns once of a checkpoint. The programs that predict don't show the log's warnings."""
+    words = (
+        f"warning: {directory} has no {sealing.FILE} (an older version wrote it, or the file was deleted):"
+    )
+    words += " damage may stay unseen, only numbers that are not finite are found"
+    print(foreign_text.for_terminal(words), file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:

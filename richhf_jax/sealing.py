@@ -131,6 +131,18 @@ def read(checkpoint: epath.Path, item: str) -> dict[str, str] | None:
     return arrays
 
 
+def of_checkpoint(checkpoint: epath.Path) -> str:
+    """Returns a checksum that tells checkpoints of the same path apart.
+
+    It is that of the checkpoint's own ones; if it has none, that of its files' names and sizes.
+    """
+    own = checkpoint / FILE
+    if own.exists():
+        return checksums.of_bytes(reading.read_bytes(own))
+    paths = [folder / name for folder, _, names in checkpoint.walk() for name in names]
+    return checksums.of_json({path.relative_to(checkpoint).as_posix(): path.stat().length for path in paths})
+
+
 def write(checkpoint: epath.Path, arrays: Mapping[str, str]) -> None:
     """Writes checksums.json into a checkpoint of which everything else is written.
 

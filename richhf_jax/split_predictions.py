@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from richhf_jax import (
     feedback,
     input_pipeline,
     keywords,
+    model_description,
     models,
     partitioning,
     postprocessors,
@@ -46,14 +48,17 @@ def load(
       (the trainer, the state to predict with, the checkpoint's step).
 
     Raises:
-      errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
-        split.
+      errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built, lacks the
+        split or has another vocabulary.
     """
     if jax.process_count() > 1:
         # With several processes jax handles SIGTERM, for training to save a checkpoint. Here it shall end us.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     directory, step = checkpoints.find_checkpoint(checkpoint_path)
     input_pipeline.check_vocabulary(cfg, model.vocab_size)
+    model_description.check_vocabulary(
+        os.path.dirname(directory), input_pipeline.vocabulary_model(cfg), "Set VOCABULARY to that file"
+    )
     partitioner.get_data_layout(cfg.batch_size)
     trainer = trainer_lib.Trainer(model, partitioner, input_pipeline.data_shapes(cfg))
     return trainer, checkpoints.restore_inference_state(directory, trainer.abstract_state), step

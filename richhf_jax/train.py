@@ -108,6 +108,7 @@ def train(
         lock = stack.enter_context(multihost.entered_by_all(held or contextlib.nullcontext()))
         # Closed next to last, also when something fails: a checkpoint may still be on its way to the disk.
         checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint_cfg.save))
+        _check_vocabulary(train_dataset_cfg, model_dir, checkpoint_cfg.restore)
         stream = _stream(model, train_dataset_cfg, partitioner)
         trainer = trainer_cls(
             model,
@@ -245,6 +246,26 @@ class _TrainingLoop:
                     f" ({', '.join(names)}): delete that before you bring the directory back"
                 ) from error
             raise
+
+
+def _check_vocabulary(
+    cfg: input_pipeline.DatasetConfig, model_dir: str, restore: checkpoints.RestoreCheckpointConfig | None
+) -> None:
+    """Checks that a run continues with its vocabulary, and warns of one that begins with another model's.
+
+    Raises:
+      errors.UserError: MODEL_DIR's checkpoint was trained with another vocabulary.
+    """
+    vocabulary = input_pipeline.vocabulary_model(cfg)
+    if checkpoints.newest_checkpoint(model_dir):
+        fix = "Set VOCABULARY to that file, or begin anew in another MODEL_DIR"
+        model_description.check_vocabulary(model_dir, vocabulary, fix)
+    elif restore and restore.path:
+        initial = os.path.dirname(checkpoints.find_checkpoint(restore.path)[0])
+        try:
+            model_description.check_vocabulary(initial, vocabulary, "If that isn't meant, stop this training")
+        except errors.UserError as error:  # The training may teach the new words.
+            logging.warning("INITIAL_CHECKPOINT_PATH: %s", error)
 
 
 def _stream(

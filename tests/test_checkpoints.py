@@ -392,16 +392,17 @@ def test_a_changed_array_is_named(tmp_path, measured, large):
             )
 
 
-def test_a_checkpoint_without_checksums_is_taken_if_it_is_finite(tmp_path, large, caplog):
+def test_a_checkpoint_without_checksums_is_taken_if_it_is_finite(tmp_path, large, capfd):
     broken = {"dense": large.params["dense"] | {"bias": large.params["dense"]["bias"].at[3, 4].set(jnp.nan)}}
     checkpoints.save_params(str(tmp_path), large.params, 1)
     checkpoints.save_params(str(tmp_path), broken, 2)
     for step in (1, 2):
         (tmp_path / f"checkpoint_{step}/checksums.json").unlink()
-    found = checkpoints.restore_params(str(tmp_path / "checkpoint_1"), like(large).params)
-    assert_equal(found, large.params)
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith(f"{tmp_path}/checkpoint_1 has no checksums.json (an older version wrote it")
+    for _ in range(2):  # The warning comes once.
+        found = checkpoints.restore_params(str(tmp_path / "checkpoint_1"), like(large).params)
+        assert_equal(found, large.params)
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}/checkpoint_1 has no checksums.json (an older version wro")
     with pytest.raises(
         checkpoints.CheckpointError, match="1 of 2 arrays have numbers.*finite: params/dense/b"
     ):
@@ -431,6 +432,48 @@ def test_a_pipe_in_a_checkpoint_is_not_read(tmp_path, large):
     os.mkfifo(tmp_path / "checkpoint_0/state/_METADATA")
     with pytest.raises(checkpoints.CheckpointError, match="_METADATA is a named pipe"):
         checkpoints.restore_params(str(tmp_path), like(large).params)
+
+
+def test_other_files_in_a_checkpoint_do_not_matter(tmp_path, large):
+    checkpoints.save_params(str(tmp_path), large.params)
+    for place in (".", "state", "state/d", "state/ocdbt.process_0/d"):
+        (tmp_path / "checkpoint_0" / place / "link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "checkpoint_0/pipe")
+    os.mkfifo(tmp_path / "checkpoint_0/state/pipe")
+    assert_equal(checkpoints.restore_params(str(tmp_path), like(large).params), large.params)
+
+
+@pytest.mark.parametrize("name", ["n 50%25", "n 50%", "run #1", "x?y", "a|b", "é *"])
+def test_a_path_is_taken_as_it_is(tmp_path, state, name):
+    other = tmp_path / "n 50%"  # The place of "n 50%25", were it a URL.
+    checkpoints.save_params(str(other), jax.tree.map(jnp.zeros_like, state.params))
+    checkpoints.save_params(str(tmp_path / name), state.params, 1)
+    found = checkpoints.restore_params(str(tmp_path / name), like(state).params)
+    assert_equal(found, state.params)
+
+
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, state):
+    path = str(tmp_path / "run[1]")
+    for write in (
+        lambda: checkpoints.save_params(path, state.params),
+        lambda: checkpoints.Checkpointer(path),
+    ):
+        with pytest.raises(checkpoints.CheckpointError, match=r"run\[1\] can't hold checkpoints"):
+            write()
+    checkpoints.save_params(str(tmp_path), state.params)
+    tmp_path.rename(path := str(tmp_path.parent / "read[1]"))
+    assert_equal(checkpoints.restore_params(path, like(state).params), state.params)
+
+
+@pytest.mark.parametrize("part", ["params", "step"])
+def test_an_array_of_another_kind_of_numbers_is_refused(tmp_path, large, part):
+    """One byte in the database says float or integer, and nothing else there would show its change."""
+    save(tmp_path, large, [3])
+    kind = {"params": jnp.int32, "step": jnp.float32}[part]
+    wrong = jax.tree.map(lambda leaf: leaf.astype(kind), getattr(large, part))
+    save(tmp_path / "other", large.replace(**{part: wrong}), [3])
+    with pytest.raises(checkpoints.CheckpointError, match="no checkpoint in .* is whole"):
+        restore(tmp_path / "other", large)
 
 
 def test_a_finished_checkpoint_was_synchronised_before_it_had_its_name(tmp_path, large, monkeypatch):

@@ -1,6 +1,7 @@
 """Evaluation with a model that answers from the labels, so that no network is compiled."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -116,3 +117,14 @@ def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path, monkeypat
             dataset_cfg=CONFIG,
             partitioner=partitioning.PjitPartitioner(devices=jax.devices()[:1]),
         )
+
+
+def test_data_of_another_vocabulary_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: b"other")
+    (tmp_path / "checkpoint_3/state").mkdir(parents=True)
+    (tmp_path / "vocabulary.model").write_bytes(b"first")
+    model = types.SimpleNamespace(vocab_size=None)
+    with pytest.raises(
+        errors.UserError, match=f"isn't {tmp_path}/vocabulary.model, .*Set VOCABULARY to that"
+    ):
+        split_predictions.load(model, str(tmp_path), CONFIG, partitioning.PjitPartitioner())

@@ -8,7 +8,7 @@ import gin
 import pytest
 
 import tasks  # noqa: F401 (registers gin's functions)
-from richhf_jax import errors, gin_utils, gin_values
+from richhf_jax import allowed_values, errors, gin_utils, gin_values
 from richhf_jax.network import stack, t5
 
 GIN = pathlib.Path(gin_utils.__file__).resolve().parents[1] / "gin"
@@ -48,10 +48,11 @@ MACROS = {
     **dict.fromkeys(
         ("LOG_PERIOD", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD"), (COUNT, "0 -5 None 1e-3 -1e3")
     ),
-    **dict.fromkeys(("WARMUP_STEPS", "NUM_DECODES", "IMAGE_SIDE"), (COUNT, "0 -1 x 64px")),
+    **dict.fromkeys(("WARMUP_STEPS", "NUM_DECODES"), (COUNT, "0 -1 x 64px")),
+    "IMAGE_SIDE": ("a whole number from 1 to 8192", "0 -1 x 64px 8193"),
     **dict.fromkeys(("KEEP_CHECKPOINTS", "KEEP_BEST"), (MAYBE_COUNT, "0 -1 all False")),
     "NUM_MICROBATCHES": ("a whole number of at least 0 or None", "-1 all False 1.5"),
-    **dict.fromkeys(("TEXT_LENGTH", "TARGET_LENGTH"), ("a whole number of at least 2", "1 0 -1 24.5")),
+    **dict.fromkeys(("TEXT_LENGTH", "TARGET_LENGTH"), ("a whole number from 2 to 65536", "1 0 -1 24.5")),
     **dict.fromkeys(
         ("NUM_HEATMAPS", "NUM_SCORES", "NUM_TEXTS"), ("a whole number of at least 0", "-1 1.5 None")
     ),
@@ -115,7 +116,7 @@ def test_every_number_has_a_range(parsed):
             hints = gin_values._hints(gin.get_configurable(selector))
             numbers |= {name for name, hint in hints.items() if {int, float} & {hint, *parts(hint)}}
     # The first may be any number; the program sets the others.
-    assert numbers - set(gin_values.RANGES) == {"heatmap_output_bias", "side", "cache_offset", "return"}
+    assert numbers - set(allowed_values.RANGES) == {"heatmap_output_bias", "side", "cache_offset", "return"}
 
 
 def parts(hint) -> set:
@@ -124,8 +125,8 @@ def parts(hint) -> set:
 
 
 def test_choices_are_those_of_the_code():
-    assert gin_values.CHOICES["remat_policy"] == tuple(stack.REMAT_POLICIES)
-    assert gin_values.CHOICES["image_positions"] == t5.IMAGE_POSITIONS
+    assert allowed_values.CHOICES["remat_policy"] == tuple(stack.REMAT_POLICIES)
+    assert allowed_values.CHOICES["image_positions"] == t5.IMAGE_POSITIONS
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_what_users_write(flag, value):
             "ViTConfig.dtype must be 'float32' or 'bfloat16' or 'float16', got the text",
         ),
         ("ViTConfig.grid=(8,)", "ViTConfig.grid must be a tuple of 2, got (8,)"),
-        ("ViTConfig.grid=(8,0)", "ViTConfig.grid must be a whole number of at least 1, got 0"),
+        ("ViTConfig.grid=(8,0)", "ViTConfig.grid must be a whole number from 1 to 1048576, got 0"),
         ("T5Config.mlp_activations=gelu", "T5Config.mlp_activations must be a tuple, got the text 'gelu'"),
         ("train/DatasetConfig.batch_size=0", "train/DatasetConfig.batch_size must be a whole number"),
         (
@@ -175,7 +176,7 @@ def test_what_users_write(flag, value):
         ),
         (
             "EVAL_FEATURE_LENGTHS={'image': 0}",
-            "EVAL_FEATURE_LENGTHS must be a whole number of at least 1, got 0",
+            "EVAL_FEATURE_LENGTHS must be a whole number from 1 to 8192, got 0",
         ),
         ("NUM_MICROBATCHES=3", "NUM_MICROBATCHES, 3, must divide BATCH_SIZE, 16"),
     ],

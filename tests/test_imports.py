@@ -17,7 +17,8 @@ ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
 # imports, and what of the project besides `errors` and `feedback`. A line may name only rooms above it, so
 # imports point one way. What is allowed is what is used: a line that allows more fails, too.
 RULES = """
-gin_values         | tensorflow     |
+allowed_values     |                |
+gin_values         | tensorflow     | allowed_values
 foreign_text       |                |
 errors             |                | foreign_text
 feedback           |                |
@@ -42,7 +43,7 @@ benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
-model_description  |                | checksums models network pixels reading writing
+model_description  |                | allowed_values checksums models network reading writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            |
@@ -55,17 +56,17 @@ tasks              | tensorflow     | datasets input_pipeline metrics postproces
 torch_twin         | torch          | network
 train_state        | jax            |
 sealing            | jax            | checksums reading writing
-saved_arrays       | jax            | reading sealing writing
+saved_arrays       | jax            | foreign_text reading sealing writing
 checkpoints        | jax            | saved_arrays sealing train_state writing
 convert            | jax            | checkpoints foreign_text reading sealing weights_file writing
 predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs
                                       keywords locking model_description models pages partitioning
-                                      pixels shapes weights_file writing
+                                      pixels sealing shapes weights_file writing
 export             | jax tensorflow | augmentation convert foreign_text keywords model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
-split_predictions  | jax tensorflow | checkpoints input_pipeline keywords models partitioning
-                                      postprocessors trainer
+split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
+                                      partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |

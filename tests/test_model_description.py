@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
@@ -52,12 +53,12 @@ def test_a_missing_file_is_named(copy, name, message):
     ("change", "message"),
     [
         ({"fit": None}, "model.json lacks 'fit'"),
-        ({"fit": "stretch"}, "makes no sense: fit must be one of .*'stretch'"),
+        ({"fit": "stretch"}, "makes no sense: fit must be 'resize' or 'letterbox', got .*'stretch'"),
         ({"variant": "two_head"}, "makes no sense: variant must be"),
         ({"feature_lengths": {"image": 32, "inputs": 24}}, "lacks 'targets'"),
         ({"t5_config": {"vocab_size": 8, "depth": 3}}, "unknown 'depth'"),
         ({"vit_config": 3}, "makes no sense"),
-        ({"training": ["task"]}, "makes no sense: training must be an object"),
+        ({"training": ["task"]}, "makes no sense: training must be a dictionary"),
     ],
 )
 def test_an_entry_that_is_missing_or_wrong_is_named(copy, change, message):
@@ -66,6 +67,48 @@ def test_an_entry_that_is_missing_or_wrong_is_named(copy, change, message):
         json.dumps({name: value for name, value in content.items() if value is not None})
     )
     with pytest.raises(errors.UserError, match=message):
+        model_description.read(copy)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("t5_config.num_encoder_layers", 10**9, "must be a whole number from 1 to 1000, got 1000000000"),
+        ("t5_config.emb_dim", "9", "must be a whole number from 1 to 1048576, got the text '9'"),
+        ("t5_config.num_heads", 0, "must be a whole number from 1 to 1048576, got 0"),
+        ("t5_config.dropout_rate", 7, "must be a number from 0 to below 1, got 7"),
+        ("t5_config.dtype", "int8", "must be 'float32' or 'bfloat16' or 'float16', got the text 'int8'"),
+        ("t5_config.dtype", 3, "must be 'float32' or"),
+        ("t5_config.mlp_activations", "relu", "must be a tuple, got the text 'relu'"),
+        ("vit_config.patch_size", 0, "must be a whole number from 1"),
+        ("vit_config.grid", [4], "must be a tuple of 2, got"),
+        ("vit_config.stem_filters", [-1], "must be a whole number from 1"),
+        ("heads_config.score_dense_layers", None, "must be a tuple, got None"),
+        ("feature_lengths.inputs", 10**9, "must be a whole number from 2 to 65536, got 1000000000"),
+        ("feature_lengths.image", -64, "must be a whole number from 1 to 8192, got -64"),
+        ("feature_lengths.targets", 8.5, "must be a whole number from 2 to 65536, got 8.5"),
+        ("misalignment_threshold", "nan", "must be a number from 0 to 1, got the text 'nan'"),
+        ("misalignment_threshold", math.nan, "must be a number from 0 to 1, got nan"),
+        ("decoder_sees_image", 1, "must be True or False, got 1"),
+        ("fit", None, "must be 'resize' or 'letterbox', got None"),
+    ],
+)
+def test_a_value_of_another_type_or_out_of_range_is_named(copy, entry, value, message):
+    content = json.loads((copy / FILE).read_text())
+    del content["checksums"]
+    *folder, name = entry.split(".")
+    (content[folder[0]] if folder else content)[name] = value
+    (copy / FILE).write_text(json.dumps(content))
+    with pytest.raises(errors.UserError, match=f"{FILE} makes no sense: (feature_lengths|{entry}) {message}"):
+        model_description.read(copy)
+
+
+def test_an_encoder_of_too_many_tokens(copy):
+    content = json.loads((copy / FILE).read_text())
+    del content["checksums"]
+    content["feature_lengths"]["image"] = 8192
+    (copy / FILE).write_text(json.dumps(content))
+    with pytest.raises(errors.UserError, match="makes no sense: an image and its text have .* are the most"):
         model_description.read(copy)
 
 
@@ -98,6 +141,28 @@ def test_another_vocabulary_is_refused_until_the_change_is_meant(copy):
     del content["checksums"]
     (copy / FILE).write_text(json.dumps(content))
     model_description.read(copy)
+
+
+def test_data_must_have_the_vocabulary_of_the_training(copy):
+    own = (copy / VOCABULARY).read_bytes()
+
+    def check(vocabulary):
+        model_description.check_vocabulary(copy, vocabulary, "Do this")
+
+    check(own)
+    check(None)
+    with pytest.raises(errors.UserError, match=f"data's vocabulary isn't {copy}/{VOCABULARY}, .* Do this"):
+        check(own + b"\0")
+    (copy / VOCABULARY).write_bytes(own[:-1])  # model.json knows the right one.
+    check(own)
+    with pytest.raises(errors.UserError, match="data's vocabulary isn't"):
+        check(own[:-1])
+    (copy / FILE).write_text("{")
+    check(own[:-1])
+    with pytest.raises(errors.UserError, match="data's vocabulary isn't"):
+        check(own)
+    (copy / VOCABULARY).unlink()
+    check(own)
 
 
 def test_each_flipped_bit_of_the_description_is_seen(copy):

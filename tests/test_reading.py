@@ -37,10 +37,10 @@ def test_other_kinds_of_files_are_refused(tmp_path, monkeypatch):
 def test_a_tree_holds_regular_files_alone(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/file").touch()
-    reading.check_tree(tmp_path)
+    reading.check_files(tmp_path)
     os.mkfifo(tmp_path / "a/b/c")
     with pytest.raises(errors.UserError, match="a/b/c is a named pipe"):
-        reading.check_tree(tmp_path)
+        reading.check_files(tmp_path)
 
 
 @pytest.mark.parametrize(

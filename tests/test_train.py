@@ -390,6 +390,7 @@ def small_train(tmp_path, monkeypatch):
     monkeypatch.setattr(Counting, "broken", ())
     monkeypatch.setattr(input_pipeline, "TrainStream", Stream)
     monkeypatch.setattr(input_pipeline, "check_vocabulary", lambda cfg, vocab_size: None)
+    monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: None)
     monkeypatch.setattr(
         input_pipeline, "example_names", lambda cfg, batch: [f"task: {batch}_{n}.png" for n in range(20)]
     )
@@ -514,7 +515,6 @@ class PointsStream(Stream):
 def train_points(small_train, monkeypatch):
     """Trains `Points` with the real trainer."""
     monkeypatch.setattr(input_pipeline, "TrainStream", PointsStream)
-    monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: None)
 
     def run(**kwargs):
         model = Points(optimizers.adamw(lambda step: 0.01))
@@ -522,6 +522,23 @@ def train_points(small_train, monkeypatch):
 
     run.cfg = small_train.cfg
     return run
+
+
+def test_another_vocabulary(tmp_path, train_points, monkeypatch, caplog):
+    save = checkpoints.SaveCheckpointConfig(period=2)
+    monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: b"first")
+    train_points(total_steps=2, save=save)
+    monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: b"other")
+    with pytest.raises(
+        errors.UserError, match=f"isn't {tmp_path}/vocabulary.model.*or begin anew in another"
+    ):
+        train_points(total_steps=4, save=save)
+    assert (tmp_path / "vocabulary.model").read_bytes() == b"first"
+    restore = checkpoints.RestoreCheckpointConfig(str(tmp_path))
+    caplog.clear()
+    train_points(total_steps=2, restore=restore, model_dir=str(tmp_path / "tuned"))
+    assert f"the data's vocabulary isn't {tmp_path}/vocabulary.model" in caplog.text
+    assert (tmp_path / "tuned/vocabulary.model").read_bytes() == b"other"
 
 
 def test_a_model_of_other_inputs_trains_evaluates_and_continues(tmp_path, train_points):

@@ -50,10 +50,34 @@ def test_every_flipped_bit_is_found_or_harmless(file):
         except errors.UserError as error:
             found, message = {}, str(error)
         assert message.startswith(str(file))
-        # A flip in the metadata's other words, or in a name, changes no numbers.
-        for name in found.keys() & ARRAYS.keys():
-            np.testing.assert_array_equal(found[name], ARRAYS[name])
+        if found:  # A flip in the metadata's other words changes nothing.
+            assert found.keys() == ARRAYS.keys()
+        for name, array in found.items():
+            assert array.dtype == np.float32
+            np.testing.assert_array_equal(array, ARRAYS[name])
         assert not found or place < len(content) - 40
+
+
+def test_a_changed_type_is_refused(file):
+    """Also where no checksum says so."""
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(errors.UserError, match="x.safetensors: its header isn't as it was written"):
+        weights_file.read(file)
+    safetensors.numpy.save_file({"a": np.ones(2, np.int32)}, file)
+    with pytest.raises(errors.UserError, match="x.safetensors: a can't be of type I32"):
+        weights_file.read(file)
+
+
+def test_equal_arrays_make_equal_files(tmp_path):
+    contents = set()
+    metadata = dict.fromkeys("abcdefgh", 'é "\\\n\x7f')
+    for number in range(8):
+        weights_file.write(tmp_path / f"{number}", ARRAYS, metadata)
+        contents.add((tmp_path / f"{number}").read_bytes())
+    assert len(contents) == 1
+    with safetensors.safe_open(tmp_path / "0", "numpy") as opened:
+        assert metadata.items() <= opened.metadata().items()
 
 
 @pytest.mark.parametrize("checked", [True, False])

@@ -6,6 +6,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -44,6 +45,8 @@ def open_checkpoint(path: str) -> Source:
     tensors = {}
     for name in names:
         tensor = arrays.tensor(".".join(name), "/".join(name[1:]))
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):  # Checksums are of bytes, and don't say the type.
+            raise ConvertError(f"{directory} is damaged: {tensor.origin} can't be of type {tensor.dtype}")
         tensors[tensor.origin] = _checked(tensor, "/".join(name), directory, checksums)
     left_out = f", without {len(found) - len(names)} other arrays" if len(found) > len(names) else ""
     return _source(directory, f"our checkpoint of step {step}{left_out}", tensors)
@@ -92,7 +95,7 @@ def open_safetensors(path: str) -> Source:
             f"{file} is a safetensors file, but not of this project; if it is Hugging Face's, give its"
             " directory"
         )
-    return _source(str(file), "our safetensors", safetensors_files.read_safetensors(file))
+    return _source(str(file), "our safetensors", safetensors_files.read_safetensors(file, own=True))
 
 
 def _safetensors_file(path: str) -> pathlib.Path | None:

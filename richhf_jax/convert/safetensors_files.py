@@ -30,15 +30,21 @@ _DTYPES = {
 }
 
 
-def read_safetensors(path: str | pathlib.Path) -> dict[str, Tensor]:
+def read_safetensors(path: str | pathlib.Path, own: bool = False) -> dict[str, Tensor]:
     """Returns a file's arrays by name; only the header is read.
+
+    Args:
+      path: the file.
+      own: whether this project wrote it, so that all arrays are parameters.
 
     Raises:
       ConvertError: there is no such file, it is truncated or no safetensors file, or a type is unknown.
-      errors.UserError: the checksums in the file are damaged. An array whose checksum is wrong is found only
-        when it is read.
+      errors.UserError: the header or the checksums in the file are damaged. An array whose checksum is wrong
+        is found only when it is read.
     """
     header, start = _header(path)
+    if own:
+        weights_file.check_header(path, header)
     checksums = weights_file.recorded_checksums(path, header.pop("__metadata__", {}))
     return {name: _tensor(path, name, entry, start, checksums) for name, entry in header.items()}
 

@@ -51,7 +51,7 @@ class ZarrArrays:
           ConvertError: the database is damaged.
           errors.UserError: a file is a named pipe or the like.
         """
-        reading.check_tree(index.parent)
+        reading.check_files(index.parent)
         self.index, folder = index, f"{index.parent.absolute()}/"
         self._origins: dict[str, str] = {}  # Folder -> the array that it holds.
         spec = {"driver": "file", "path": folder}

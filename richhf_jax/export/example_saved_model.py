@@ -7,6 +7,7 @@ import hashlib
 import pathlib
 import sys
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  Loading needs its operations.
 
@@ -32,6 +33,8 @@ def main(path, prompt):
         )
     except (OSError, tf.errors.InvalidArgumentError) as error:
         sys.exit(f"{path} is no image that can be read: {error}".splitlines()[0])
+    if not all(np.isfinite(outputs[name]).all() for name in ("scores", "heatmaps")):
+        sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
     print("scores", outputs["scores"][0].numpy().tolist())
     print("peaks", tf.reduce_max(outputs["heatmaps"][0], [1, 2]).numpy().tolist())
     for word, probability in zip(outputs["words"][0], outputs["misaligned_probability"][0], strict=True):

@@ -79,6 +79,8 @@ def main(path, prompt):
         inputs["image_box"] = box[None]
     program = jax.export.deserialize(bytearray(checked("rahf.stablehlo")))
     outputs = jax.device_get(program.call(safetensors.numpy.load(checked("model.safetensors")), inputs))
+    if not all(np.isfinite(outputs[name]).all() for name in ("scores", "heatmaps")):
+        sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
     # Nothing is known of words for which the decoder has no room.
     probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
     marks = [*outputs["misaligned"][0].tolist(), *[False] * len(words)]
@@ -89,7 +91,7 @@ def main(path, prompt):
             for text, mark, p in zip(words, marks, probabilities, strict=False)
         ],
     }
-    print(json.dumps(found, indent=2))
+    print(json.dumps(found, indent=2, allow_nan=False))
     np.save("heatmaps.npy", outputs["heatmaps"][0])
 
 

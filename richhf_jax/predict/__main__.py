@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     )
     arguments = {
         "checkpoint": path,
+        "model": f"{forward.params_checksum(path)} {predictor.description.checksum()}",
         "inputs": [os.path.abspath(place) for place in options.inputs],
         "names_and_files": given.fingerprint(),
         "records": total,

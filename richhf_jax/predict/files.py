@@ -133,7 +133,9 @@ class PredictionFiles:
         was = arguments.get("checkpoint")
         again = "the same command" if was == self._arguments["checkpoint"] else f"--checkpoint={was}"
         fix = f"Give {again} to continue, or another --out"
-        writing.check_same_run(self._out, arguments, self._arguments, fix)
+        # Older versions recorded the model's path alone.
+        known = {"model": self._arguments.get("model")} | arguments
+        writing.check_same_run(self._out, known, self._arguments, fix)
         if self._heatmaps == "npz" and not saves[-1].done and saves[-1].predictions_crc32c == UNKNOWN:
             raise errors.UserError(
                 f"{self._out} holds a run of an older version, which kept its heatmaps otherwise until"

@@ -18,7 +18,17 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import Int32, Shaped, UInt8
 
-from richhf_jax import checkpoints, errors, feedback, keywords, model_description, models, weights_file
+from richhf_jax import (
+    checkpoints,
+    errors,
+    feedback,
+    keywords,
+    model_description,
+    models,
+    sealing,
+    weights_file,
+    writing,
+)
 
 # The inputs of `predict_fn` on the host, and its outputs on the devices, by name.
 Features = Mapping[str, Shaped[np.ndarray, "batch ..."]]
@@ -262,6 +272,17 @@ def checkpoint_path(path: str) -> str:
     return checkpoints.find_checkpoint(path)[0]
 
 
+def params_checksum(place: str) -> str:
+    """Returns a checksum that tells parameters apart that are at the same place, one after the other.
+
+    Args:
+      place: a path that `checkpoint_path` returned.
+    """
+    if os.path.basename(place) == weights_file.FILE:
+        return weights_file.of_file(place)
+    return sealing.of_checkpoint(epath.Path(place))
+
+
 def load_params(place: str, description: model_description.ModelDescription) -> Any:
     """Reads a model's parameters, onto the first local device or the host.
 
@@ -270,9 +291,18 @@ def load_params(place: str, description: model_description.ModelDescription) -> 
       description: the model's description.
 
     Raises:
-      errors.UserError: a parameter is missing or has another shape, or the file can't be read.
+      errors.UserError: a parameter is missing or has another shape, the file can't be read, or the network
+        can't be built.
     """
-    wanted = abstract_params(description)
+    try:
+        wanted = abstract_params(description)
+    except errors.UserError:
+        raise
+    except Exception as error:  # Networks raise many kinds for sizes that don't go together.
+        path = os.path.join(os.path.dirname(place), model_description.FILE)
+        raise errors.UserError(
+            f"{path} describes no network that can be built: {writing.reason(error)}"
+        ) from error
     if os.path.basename(place) == weights_file.FILE:
         return _read_safetensors(epath.Path(place), wanted)
     return checkpoints.restore_params(place, wanted)

@@ -300,8 +300,12 @@ def flipped(path: pathlib.Path):
 # Runs example.py with several arguments in one process, because loading its libraries takes seconds.
 EXAMPLES = """
 import json, pathlib, runpy, sys
+import numpy
 messages = []
 for path, arguments in json.loads(sys.argv[1]):
+    if path == 'not finite':
+        numpy.isfinite = lambda values: numpy.zeros(1, bool)
+        path = ''
     flip = pathlib.Path(path) if path else None
     if flip:
         content = flip.read_bytes()
@@ -329,15 +333,16 @@ def test_the_example_says_what_is_wrong(case, name, files):
     (case.folder / name / "image.png").write_bytes(png(case.images[0]))
     (case.folder / name / "no image.png").write_bytes(b"no image")
     good = ["image.png", "a cat"]
-    runs = [["", []], ["", ["no image.png", "x"]], *([file, good] for file in files)]
+    runs = [["", []], ["", ["no image.png", "x"]], *([file, good] for file in files), ["not finite", good]]
     try:
         printed = run_elsewhere(EXAMPLES, case.folder / name, json.dumps(runs), blocked=TRAINING_LIBRARIES)
     finally:
         (case.folder / name / "image.png").unlink()
         (case.folder / name / "no image.png").unlink()
-    usage, no_image, *damaged = json.loads(printed.splitlines()[-1])
+    usage, no_image, *damaged, not_finite = json.loads(printed.splitlines()[-1])
     assert "python example.py IMAGE PROMPT" in usage
     assert no_image.startswith("no image.png is no image that can be read: ")
+    assert not_finite == "image.png: the model's outputs aren't finite, so they say nothing of the image"
     for file, message in zip(files, damaged, strict=True):
         assert message.endswith(f"{file} is damaged: copy the export again")
 

@@ -237,6 +237,19 @@ def table(tmp_path):
     return folder / "t.jsonl"
 
 
+@pytest.mark.parametrize(("model", "answer"), [("another", "model was 'another', now it is"), (None, 3)])
+def test_a_run_continues_with_the_model_that_it_began_with(score, table, tmp_path, model, answer):
+    """A run of an older version recorded the model's path alone: None."""
+    assert score(table)[0] == 3
+    state = json.loads((tmp_path / "out/run.json").read_text())
+    state["arguments"] |= {"model": model}
+    if model is None:
+        del state["arguments"]["model"]
+    (tmp_path / "out/run.json").write_text(json.dumps(state))
+    code = score(table)[0]
+    assert code == answer or str(answer) in str(code)
+
+
 def test_one_image_with_its_prompt(score, table, tmp_path):
     code, printed = score(table.parent / "1.png", "--prompt=a red cat")
     assert (code, printed.out) == (0, f"1 images scored: {tmp_path / 'out' / 'predictions.jsonl'}\n")

@@ -499,3 +499,9 @@ def test_a_description_of_another_size(model_dir, tmp_path):
     describe_otherwise(model_dir, tmp_path, mlp_dim=40)
     with pytest.raises(errors.UserError, match="doesn't fit this model"):
         RahfPredictor.from_checkpoint(tmp_path)
+
+
+def test_a_description_of_no_network(model_dir, tmp_path):
+    describe_otherwise(model_dir, tmp_path, mlp_activations=("foo",))
+    with pytest.raises(errors.UserError, match=f"{tmp_path}/model.json describes no network .*'foo'"):
+        RahfPredictor.from_checkpoint(tmp_path)
