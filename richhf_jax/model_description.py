@@ -68,7 +68,7 @@ class ModelDescription:
         write(directory, self._content() | {"training": dict(self.training)}, self.vocabulary)
 
     def checksum(self) -> str:
-        """Returns a checksum of all that predictions depend on: the entries but `training`, the vocabulary."""
+        """Returns a checksum of what predictions depend on: the entries but `training`, the vocabulary."""
         vocabulary = checksums.of_bytes(self.vocabulary or b"")
         return checksums.of_json(self._content() | {VOCABULARY_FILE: vocabulary})
 
