@@ -6,7 +6,7 @@ arrays' names, types, shapes and places. Equal arrays and metadata make equal fi
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,12 +61,15 @@ def _header_checksum(header: Mapping[str, Any]) -> str:
     return checksums.of_json({name: entry for name, entry in header.items() if name != _METADATA})
 
 
-def check_header(path: epath.PathLike, header: Mapping[str, Any]) -> None:
-    """Checks that a file's header is the one that was written, and that all arrays are of floating point.
+def check_header(
+    path: epath.PathLike, header: Mapping[str, Any], names: Collection[str] | None = None
+) -> None:
+    """Checks that a file's header is the one that was written, and that arrays are of floating point.
 
     Args:
       path: the file, for messages.
       header: the parsed header.
+      names: the arrays that must be of floating point; None: all.
 
     Raises:
       errors.UserError: it isn't, or an array is of another type.
@@ -74,7 +77,8 @@ def check_header(path: epath.PathLike, header: Mapping[str, Any]) -> None:
     if header.get(_METADATA, {}).get(_HEADER) not in (None, _header_checksum(header)):
         raise errors.UserError(f"{path}: its header isn't as it was written; copy the file again")
     for name, entry in header.items():
-        if name != _METADATA and entry["dtype"] not in _FLOATING:
+        is_wanted = name != _METADATA and (names is None or name in names)
+        if is_wanted and entry["dtype"] not in _FLOATING:
             raise errors.UserError(
                 f"{path}: {_shown(name)} can't be of type {entry['dtype']}; copy the file again"
             )
@@ -90,8 +94,12 @@ def of_file(path: epath.PathLike) -> str:
         return checksums.of_bytes(file.read(min(int.from_bytes(file.read(8), "little"), reading.SMALL)))
 
 
-def read(path: epath.PathLike) -> dict[str, np.ndarray]:
+def read(path: epath.PathLike, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """Reads all arrays and checks them.
+
+    Args:
+      path: the file.
+      names: see `check_header`.
 
     Raises:
       errors.UserError: the file is damaged, or is no file of safetensors.
@@ -104,7 +112,7 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
         header = reading.parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (safetensors.SafetensorError, KeyError, ValueError) as error:  # KeyError: a type that numpy lacks.
         raise errors.UserError(f"{path} can't be read as float32 parameters: {error}") from error
-    check_header(path, header)
+    check_header(path, header, names)
     expected = recorded_checksums(path, header.get(_METADATA, {}))
     for name, array in arrays.items():
         check(path, name, array, expected)

@@ -380,13 +380,13 @@ def test_a_folder_that_can_not_be_written(run, tmp_path):
 def test_a_folder_that_disappears(tmp_path):
     output = infer._Output(epath.Path(tmp_path / "out"), "task-predict", 0, 1, {})
     gone = pytest.raises(errors.UserError, match="was deleted, moved or emptied while this process")
-    with output.locked(0):
+    with output.locked():
         output.write_chunk(0, ["a\n"])
         (tmp_path / "out").rename(tmp_path / "moved")
         with gone:
             output.write_chunk(1, ["b\n"])
         with gone:
-            output.finish([])
+            output.finish(1, [], 1)
     assert not (tmp_path / "out").exists()
 
 

@@ -327,8 +327,8 @@ def abstract_params(description: model_description.ModelDescription) -> Any:
 
 def _read_safetensors(path: epath.Path, wanted: Any) -> Any:
     """Reads the wanted parameters and converts them to the wanted types."""
-    found = weights_file.read(path)
     flat = cast(dict[str, jax.ShapeDtypeStruct], traverse_util.flatten_dict(wanted, sep="/"))
+    found = weights_file.read(path, flat)
     for name, leaf in flat.items():
         if name not in found or found[name].shape != leaf.shape:
             there = found[name].shape if name in found else "nothing"

@@ -177,7 +177,7 @@ def test_reads_that_fail_are_tried_again(bench, samples, monkeypatch):
     monkeypatch.setattr(remote._PatientFile, "_read_at", failing)
     monkeypatch.setattr(remote.time, "sleep", waits.append)
     assert bench.run() is None
-    assert set(waits) == {1, 2}
+    assert set(waits) - {0} == {1, 2}  # Libraries let other threads run by sleep(0).
 
 
 def test_reads_that_keep_failing_name_the_shard(bench, samples, monkeypatch, shards_read):
