@@ -378,9 +378,7 @@ def test_other_peoples_text_is_no_markup(make_model_dir, tmp_path):
     assert "| z | none |\n" in written
     assert "| n | 12345678 |\n" in written
     metrics.write_text("[" * 100_000)
-    with pytest.raises(
-        errors.UserError, match="metrics.json is truncated, or no JSON: .* are nested"
-    ):
+    with pytest.raises(errors.UserError, match="metrics.json is truncated, or no JSON: .* are nested"):
         card.evaluations(str(directory / "checkpoint_0"))
 
 
