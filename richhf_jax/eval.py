@@ -20,6 +20,7 @@ from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
 from richhf_jax import (
+    device_memory,
     errors,
     foreign_text,
     gin_utils,
@@ -32,6 +33,7 @@ from richhf_jax import (
     split_predictions,
     writing,
 )
+from richhf_jax.costs import plan
 from richhf_jax.feedback import RichFeedback
 from richhf_jax.pages import report
 
@@ -88,13 +90,16 @@ def evaluate(
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; a prediction isn't finite; the
-        results can't be written.
+        results can't be written; the devices have too little memory.
     """
     if epath.Path(output_dir).is_file():
         raise errors.UserError(f"EVAL_OUTPUT_DIR: {output_dir} is a file, name a folder")
-    trainer, state, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
-    batches = split_predictions.whole_split(trainer, state, dataset_cfg, partitioner, constrained_keywords)
-    images, targets, predictions = _collect(batches, dataset_cfg)
+    with device_memory.explained(plan.LESS_MEMORY["predict"]):
+        trainer, state, step = split_predictions.load(model, checkpoint_path, dataset_cfg, partitioner)
+        batches = split_predictions.whole_split(
+            trainer, state, dataset_cfg, partitioner, constrained_keywords
+        )
+        images, targets, predictions = _collect(batches, dataset_cfg)
     if jax.process_index() > 0:
         return {}
     systems = [(title, predictions), *(fn(dataset_cfg, images, targets) for fn in baseline_fns)]

@@ -40,6 +40,7 @@ from jax.experimental import multihost_utils
 from richhf_jax import (
     checkpoints,
     checksums,
+    device_memory,
     errors,
     feedback,
     foreign_text,
@@ -54,6 +55,7 @@ from richhf_jax import (
     split_predictions,
     writing,
 )
+from richhf_jax.costs import plan
 from richhf_jax.pages import overlay
 
 _WRITTEN_STAYS = (
@@ -97,7 +99,8 @@ def infer(
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
         split; the task is a mixture; `output_dir` has other results of this task, can't be written,
-        disappears, or another process writes to it; records have no prediction.
+        disappears, or another process writes to it; records have no prediction; the devices have too little
+        memory.
     """
     _check(mode, checkpoint_period, shard_id, num_shards)
     _check_task(dataset_cfg.mixture_or_task_name)
@@ -126,7 +129,10 @@ def infer(
         logging.info("finished before: %s; delete its folder to predict anew", output.path)
         output.check_failures(job)
         return
-    with multihost.entered_by_all(output.locked() if writes else contextlib.nullcontext()):
+    with (
+        device_memory.explained(plan.LESS_MEMORY["predict"]),
+        multihost.entered_by_all(output.locked() if writes else contextlib.nullcontext()),
+    ):
         trainer, state, _ = split_predictions.load(model, checkpoint, dataset_cfg, partitioner)
         start = chunks * checkpoint_period
         if start:

@@ -22,7 +22,7 @@ from flax.linen import partitioning as flax_partitioning
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from richhf_jax import errors
+from richhf_jax import device_memory, errors
 
 # A jax.Device. jaxlib has no annotations, so type checkers don't know the class.
 Device = Any
@@ -291,7 +291,7 @@ class PjitPartitioner:
             donate_argnums=donate_argnums,
             compiler_options=self._compiler_options,
         )
-        return PartitionedFn(jitted, self._context)
+        return PartitionedFn(jitted, self._context, self.mesh)
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
@@ -301,13 +301,27 @@ class PjitPartitioner:
 
 
 class PartitionedFn:
-    """A jitted function that is always traced with its mesh and its rules."""
+    """A jitted function that is always traced with its mesh and its rules.
 
-    def __init__(self, jitted: Callable, context: Callable):
+    A call with a batch of new shapes, which is the last argument, first checks that the devices have the
+    memory for it.
+    """
+
+    def __init__(self, jitted: Any, context: Callable, mesh: Mesh):
         self._jitted = jitted
         self._context = context
+        self._mesh = mesh
+        self._checked: set[tuple] = set()
 
     def __call__(self, *args):
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(args[-1]))
+        if shapes not in self._checked:
+            there = device_memory.limit(self._mesh.local_devices)
+            if there is not None:
+                # JAX keeps the program, so the call below doesn't compile it again.
+                compiled = self.lower(*args).compile()
+                device_memory.check(compiled, self._mesh.local_devices[0], there)
+            self._checked.add(shapes)
         with self._context():
             return self._jitted(*args)
 

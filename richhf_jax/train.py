@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from richhf_jax import (
     checkpoints,
+    device_memory,
     errors,
     gin_utils,
     input_pipeline,
@@ -35,6 +36,7 @@ from richhf_jax import (
     writing,
 )
 from richhf_jax import trainer as trainer_lib
+from richhf_jax.costs import plan
 
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps",
@@ -90,7 +92,7 @@ def train(
 
     Raises:
       errors.UserError: the loss is not finite; MODEL_DIR can't be written, disappears, or is another
-        process's; or a setting doesn't fit another one or the data.
+        process's; a setting doesn't fit another one or the data; or the devices have too little memory.
     """
     if not model_dir:
         raise errors.UserError("MODEL_DIR is empty: name a directory with --gin.MODEL_DIR=DIR")
@@ -98,6 +100,7 @@ def train(
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
     input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(device_memory.explained(plan.LESS_MEMORY["train"]))
         stack.enter_context(
             writing.explained_disk_errors(
                 model_dir, _CHECKPOINTS_STAY, _LIBRARIES_ERRORS, only=writing.NO_ROOM_OR_RIGHT

@@ -26,6 +26,7 @@ checksums          |                |
 shapes             | jax            |
 network            | jax            | shapes
 costs              | jax            |
+device_memory      | jax            | costs
 multihost          | jax            |
 losses             | jax            | shapes
 decoding           | jax            | shapes
@@ -46,7 +47,7 @@ models             | jax            | decoding losses shapes
 model_description  |                | allowed_values checksums models network reading writing
 optimizers         | jax            |
 pages              |                | writing
-partitioning       | jax            |
+partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
 preprocessors      | tensorflow     | augmentation
 feature_converters | tensorflow     | preprocessors
@@ -59,9 +60,9 @@ sealing            | jax            | checksums reading writing
 saved_arrays       | jax            | foreign_text reading sealing writing
 checkpoints        | jax            | saved_arrays sealing train_state writing
 convert            | jax            | checkpoints foreign_text reading sealing weights_file writing
-predict            | jax            | checkpoints checksums compilation_cache foreign_text inputs
-                                      keywords locking model_description models pages partitioning
-                                      pixels sealing shapes weights_file writing
+predict            | jax            | checkpoints checksums compilation_cache costs device_memory
+                                      foreign_text inputs keywords locking model_description models
+                                      pages partitioning pixels sealing shapes weights_file writing
 export             | jax tensorflow | augmentation convert foreign_text keywords model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state

@@ -14,6 +14,12 @@ import jax
 from richhf_jax.costs import chips, counter
 
 _GIB = 2**30
+# Settings that take less memory than a step that doesn't fit, by step.
+LESS_MEMORY = {
+    "train": "More chips, a smaller BATCH_SIZE, more NUM_MICROBATCHES, REMAT_POLICY = 'full', or parameters"
+    " split over chips (gin/partitioning/) take less",
+    "predict": "A smaller EVAL_BATCH_SIZE, or parameters split over chips (gin/partitioning/), take less",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +76,8 @@ def make(
     num_chips = math.prod(step.mesh.values())
     text = compiled.as_text() or ""
     costs = counter.analyze(text)
-    memory = _memory(compiled)
-    fits = None if chip is None else refusal is None and memory["total"] <= chip.hbm_bytes
+    taken = memory(compiled)
+    fits = None if chip is None else refusal is None and taken["total"] <= chip.hbm_bytes
     made = {
         "step": step.name,
         "chips": num_chips,
@@ -81,7 +87,7 @@ def make(
         "prompts_per_image": step.prompts_per_image,
         "parameters": step.parameters,
         "hbm_bytes_per_chip": chip.hbm_bytes if chip else None,
-        "bytes_per_chip": {**step.state_bytes_per_chip, **memory},
+        "bytes_per_chip": {**step.state_bytes_per_chip, **taken},
         "fits": fits,
         "flops_per_chip": costs.flops,
         "flops_per_image": costs.flops * num_chips / step.batch_images,
@@ -98,18 +104,26 @@ def make(
     return made
 
 
-def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Returns bytes a chip. "outputs" leaves out those that take the place of a donated argument."""
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Returns the bytes of each chip that a program takes.
+
+    Returns:
+      "arguments", "temporaries", "outputs" beside those that take the place of a donated argument, "program"
+      and their "total".
+
+    Raises:
+      NotImplementedError: the backend's compiler doesn't tell.
+    """
     stats = compiled.memory_analysis()
     if stats is None:
         raise NotImplementedError("the compiler of this backend doesn't say how much memory a program takes")
-    memory = {
+    parts = {
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "program": stats.generated_code_size_in_bytes,
     }
-    return {**memory, "total": sum(memory.values())}
+    return {**parts, "total": sum(parts.values())}
 
 
 def _roofline(costs: counter.Costs, chip: chips.ChipSpec, batch_images: int) -> dict[str, float]:
@@ -169,11 +183,7 @@ def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
     lines.append("Largest buffers (not all at once)")
     for one in plan["largest_buffers"]:
         lines.append(f"  {_size(one['bytes'])}  {one['count']:3} x {one['shape']}  {one['made_by']}")
-    lines.append(
-        "More chips, a smaller BATCH_SIZE, NUM_MICROBATCHES, REMAT_POLICY = 'full', or parameters split over"
-        " chips (gin/partitioning/) take less."
-    )
-    return lines
+    return [*lines, LESS_MEMORY[plan["step"]] + "."]
 
 
 def _roofline_lines(plan: Mapping[str, Any]) -> list[str]:
@@ -193,8 +203,13 @@ def _line(name: str, value: str) -> str:
     return f"  {name:40}{value}"
 
 
-def _size(size: float) -> str:
-    return f"{size / 2**20:10.1f} MiB" if size < _GIB else f"{size / _GIB:10.2f} GiB"
+def size(count: float) -> str:
+    """Formats a number of bytes."""
+    return f"{count / 2**20:.1f} MiB" if count < _GIB else f"{count / _GIB:.2f} GiB"
+
+
+def _size(count: float) -> str:
+    return f"{size(count):>14}"
 
 
 def _scaled(number: float) -> str:

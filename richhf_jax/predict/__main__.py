@@ -21,9 +21,9 @@ from collections.abc import Sequence
 import tqdm
 from absl import logging
 
-from richhf_jax import compilation_cache, errors, inputs, writing
+from richhf_jax import compilation_cache, device_memory, errors, inputs, writing
 from richhf_jax.foreign_text import for_terminal
-from richhf_jax.predict import forward, pipeline
+from richhf_jax.predict import batch_sizes, forward, pipeline
 from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
 from richhf_jax.predict.predictor import RahfPredictor
 from richhf_jax.predict.progress import ERRORS, PREDICTIONS
@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     predictor = RahfPredictor.from_checkpoint(
         path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
     )
+    if smaller := predictor.fit(predictor.batch_size):
+        print(f"predict: {smaller}", file=sys.stderr)
     arguments = {
         "checkpoint": path,
         "model": f"{forward.params_checksum(path)} {predictor.description.checksum()}",
@@ -161,9 +163,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--batch-size",
         type=_positive,
-        default=16,
         metavar="N",
-        help="images scored at once; default %(default)s",
+        help=f"images scored at once; default {batch_sizes.DEFAULT}, or fewer if the memory is too small",
     )
     add("--dtype", choices=("float32", "bfloat16"), help="type of activations; default: as in training")
     add(
@@ -193,7 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits the process."""
     options = parse(arguments)
     try:
-        with writing.explained_disk_errors(options.out, _WRITTEN_STAYS):
+        with (
+            writing.explained_disk_errors(options.out, _WRITTEN_STAYS),
+            device_memory.explained(batch_sizes.FIX),
+        ):
             sys.exit(run(options))
     except KeyboardInterrupt:
         print("stopped; the same command continues the run", file=sys.stderr)

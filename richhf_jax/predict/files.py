@@ -132,7 +132,10 @@ class PredictionFiles:
             return []
         was = arguments.get("checkpoint")
         again = "the same command" if was == self._arguments["checkpoint"] else f"--checkpoint={was}"
-        fix = f"Give {again} to continue, or another --out"
+        size = arguments.get("batch_size")
+        # The default depends on the free memory.
+        sized = f", with --batch-size={size}" if size != self._arguments.get("batch_size") else ""
+        fix = f"Give {again} to continue{sized}, or another --out"
         # Older versions recorded the model's path alone.
         known = {"model": self._arguments.get("model")} | arguments
         writing.check_same_run(self._out, known, self._arguments, fix)

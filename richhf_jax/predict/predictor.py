@@ -15,21 +15,32 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Float32, Int32, Shaped, UInt8
 from PIL import Image
 
-from richhf_jax import errors, feedback, keywords, model_description, partitioning, pixels
+from richhf_jax import (
+    device_memory,
+    errors,
+    feedback,
+    keywords,
+    model_description,
+    partitioning,
+    pixels,
+)
+from richhf_jax.costs import plan
 from richhf_jax.inputs import images as image_files
 from richhf_jax.inputs import record as record_files
 from richhf_jax.pages import overlay
-from richhf_jax.predict import forward, rewards
+from richhf_jax.predict import batch_sizes, forward, rewards
 from richhf_jax.predict.forward import Features, Outputs, PredictionError, Prepared
 
 Picture = Image.Image | np.ndarray | jax.Array | bytes | bytearray | memoryview | str | os.PathLike
 # Smallest side of an image, in pixels; smaller images show nothing.
 MIN_SIDE = 8
-# Ratio between consecutive compiled batch sizes.
-_SIZE_RATIO = 4
+# Part of the free memory that a batch of the default size may take. Batches whose outputs wait for the host,
+# and gaps between arrays, take some, too.
+_SHARE = 0.9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,14 +84,13 @@ class RahfPredictor:
     Attributes:
       description: the model's description, from the checkpoint's directory.
       params: the model's parameters, on every device.
-      batch_size: number of images in the largest batch.
     """
 
     def __init__(
         self,
         description: model_description.ModelDescription,
         params: Any,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         convert: bool = False,
     ):
         """Makes a predictor of parameters in memory; `from_checkpoint` is the usual way.
@@ -95,10 +105,10 @@ class RahfPredictor:
         """
         self.description = description
         self._partitioner = partitioning.PjitPartitioner(devices=jax.local_devices())
-        self.params = jax.device_put(params, self._partitioner.replicated)
+        with device_memory.explained(batch_sizes.FIX):
+            self.params = jax.device_put(params, self._partitioner.replicated)
         self._convert = convert
-        self._sizes = _batch_sizes(batch_size, self._partitioner.num_data_shards)
-        self.batch_size = self._sizes[-1]
+        self._sizes = batch_sizes.BatchSizes(batch_size, self._partitioner.num_data_shards)
         self._encoder = forward.PromptEncoder(description)
         everywhere, batch = self._partitioner.replicated, self._partitioner.batch_sharding
         self._predict = self._partitioner.partition(
@@ -110,7 +120,7 @@ class RahfPredictor:
         cls,
         path: str | os.PathLike,
         *,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         dtype: str | None = None,
         convert: bool = False,
     ) -> "RahfPredictor":
@@ -118,7 +128,8 @@ class RahfPredictor:
 
         Args:
           path: a MODEL_DIR, whose newest checkpoint is taken; a `checkpoint_<step>` in it; or an export.
-          batch_size: number of images in the largest batch; rounded up to a multiple of the devices.
+          batch_size: number of images in the largest batch; rounded up to a multiple of the devices. None:
+            16, or fewer if the memory is too small.
           dtype: type of activations, 'float32' or 'bfloat16'; None: as in training. Parameters are float32.
           convert: whether to take images that have more to show than 8 bits of red, green and blue (see
             `inputs.images.decode`).
@@ -128,11 +139,16 @@ class RahfPredictor:
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise errors.UserError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise errors.UserError(f"batch_size must be at least 1, got {batch_size}")
         place = forward.checkpoint_path(os.fspath(path))
         description = model_description.read(os.path.dirname(place), dtype)
         return cls(description, forward.load_params(place, description), batch_size, convert)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images in the largest batch."""
+        return self._sizes.largest
 
     def __call__(
         self,
@@ -155,6 +171,7 @@ class RahfPredictor:
         Raises:
           PredictionError: an image or a prompt can't be scored, or the model's outputs for it aren't finite;
             the message says which one.
+          errors.UserError: a batch needs more memory than the devices have.
         """
         is_stack = isinstance(images, np.ndarray | jax.Array) and images.ndim == 4
         # An open file is an iterable of lines; `read` tells what is taken instead of it.
@@ -175,10 +192,12 @@ class RahfPredictor:
             raise PredictionError(
                 f"{len(pictures)} images, {len(texts)} prompts and {len(names)} ids: give as many of each"
             )
+        if self._sizes.is_default and (smaller := self.fit(len(pictures))):
+            logging.warning("%s", smaller)
         records: list[Prediction] = []
-        waiting = None
-        for start in range(0, len(pictures), self.batch_size):
-            batch = slice(start, start + self.batch_size)
+        waiting, size = None, self.batch_size
+        for start in range(0, len(pictures), size):
+            batch = slice(start, start + size)
             prepared = self._prepare_all(names[batch], pictures[batch], texts[batch])
             # The device computes a batch while the next is prepared.
             started = prepared, self.dispatch(prepared), names[batch]
@@ -199,6 +218,34 @@ class RahfPredictor:
             except PredictionError as error:
                 raise PredictionError(f"{name}: {error}") from error
         return prepared
+
+    def fit(self, images: int) -> str:
+        """Checks the batches for so many images against the devices' free memory, before the first one runs.
+
+        Where they don't fit, batches of the default size become smaller; each size that is tried is compiled.
+
+        Returns:
+          A sentence about the smaller size and its reason; "" if nothing changed.
+
+        Raises:
+          errors.UserError: a batch of the chosen size, or of the smallest one, doesn't fit.
+        """
+        devices = self._partitioner.mesh.local_devices
+        if (there := device_memory.limit(devices)) is None:
+            return ""
+        jax.block_until_ready(self.params)
+        free = there - device_memory.in_use(devices)
+        room = int(_SHARE * free) if self._sizes.is_default else free
+        side = self.description.feature_lengths["image"]
+        blank = self.prepare(np.zeros((side, side, 3), np.uint8), "a")
+
+        def check(rows: int) -> None:
+            features = self._partitioner.shard_batch(self.features([blank], rows))
+            compiled = self._predict.lower(self.params, features).compile()
+            device_memory.check(compiled, devices[0], room, held=plan.bytes_per_chip(self.params))
+
+        with device_memory.explained(batch_sizes.FIX):
+            return self._sizes.fit(images, room, check)
 
     # A prediction has three parts: `prepare`, `dispatch` and `finish`. `pipeline` runs them side by side.
 
@@ -230,12 +277,12 @@ class RahfPredictor:
         Returns:
           The outputs of `forward.predict_fn`, for `rows` images.
         """
-        rows = rows or next(size for size in self._sizes if size >= len(prepared))
-        return self.run(self.features(prepared, rows))
+        return self.run(self.features(prepared, rows or self._sizes.rows(len(prepared))))
 
     def run(self, features: Features) -> Outputs:
         """Calls the compiled `forward.predict_fn`, and doesn't wait for it."""
-        return self._predict(self.params, self._partitioner.shard_batch(features))
+        with device_memory.explained(batch_sizes.FIX):
+            return self._predict(self.params, self._partitioner.shard_batch(features))
 
     def finish(self, prepared: Sequence[Prepared], outputs: Outputs, ids: Sequence[str]) -> list[Prediction]:
         """Waits for a batch's outputs and makes a record of each image.
@@ -341,15 +388,6 @@ class RahfPredictor:
             return image_files.decode(bytes(picture), self._convert)
         except (record_files.InputError, image_files.ImageError) as error:
             raise PredictionError(str(error)) from error
-
-
-def _batch_sizes(largest: int, multiple: int) -> list[int]:
-    """Returns a few batch sizes, each a multiple of the devices, up to the largest (rounded up)."""
-    sizes = {multiple}  # The smallest makes a single image quick.
-    while largest >= 1:
-        sizes.add(-(-largest // multiple) * multiple)
-        largest //= _SIZE_RATIO
-    return sorted(sizes)
 
 
 def _checked_array(array: np.ndarray) -> np.ndarray:

@@ -343,7 +343,7 @@ def test_report_of_many_links_its_pictures(score, table, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size=2"], "batch_size was 16, now it is 2. Give the same command to continue"),
+        (["--batch-size=2"], "was 16, now it is 2. Give the same command to continue, with --batch-size=16"),
         (["--overlay"], "overlay was False, now it is True"),
         (["--shard=0/2"], "shard was '0/1', now it is '0/2'"),
     ],

@@ -16,7 +16,7 @@ from PIL import Image
 
 from richhf_jax import RahfPredictor, RichFeedback, errors, feedback, model_description
 from richhf_jax.inputs import images
-from richhf_jax.predict import forward, predictor
+from richhf_jax.predict import batch_sizes, forward, predictor
 
 PROMPT = "a red circle, and two blue stars"
 WORDS = ["a", "one", "two", "red", "blue", "circle", "star", "ring", "of", "drawing,", '"big"', "Ünï", "x"]
@@ -307,14 +307,14 @@ def test_batch_size_and_order_change_no_result(make_model_dir, rng, variant):
     [(16, 1, [1, 4, 16]), (32, 1, [1, 2, 8, 32]), (10, 4, [4, 12]), (1, 2, [2])],
 )
 def test_a_few_sizes_of_a_batch(largest, multiple, sizes):
-    assert predictor._batch_sizes(largest, multiple) == sizes
+    assert batch_sizes.compiled_sizes(largest, multiple) == sizes
 
 
 def test_no_more_programs_than_sizes(model_dir, rng):
     fresh = RahfPredictor.from_checkpoint(model_dir, batch_size=8)
     for count in (1, 2, 3, 5, 8, 11, 7):
         fresh(pictures(rng, count, (9 + count, 10)), prompts(rng, count, 30))
-    assert fresh._predict._jitted._cache_size() == len(fresh._sizes) == 2
+    assert fresh._predict._jitted._cache_size() == len(fresh._sizes.sizes) == 2
 
 
 def test_bfloat16_is_close(model_dir, loaded, rng):
