@@ -4,6 +4,7 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
@@ -96,6 +97,14 @@ def test_metrics_of_a_part_of_the_split_are_no_metrics(evaluate, monkeypatch, tm
     ):
         evaluate()
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_runs_out_names_the_macro(evaluate, monkeypatch):
+    monkeypatch.setattr(Answers, "predict", lambda *args: jnp.zeros(1 << 50, jnp.int8))
+    with pytest.raises(
+        errors.UserError, match="too small: RESOURCE_EXHAUSTED.*A smaller EVAL_BATCH_SIZE, or"
+    ):
+        evaluate()
 
 
 def test_only_process_0_writes(evaluate, monkeypatch, tmp_path, capsys):

@@ -355,6 +355,13 @@ def test_a_record_without_a_prediction_fails_alone(run, tmp_path, examples, kind
     assert len(list((tmp_path / "out").rglob("*.png"))) == 14
 
 
+def test_memory_that_runs_out_names_the_macro(run):
+    with pytest.raises(
+        errors.UserError, match="too small: RESOURCE_EXHAUSTED.*A smaller EVAL_BATCH_SIZE, or"
+    ):
+        run(changed=lambda *_: jnp.zeros(1 << 50, jnp.int8))
+
+
 def test_a_model_that_predicts_nothing_is_blamed(run):
     def damage(call, outputs):
         return outputs | {"scores": np.full_like(outputs["scores"], np.nan)}

@@ -35,6 +35,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from richhf_jax import (
     RahfPredictor,
     checkpoints,
+    device_memory,
     errors,
     feedback,
     gin_utils,
@@ -46,6 +47,7 @@ from richhf_jax import (
     partitioning,
     train,
     train_state,
+    training_log,
 )
 from richhf_jax import trainer as trainer_lib
 
@@ -651,6 +653,45 @@ def test_nothing_in_the_loop_waits_for_the_device(train_points, fetches, monkeyp
 
     monkeypatch.setattr(trainer_lib.Trainer, "train_step", waiting)
     assert run(40, log_period=1000)["__float__"] == long.get("__float__", 0) + 40
+
+
+class Huge(Points):
+    """Fills a device's memory, and more, with its first parameters or with a step's numbers."""
+
+    where = "state"
+
+    def get_initial_variables(self, rng, input_shapes, input_types=None):
+        variables = super().get_initial_variables(rng, input_shapes)
+        if self.where == "state":
+            variables["params"]["kernel"] = jnp.zeros((1 << 48, 4))
+        return variables
+
+    def loss_fn(self, params, batch, dropout_rng, normalizers=None, *, flax_mutables):
+        numbers = jnp.cumsum(jnp.broadcast_to(batch["points"][0, 0], 1 << 50))
+        batch = batch | {"answers": batch["answers"] + jax.lax.stop_gradient(numbers[-1])}
+        return super().loss_fn(params, batch, dropout_rng, normalizers, flax_mutables=flax_mutables)
+
+
+@pytest.mark.parametrize("where", ["state", "step"])
+def test_memory_that_runs_out_names_the_macros(train_points, monkeypatch, where):
+    monkeypatch.setattr(Huge, "where", where)
+    monkeypatch.setitem(globals(), "Points", Huge)
+    # XLA waits for ever if memory runs out for two devices of a CPU.
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(
+        errors.UserError, match="memory is too small: RESOURCE.*smaller BATCH_SIZE, more NUM_"
+    ):
+        train_points(total_steps=2)
+
+
+def test_a_batch_that_does_not_fit_is_told_before_the_first_step(train_points, monkeypatch):
+    monkeypatch.setattr(device_memory, "stats", lambda device: {"bytes_limit": 10**6})
+    train_points(total_steps=1)
+    monkeypatch.setattr(device_memory, "stats", lambda device: {"bytes_limit": 100})
+    monkeypatch.setattr(training_log.TrainingLog, "add", None)  # It would take the first step's metrics.
+    with pytest.raises(errors.UserError, match=r"a batch takes .* cpu has .*REMAT_POLICY = 'full', or param"):
+        train_points(total_steps=1)
 
 
 def test_a_step_that_copies_to_the_device_by_itself_is_refused(train_points, monkeypatch):
