@@ -16,7 +16,7 @@ from PIL import Image
 
 from richhf_jax import RahfPredictor, RichFeedback, errors, feedback, model_description
 from richhf_jax.inputs import images
-from richhf_jax.predict import batch_sizes, forward, predictor
+from richhf_jax.predict import forward, predictor
 
 PROMPT = "a red circle, and two blue stars"
 WORDS = ["a", "one", "two", "red", "blue", "circle", "star", "ring", "of", "drawing,", '"big"', "Ünï", "x"]
@@ -300,14 +300,6 @@ def test_batch_size_and_order_change_no_result(make_model_dir, rng, variant):
         assert_close(threes[i], record)
     # The records differ from each other by more than that.
     assert np.std([record.scores[feedback.OVERALL] for record in expected]) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("largest", "multiple", "sizes"),
-    [(16, 1, [1, 4, 16]), (32, 1, [1, 2, 8, 32]), (10, 4, [4, 12]), (1, 2, [2])],
-)
-def test_a_few_sizes_of_a_batch(largest, multiple, sizes):
-    assert batch_sizes.compiled_sizes(largest, multiple) == sizes
 
 
 def test_no_more_programs_than_sizes(model_dir, rng):
