@@ -47,7 +47,7 @@ def in_use(devices: Sequence[Any]) -> int:
 
 
 def check(compiled: jax.stages.Compiled, device: Any, there: int, held: int = 0) -> None:
-    """Checks that a program's arguments, outputs, temporaries and code fit a device.
+    """Checks that a program's arguments, outputs, temporaries and code fit a device, if the compiler tells.
 
     Args:
       compiled: the program.
@@ -58,22 +58,31 @@ def check(compiled: jax.stages.Compiled, device: Any, there: int, held: int = 0)
     Raises:
       OutOfMemoryError: they don't; the message has the numbers and the largest arrays.
     """
-    memory = plan.memory(compiled)
+    try:
+        memory = plan.memory(compiled)
+    except NotImplementedError:
+        return
     needed = memory["total"] - held
     if needed <= there:
         return
     memory["arguments"] -= held
     parts = ", ".join(f"{name} {plan.size(memory[name])}" for name in memory if name != "total")
-    arrays = "; ".join(
-        f"{one.count} x {one.shape} of {plan.size(one.bytes)} ({one.made_by})"
-        for one in counter.largest_buffers(compiled.as_text() or "", _NUM_ARRAYS)
-    )
     raise OutOfMemoryError(
         f"a batch takes {plan.size(needed)} of a device's memory, and {device.device_kind} has"
-        f" {plan.size(there)} for it: {parts}. The largest arrays: {arrays}"
+        f" {plan.size(there)} for it: {parts}{_largest_arrays(compiled.as_text())}"
         + (_POOL if device.platform == "gpu" else ""),
         needed,
     )
+
+
+def _largest_arrays(text: str | None) -> str:
+    """Returns a full stop and a sentence on the largest arrays of XLA's text; "" if it can't be read."""
+    try:
+        largest = counter.largest_buffers(text or "", _NUM_ARRAYS)
+    except ValueError:
+        return ""
+    arrays = (f"{one.count} x {one.shape} of {plan.size(one.bytes)} ({one.made_by})" for one in largest)
+    return ". The largest arrays: " + "; ".join(arrays)
 
 
 def is_lack(error: BaseException) -> bool:

@@ -77,6 +77,22 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def compiled():
+    """Lists the seconds of each compilation."""
+    from jax import monitoring
+
+    seconds = []
+
+    def listen(event, duration, **kwargs):
+        if event.endswith("backend_compile_duration"):
+            seconds.append(duration)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(autouse=True)
 def clean_globals():
     """Resets gin's configuration and absl's verbosity, which are global, after each test."""

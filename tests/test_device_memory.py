@@ -1,5 +1,7 @@
 """Programs against a device's memory: real programs, and devices that say how much they have."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from richhf_jax import device_memory, errors, partitioning
 
 # A petabyte and more, which no machine gives.
 HUGE = 1 << 50
+# Names of `CompiledMemoryStats`.
+SIZES = [f"{part}_size_in_bytes" for part in ("argument", "temp", "output", "alias", "generated_code")]
 
 
 @pytest.fixture
@@ -19,20 +23,6 @@ def memory(monkeypatch):
         monkeypatch.setattr(device_memory, "stats", lambda device: stats)
 
     return give
-
-
-@pytest.fixture
-def compiled():
-    """Lists the seconds of each compilation."""
-    seconds = []
-
-    def listen(event, duration, **kwargs):
-        if event.endswith("backend_compile_duration"):
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seconds
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class Step:
@@ -160,6 +150,23 @@ def test_other_failures_of_xla_pass(message, is_lack):
     expected = errors.UserError if is_lack else jax.errors.JaxRuntimeError
     with pytest.raises(expected, match=message.partition("\n")[0].rstrip(".")), device_memory.explained("-"):
         raise jax.errors.JaxRuntimeError(message)
+
+
+@pytest.mark.parametrize(
+    ("stats", "refused"),
+    [
+        (None, None),
+        (types.SimpleNamespace(**dict.fromkeys(SIZES, 100)), "of a device's memory.*program 0.0 MiB$"),
+    ],
+)
+def test_a_compiler_that_tells_less(stats, refused):
+    """One tells nothing; the text of the other is no HLO."""
+    program = types.SimpleNamespace(memory_analysis=lambda: stats, as_text=lambda: None)
+    if refused is None:
+        device_memory.check(program, jax.devices()[0], 1)
+    else:
+        with pytest.raises(device_memory.OutOfMemoryError, match=refused):
+            device_memory.check(program, jax.devices()[0], 1)
 
 
 def test_a_gpu_has_a_pool():

@@ -168,14 +168,16 @@ def test_memory_that_really_runs_out(score):
     assert "A smaller batch size (--batch-size) takes less" in code
 
 
-def test_a_predictor_in_python(model_dir, free, needed, caplog, monkeypatch):
+def test_a_predictor_in_python(model_dir, free, needed, caplog, monkeypatch, compiled):
     images = [np.zeros((16, 12, 3), np.uint8)] * 17
     free(int(needed[8] / 0.9) + 1)
     predictor = RahfPredictor.from_checkpoint(model_dir)
     predictor(images[0], "a cat")
     assert predictor.batch_size == 16
+    compiled.clear()
     assert len(predictor(images, ["a cat"] * 17)) == 17
     assert predictor.batch_size == 8
+    assert len(compiled) == 2  # For 16 images, in vain, and for 8.
     assert "batches of 8 images: 16 need" in caplog.text
     caplog.clear()
     predictor(images, ["a cat"] * 17)
