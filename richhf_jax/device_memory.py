@@ -37,8 +37,8 @@ def stats(device: Any) -> Mapping[str, int]:
 
 def limit(devices: Sequence[Any]) -> int | None:
     """Returns the bytes that programs may take on each of these devices; None if one doesn't tell."""
-    limits = [stats(device).get("bytes_limit") for device in devices]
-    return None if None in limits else min(limits, default=None)
+    limits = [found for device in devices if (found := stats(device).get("bytes_limit"))]
+    return min(limits) if limits and len(limits) == len(devices) else None
 
 
 def in_use(devices: Sequence[Any]) -> int:

@@ -1,6 +1,7 @@
 """Programs against a device's memory: real programs, and devices that say how much they have."""
 
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from richhf_jax import device_memory, errors, partitioning
+from richhf_jax.costs import plan
 
 # A petabyte and more, which no machine gives.
 HUGE = 1 << 50
@@ -69,8 +71,8 @@ def test_a_step_is_compiled_once_for_each_shape_whether_or_not_it_is_checked(mem
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_numbers_and_the_state_stays(memory):
     step = Step()
-    temporaries = step.run.lower(step.state, {"x": np.ones((6, 10), np.float32)}).compile().memory_analysis()
-    needed = SIX_ROWS + temporaries.temp_size_in_bytes
+    program = step.run.lower(step.state, {"x": np.ones((6, 10), np.float32)}).compile()
+    needed = SIX_ROWS + plan.memory(program)["temporaries"]
     memory(bytes_limit=needed - 1)
     with pytest.raises(device_memory.OutOfMemoryError):
         step(6)
@@ -161,7 +163,7 @@ def test_other_failures_of_xla_pass(message, is_lack):
 )
 def test_a_compiler_that_tells_less(stats, refused):
     """One tells nothing; the text of the other is no HLO."""
-    program = types.SimpleNamespace(memory_analysis=lambda: stats, as_text=lambda: None)
+    program: Any = types.SimpleNamespace(memory_analysis=lambda: stats, as_text=lambda: None)
     if refused is None:
         device_memory.check(program, jax.devices()[0], 1)
     else:

@@ -1,6 +1,7 @@
 """Batches that fit the memory: the sizes alone, then predictor and command on devices with a count."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def needed(model_dir):
     predictor = RahfPredictor.from_checkpoint(model_dir)
     blank = predictor.prepare(np.zeros((64, 64, 3), np.uint8), "a")
     held = plan.bytes_per_chip(predictor.params)
-    found = {"held": held}
+    found: dict[Any, int] = {"held": held}
     for rows in (16, 8):
         compiled = predictor._predict.lower(predictor.params, predictor.features([blank], rows)).compile()
         found[rows] = plan.memory(compiled)["total"] - held
