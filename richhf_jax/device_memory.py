@@ -107,8 +107,8 @@ def explained(fix: str) -> Iterator[None]:
     except (OutOfMemoryError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if not is_lack(error):
             raise
-        reason: Any = error
+        told = str(error)
         if not isinstance(error, OutOfMemoryError):
-            first = str(error).partition("\n")[0].rstrip(".")
-            reason = f"the memory is too small: {first or type(error).__name__}"
-        raise errors.UserError(f"{reason}. {fix}") from error
+            first = told.partition("\n")[0].rstrip(".")
+            told = f"the memory is too small: {first or type(error).__name__}"
+        raise errors.UserError(f"{told}. {fix}") from error

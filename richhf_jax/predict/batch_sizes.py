@@ -52,6 +52,10 @@ class BatchSizes:
         """Returns the least size for so many images; for more than the largest has, the largest."""
         return next((size for size in self.sizes if size >= images), self.largest)
 
+    def fits(self, images: int) -> bool:
+        """Returns whether a batch for so many images is known to fit."""
+        return self.rows(images) <= self._fitting
+
     def fit(self, images: int, room: int, check: Callable[[int], None]) -> str:
         """Makes the sizes smaller, until a batch of `rows(images)` fits.
 
@@ -80,10 +84,14 @@ class BatchSizes:
                     halves = self._halves(rows)
                     if not device_memory.is_lack(error) or not self.is_default or not halves:
                         raise
-                    # A compiler that gives up doesn't say how much is needed.
-                    needed = getattr(error, "needed", 2 * room)
-                    told = told or f"{first} need {plan.size(needed)} of memory, there are {plan.size(room)}"
-                    rows = next((half for half in halves if needed * half <= room * rows), halves[-1])
+                    if isinstance(error, device_memory.OutOfMemoryError):
+                        reason = (
+                            f"{rows} need {plan.size(error.needed)} of memory, there are {plan.size(room)}"
+                        )
+                        rows = next((n for n in halves if error.needed * n <= room * rows), halves[-1])
+                    else:  # A compiler that gives up doesn't say how much is needed.
+                        reason, rows = f"the compiler finds no memory for {rows}", halves[0]
+                    told = told or reason
             if rows == first:
                 return ""
             self.sizes = compiled_sizes(rows, self._multiple)

@@ -231,7 +231,7 @@ class RahfPredictor:
           errors.UserError: a batch of the chosen size, or of the smallest one, doesn't fit.
         """
         devices = self._partitioner.mesh.local_devices
-        if (there := device_memory.limit(devices)) is None:
+        if self._sizes.fits(images) or (there := device_memory.limit(devices)) is None:
             return ""
         jax.block_until_ready(self.params)
         free = there - device_memory.in_use(devices)

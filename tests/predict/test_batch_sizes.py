@@ -57,7 +57,10 @@ def fitted(room, images=16, multiple=1, fixed=0, largest=None, refused_above=99)
 def test_the_largest_size_that_fits_after_few_compilations(kwargs, sizes, tried):
     text, found, calls = fitted(**kwargs)
     assert (found, calls) == (sizes, tried)
-    assert text.startswith(f"batches of {tried[-1]} images: {tried[0]} need") == (len(tried) > 1)
+    reason = (
+        f"the compiler finds no memory for {tried[0]}" if "refused_above" in kwargs else f"{tried[0]} need "
+    )
+    assert text.startswith(f"batches of {tried[-1]} images: {reason}") == (len(tried) > 1)
 
 
 @pytest.mark.parametrize("kwargs", [{"room": 9}, {"room": 159, "largest": 16}, {"room": 19, "multiple": 2}])
@@ -72,6 +75,8 @@ def test_a_size_that_fits_is_not_checked_again_when_batches_are_under_way():
     sizes.fit(2, 0, tried.append)
     sizes.fit(16, 100, tried.append)
     assert (tried, sizes.rows(3), sizes.rows(40)) == ([4, 16], 4, 16)
+    assert sizes.fits(40)
+    assert not batch_sizes.BatchSizes(None, 1).fits(1)
 
 
 def test_other_errors_pass():
