@@ -84,13 +84,7 @@ class BatchSizes:
                     halves = self._halves(rows)
                     if not device_memory.is_lack(error) or not self.is_default or not halves:
                         raise
-                    if isinstance(error, device_memory.OutOfMemoryError):
-                        reason = (
-                            f"{rows} need {plan.size(error.needed)} of memory, there are {plan.size(room)}"
-                        )
-                        rows = next((n for n in halves if error.needed * n <= room * rows), halves[-1])
-                    else:  # A compiler that gives up doesn't say how much is needed.
-                        reason, rows = f"the compiler finds no memory for {rows}", halves[0]
+                    rows, reason = _smaller(error, rows, room, halves)
                     told = told or reason
             if rows == first:
                 return ""
@@ -104,3 +98,12 @@ class BatchSizes:
             rows = -(-(rows // 2) // self._multiple) * self._multiple
             halves.append(rows)
         return halves
+
+
+def _smaller(error: Exception, rows: int, room: int, halves: list[int]) -> tuple[int, str]:
+    """Returns the size to try after one that doesn't fit, and a clause that says why it doesn't."""
+    if not isinstance(error, device_memory.OutOfMemoryError):
+        # A compiler that gives up doesn't say how much is needed.
+        return halves[0], f"the compiler finds no memory for {rows}"
+    size = next((half for half in halves if error.needed * half <= room * rows), halves[-1])
+    return size, f"{rows} need {plan.size(error.needed)} of memory, there are {plan.size(room)}"
