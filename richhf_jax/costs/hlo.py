@@ -21,7 +21,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 
-# The second name is that before XLA splits the program over several devices; the network has no other such call.
+# The second name is that before XLA splits a program over devices; the network has no other such call.
 _FLASH_ATTENTION = re.compile(r'"(__cudnn\$fmha|CustomSPMDPartitioning")')
 
 _ELEMENTWISE = {
@@ -178,7 +178,7 @@ def window_size(instruction: Instruction) -> int:
 
 
 def _flash_attention_flops(shape: str, query: str, key: str) -> float:
-    """Counts the products of cuDNN's flash attention: two forward; five backward, one of them a repetition."""
+    """Counts the products of cuDNN's flash attention: two forward; five backward, one of them again."""
     batch, q_length, heads, width = arrays(query)[0].dims
     # The backward pass returns three gradients at least, the forward pass one array of four axes.
     is_backward = sum(len(array.dims) == 4 for array in arrays(shape)) > 1

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax.linen.partitioning import with_sharding_constraint
 from jaxtyping import Bool, Float
 
-from richhf_jax import errors
 from richhf_jax.shapes import Array
 
 KERNELS = ("auto", "xla", "cudnn")
@@ -75,7 +74,9 @@ def current_device() -> Device:
 def obstacle(device: Device, attention: Attention) -> str | None:
     """Returns why cuDNN's flash attention can't compute an attention on a device; None: it can."""
     if device.capability is None:
-        return f"the program is for a {device.platform.upper()}, or for another machine, not for this NVIDIA GPU"
+        return (
+            f"the program is for a {device.platform.upper()}, or for another machine, not for this NVIDIA GPU"
+        )
     if device.capability < _LEAST_CAPABILITY:
         return "the GPU's compute capability is {}.{}; {}.{} is the least".format(
             *device.capability, *_LEAST_CAPABILITY
@@ -112,8 +113,7 @@ def choose(
       sees_prefix: whether the keys that an example sees are its first ones, or all.
 
     Raises:
-      errors.UserError: 'cudnn' was asked for and can't do it.
-      ValueError: there is no such kernel.
+      ValueError: 'cudnn' was asked for and can't compute it, or there is no such kernel.
     """
     if kernel not in KERNELS:
         raise ValueError(f"attention_kernel must be one of {KERNELS}, got {kernel!r}")
@@ -124,9 +124,9 @@ def choose(
     )
     reason = obstacle(current_device(), attention)
     if kernel == "cudnn" and reason:
-        raise errors.UserError(
-            f"attention_kernel = 'cudnn' isn't possible here: {reason}. 'auto' takes it only where it is"
-            " possible (ATTENTION_KERNEL in gin)"
+        raise ValueError(
+            f"attention_kernel = 'cudnn' isn't possible here: {reason}; 'auto' takes it where it is possible"
+            " (gin's ATTENTION_KERNEL)"
         )
     return "xla" if reason else "cudnn"
 
@@ -151,14 +151,14 @@ def flash(
     """
     batch, q_length = query.shape[:2]
     if kept is not None:
-        # The factor of a key's weights is the same for all queries, so it may as well multiply the key's value.
+        # A key's weights have one factor for all queries, so it may as well multiply the key's value.
         # [batch, heads, 1, kv_length] -> [batch, kv_length, heads, 1]
         value = value * kept.transpose(0, 3, 1, 2)
     # On several devices, JAX splits the kernel's work as these arrays are split.
     query, key, value = (
         with_sharding_constraint(array, ("batch", "length", "heads", "kv")) for array in (query, key, value)
     )
-    # The lengths are given even where all keys are visible: without them, cuDNN's backward pass may return NaN
+    # Lengths are given even where all keys are visible: without them, cuDNN's backward pass may return NaN
     # where all logits of a query are far below zero (https://github.com/NVIDIA/cudnn-frontend/issues/1072).
     # All queries count, those at padding too: they see the same keys as others, so their outputs are finite.
     kv_lengths = jnp.full(batch, key.shape[1]) if visible is None else jnp.sum(visible, axis=-1)

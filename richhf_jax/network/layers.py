@@ -342,7 +342,7 @@ def dot_product_attention(
       dtype: type of the attention weights after the softmax.
       float32_logits: computes the logits and the softmax in float32 whatever the inputs' type. The kernel
         'cudnn' always does.
-      kernel: 'xla', or 'cudnn' (ours), see `attention_kernel`. With 'cudnn', `bias` has a batch axis of size 1.
+      kernel: 'xla', or 'cudnn' (ours), see `attention_kernel`. With 'cudnn', `bias` has 1 as its batch axis.
       visible: with 'cudnn', the keys that are visible, the first ones of each example; None: all.
 
     Raises:
@@ -358,9 +358,7 @@ def dot_product_attention(
     if dropout_rate > 0.0 and not deterministic:
         if dropout_rng is None:
             raise ValueError("dropout needs a dropout_rng")
-        keep_rate = 1.0 - dropout_rate
-        keep = jax.random.bernoulli(dropout_rng, keep_rate, (batch, heads, 1, kv_length))
-        kept = keep.astype(dtype) / jnp.asarray(keep_rate, dtype)
+        kept = kept_weights(dropout_rng, dropout_rate, (batch, heads, 1, kv_length), dtype)
     if kernel == "cudnn":
         return attention_kernel.flash(query, key, value, bias, visible, kept)
 
@@ -374,6 +372,14 @@ def dot_product_attention(
     if kept is not None:
         weights = weights * kept
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def kept_weights(
+    rng: PRNGKeyArray, dropout_rate: float, shape: tuple[int, ...], dtype: DType
+) -> Float[Array, "..."]:
+    """Draws the factors of attention weights under dropout: 0, or 1 / (1 - `dropout_rate`)."""
+    keep_rate = 1.0 - dropout_rate
+    return jax.random.bernoulli(rng, keep_rate, shape).astype(dtype) / jnp.asarray(keep_rate, dtype)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -426,8 +432,8 @@ class MultiHeadDotProductAttention(nn.Module):
           inputs_kv: the sequence they attend to.
           mask: > 0 where a query may see a key, broadcastable to [batch, heads, q_length, kv_length].
           bias: number added to each logit, of the same shape; with `decode`, that of the longest length.
-          visible: what the mask says of the keys, where it says nothing else and the visible keys are the first
-            ones; None: the mask isn't of this kind. Only kernels other than 'xla' use it (ours).
+          visible: the keys that the mask shows, where they are the first ones and the same for all queries
+            that aren't padding; None: they aren't. Kernels other than 'xla' take no other mask (ours).
           decode: keeps and uses the cache.
           keep_kv: keeps keys and values, or uses those that were kept.
           deterministic: turns dropout off.

@@ -38,8 +38,8 @@ class T5Config:
       image_positions: place of the image tokens in the encoder's relative positions, see `encoder_positions`.
       scan_layers: runs the layers in one loop, which compiles several times faster, see `stack`.
       remat_policy: what the backward pass recomputes: 'none', 'minimal' or 'full', see `stack`.
-      attention_kernel: what computes the encoder's attention: 'auto', 'xla' or 'cudnn', see `attention_kernel`.
-        The decoder's is always 'xla': its arrays of logits are small, 64 texts' tokens by 64 or 1,088.
+      attention_kernel: what computes the encoder's attention: 'auto', 'xla' or 'cudnn', see the module
+        `attention_kernel`. The decoder's is always 'xla': it has few queries, so its logits are few.
     """
 
     vocab_size: int

@@ -46,7 +46,7 @@ class ViTConfig:
         a GELU (Xiao et al., "Early Convolutions Help Transformers See Better",
         https://arxiv.org/abs/2106.14881). The published ViT has none; with two, a small ViT learns texture
         several times faster.
-      attention_kernel: what computes the attention: 'auto', 'xla' or 'cudnn', see `attention_kernel`.
+      attention_kernel: what computes the attention: 'auto', 'xla' or 'cudnn', see the module of this name.
     """
 
     patch_size: int = 16
