@@ -1,8 +1,8 @@
 """Compares the kernels of attention on this machine's first device: values, gradients, time and memory.
 
 The shapes are those of the base size's ViT (1,024 patches) and T5 encoder (1,024 patches and 64 tokens of a
-prompt, with relative positions and padding), or with --size=tiny those of the tiny size. The encoder's come once
-more with logits about -200, where some versions of cuDNN returned NaN. The kernels are
+prompt, with relative positions and padding), or with --size=tiny those of the tiny size. The encoder is there
+once more with logits about -200, where some versions of cuDNN returned NaN. The kernels are
 
     xla      products of matrices, with the padding and the positions added to the logits
     cudnn    cuDNN's flash attention; on a machine without an NVIDIA GPU the same formulas, computed by XLA
