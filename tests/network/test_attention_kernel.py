@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.linen import partitioning
+from flax.linen import partitioning as flax_partitioning
 from jax._src.cudnn import fused_attention_stablehlo
 
+from richhf_jax import errors, partitioning, trainer
 from richhf_jax.costs import counter
 from richhf_jax.network import attention_kernel, layers
 
@@ -146,6 +147,7 @@ def on_a_gpu(monkeypatch):
 
 # Heads of the ViT are a multiple of 8 wide.
 WIDTHS = "vit.ViTConfig.emb_dim = 16"
+BFLOAT16 = ("t5.T5Config.dtype = 'bfloat16'", "vit.ViTConfig.dtype = 'bfloat16'")
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +194,20 @@ def test_a_letterboxed_picture_is_for_xla(make_case, on_a_gpu):
     assert on_a_gpu == []
 
 
+def test_a_training_that_cudnn_cant_do_is_refused(make_model, make_batch, monkeypatch):
+    def start(**more):
+        model = make_model("multi_head", WIDTHS, *BFLOAT16, "ATTENTION_KERNEL = 'cudnn'")
+        batch = make_batch(model, 0, 0, 1) | more
+        shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+        trainer.Trainer(model, partitioning.PjitPartitioner(), shapes)
+
+    with pytest.raises(errors.UserError, match="settings don't fit .* 'cudnn' isn't possible here: .* a CPU"):
+        start()
+    monkeypatch.setattr(attention_kernel, "current_device", lambda: H100)
+    with pytest.raises(errors.UserError, match="'cudnn' isn't possible here: .* letterboxed pictures"):
+        start(image_box=np.zeros((4, 4), np.int32))
+
+
 @pytest.fixture
 def cudnn(monkeypatch):
     """Lets JAX lower programs with cuDNN's calls, as if cuDNN were here."""
@@ -201,9 +217,6 @@ def cudnn(monkeypatch):
 
 def lowered_for_cuda(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-
-
-BFLOAT16 = ("t5.T5Config.dtype = 'bfloat16'", "vit.ViTConfig.dtype = 'bfloat16'")
 
 
 @pytest.mark.usefixtures("cudnn")
@@ -247,7 +260,7 @@ def test_a_program_over_several_devices_splits_examples_and_heads(cudnn):
     rules = (("batch", "data"), ("heads", "model"), ("length", None), ("kv", None))
     tokens = jax.ShapeDtypeStruct((4, 64, 2, 8), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.bfloat16)
-    with jax.set_mesh(mesh), partitioning.axis_rules(rules):
+    with jax.set_mesh(mesh), flax_partitioning.axis_rules(rules):
         lowered = lowered_for_cuda(attention_kernel.flash, tokens, tokens, tokens, bias)
     constraints = re.findall(
         r"sdy.sharding_constraint .*<@mesh, \[(.*)\]> : tensor<(\S+)>", lowered.as_text()
