@@ -192,7 +192,7 @@ def _compiled(
     kernel: str, step: str, dropout_rate: float, arrays: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     start = time.perf_counter()
-    compiled = jax.jit(_program(kernel, step, dropout_rate)).lower(arrays).compile()
+    compiled: Any = jax.jit(_program(kernel, step, dropout_rate)).lower(arrays).compile()
     seconds = time.perf_counter() - start
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     return compiled, {"compile_seconds": seconds, "temporary_mebibytes": temporaries}

@@ -8,7 +8,7 @@ Both compute the same function, up to rounding.
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,8 @@ def current_device() -> Device:
 
     A program for other hardware, such as a topology that isn't there, has no known capability.
     """
-    default = jax.config.jax_default_device  # a device, a platform's name, or None
+    config: Any = jax.config
+    default = config.jax_default_device  # a device, a platform's name, or None
     here = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
     target = jax.sharding.get_abstract_mesh().abstract_device or here
     # AMD's GPUs have a name such as "gfx942" instead.

@@ -111,15 +111,16 @@ def test_flash_attention_is_the_same_function(rng, dtype, dropout_rate, has_bias
         def attend(arrays):
             mask = layers.mask_to_bias(layers.make_attention_mask(visible, visible), dtype)
             bias = layers.combine_biases(mask, arrays.get("bias"))
-            qkv = (arrays[name] for name in ("query", "key", "value"))
-            return layers.dot_product_attention(*qkv, bias, *dropout, dtype=dtype)
+            query, key, value = (arrays[name] for name in ("query", "key", "value"))
+            return layers.dot_product_attention(query, key, value, bias, *dropout, dtype=dtype)
 
         return attend
 
     def flash(arrays):
         kept = layers.kept_weights(*dropout, (3, 2, 1, 10), dtype) if dropout_rate else None
-        qkv = (arrays[name] for name in ("query", "key", "value"))
-        return attention_kernel.flash(*qkv, arrays.get("bias"), visible, kept, implementation="xla")
+        query, key, value = (arrays[name] for name in ("query", "key", "value"))
+        bias = arrays.get("bias")
+        return attention_kernel.flash(query, key, value, bias, visible, kept, implementation="xla")
 
     expected = outputs_and_gradients(plain(jnp.float32), learned, weights, jnp.float32)
     found = outputs_and_gradients(flash, learned, weights, dtype)
