@@ -59,7 +59,7 @@ class Attention(NamedTuple):
 def current_device() -> Device:
     """Returns the device that the program is traced for: that of the mesh in context, or this machine's.
 
-    A program for other hardware, such as a topology that isn't there, has no known capability.
+    A program for other hardware, such as a topology of chips that aren't there, has no known capability.
     """
     config: Any = jax.config
     default = config.jax_default_device  # a device, a platform's name, or None
@@ -75,9 +75,8 @@ def current_device() -> Device:
 def obstacle(device: Device, attention: Attention) -> str | None:
     """Returns why cuDNN's flash attention can't compute an attention on a device; None: it can."""
     if device.capability is None:
-        return (
-            f"the program is for a {device.platform.upper()}, or for another machine, not for this NVIDIA GPU"
-        )
+        other = "another GPU" if device.platform == "gpu" else f"a {device.platform.upper()}"
+        return f"it takes an NVIDIA GPU of this machine, and the program is for {other}"
     if device.capability < _LEAST_CAPABILITY:
         return "the GPU's compute capability is {}.{}; {}.{} is the least".format(
             *device.capability, *_LEAST_CAPABILITY
