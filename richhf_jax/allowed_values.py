@@ -78,6 +78,7 @@ RANGES = {name: limits for limits, names in _PARAMETERS.items() for name in name
 CHOICES = {
     "variant": feedback.VARIANTS,
     "remat_policy": ("none", "minimal", "full"),
+    "attention_kernel": ("auto", "xla", "cudnn"),
     "image_positions": ("running", "after_text", "one_point"),
     "norm": ("layer", "rms"),
     "deconv_padding": ("SAME", "torch"),

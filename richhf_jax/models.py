@@ -241,6 +241,8 @@ class RahfModel(BaseModel):
             input_shapes["decoder_input_tokens"][-1],
         )
         targets = jnp.ones((1, slots.texts, target_length), jnp.int32)
+        # Letterboxed pictures have a mask, which not every kernel of attention takes.
+        box = jnp.array([[0, 0, height, width]]) if "image_box" in input_shapes else None
         return self.module.init(
             rng,
             jnp.zeros((1, height, width, 3), jnp.uint8),
@@ -249,6 +251,7 @@ class RahfModel(BaseModel):
             targets,
             num_heatmaps=slots.heatmaps,
             num_scores=slots.scores,
+            image_box=box,
             enable_dropout=False,
         )
 

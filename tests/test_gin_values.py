@@ -9,7 +9,7 @@ import pytest
 
 import tasks  # noqa: F401 (registers gin's functions)
 from richhf_jax import allowed_values, errors, gin_utils, gin_values
-from richhf_jax.network import stack, t5
+from richhf_jax.network import attention_kernel, stack, t5
 
 GIN = pathlib.Path(gin_utils.__file__).resolve().parents[1] / "gin"
 GIVEN = ("MODEL_DIR = 'none'", "MIXTURE_OR_TASK_NAME = 'none'", "TRAIN_STEPS = 1", "NUM_MICROBATCHES = None")
@@ -65,6 +65,7 @@ MACROS = {
     ),
     **dict.fromkeys(("CONSTRAINED_KEYWORDS", "WRITE_HEATMAPS"), (BOOL, "true no off 0.0")),
     "VARIANT": ("'multi_head' or 'augmented_prompt'", "foo multi-head None 1"),
+    "ATTENTION_KERNEL": ("'auto' or 'xla' or 'cudnn'", "flash None 1"),
     "REMAT_POLICY": ("'none' or 'minimal' or 'full'", "1 True Full"),
     **dict.fromkeys(("MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR"), (TEXT, "2024 None ('a','b')")),
     **dict.fromkeys(
@@ -126,6 +127,7 @@ def parts(hint) -> set:
 
 def test_choices_are_those_of_the_code():
     assert allowed_values.CHOICES["remat_policy"] == tuple(stack.REMAT_POLICIES)
+    assert allowed_values.CHOICES["attention_kernel"] == attention_kernel.KERNELS
     assert allowed_values.CHOICES["image_positions"] == t5.IMAGE_POSITIONS
 
 

@@ -69,6 +69,7 @@ trainer            | jax            | losses models partitioning train_state
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
                                       partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
+benchmarks.attention | jax          |
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |
 benchmarks.steps   | jax tensorflow |
@@ -91,7 +92,7 @@ HOUSE = parse(RULES)
 # May import any room of the project: they stand on top.
 ENTRY_POINTS = {
     *("train", "eval", "infer", "precompile", "export.__main__", "convert.__main__"),
-    *("benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
+    *("benchmarks.attention", "benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
 }
 HEAVY = {
     "jax": {"jax", "jaxlib", "flax", "optax", "orbax"},

@@ -34,6 +34,22 @@ def test_another_type_of_activations(model_dir):
     assert model_description.read(model_dir).network.t5_config.dtype == "float32"
 
 
+def test_a_kernel_of_attention_binds_no_file_to_a_device(copy):
+    description = model_description.read(copy)
+    assert description.network.vit_config.attention_kernel == "auto"
+    network = description.network.with_attention_kernel("cudnn")
+    other = dataclasses.replace(description, network=network)
+    assert other.checksum() == description.checksum()
+    other.write(copy)
+    assert model_description.read(copy) == description
+    # Who wants another one writes it into the file.
+    content = json.loads((copy / FILE).read_text())
+    del content["checksums"]
+    content["vit_config"]["attention_kernel"] = content["t5_config"]["attention_kernel"] = "xla"
+    (copy / FILE).write_text(json.dumps(content))
+    assert model_description.read(copy).network == description.network.with_attention_kernel("xla")
+
+
 def test_a_description_without_vocabulary_writes_none(model_dir, tmp_path):
     dataclasses.replace(model_description.read(model_dir), vocabulary=None).write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
@@ -89,6 +105,7 @@ def test_an_entry_that_is_missing_or_wrong_is_named(copy, change, message):
         ("feature_lengths.targets", 8.5, "must be a whole number from 2 to 65536, got 8.5"),
         ("misalignment_threshold", "nan", "must be a number from 0 to 1, got the text 'nan'"),
         ("misalignment_threshold", math.nan, "must be a number from 0 to 1, got nan"),
+        ("vit_config.attention_kernel", "flash", "must be 'auto' or 'xla' or 'cudnn', got the text 'flash'"),
         ("decoder_sees_image", 1, "must be True or False, got 1"),
         ("fit", None, "must be 'resize' or 'letterbox', got None"),
     ],

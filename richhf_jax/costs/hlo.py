@@ -21,6 +21,9 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 
+# The second name is that before XLA splits a program over devices; the network has no other such call.
+_FLASH_ATTENTION = re.compile(r'"(__cudnn\$fmha|CustomSPMDPartitioning")')
+
 _ELEMENTWISE = {
     "abs", "add", "and", "bitcast-convert", "ceil", "clamp", "compare", "complex", "convert",
     "count-leading-zeros", "divide", "floor", "imag", "is-finite", "maximum", "minimum", "multiply",
@@ -164,12 +167,22 @@ def flops(instruction: Instruction, operands: Sequence[str]) -> float:
         return count * math.ceil(math.log2(max(count, 2)))
     if opcode in ("all-reduce", "all-reduce-start"):
         return sum(map(elements, operands))
+    if opcode == "custom-call" and _FLASH_ATTENTION.match(instruction.attribute("custom_call_target")):
+        return _flash_attention_flops(shape, *operands[:2])
     return 0
 
 
 def window_size(instruction: Instruction) -> int:
     """Returns the number of elements of an instruction's window."""
     return math.prod(side.size for side in _window(instruction))
+
+
+def _flash_attention_flops(shape: str, query: str, key: str) -> float:
+    """Counts the products of cuDNN's flash attention: two forward; five backward, one of them again."""
+    batch, q_length, heads, width = arrays(query)[0].dims
+    # The backward pass returns three gradients at least, the forward pass one array of four axes.
+    is_backward = sum(len(array.dims) == 4 for array in arrays(shape)) > 1
+    return (5 if is_backward else 2) * 2 * batch * heads * q_length * arrays(key)[0].dims[1] * width
 
 
 class _Side(NamedTuple):

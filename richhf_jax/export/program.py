@@ -1,5 +1,6 @@
 """Makes the prediction a function of plain arrays, for the executable exports."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -22,7 +23,9 @@ def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, 
       `input_shapes`. Outputs are those of `predict_fn`, but with the words' values called
       "misaligned_probability" and "misaligned" ([batch, length]; column 0 is word 1).
     """
-    predict = forward.predict_fn(description)
+    # The program runs on other devices than this machine's.
+    network = description.network.with_attention_kernel("xla")
+    predict = forward.predict_fn(dataclasses.replace(description, network=network))
     suffix = keywords.suffix_pieces(forward.load_vocabulary(description.vocabulary).encode)
 
     def run(params, inputs):

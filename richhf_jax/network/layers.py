@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
-from jaxtyping import Float, Int, Int32, PRNGKeyArray, Real, Shaped
+from jaxtyping import Bool, Float, Int, Int32, PRNGKeyArray, Real, Shaped
 
+from richhf_jax.network import attention_kernel
 from richhf_jax.shapes import Array
 
 DType = Any
@@ -327,6 +328,8 @@ def dot_product_attention(
     deterministic: bool = False,
     dtype: DType = jnp.float32,
     float32_logits: bool = False,
+    kernel: str = "xla",
+    visible: Bool[Array, "batch kv_length"] | None = None,
 ) -> Float[Array, "batch q_length heads value_width"]:
     """Computes softmax(query . key + bias) . value. The logits are not scaled here: T5's initialiser does it.
 
@@ -337,7 +340,10 @@ def dot_product_attention(
       dropout_rate: share of the weights that is dropped.
       deterministic: turns dropout off.
       dtype: type of the attention weights after the softmax.
-      float32_logits: computes the logits and the softmax in float32 whatever the inputs' type.
+      float32_logits: computes the logits and the softmax in float32 whatever the inputs' type. The kernel
+        'cudnn' always does.
+      kernel: 'xla', or 'cudnn' (ours), see `attention_kernel`. With 'cudnn', `bias` has 1 as its batch axis.
+      visible: with 'cudnn', the keys that are visible, the first ones of each example; None: all.
 
     Raises:
       ValueError: the shapes do not fit each other, or dropout has no `dropout_rng`.
@@ -347,6 +353,15 @@ def dot_product_attention(
     if key.shape != (batch, kv_length, heads, kv) or value.shape[:-1] != key.shape[:-1]:
         shapes = f"{query.shape}, {key.shape} and {value.shape}"
         raise ValueError(f"query, key and value [batch, length, heads, kv] do not fit: {shapes}")
+
+    kept = None
+    if dropout_rate > 0.0 and not deterministic:
+        if dropout_rng is None:
+            raise ValueError("dropout needs a dropout_rng")
+        kept = kept_weights(dropout_rng, dropout_rate, (batch, heads, 1, kv_length), dtype)
+    if kernel == "cudnn":
+        return attention_kernel.flash(query, key, value, bias, visible, kept)
+
     if float32_logits:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
 
@@ -354,13 +369,17 @@ def dot_product_attention(
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
     weights = jax.nn.softmax(logits).astype(dtype)
-    if dropout_rate > 0.0 and not deterministic:
-        if dropout_rng is None:
-            raise ValueError("dropout needs a dropout_rng")
-        keep_rate = 1.0 - dropout_rate
-        keep = jax.random.bernoulli(dropout_rng, keep_rate, (batch, heads, 1, kv_length))
-        weights = weights * (keep.astype(dtype) / jnp.asarray(keep_rate, dtype))
+    if kept is not None:
+        weights = weights * kept
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def kept_weights(
+    rng: PRNGKeyArray, dropout_rate: float, shape: tuple[int, ...], dtype: DType
+) -> Float[Array, "..."]:
+    """Draws the factors of attention weights under dropout: 0, or 1 / (1 - `dropout_rate`)."""
+    keep_rate = 1.0 - dropout_rate
+    return jax.random.bernoulli(rng, keep_rate, shape).astype(dtype) / jnp.asarray(keep_rate, dtype)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -374,6 +393,7 @@ class MultiHeadDotProductAttention(nn.Module):
       kernel_init: initialiser of the kernels. The query's is divided by sqrt(head_dim): T5 scales the
         logits there and nowhere else.
       float32_logits: computes logits and softmax in float32.
+      kernel: what computes the attention, see `attention_kernel` (ours).
     """
 
     num_heads: int
@@ -382,6 +402,7 @@ class MultiHeadDotProductAttention(nn.Module):
     dropout_rate: float = 0.0
     kernel_init: Initializer = _attention_init
     float32_logits: bool = False
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(
@@ -390,6 +411,7 @@ class MultiHeadDotProductAttention(nn.Module):
         inputs_kv: Float[Array, "batch kv_length kv_embed"],
         mask: Shaped[Array, "#batch #heads _ #kv_length"] | None = None,
         bias: Float[Array, "#batch #heads _ _"] | None = None,
+        visible: Bool[Array, "batch kv_length"] | None = None,
         *,
         decode: bool = False,
         keep_kv: bool = False,
@@ -410,6 +432,8 @@ class MultiHeadDotProductAttention(nn.Module):
           inputs_kv: the sequence they attend to.
           mask: > 0 where a query may see a key, broadcastable to [batch, heads, q_length, kv_length].
           bias: number added to each logit, of the same shape; with `decode`, that of the longest length.
+          visible: the keys that the mask shows, where they are the first ones and the same for all queries
+            that aren't padding; None: they aren't. Kernels other than 'xla' take no other mask (ours).
           decode: keeps and uses the cache.
           keep_kv: keeps keys and values, or uses those that were kept.
           deterministic: turns dropout off.
@@ -444,20 +468,25 @@ class MultiHeadDotProductAttention(nn.Module):
             key, value = keys_and_values()
         if decode:
             key, value, mask, bias = self._extend_cache(query, key, value, mask, bias)
-        if mask is not None:
-            mask = mask_to_bias(mask, self.dtype)
+        kernel = attention_kernel.choose(
+            self.kernel, query, key, bias, sees_prefix=mask is None or visible is not None
+        )
+        if kernel == "xla" and mask is not None:
+            bias = combine_biases(mask_to_bias(mask, self.dtype), bias)
 
         drop = self.dropout_rate > 0.0 and not deterministic
         attended = dot_product_attention(
             query,
             key,
             value,
-            bias=combine_biases(mask, bias),
+            bias=bias,
             dropout_rng=self.make_rng("dropout") if drop else None,
             dropout_rate=self.dropout_rate,
             deterministic=deterministic,
             dtype=self.dtype,
             float32_logits=self.float32_logits,
+            kernel=kernel,
+            visible=visible,
         )
         attended = attended.reshape(*inputs_q.shape[:2], *attended.shape[2:])
         # [batch, length, heads, kv] -> [batch, length, embed]

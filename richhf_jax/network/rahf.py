@@ -154,6 +154,11 @@ class Rahf(nn.Module):
             **{name: _fields(getattr(self, name)) for name in configs},
         }
 
+    def with_attention_kernel(self, kernel: str) -> "Rahf":
+        """Returns the same network with another `attention_kernel`."""
+        configs = {"t5_config": self.t5_config, "vit_config": self.vit_config}
+        return self.clone(**{name: one.replace(attention_kernel=kernel) for name, one in configs.items()})
+
     @property
     def smallest_slots(self) -> feedback.Slots:
         """The fewest outputs that use every parameter; initialisation needs them."""
@@ -177,7 +182,7 @@ class Rahf(nn.Module):
 
         Args:
           image: pixels from 0 to 255: uint8, or float where a gradient is wanted.
-          encoder_input_tokens: the prompts; 0 = padding.
+          encoder_input_tokens: the prompts; 0 = padding, which follows the prompt.
           image_box: place of a letterboxed image: its first row and column, and those after its last. Pixels
             in patches wholly outside it change no output. None: the image fills its square.
           enable_dropout: turns dropout on, which needs the rng "dropout".
@@ -207,7 +212,11 @@ class Rahf(nn.Module):
         fused = fused.reshape(batch * prompts, image_tokens + length, embed)
         flat_valid = valid.reshape(batch * prompts, image_tokens + length)
         mask = layers.make_attention_mask(flat_valid, flat_valid, dtype=self.t5_config.dtype)
-        encoded = self.encoder(fused, mask, image_tokens=image_tokens, deterministic=not enable_dropout)
+        # Without a letterbox all padding stands at the end.
+        visible = flat_valid if patch_mask is None else None
+        encoded = self.encoder(
+            fused, mask, visible, image_tokens=image_tokens, deterministic=not enable_dropout
+        )
         encoded = encoded.reshape(batch, prompts, image_tokens + length, embed)
         if patch_mask is not None:  # The heads see zeros there, as beyond an image's border.
             encoded = jnp.where(valid[..., None], encoded, 0)
@@ -342,6 +351,8 @@ class Rahf(nn.Module):
 
 def _fields(config: Any) -> dict[str, Any]:
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    # The kernel is no setting of the model: it changes no output, and another device may not have it.
+    fields.pop("attention_kernel", None)
     if "dtype" in fields:  # A name, or a type of numpy or jax.
         fields["dtype"] = jnp.dtype(fields["dtype"]).name
     return fields

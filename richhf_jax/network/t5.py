@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from richhf_jax.network import layers, stack
 from richhf_jax.shapes import Array
@@ -38,6 +38,8 @@ class T5Config:
       image_positions: place of the image tokens in the encoder's relative positions, see `encoder_positions`.
       scan_layers: runs the layers in one loop, which compiles several times faster, see `stack`.
       remat_policy: what the backward pass recomputes: 'none', 'minimal' or 'full', see `stack`.
+      attention_kernel: what computes the encoder's attention: 'auto', 'xla' or 'cudnn', see the module
+        `attention_kernel`. The decoder's is always 'xla': it has few queries, so its logits are few.
     """
 
     vocab_size: int
@@ -55,6 +57,7 @@ class T5Config:
     image_positions: str = "running"
     scan_layers: bool = False
     remat_policy: str = "none"
+    attention_kernel: str = "auto"
 
 
 IMAGE_POSITIONS = ("running", "after_text", "one_point")
@@ -95,13 +98,14 @@ def _norm(cfg: T5Config, name: str) -> layers.LayerNorm:
     return layers.LayerNorm(dtype=cfg.dtype, name=name)
 
 
-def _attention(cfg: T5Config, name: str) -> layers.MultiHeadDotProductAttention:
+def _attention(cfg: T5Config, name: str, kernel: str = "xla") -> layers.MultiHeadDotProductAttention:
     return layers.MultiHeadDotProductAttention(
         num_heads=cfg.num_heads,
         head_dim=cfg.head_dim,
         dtype=cfg.dtype,
         dropout_rate=cfg.dropout_rate,
         float32_logits=cfg.float32_attention_logits,
+        kernel=kernel,
         name=name,
     )
 
@@ -143,6 +147,7 @@ class EncoderLayer(nn.Module):
         inputs: Float[Array, "batch length embed"],
         encoder_bias: Float[Array, "1 heads length length"],
         encoder_mask: Shaped[Array, "batch 1 length length"] | None = None,
+        encoder_visible: Bool[Array, "batch length"] | None = None,
         deterministic: bool = False,
     ) -> Float[Array, "batch length embed"]:
         """Applies the layer.
@@ -150,12 +155,14 @@ class EncoderLayer(nn.Module):
         Args:
           inputs: output of the layer before.
           encoder_bias: relative position biases.
-          encoder_mask: > 0 where a position may see another.
+          encoder_mask, encoder_visible: as for `Encoder`.
           deterministic: turns dropout off.
         """
         cfg = self.config
         x = _norm(cfg, "pre_attention_layer_norm")(inputs)
-        x = _attention(cfg, "attention")(x, x, encoder_mask, encoder_bias, deterministic=deterministic)
+        x = _attention(cfg, "attention", cfg.attention_kernel)(
+            x, x, encoder_mask, encoder_bias, encoder_visible, deterministic=deterministic
+        )
         x = inputs + _dropout(cfg)(x, deterministic=deterministic)
 
         y = _norm(cfg, "pre_mlp_layer_norm")(x)
@@ -215,6 +222,7 @@ class Encoder(nn.Module):
         self,
         inputs_embeddings: Float[Array, "batch length embed"],
         encoder_mask: Shaped[Array, "batch 1 length length"] | None = None,
+        encoder_visible: Bool[Array, "batch length"] | None = None,
         *,
         image_tokens: int = 0,
         deterministic: bool = False,
@@ -225,6 +233,8 @@ class Encoder(nn.Module):
           inputs_embeddings: image tokens first.
           image_tokens: number of image tokens.
           encoder_mask: > 0 where a position may see another; None: all see all.
+          encoder_visible: the positions that `encoder_mask` shows to all positions that aren't padding, where
+            they come first and padding follows; None: they don't.
           deterministic: turns dropout off.
 
         Returns:
@@ -242,7 +252,7 @@ class Encoder(nn.Module):
         x = _dropout(cfg)(inputs_embeddings, deterministic=deterministic).astype(cfg.dtype)
 
         def call(layer, x):
-            return layer(x, bias, encoder_mask, deterministic)
+            return layer(x, bias, encoder_mask, encoder_visible, deterministic)
 
         x = stack.apply_layers(EncoderLayer, cfg, cfg.num_encoder_layers, call, x)
         x = _norm(cfg, "encoder_norm")(x)

@@ -16,7 +16,7 @@ from flax import struct
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 from jaxtyping import Bool, Float, Shaped
 
-from richhf_jax.network import layers, stack
+from richhf_jax.network import attention_kernel, layers, stack
 from richhf_jax.shapes import Array
 
 
@@ -46,6 +46,7 @@ class ViTConfig:
         a GELU (Xiao et al., "Early Convolutions Help Transformers See Better",
         https://arxiv.org/abs/2106.14881). The published ViT has none; with two, a small ViT learns texture
         several times faster.
+      attention_kernel: what computes the attention: 'auto', 'xla' or 'cudnn', see the module of this name.
     """
 
     patch_size: int = 16
@@ -63,6 +64,7 @@ class ViTConfig:
     scan_layers: bool = False
     remat_policy: str = "none"
     stem_filters: tuple[int, ...] = ()
+    attention_kernel: str = "auto"
 
 
 class StemLayer(nn.Module):
@@ -177,9 +179,10 @@ class Attention(nn.Module):
             return with_sharding_constraint(projected, ("batch", "length", "heads", "kv"))
 
         query, key, value = project("query"), project("key"), project("value")
+        query = query / math.sqrt(head_dim)
         drop = cfg.dropout_rate > 0.0 and not deterministic
         attended = layers.dot_product_attention(
-            query / math.sqrt(head_dim),
+            query,
             key,
             value,
             bias=None if mask is None else layers.mask_to_bias(mask, cfg.dtype),
@@ -188,6 +191,7 @@ class Attention(nn.Module):
             deterministic=deterministic,
             dtype=cfg.dtype,
             float32_logits=cfg.float32_attention_logits,
+            kernel=attention_kernel.choose(cfg.attention_kernel, query, key, None, sees_prefix=mask is None),
         )
         return dense(cfg.emb_dim, axis=(-2, -1), kernel_axes=("joined_kv", "embed"), name="out")(attended)
 

@@ -20,6 +20,8 @@ from PIL import Image
 from richhf_jax import RahfPredictor, checkpoints, errors, feedback, model_description
 from richhf_jax.export import __main__ as export
 from richhf_jax.export import card, program
+from richhf_jax.network import attention_kernel
+from richhf_jax.predict import forward
 
 PROMPTS = [
     "a red circle, and two blue stars",
@@ -399,6 +401,15 @@ def test_in_bfloat16(make_model_dir, tmp_path):
     coarse = RahfPredictor.from_checkpoint(tmp_path / "new")
     assert coarse.description.network.t5_config.dtype == "bfloat16"
     assert "| activations | bfloat16 |" in (tmp_path / "new/MODEL_CARD.md").read_text()
+
+
+def test_a_gpus_kernel_is_no_part_of_the_program(make_model_dir, monkeypatch):
+    description = model_description.read(make_model_dir(dtype="bfloat16"))
+    params = program.flat(forward.abstract_params(description))
+    gpu = attention_kernel.Device("gpu", (9, 0))
+    monkeypatch.setattr(attention_kernel, "current_device", lambda: gpu)
+    monkeypatch.setattr(attention_kernel, "flash", fail)
+    jax.eval_shape(program.make(description), params, program.input_shapes(description, 2))
 
 
 def fail(*_):
