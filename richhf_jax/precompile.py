@@ -250,9 +250,9 @@ def parts_of_step(
         for part in parts.of_network(model.module, state.params, of_chip):
             if part.name in ("heatmap head", "score head"):
                 platform = partitioner.mesh.devices.flat[0].platform
-                for name, (convolve, operands) in parts.convolutions(part, platform).items():
-                    operands = laid_out(operands, sharding=partitioner.replicated)
-                    yield f"{part.name}: {name}", lowering(convolve, *operands)
+                for name, one in parts.convolutions(part, platform).items():
+                    operands = laid_out(one.operands, sharding=partitioner.replicated)
+                    yield f"{part.name}: {name} (x{one.count})", lowering(one.fn, *operands)
     yield f"{step} step", lambda: trainer.lower(step)
 
 

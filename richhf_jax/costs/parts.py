@@ -46,7 +46,6 @@ def of_network(module: Any, params: Mapping[str, Any], batch: Mapping[str, Any])
       params: its parameters, as arrays or `ShapeDtypeStruct`s.
       batch: a batch of the model's features, likewise.
     """
-    slots = feedback.Slots(*(batch[name].shape[1] for name in ("heatmap_weights", "score_weights")), 1)
 
     def part(name, prefixes, method, *inputs):
         def fn(params, *inputs):
@@ -59,54 +58,67 @@ def of_network(module: Any, params: Mapping[str, Any], batch: Mapping[str, Any])
         pixels = image.astype(network.vit_config.dtype) / 127.5 - 1.0
         return network.vit(pixels, deterministic=True)
 
-    image, prompts = batch["image"], batch["encoder_input_tokens"]
-    encoder = part(
-        "ViT and encoder",
-        ("vit", "image_projection", "token_embedder", "encoder"),
-        type(module).encode,
-        image,
-        prompts,
+    def heads(kind, count):
+        slots = feedback.Slots(**{"heatmaps": 0, "scores": 0, "texts": 0, kind: count})
+        name = f"{kind[:-1]} head" if count == 1 else f"{count} {kind[:-1]} heads"
+        return part(
+            name, f"{kind[:-1]}_head", functools.partial(getattr(type(module), kind), slots=slots), encoded
+        )
+
+    image, prompts, targets = (
+        batch[name] for name in ("image", "encoder_input_tokens", "decoder_target_tokens")
     )
+    of_encoder = ("vit", "image_projection", "token_embedder", "encoder")
+    encoder = part("ViT and encoder", of_encoder, type(module).encode, image, prompts)
     encoded = jax.eval_shape(encoder.fn, encoder.params, image, prompts)
-    parts = [part("ViT", ("vit",), vision, image), encoder]
-    targets = batch["decoder_target_tokens"]
+    parts = [part("ViT", "vit", vision, image), encoder]
     if texts := targets.shape[1]:
         of_texts = jax.eval_shape(lambda encoded: encoded.last(texts), encoded)
-        sequences = jax.ShapeDtypeStruct((targets.shape[0] * texts, targets.shape[2]), targets.dtype)
-        names = ("decoder", "token_embedder")
-        parts.append(part("decoder", names, type(module).decode, of_texts, sequences, sequences))
-    for kind, of_kind in (("heatmap", type(module).heatmaps), ("score", type(module).scores)):
-        count = getattr(slots, f"{kind}s")
-        for number in sorted({1, count} - {0}):
-            only = feedback.Slots(**{"heatmaps": 0, "scores": 0, "texts": 0, f"{kind}s": number})
-            name = f"{kind} head" if number == 1 else f"{number} {kind} heads"
-            parts.append(
-                part(
-                    name, (f"{kind}_head",), lambda net, enc, f=of_kind, only=only: f(net, enc, only), encoded
-                )
-            )
+        tokens = jax.ShapeDtypeStruct((targets.shape[0] * texts, targets.shape[2]), targets.dtype)
+        of_decoder = ("decoder", "token_embedder")
+        parts.append(part("decoder", of_decoder, type(module).decode, of_texts, tokens, tokens))
+    for kind, weights in (("heatmaps", "heatmap_weights"), ("scores", "score_weights")):
+        parts += [
+            heads(kind, count) for count in sorted({1, batch[weights].shape[1]}) if batch[weights].shape[1]
+        ]
     return parts
 
 
-def convolutions(part: Part, platform: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Finds the different convolutions of a part and of its gradients; one in a loop counts once.
+@dataclasses.dataclass
+class Convolution:
+    """A convolution of a part or of its gradients.
+
+    Attributes:
+      fn: (left, right) -> output.
+      operands: shapes and types of left and right.
+      count: number of places in the program that compute it; a loop's body is one place.
+    """
+
+    fn: Callable[..., Any]
+    operands: tuple[jax.ShapeDtypeStruct, ...]
+    count: int = 0
+
+
+def convolutions(part: Part, platform: str) -> dict[str, Convolution]:
+    """Finds the different convolutions of a part and of its gradients.
 
     Args:
       part: a part of the network.
       platform: jax's name of the platform, because some layers are computed otherwise on a CPU.
 
     Returns:
-      Description, such as "input's gradient, bf16[1,64,64,768] * bf16[3,3,768,768] -> bf16[1,64,64,768]" ->
-      (the convolution alone, its two operands as `ShapeDtypeStruct`s).
+      Description -> convolution. A description tells the purpose and the shapes, for instance
+      "input's gradient, bf16[1,64,64,768] * bf16[3,3,768,768] -> bf16[1,64,64,768]".
     """
     jaxpr = jax.make_jaxpr(part.gradients)(part.params, *part.inputs).jaxpr
-    found = {}
+    found: dict[str, Convolution] = {}
     for eqn in _convolutions(jaxpr, platform, {}):
         left, right, out = (var.aval for var in (*eqn.invars, *eqn.outvars))
         shapes = f"{left.str_short(True)} * {right.str_short(True)} -> {out.str_short(True)}"
+        name = f"{_purpose(eqn.params['dimension_numbers'])}, {shapes}"
         operands = tuple(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in (left, right))
-        alone = functools.partial(eqn.primitive.bind, **eqn.params)
-        found[f"{_purpose(eqn.params['dimension_numbers'])}, {shapes}"] = (alone, operands)
+        fn = functools.partial(eqn.primitive.bind, **eqn.params)
+        found.setdefault(name, Convolution(fn, operands)).count += 1
     return found
 
 
