@@ -174,6 +174,18 @@ def test_the_model_costs_the_same_in_loops():
     assert flops(True) == pytest.approx(flops(False), rel=1e-4)  # A loop counts its trips.
 
 
+def test_both_trainings_of_the_quickstart_are_one_program():
+    def program(experiment):
+        gin.clear_config()
+        files = [f"experiments/{experiment}.gin"]
+        gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, ["MODEL_DIR = 'none'"])
+        partitioner = gin.get_configurable(partitioning.PjitPartitioner)()
+        trainer = precompile.make_trainer("train", partitioner, precompile.step_shapes("train"))
+        return trainer.lower("train").as_text()
+
+    assert program("quickstart_pretrain") == program("quickstart")
+
+
 def test_parts_are_compiled_one_by_one(monkeypatch, capsys):
     configure()
     compiled = jax.jit(jnp.matmul).lower(MATRIX, MATRIX).compile()
