@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import jax
@@ -387,6 +387,7 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
             "give it as INITIAL_CHECKPOINT_PATH, and another MODEL_DIR"
         )
     saved, wanted = saved_arrays.flat(tree), saved_arrays.flat(abstract_state.state_dict())
+    _check_scanned_alike(directory, saved.keys(), wanted.keys())
     # Parameters first, because the message shows only the first three names.
     names = sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "params", name))
     wrong = [
@@ -396,6 +397,35 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
     ]
     if wrong:
         raise CheckpointError(_does_not_fit(directory, wrong) + ". For another model, give another MODEL_DIR")
+
+
+def _check_scanned_alike(
+    path: epath.PathLike, saved: Collection[tuple[str, ...]], wanted: Collection[tuple[str, ...]]
+) -> None:
+    """Checks that checkpoint and model agree on SCAN_LAYERS: on one array for all layers of a stack, or many.
+
+    Args:
+      path: the checkpoint.
+      saved: paths of names in the checkpoint.
+      wanted: paths of names in the model.
+
+    Raises:
+      CheckpointError: they don't agree.
+    """
+    for in_model, in_checkpoint in (("layers", "layers_0"), ("layers_0", "layers")):
+        renamed = {
+            tuple(in_checkpoint if part == in_model else part for part in name)
+            for name in wanted
+            if in_model in name and name not in saved
+        }
+        if not renamed.isdisjoint(saved):
+            theirs = in_checkpoint == "layers"
+            raise CheckpointError(
+                f"{path} is of a model with SCAN_LAYERS = {theirs}, but this model has SCAN_LAYERS ="
+                f" {not theirs}: give --gin.SCAN_LAYERS={theirs} behind all gin files. Or let"
+                f" python -m richhf_jax.convert --from={path} --to=DIR --gin.SCAN_LAYERS={not theirs}"
+                " --gin_file=... write the parameters for this model, for INITIAL_CHECKPOINT_PATH"
+            )
 
 
 def _does_not_fit(path: epath.PathLike, wrong: list[str]) -> str:
@@ -567,6 +597,7 @@ def _restore_found(
     for part in ("params", "flax_mutables"):
         saved: dict[tuple, Any] = traverse_util.flatten_dict(tree.get(part, {}))
         wanted: dict[tuple, Any] = traverse_util.flatten_dict(getattr(abstract_state, part))
+        _check_scanned_alike(path, saved.keys(), wanted.keys())
         fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
         absent += [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
         if fits:  # Orbax can't restore an empty tree.

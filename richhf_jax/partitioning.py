@@ -162,7 +162,7 @@ class PjitPartitioner:
         dcn_mesh_shape: Sequence[int] | None = None,
         num_cpu_devices: int | None = None,
         devices: Sequence[Device] | None = None,
-        compiler_options: Mapping[str, str] | None = None,
+        compiler_options: Mapping[str, str | bool] | None = None,
     ):
         """Makes the mesh.
 
@@ -171,7 +171,8 @@ class PjitPartitioner:
           logical_axis_rules: default `standard_logical_axis_rules()`.
           num_cpu_devices: simulates this many devices on a CPU. It must be set before the first computation.
           devices: default all of this job's. To compile for hardware that isn't here, those of its topology.
-          compiler_options: XLA's flags for all steps; those called xla_tpu_... are used on TPUs alone.
+          compiler_options: XLA's flags for all steps; switches are True or False. Those called xla_tpu_...
+            are used on TPUs alone, and those called xla_gpu_... on GPUs alone.
 
         Raises:
           PartitioningError: see `make_mesh`.
@@ -181,10 +182,9 @@ class PjitPartitioner:
         devices = jax.devices() if devices is None else list(devices)
         self.mesh = make_mesh(devices, num_partitions, ici_mesh_shape, dcn_mesh_shape)
         self.rules = standard_logical_axis_rules() if logical_axis_rules is None else logical_axis_rules
+        others = tuple(f"xla_{platform}_" for platform in ("gpu", "tpu") if platform != devices[0].platform)
         self._compiler_options = {
-            name: value
-            for name, value in (compiler_options or {}).items()
-            if devices[0].platform == "tpu" or not name.startswith("xla_tpu_")
+            name: value for name, value in (compiler_options or {}).items() if not name.startswith(others)
         }
         logging.info("mesh: %s of %s", dict(self.mesh.shape), devices[0].device_kind)
 

@@ -12,15 +12,19 @@ It takes the gin files of a training and reads no data. For each step it prints,
 
 Without --topology it compiles for the devices of this machine. If a step doesn't fit, it prints the largest
 buffers and exits with code 1.
+
+With --by_part it prints, and with --json writes, how long each part of the model takes to compile alone: ViT,
+encoder, decoder, each head and each of its convolutions.
 """
 
+import functools
 import importlib.util
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -30,7 +34,7 @@ from absl import flags, logging
 
 from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning, writing
 from richhf_jax import trainer as trainer_lib
-from richhf_jax.costs import counter, plan
+from richhf_jax.costs import counter, parts, plan
 from tasks import vocabulary
 
 _STEPS = ("train", "predict")
@@ -41,6 +45,9 @@ _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Number of slices of that to
 _STEP = flags.DEFINE_enum("step", "train", [*_STEPS, "both"], "The step to compile.")
 _JSON = flags.DEFINE_string(
     "json", None, 'File for the numbers of the step, or {"train": ..., "predict": ...} with --step=both.'
+)
+_BY_PART = flags.DEFINE_bool(
+    "by_part", False, "Compile each part of the model alone, and print how long that takes; plan nothing."
 )
 
 # Environment of a plan that must not use, nor wait for, a TPU of this machine.
@@ -192,6 +199,85 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, floa
     return lowered.compile(compiler_options={"xla_tpu_no_crash_on_oom": "true"}), seconds, refusal
 
 
+def parts_of_step(
+    step: str, devices: Sequence[partitioning.Device] | None
+) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
+    """Yields each part of a step, and the whole step last: its name, and a function that lowers it.
+
+    A part has a microbatch, as within the step; a convolution has the share of one chip.
+
+    Args:
+      step: "train" or "predict".
+      devices: as for `plan_step`.
+    """
+    partitioner = gin.get_configurable(partitioning.PjitPartitioner)(devices=devices)
+    whole = step_shapes(step)
+    trainer = make_trainer(step, partitioner, whole)
+    model: Any = trainer.model
+    state = trainer.abstract_state
+
+    def lowering(fn, *args):
+        return lambda: partitioner.partition(fn, None, None).lower(*args)
+
+    def laid_out(tree, count=None, sharding=partitioner.batch_sharding):
+        def leaf(x):
+            shape = x.shape if count is None else (count, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(leaf, tree)
+
+    size = next(iter(whole.values())).shape[0] // trainer.num_microbatches
+    if step == "train":
+        yield "initialisation", lambda: trainer.lower("init")
+        optimize = functools.partial(trainer_lib.TrainState.apply_gradient, optimizer_def=model.optimizer_def)
+        yield "optimizer", lowering(lambda state, grads: optimize(state, grads=grads), state, state.params)
+    for part in parts.of_network(model.module, state.params, laid_out(whole, size)):
+        inputs = laid_out(part.inputs)
+        yield part.name, lowering(part.fn, part.params, *inputs)
+        if step == "train":
+            yield f"{part.name}, with gradients", lowering(part.gradients, part.params, *inputs)
+    if step == "predict":
+        no_heads = {
+            "heatmap_weights": whole["heatmap_weights"][:, :0],
+            "score_weights": whole["score_weights"][:, :0],
+        }
+        yield (
+            "ViT, encoder and decoding",
+            lowering(model.predict_batch, state.params, laid_out(whole | no_heads)),
+        )
+    else:
+        of_chip = laid_out(whole, size // partitioner.num_data_shards, partitioner.replicated)
+        for part in parts.of_network(model.module, state.params, of_chip):
+            if part.name in ("heatmap head", "score head"):
+                platform = partitioner.mesh.devices.flat[0].platform
+                for name, one in parts.convolutions(part, platform).items():
+                    operands = laid_out(one.operands, sharding=partitioner.replicated)
+                    yield f"{part.name}: {name} (x{one.count})", lowering(one.fn, *operands)
+    yield f"{step} step", lambda: trainer.lower(step)
+
+
+def compile_parts(step: str, devices: Sequence[partitioning.Device] | None) -> list[dict[str, Any]]:
+    """Compiles and prints each part of a step: see `parts_of_step`.
+
+    Returns:
+      For each part "step", "part", "lower_seconds" (with tracing), "compile_seconds", "compile_cpu_seconds"
+      of all threads, and "flops" of one chip.
+    """
+    rows = []
+    print(f"{step:92} lower s compile s    CPU s      TFLOP")
+    for name, lower in parts_of_step(step, devices):
+        start = time.monotonic()
+        lowered = lower()
+        lower_seconds, cpu = time.monotonic() - start, time.process_time()
+        compiled, seconds, _ = compile_step(lowered)
+        cpu = time.process_time() - cpu
+        flops = counter.analyze(compiled.as_text() or "").flops
+        print(f"  {name:90} {lower_seconds:7.1f} {seconds:9.1f} {cpu:8.1f} {flops / 1e12:10.4g}", flush=True)
+        row = {"step": step, "part": name, "lower_seconds": lower_seconds, "compile_seconds": seconds}
+        rows.append({**row, "compile_cpu_seconds": cpu, "flops": flops})
+    return rows
+
+
 def _configure(steps: Sequence[str]) -> None:
     """Parses the gin files, which must describe a run."""
     # MODEL_DIR has no value in the files and isn't used here.
@@ -206,6 +292,13 @@ def _configure(steps: Sequence[str]) -> None:
     needed = ("MODEL", *(name for step in steps for name in _MACROS[step]))
     if missing := [name for name in needed if not re.search(rf"^{name} = ", config, re.MULTILINE)]:
         raise errors.UserError(f"no gin file sets {', '.join(missing)}: {_NO_RUN}")
+
+
+def _write_json(content: Any) -> None:
+    """Writes the file of --json, if it is given."""
+    if _JSON.value:
+        with writing.explained_disk_errors(_JSON.value):
+            writing.write(_JSON.value, json.dumps(content, indent=2, allow_nan=False))
 
 
 def main() -> None:
@@ -223,14 +316,15 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
     _configure(steps)
     devices = topology_devices(_TOPOLOGY.value, _NUM_SLICES.value) if _TOPOLOGY.value else None
+    if _BY_PART.value:
+        jax.config.update("jax_enable_compilation_cache", False)
+        _write_json([row for step in steps for row in compile_parts(step, devices)])
+        return
     plans = {}
     for step in steps:
         plans[step] = plan_step(step, devices)
         print(plan.table(plans[step]), flush=True)
-    if _JSON.value:
-        content = plans if len(plans) > 1 else plans[_STEP.value]
-        with writing.explained_disk_errors(_JSON.value):
-            writing.write(_JSON.value, json.dumps(content, indent=2, allow_nan=False))
+    _write_json(plans if len(plans) > 1 else plans[_STEP.value])
     if any(one["fits"] is False for one in plans.values()):
         sys.exit(1)
 

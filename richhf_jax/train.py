@@ -476,4 +476,4 @@ def _write_model_info(path: str, params: Any) -> None:
 
 
 if __name__ == "__main__":
-    gin_utils.run(train)
+    gin_utils.run(train, compilation_cache=True)

@@ -30,6 +30,7 @@ class Trainer:
     Attributes:
       model: the model to train.
       abstract_state: the training state as `ShapeDtypeStruct`s with shardings.
+      num_microbatches: number of parts that a training batch is split into.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Trainer:
             raise ValueError(f"batch size {batch_size} doesn't split into {num_microbatches} microbatches")
         self.model = model
         self._partitioner = partitioner
-        self._num_microbatches = num_microbatches or 1
+        self.num_microbatches = num_microbatches or 1
         self._rng_impl = "unsafe_rbg" if use_hardware_rng else "threefry2x32"
         init_rng, dropout_rng = jax.random.split(jax.random.key(random_seed, impl=self._rng_impl))
         # On the host, because compiling a step must not fetch a constant from the device.
@@ -127,10 +128,22 @@ class Trainer:
           given_mutables: path of names -> array of the mutable collections, in place of fresh ones.
         """
         kept = {"params": dict(given or {}), "flax_mutables": dict(given_mutables or {})}
-        wanted = {}
-        for part, arrays in kept.items():
+        missing = self._missing(kept)
+        made = self._fresh(missing)() if any(missing.values()) else missing
+        params, mutables = (traverse_util.unflatten_dict(kept[part] | made[part]) for part in kept)
+        create = functools.partial(TrainState.create, self.model.optimizer_def)
+        return jax.jit(create, out_shardings=self._state_sharding)(params, mutables)
+
+    def _missing(self, given: Mapping[str, Mapping]) -> dict[str, dict[tuple[str, ...], Any]]:
+        """Returns the shardings of the arrays of "params" and "flax_mutables" that aren't given, by names."""
+        missing = {}
+        for part, arrays in given.items():
             shardings = traverse_util.flatten_dict(getattr(self._state_sharding, part))
-            wanted[part] = {name: sharding for name, sharding in shardings.items() if name not in arrays}
+            missing[part] = {name: sharding for name, sharding in shardings.items() if name not in arrays}
+        return missing
+
+    def _fresh(self, wanted: Mapping[str, Mapping[tuple[str, ...], Any]]) -> jax.stages.Wrapped:
+        """Returns a jitted function that makes the arrays whose shardings are given, and no others."""
 
         def fresh():
             variables = self._init()
@@ -141,10 +154,7 @@ class Trainer:
             flat = {part: traverse_util.flatten_dict(tree) for part, tree in parts.items()}
             return {part: {name: flat[part][name] for name in names} for part, names in wanted.items()}
 
-        made = jax.jit(fresh, out_shardings=wanted)() if any(wanted.values()) else wanted
-        params, mutables = (traverse_util.unflatten_dict(kept[part] | made[part]) for part in kept)
-        create = functools.partial(TrainState.create, self.model.optimizer_def)
-        return jax.jit(create, out_shardings=self._state_sharding)(params, mutables)
+        return jax.jit(fresh, out_shardings=wanted)
 
     def train_step(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[TrainState, Metrics]:
         """Runs one step. `state` is donated: don't use it again."""
@@ -165,8 +175,10 @@ class Trainer:
         """Lowers a step for ahead-of-time compilation, without running it.
 
         Args:
-          step: "train", "eval" or "predict".
+          step: "train", "eval" or "predict"; or "init", the fresh parameters.
         """
+        if step == "init":
+            return self._fresh(self._missing({"params": {}, "flax_mutables": {}})).lower()
         sharding = self._partitioner.batch_sharding
         batch = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -183,7 +195,7 @@ class Trainer:
 
     def _gradients(self, state: TrainState, batch: models.Batch) -> tuple[Any, Metrics, Any]:
         """Returns the gradients of the whole batch's loss, its metrics and the new mutable collections."""
-        count = self._num_microbatches
+        count = self.num_microbatches
         normalizers = self.model.loss_weights(batch)
         differentiate = jax.value_and_grad(self.model.loss_fn, has_aux=True)
         dropout_rng = jax.random.wrap_key_data(self._dropout_key, impl=self._rng_impl)

@@ -1,5 +1,6 @@
 """Checkpoints of a training state of two parameters."""
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -659,3 +660,35 @@ def test_restore_matching_refuses_another_model(tmp_path, state):
     save(tmp_path, state, [3])
     with pytest.raises(checkpoints.CheckpointError, match=f"{tmp_path} shares no parameter"):
         checkpoints.restore_matching(str(tmp_path), to_predict(kernel=(9, 9)))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_stacked_and_single_layers_are_not_taken_for_each_other(tmp_path, scanned):
+    def params(stacked):
+        stack = {"layers": {"w": jnp.ones((2, 3))}}
+        single = {f"layers_{i}": {"w": jnp.ones(3)} for i in range(2)}
+        return {"encoder": {"scale": jnp.ones(3), **(stack if stacked else single)}}
+
+    checkpoints.save_params(str(tmp_path), params(scanned))
+    message = (
+        f"{tmp_path} is of a model with SCAN_LAYERS = {scanned}, but this model has SCAN_LAYERS ="
+        f" {not scanned}: give --gin.SCAN_LAYERS={scanned} "
+    )
+    for stacked, refused in ((scanned, False), (not scanned, True)):
+        wanted = on_one_device(train_state.InferenceState(params(stacked)))
+        refusal = pytest.raises(checkpoints.CheckpointError, match=message)
+        with refusal if refused else contextlib.nullcontext():
+            found, _ = checkpoints.restore_matching(str(tmp_path), wanted)
+            assert len(found) == len(jax.tree.leaves(params(stacked)))
+
+
+def test_a_training_does_not_continue_with_layers_stacked_otherwise(tmp_path):
+    def state(names):
+        params = {"encoder": {name: {"w": jnp.ones((2, 3))} for name in names}}
+        return train_state.TrainState(jnp.zeros((), jnp.int32), params, ())
+
+    save(tmp_path, state(["layers_0", "layers_1"]), [3])
+    with pytest.raises(
+        checkpoints.CheckpointError, match="checkpoint_3 is of a model with SCAN_LAYERS = False"
+    ):
+        restore(tmp_path, on_one_device(state(["layers"])))

@@ -89,9 +89,18 @@ def test_the_oldest_go_when_there_are_too_many(home, monkeypatch):
         (folder / f"jit_{number}-cache").write_bytes(bytes(10))
         os.utime(folder / f"jit_{number}-cache", (number, 0))
     (folder / "another").write_bytes(bytes(10))
+    # The choices of XLA's autotuning on a GPU are small, and cost more time than programs.
+    choices = folder / "xla_gpu_per_fusion_autotune_cache_dir"
+    choices.mkdir()
+    (choices / "one-cache").write_bytes(bytes(100))
+    os.utime(choices / "one-cache", (0, 0))
     monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 25)
     compilation_cache.configure(True)
-    assert sorted(path.name for path in folder.iterdir()) == ["another", "jit_3-cache", "jit_4-cache"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("another", "jit_3-cache", "jit_4-cache"),
+        choices.name,
+    ]
+    assert [path.name for path in choices.iterdir()] == ["one-cache"]
 
 
 def test_other_warnings_are_shown(home, monkeypatch):

@@ -93,7 +93,9 @@ def test_compiler_options_reach_xla_but_for_those_of_another_platform():
         step = partitioner(compiler_options=options).partition(lambda x: x + 1, None, None)
         return step(np.ones(2))
 
-    np.testing.assert_array_equal(compiled(xla_tpu_scoped_vmem_limit_kib="12288"), [2, 2])
+    elsewhere = {"xla_tpu_scoped_vmem_limit_kib": "12288", "xla_gpu_no_such_option": True}
+    np.testing.assert_array_equal(compiled(**elsewhere), [2, 2])
+    np.testing.assert_array_equal(compiled(xla_cpu_enable_fast_math=False), [2, 2])
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         compiled(no_such_option="1")
 

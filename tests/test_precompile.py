@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import types
 
 import gin
@@ -159,6 +160,62 @@ def test_a_train_step_costs_as_much_in_loops():
     # be 50 % off for the parts, and more for the layers.
     in_loops = train_flops("SCAN_LAYERS = True", "NUM_MICROBATCHES = 2")
     assert in_loops == pytest.approx(train_flops(), rel=0.05)
+
+
+def test_the_model_costs_the_same_in_loops():
+    layers = "rahf.HeadsConfig.heatmap_layers = (('deconv', 6, 3), ('conv', 6, 3), ('conv', 6, 3))"
+
+    def flops(scanned):
+        configure("multi_head", LENGTHS, layers, f"SCAN_LAYERS = {scanned}", "vit.ViTConfig.num_layers = 2")
+        partitioner = gin.get_configurable(partitioning.PjitPartitioner)()
+        trainer = precompile.make_trainer("train", partitioner, precompile.step_shapes("train"))
+        return counter.model_flops(trainer.lower("eval"), training=True)
+
+    assert flops(True) == pytest.approx(flops(False), rel=1e-4)  # A loop counts its trips.
+
+
+def test_both_trainings_of_the_quickstart_are_one_program():
+    def program(experiment):
+        gin.clear_config()
+        files = [f"experiments/{experiment}.gin"]
+        gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, ["MODEL_DIR = 'none'"])
+        partitioner = gin.get_configurable(partitioning.PjitPartitioner)()
+        trainer = precompile.make_trainer("train", partitioner, precompile.step_shapes("train"))
+        return trainer.lower("train").as_text()
+
+    assert program("quickstart_pretrain") == program("quickstart")
+
+
+def test_parts_are_compiled_one_by_one(monkeypatch, capsys):
+    configure()
+    compiled = jax.jit(jnp.matmul).lower(MATRIX, MATRIX).compile()
+    lowered = []
+    monkeypatch.setattr(precompile, "compile_step", lambda one: lowered.append(one) or (compiled, 1.5, None))
+    rows = precompile.compile_parts("predict", None) + precompile.compile_parts("train", None)
+    assert len(rows) == len(lowered)
+    assert {(row["compile_seconds"], row["flops"]) for row in rows} == {(1.5, 2 * 64**3)}
+    names = {step: [row["part"] for row in rows if row["step"] == step] for step in ("predict", "train")}
+    of_network = [
+        "ViT",
+        "ViT and encoder",
+        "decoder",
+        "heatmap head",
+        "2 heatmap heads",
+        "score head",
+        "4 score heads",
+    ]
+    assert names["predict"] == [*of_network, "ViT, encoder and decoding", "predict step"]
+    twice = [name for part in of_network for name in (part, f"{part}, with gradients")]
+    count = len(twice) + 2
+    assert names["train"][:count] == ["initialisation", "optimizer", *twice]
+    assert names["train"][-1] == "train step"
+    assert all(re.match(r"(heatmap|score) head: .* \(x[1-9]\)$", name) for name in names["train"][count:-1])
+    # Each was traced as what it says it is, for a microbatch of this step.
+    by_name = dict(zip(((row["step"], row["part"]) for row in rows), lowered, strict=True))
+    assert by_name["predict", "2 heatmap heads"].out_info.shape == (2, 2, 16, 16)
+    assert by_name["train", "2 heatmap heads"].out_info.shape == (4, 2, 16, 16)
+    shown = capsys.readouterr().out
+    assert all(row["part"] in shown for row in rows)
 
 
 class Lowered:

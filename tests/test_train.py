@@ -277,7 +277,8 @@ def test_the_report_needs_no_network(evaluated):
 
 
 def test_dry_run_prints_the_configuration_and_does_nothing(launch):
-    program = launch("train", "quickstart.gin", "--gin.MODEL_DIR=dry", "--gin.TRAIN_STEPS=7", "--dry_run")
+    flags = ("--gin.MODEL_DIR=dry", "--gin.TRAIN_STEPS=7", "--dry_run", "--nocompilation_cache")
+    program = launch("train", "quickstart.gin", *flags)
     assert program.finish() == 0
     assert "MODEL_DIR = 'dry'\n" in program.output
     assert "TRAIN_STEPS = 7\n" in program.output

@@ -8,7 +8,7 @@ One example is one image with several prompts. The ViT runs once for an image, t
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class HeadsConfig:
     row_strips: int = 1
 
 
+# Unchecked, because jax also makes it of shapes.
+@no_type_check
 @struct.dataclass
 class Encoded:
     """Prompts fused with their image.

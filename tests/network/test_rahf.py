@@ -285,6 +285,7 @@ def test_golden_parameters_of_the_presets(shipped, preset, variant, scanned):
 def test_base_is_the_papers_size(shipped):
     model, variables = shipped("rahf_base", "multi_head")
     params = variables["params"]
+    assert all("layers" in params[stack] for stack in ("vit", "encoder", "decoder"))  # SCAN_LAYERS
     counts = {}
     for name, part in params.items():
         group = "t5" if name in ("token_embedder", "encoder", "decoder") else name.split("_head_")[0]
