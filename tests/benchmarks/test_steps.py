@@ -98,7 +98,7 @@ class Contender:
 
 def test_turns(monkeypatch):
     log = []
-    seconds = steps.measure({name: Contender(name, log) for name in "ab"}, {}, 7, "")
+    seconds = steps.measure({name: Contender(name, log) for name in "ab"}, {}, 7)
     assert log == ["a"] * 6 + ["b"] * 6 + ["a"] * 3 + ["b"] * 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 7, "b": 7}
 
