@@ -123,7 +123,7 @@ class OurSteps:
 
     Attributes:
       devices: the devices that share a batch.
-      flops_per_image: the model's FLOPs an image, in the step lowered last.
+      flops_per_image: the model's FLOPs an image, in the step counted last.
     """
 
     def __init__(self, model: models.RahfModel, devices: Sequence[partitioning.Device]):
@@ -133,7 +133,7 @@ class OurSteps:
         self._trainer: Any = None
         self._lowered: Any = None
         self._compiled: Any = None
-        self._step = ""
+        self._step, self._batch_size = "", 0
         self._state: Any = None
         self.devices = devices
         self.flops_per_image = 0.0
@@ -153,10 +153,11 @@ class OurSteps:
             begin = time.perf_counter()
             part()
             seconds[name] = time.perf_counter() - begin
+        self.count_flops()
         return seconds
 
     def lower(self, step: str, batch: Batch) -> None:
-        """Lowers a step, "train" or "predict", for `compile`, and counts the model's FLOPs.
+        """Lowers a step, "train" or "predict", for `compile`.
 
         Raises:
           errors.UserError: the batch doesn't split over the devices.
@@ -166,8 +167,12 @@ class OurSteps:
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
         self._trainer = trainer_lib.Trainer(self._model, self._partitioner, shapes)
         self._step, self._lowered = step, self._trainer.lower(step)
-        flops = counter.model_flops(self._trainer.lower("eval"), training=step == "train")
-        self.flops_per_image = flops / batch_size
+        self._batch_size = batch_size
+
+    def count_flops(self) -> None:
+        """Counts the model's FLOPs of the lowered step."""
+        flops = counter.model_flops(self._trainer.lower("eval"), training=self._step == "train")
+        self.flops_per_image = flops / self._batch_size
 
     def compile(self) -> None:
         """Compiles the step, which takes no memory of the devices."""

@@ -1,9 +1,9 @@
 """Measures all that a machine with one NVIDIA GPU can tell about this model, within minutes.
 
-It needs JAX with CUDA, flax, optax, orbax and a few small packages, and no network; PyTorch for the comparison
-with it. Programs compile side by side from the start, each in a process of its own. Measurements run one at a
-time: the other processes are paused as long. What takes longer than its limit is skipped. Each figure is
-printed and written at once:
+It needs JAX with CUDA, flax, optax, orbax, a few small packages, and PyTorch for the comparison with it. It
+needs no network. Programs compile side by side from the start, each in a process of its own. Measurements run
+one at a time; the other processes are paused as long. What takes longer than its limit is skipped. Each
+figure is printed and written at once:
 
     OUT/figures.jsonl      {"at": seconds, "job": …, "figure": …, "value": …, "unit": …}
     OUT/report.md          the same as tables, with the outcome of each job
@@ -14,6 +14,7 @@ printed and written at once:
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -69,8 +70,8 @@ class Report:
             if message.get(name)
         ]
         name = message["figure"] + (f" ({', '.join(notes)})" if notes else "")
-        print(f"{at:6.1f} s  {job}: {name}: {text} {unit}".rstrip(), flush=True)
         self._write(self._page, f"| {at:.1f} | {job} | {name} | {text.replace('|', '/')} | {unit} |")
+        print(f"{at:6.1f} s  {job}: {name}: {text} {unit}".rstrip(), flush=True)
 
     def ended(self, job: str, outcome: str) -> None:
         """Tells how a job ended."""
@@ -80,6 +81,11 @@ class Report:
             lines = log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:]
             with self._log.open("a", encoding="utf-8") as file:
                 file.write("\n".join([f"== {job}: {outcome}", *lines, ""]))
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._figures.close()
+        self._page.close()
 
     def _write(self, file: Any, line: str) -> None:
         file.write(line + "\n")
@@ -113,8 +119,8 @@ def check_packages() -> None:
     }
     if missing:
         raise errors.UserError(
-            f"missing modules: {', '.join(missing)}. Install {' '.join(missing.values())}; or, where there is no"
-            f" network, bring the wheels (elsewhere: pip download --no-deps --dest=wheels"
+            f"missing modules: {', '.join(missing)}. Install {' '.join(missing.values())}; or, where there is"
+            f" no network, bring the wheels (elsewhere: pip download --no-deps --dest=wheels"
             f" {' '.join(missing.values())}) and give --wheels=wheels"
         )
 
@@ -124,18 +130,25 @@ def _environment(cache: pathlib.Path, site: pathlib.Path, has_gpu: bool) -> dict
     paths = [str(_ROOT), str(site), os.environ.get("PYTHONPATH", "")]
     env = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        # A relative path, because JAX's keys hold it (of XLA's folder with the tuning of kernels, in it):
+        # in another folder no program would be found. The jobs run in the cache folder.
+        "JAX_COMPILATION_CACHE_DIR": ".",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
         # Many processes share the device.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+        "XLA_CLIENT_MEM_FRACTION": "0.95",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        # The last lines of a log then name the error.
+        "JAX_TRACEBACK_FILTERING": "off",
     }
     if not has_gpu:
         # `torch.compile` then does nothing: it would need minutes and a C++ compiler.
         env["TORCHDYNAMO_DISABLE"] = "1"
-    return {**os.environ, **env}
+        # Compiles in half the time; nothing of a CPU's speed is of interest here.
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    others = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+    return others | env
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder of compiled programs, which the run adds to; or one with an earlier run's programs.tar.NN",
+        help="folder of compiled programs, which the run adds to; may hold an earlier run's programs.tar.NN",
     )
     parser.add_argument(
         "--wheels",
@@ -218,7 +231,6 @@ def _run(
     options: argparse.Namespace, jobs: Sequence[turns.Job], parallel: int, work: pathlib.Path, begin: float
 ) -> None:
     site, logs, out = work / "site", work / "logs", options.out
-    logs.mkdir()
     if options.wheels:
         install(options.wheels, site)
         sys.path.insert(0, str(site))
@@ -229,24 +241,25 @@ def _run(
     if (out / "figures.jsonl").exists():
         raise errors.UserError(f"--out={out} has the figures of another run: name another folder")
     cache = (options.cache or work / "cache").absolute()
-    for folder in (out, cache):
+    for folder in (out, cache, logs):
         folder.mkdir(parents=True, exist_ok=True)
-    report = Report(out, logs)
     print(f"{carried.unpack(cache)} files of compiled programs unpacked; {parallel} programs compile at once")
     left_out: list[str] = []
+    with contextlib.closing(Report(out, logs)) as report:
 
-    def ended(job: str, outcome: str) -> None:
-        report.ended(job, outcome)
-        if options.carry_mib:
-            left_out[:] = carried.pack(cache, out, options.carry_mib * carried.MIB)
+        def ended(job: str, outcome: str) -> None:
+            report.ended(job, outcome)
+            if options.carry_mib:
+                left_out[:] = carried.pack(cache, out, options.carry_mib * carried.MIB)
 
-    env = _environment(cache, site, has_gpu)
-    scheduler = turns.Scheduler(jobs, parallel, report.figure, logs, env, ended)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        scheduler.run(60 * options.minutes - (time.monotonic() - begin) - _RESERVE)
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
+        env = _environment(cache, site, has_gpu)
+        scheduler = turns.Scheduler(jobs, parallel, report.figure, logs, env, cache, ended)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interrupted = False
+        try:
+            scheduler.run(60 * options.minutes - (time.monotonic() - begin) - _RESERVE)
+        except KeyboardInterrupt:
+            interrupted = True
     if left_out:
         print(f"no room in programs.tar.NN for: {', '.join(left_out)}")
     print("\nsummary")
@@ -255,6 +268,8 @@ def _run(
     failed = [name for name, outcome in scheduler.outcomes.items() if outcome.startswith("failed")]
     if failed:
         raise errors.UserError(f"failed: {', '.join(failed)}; see {out / 'log.txt'}")
+    if interrupted:
+        raise errors.UserError("interrupted")
 
 
 if __name__ == "__main__":

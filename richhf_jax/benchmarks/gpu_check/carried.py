@@ -1,19 +1,23 @@
-"""Packs compiled programs into a few files of limited size, which the next run on another machine can take."""
+"""Packs compiled programs into a few files of limited size, for the next run on another machine."""
 
+import contextlib
 import io
 import os
 import pathlib
 import tarfile
+import time
 
 MIB = 2**20
 _PART = "programs.tar."
 _PART_BYTES = 15 * MIB
 # Results of autotuning and the like, which are never left out before a program.
 _SMALL = MIB
+# Seconds since its last change, after which a file is whole.
+_SETTLED_SECONDS = 0.3
 
 
 def pack(cache: pathlib.Path, out: pathlib.Path, most: int) -> list[str]:
-    """Packs a cache folder.
+    """Packs a cache folder, which other processes may be writing to.
 
     Small files come first, then the oldest.
 
@@ -25,31 +29,40 @@ def pack(cache: pathlib.Path, out: pathlib.Path, most: int) -> list[str]:
     Returns:
       Descriptions of the files for which there was no room.
     """
-    found = [(path, path.stat()) for path in cache.rglob("*") if path.is_file() and not _is_part(path)]
-    found.sort(key=lambda item: (item[1].st_size > _SMALL, item[1].st_mtime))
     content, left_out = io.BytesIO(), []
-    # Each file has a header; the end has two blocks.
-    room = most - 20 * tarfile.BLOCKSIZE
-    with tarfile.open(fileobj=content, mode="w") as tar:
-        for path, status in found:
-            room_needed = status.st_size + 4 * tarfile.BLOCKSIZE
-            if room_needed > room:
-                left_out.append(f"{path.name} ({status.st_size / MIB:.1f} MiB)")
+    room = most - tarfile.RECORDSIZE  # The end is a record of zeros at most.
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for path, size in _files(cache):
+            needed = size + 2 * tarfile.BLOCKSIZE  # Its header, and the rest of its last block.
+            if needed > room:
+                left_out.append(f"{path.name} ({size / MIB:.1f} MiB)")
                 continue
-            room -= room_needed
-            tar.add(path, path.relative_to(cache).as_posix(), recursive=False)
+            with contextlib.suppress(FileNotFoundError):  # It was there only for a moment.
+                tar.add(path, path.relative_to(cache).as_posix(), recursive=False)
+                room -= needed
     view = content.getbuffer()
-    parts = {
-        f"{_PART}{i:02}": view[i * _PART_BYTES :][:_PART_BYTES] for i in range(-(-len(view) // _PART_BYTES))
-    }
-    for name, part in parts.items():
+    parts = [view[i : i + _PART_BYTES] for i in range(0, len(view), _PART_BYTES)]
+    names = [f"{_PART}{number:02}" for number in range(len(parts))]
+    for name, part in zip(names, parts, strict=True):
         (out / f"{name}.new").write_bytes(part)
-    for name in parts:
+    for name in names:
         os.replace(out / f"{name}.new", out / name)
     for path in out.glob(f"{_PART}*"):
-        if path.name not in parts:
+        if path.name not in names:
             path.unlink()
     return left_out
+
+
+def _files(cache: pathlib.Path) -> list[tuple[pathlib.Path, int]]:
+    """Lists the files that nobody is writing, with their sizes."""
+    found = []
+    for path in cache.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            age = time.time() - status.st_mtime
+            if path.is_file() and not path.name.startswith(_PART) and age > _SETTLED_SECONDS:
+                found.append((path, status.st_size, (status.st_size > _SMALL, status.st_mtime)))
+    return [(path, size) for path, size, _ in sorted(found, key=lambda item: item[2])]
 
 
 def unpack(folder: pathlib.Path) -> int:
@@ -57,18 +70,15 @@ def unpack(folder: pathlib.Path) -> int:
 
     Of parts that don't belong together (their run was killed as it wrote them) it takes what can be read.
     """
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob(f"{_PART}*")))
-    count = 0
-    if content:
-        try:
-            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-                for member in tar:
-                    tar.extract(member, folder, filter="data")
-                    count += 1
-        except tarfile.TarError:
-            pass
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob(f"{_PART}??")))
+    count, last = 0, None
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            for member in tar:
+                last = folder / member.name
+                tar.extract(member, folder, filter="data")
+                count, last = count + 1, None
+    except tarfile.TarError:
+        if last:
+            last.unlink(missing_ok=True)  # JAX would never replace a program that it can't read.
     return count
-
-
-def _is_part(path: pathlib.Path) -> bool:
-    return path.name.startswith(_PART)

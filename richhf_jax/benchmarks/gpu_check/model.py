@@ -1,6 +1,7 @@
 """Jobs about the model's steps: ours, PyTorch's, and attention's kernels."""
 
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def compiled(
         ours.lower(name, batch)
     with check.compilation():
         ours.compile()
+    ours.count_flops()
     jax.clear_caches()
     with check.turn.span("lower again"):
         ours.lower(name, batch)
@@ -84,6 +86,8 @@ def torch_step(check: Context, name: str, batch_size: int) -> None:
     module = cast(rahf.Rahf, check.model().module)
     theirs = twin_steps.TorchSteps(module, steps.PROMPT_LENGTH, steps.TARGET_LENGTH)
     batch = steps.random_batch(module, feedback.ALL_SLOTS, batch_size)
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        check.turn.figure("torch.compile", "off, so the ratio says nothing")
     with check.turn.device():
         with check.turn.span("compile and run the first step"):
             theirs.prepare(name, batch)

@@ -22,16 +22,14 @@ class Part(NamedTuple):
     Attributes:
       title: its name for people.
       roots: beginnings of its parameters' names.
-      method: the network's method that computes it, or a function of the network.
-      inputs: the method's first arguments, as shapes.
-      constants: the method's last arguments.
+      method: a function of the network and the inputs.
+      inputs: shapes of the inputs in a training step.
     """
 
     title: str
     roots: tuple[str, ...]
-    method: Callable | str
-    inputs: Sequence[Any]
-    constants: Sequence[Any] = ()
+    method: Callable[..., Any]
+    inputs: Sequence[jax.ShapeDtypeStruct]
 
 
 def part(check: Context, name: str) -> None:
@@ -57,7 +55,7 @@ def _measure(check: Context, run: Callable, shapes: Any, inputs: Sequence[Any]) 
     """Measures the seconds of a compiled part with random parameters and inputs."""
     with check.turn.device():
         params = steps.random_params(shapes)
-        arrays = jax.device_put(_split(jax.tree.map(_random_values, inputs)), check.device)
+        arrays = jax.device_put(_split([_random_values(leaf) for leaf in inputs]), check.device)
         with check.turn.quiet():
             return seconds_of(lambda: run(params, *arrays), check.size.timed)
 
@@ -68,48 +66,63 @@ def _find(module: rahf.Rahf, params: Any, batch: steps.Batch, name: str) -> Part
         jax.ShapeDtypeStruct(batch[key].shape, batch[key].dtype)
         for key in ("image", "encoder_input_tokens", "decoder_target_tokens")
     )
+
+    def vit(network: rahf.Rahf, image: jax.Array) -> jax.Array:
+        return network.vit(image.astype(network.vit_config.dtype), None, deterministic=True)
+
+    def encode(network: rahf.Rahf, image: jax.Array, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        encoded = network.encode(image, prompts)
+        return encoded.tokens, encoded.valid
+
     if name == "vit":
-
-        def vit(network: rahf.Rahf, image: jax.Array) -> jax.Array:
-            return network.vit(image.astype(network.vit_config.dtype), None, deterministic=True)
-
         return Part("ViT", ("vit",), vit, (image,))
     if name == "encoder":
         roots = ("vit", "image_projection", "token_embedder", "encoder")
-        return Part("ViT and T5's encoder", roots, "encode", (image, prompts))
-    encoded = jax.eval_shape(
-        lambda params: module.apply({"params": params}, image, prompts, method="encode"), params
-    )
+        return Part("ViT and T5's encoder", roots, encode, (image, prompts))
+    apply = functools.partial(module.apply, method=encode)
+    encoded: Any = jax.eval_shape(apply, {"params": params}, image, prompts)
+
+    def again(tokens: jax.Array, valid: jax.Array) -> rahf.Encoded:
+        image_tokens = tokens.shape[2] - prompts.shape[-1]
+        rows, columns = module.vit_config.grid
+        return rahf.Encoded(tokens, valid, (rows, columns), image_tokens - rows * columns)
+
+    def decode(network: rahf.Rahf, texts: jax.Array, *encoded: jax.Array) -> jax.Array:
+        return network.decode(again(*encoded).last(1), texts, texts)
+
+    def heatmap(network: rahf.Rahf, *encoded: jax.Array) -> jax.Array:
+        return network.heatmaps(again(*encoded), feedback.Slots(1, 0, 0))
+
+    def score(network: rahf.Rahf, *encoded: jax.Array) -> jax.Array:
+        return network.scores(again(*encoded), feedback.Slots(0, 1, 0))
+
     if name == "decoder":
         texts = jax.ShapeDtypeStruct((targets.shape[0], targets.shape[-1]), targets.dtype)
-        last = jax.eval_shape(lambda encoded: encoded.last(1), encoded)
         roots = ("decoder", "token_embedder")
-        return Part("T5's decoder, teacher-forced", roots, "decode", (last, texts, texts))
+        return Part("T5's decoder, teacher-forced", roots, decode, (texts, *encoded))
     if name == "heatmap":
-        root, slots = f"heatmap_head_{feedback.HEATMAPS[0]}", feedback.Slots(1, 0, 0)
-        return Part("a heatmap head (of 2)", (root,), "heatmaps", (encoded,), (slots,))
-    root, slots = f"score_head_{feedback.SCORES[0]}", feedback.Slots(0, 1, 0)
-    return Part("a score head (of 4)", (root,), "scores", (encoded,), (slots,))
+        return Part("a heatmap head (of 2)", (f"heatmap_head_{feedback.HEATMAPS[0]}",), heatmap, encoded)
+    return Part("a score head (of 4)", (f"score_head_{feedback.SCORES[0]}",), score, encoded)
 
 
-def _split(inputs: Any) -> tuple[list[Any], list[Any]]:
+def _split(inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Splits inputs into those with gradients and the others; `_mean` joins them."""
-    leaves = jax.tree.leaves(inputs)
-    return [x for x in leaves if _is_float(x)], [x for x in leaves if not _is_float(x)]
+    return [x for x in inputs if _is_float(x)], [x for x in inputs if not _is_float(x)]
 
 
 def _is_float(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def _mean(module: rahf.Rahf, one: Part, params: Any, floats: list[Any], others: list[Any]) -> jax.Array:
+def _mean(
+    module: rahf.Rahf, one: Part, params: Any, floats: Sequence[jax.Array], others: Sequence[jax.Array]
+) -> jax.Array:
     """Computes the part, and the mean of its outputs, whose gradient reaches all of them."""
-    leaves, structure = jax.tree.flatten(tuple(one.inputs))
     sources = {True: iter(floats), False: iter(others)}
-    joined = [next(sources[_is_float(leaf)]) for leaf in leaves]
-    inputs = jax.tree.unflatten(structure, joined)
-    outputs = module.apply({"params": params}, *inputs, *one.constants, method=one.method)
-    return sum((jnp.mean(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(outputs)), start=jnp.zeros(()))
+    inputs = [next(sources[_is_float(leaf)]) for leaf in one.inputs]
+    outputs = module.apply({"params": params}, *inputs, method=one.method)
+    means = [jnp.mean(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(outputs)]
+    return jnp.stack(means).sum()
 
 
 def _random_values(leaf: Any) -> np.ndarray:

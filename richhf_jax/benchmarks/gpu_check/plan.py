@@ -74,8 +74,8 @@ def jobs(size_name: str, gin_arguments: Sequence[str] = (), only: Sequence[str] 
     Args:
       size_name: one of `SIZES`.
       gin_arguments: `--gin.NAME=VALUE` for the model.
-      only: names of jobs, or the beginnings of names before a dash: "train" means "train-8", "train-16" and so
-        on; none: all jobs.
+      only: names of jobs, or the beginnings of names before a dash: "train" means "train-8", "train-16" and
+        so on; none: all jobs.
     """
     size = SIZES[size_name]
     short, long = size.seconds
@@ -86,7 +86,7 @@ def jobs(size_name: str, gin_arguments: Sequence[str] = (), only: Sequence[str] 
     plan = [
         ("versions", short, ()),
         ("ceilings", short, ()),
-        ("numbers", short, ()),
+        ("numbers", long, ()),
         *((name, long, ()) for name in base),
         ("attention", long, ()),
         # Ours ends first, so that the ratio can be told.

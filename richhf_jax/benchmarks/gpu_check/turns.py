@@ -123,7 +123,9 @@ class Job:
 class _Run:
     """A job's process."""
 
-    def __init__(self, job: Job, log: pathlib.Path, env: Mapping[str, str], messages: queue.Queue):
+    def __init__(
+        self, job: Job, log: pathlib.Path, env: Mapping[str, str], cwd: pathlib.Path, messages: queue.Queue
+    ):
         self.job = job
         self.asks = ""  # What it waits for, "device" or "quiet".
         self.skipped = ""
@@ -134,9 +136,10 @@ class _Run:
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 job.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
-                env=env, text=True, start_new_session=True,
+                env=env, cwd=cwd, text=True, start_new_session=True,
             )  # fmt: skip
-        threading.Thread(target=self._read, args=(messages,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(messages,), daemon=True)
+        self._reader.start()
 
     def _read(self, messages: queue.Queue) -> None:
         assert self._process.stdout
@@ -187,6 +190,10 @@ class _Run:
             self.kill()
             code = self._process.wait(_EXIT_SECONDS)
         self.kill()  # Processes that it may have left behind.
+        self._reader.join(_EXIT_SECONDS)
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
         if code == 0:
             return f"skipped: {self.skipped}" if self.skipped else "done"
         lines = self._log.read_text("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
@@ -214,6 +221,7 @@ class Scheduler:
         tell: Callable[[str, Mapping[str, Any]], None],
         logs: pathlib.Path,
         env: Mapping[str, str],
+        cwd: pathlib.Path,
         ended: Callable[[str, str], None] = lambda name, outcome: None,
     ):
         """Starts nothing yet.
@@ -224,13 +232,14 @@ class Scheduler:
           tell: gets each figure at once, with its job's name. See `Turn.figure`.
           logs: a folder for the jobs' standard error, a file each.
           env: environment of the jobs.
+          cwd: working directory of the jobs.
           ended: gets each job's name and outcome at once.
         """
         self.outcomes: dict[str, str] = {}
         self._waiting = collections.OrderedDict((job.name, job) for job in jobs)
         self._order = list(self._waiting)
         self._parallel, self._tell, self._ended = parallel, tell, ended
-        self._logs, self._env = logs, env
+        self._logs, self._env, self._cwd = logs, env, cwd
         self._runs: dict[str, _Run] = {}
         self._holder: _Run | None = None  # It has the device,
         self._quiet = False  # and all others are paused.
@@ -239,7 +248,7 @@ class Scheduler:
 
     def run(self, seconds: float) -> None:
         """Runs all jobs; after the seconds, ends those that are left."""
-        deadline = time.monotonic() + seconds
+        deadline, reason = time.monotonic() + seconds, "it was interrupted"
         try:
             while (self._waiting or self._runs) and time.monotonic() < deadline:
                 self._start()
@@ -249,12 +258,13 @@ class Scheduler:
                 with contextlib.suppress(queue.Empty):
                     self._handle(*self._messages.get(timeout=max(wait, 0.01)))
                 self._end_overdue()
+            reason = "the time was over"
         finally:
             for run in list(self._runs.values()):
                 run.kill()
-                self._end(run, "stopped: the time was over")
+                self._end(run, f"stopped: {reason}")
             for name in self._waiting:
-                self._told_end(name, "not started: the time was over")
+                self._told_end(name, f"not started: {reason}")
             self._waiting.clear()
 
     def _start(self) -> None:
@@ -265,7 +275,7 @@ class Scheduler:
             if not any(name in self._waiting or name in self._runs for name in job.after):
                 del self._waiting[job.name]
                 log = self._logs / f"{job.name}.log"
-                self._runs[job.name] = _Run(job, log, self._env, self._messages)
+                self._runs[job.name] = _Run(job, log, self._env, self._cwd, self._messages)
 
     def _grant_device(self) -> None:
         asking = [name for name in self._order if name in self._runs and self._runs[name].asks == "device"]

@@ -133,7 +133,7 @@ def _drawn_batches(like: steps.Batch, batch_size: int) -> list[dict[str, np.ndar
         points = raters.opinions(truth, areas, list(misalignments))
         tokens = feedback.tokenize_prompt(description.prompt)
         text = feedback.mark_misaligned(tokens, description.labels(misalignments))
-        target = _padded(words.encode(text) + [words.eos_id()], like["decoder_target_tokens"].shape[-1])
+        target = _padded([*words.encode(text), words.eos_id()], like["decoder_target_tokens"].shape[-1])
         regions = {
             feedback.IMPLAUSIBILITY: truth.artifact_region,
             feedback.MISALIGNMENT: truth.misaligned_region,
