@@ -5,11 +5,23 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
-candidates=("$venv/bin/python" python3 python)
-if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
-for candidate in "${candidates[@]}"; do
-  if usable_python "$candidate" jax; then
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$candidate" -m richhf_jax.benchmarks.gpu_check "$@"
-  fi
+# run_with MODULE ARGUMENTS...: becomes the check, by the first Python that has the module.
+run_with() {
+  local candidate candidates=("$venv/bin/python" python3 python)
+  if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    if usable_python "$candidate" "$1"; then
+      PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$candidate" -m richhf_jax.benchmarks.gpu_check "${@:2}"
+    fi
+  done
+  die "no Python 3.11, 3.12 or 3.13 with $1 among: ${candidates[*]}; name one with PYTHON=..."
+}
+
+usage() { run_with sys --help; }
+
+for argument; do
+  case $argument in
+    --help | -h) usage ;;
+  esac
 done
-die "no Python 3.11, 3.12 or 3.13 with jax among: ${candidates[*]}; name one with PYTHON=..."
+run_with jax "$@"

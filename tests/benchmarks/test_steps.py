@@ -58,6 +58,10 @@ def test_both_steps_of_both(preset, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "augmented_prompt predict, batches of 2, prompts an image: 7" in printed
     assert f"ratio {train['ratio']:.2f}" in printed
+    # Each figure is printed when it is known.
+    told = ("jax   compile: ", "torch compile: ", "jax   steps 1 to 2: ", "torch steps 1 to 2: ", "ratio")
+    places = [printed.index(text) for text in told]
+    assert places == sorted(places)
 
 
 def num_parameters(preset):

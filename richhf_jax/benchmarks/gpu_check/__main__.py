@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tiny", action="store_const", const="tiny", dest="size", help="the same as --size=tiny"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="programs that compile at once; default: half of the cores"
+        "--jobs", type=int, metavar="N", help="programs that compile at once; default: a third of the cores"
     )
     parser.add_argument(
         "--only",
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gin_arguments = [argument for argument in arguments if argument.startswith("--gin.")]
     options = parser.parse_args([argument for argument in arguments if argument not in gin_arguments])
     cores = len(os.sched_getaffinity(0))
-    parallel = options.jobs or max(1, cores // 2)
+    parallel = options.jobs or max(1, cores // 3)
     only = [name for names in options.only for name in names.split(",")]
     jobs = plan.jobs(options.size, gin_arguments, only)
     if not jobs:

@@ -51,11 +51,11 @@ SIZES = {
         timed=10,
         prediction=(512, 32),
         learning=(300, 8),
-        seconds=(90, 300),
+        seconds=(90, 360),
     ),
     "tiny": Size(
         preset="models/rahf_tiny.gin",
-        batches=(2, 4),
+        batches=(2,),
         torch=("predict-2", "train-2"),
         kernels=("train-2",),
         matrix_side=256,
@@ -63,7 +63,7 @@ SIZES = {
         timed=5,
         prediction=(32, 8),
         learning=(30, 2),
-        seconds=(90, 90),
+        seconds=(90, 200),
     ),
 }
 
