@@ -197,6 +197,10 @@ class OurSteps:
             return jax.block_until_ready((self._state, outputs))[1]
         return jax.block_until_ready(self._compiled(trainer_lib.InferenceState.of(self._state), arrays))
 
+    def temporary_bytes(self) -> int:
+        """Returns the memory of the program's temporaries on a device."""
+        return self._compiled.memory_analysis().temp_size_in_bytes
+
     def peak_bytes(self) -> int:
         """Returns the program's memory on a device: arguments, results and temporaries."""
         memory = self._compiled.memory_analysis()

@@ -435,6 +435,8 @@ def test_a_step_that_does_not_fit_is_skipped(check, monkeypatch):
         def peak_bytes(self):
             return 3 * 2**30
 
+        temporary_bytes = peak_bytes
+
     monkeypatch.setattr(Context, "device", Device())
     with pytest.raises(turns.Skip, match=r"it takes 3.0 GiB, and the device has 1.0"):
         model.check_room(check, Steps())

@@ -72,6 +72,7 @@ def check_room(check: Context, ours: steps.OurSteps) -> None:
     """Tells the memory that the compiled step takes, and refuses it if the device has less."""
     needed = ours.peak_bytes()
     check.turn.figure("memory by the compiler's count", needed / 2**30, "GiB")
+    check.turn.figure("temporaries among it", ours.temporary_bytes() / 2**30, "GiB")
     room = (check.device.memory_stats() or {}).get("bytes_limit")
     if room and needed > room:
         raise turns.Skip(f"it takes {needed / 2**30:.1f} GiB, and the device has {room / 2**30:.1f}")

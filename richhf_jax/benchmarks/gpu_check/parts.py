@@ -67,10 +67,10 @@ def _find(module: rahf.Rahf, params: Any, batch: steps.Batch, name: str) -> Part
         for key in ("image", "encoder_input_tokens", "decoder_target_tokens")
     )
 
-    def vit(network: rahf.Rahf, image: jax.Array) -> jax.Array:
+    def vit(network: rahf.Rahf, image: jax.Array) -> Any:
         return network.vit(image.astype(network.vit_config.dtype), None, deterministic=True)
 
-    def encode(network: rahf.Rahf, image: jax.Array, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(network: rahf.Rahf, image: jax.Array, prompts: jax.Array) -> Any:
         encoded = network.encode(image, prompts)
         return encoded.tokens, encoded.valid
 
@@ -87,13 +87,13 @@ def _find(module: rahf.Rahf, params: Any, batch: steps.Batch, name: str) -> Part
         rows, columns = module.vit_config.grid
         return rahf.Encoded(tokens, valid, (rows, columns), image_tokens - rows * columns)
 
-    def decode(network: rahf.Rahf, texts: jax.Array, *encoded: jax.Array) -> jax.Array:
+    def decode(network: rahf.Rahf, texts: jax.Array, *encoded: jax.Array) -> Any:
         return network.decode(again(*encoded).last(1), texts, texts)
 
-    def heatmap(network: rahf.Rahf, *encoded: jax.Array) -> jax.Array:
+    def heatmap(network: rahf.Rahf, *encoded: jax.Array) -> Any:
         return network.heatmaps(again(*encoded), feedback.Slots(1, 0, 0))
 
-    def score(network: rahf.Rahf, *encoded: jax.Array) -> jax.Array:
+    def score(network: rahf.Rahf, *encoded: jax.Array) -> Any:
         return network.scores(again(*encoded), feedback.Slots(0, 1, 0))
 
     if name == "decoder":

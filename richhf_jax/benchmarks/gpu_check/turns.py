@@ -310,7 +310,7 @@ class Scheduler:
         name, value = message["figure"], message["value"]
         self._values[run.job.name, name] = value
         self._tell(run.job.name, message)
-        if other := self._values.get((message.get("against"), name)):
+        if other := self._values.get((str(message.get("against")), name)):
             ratio = {"figure": f"{name}: {message['against']} / {run.job.name}", "value": other / value}
             self._tell(run.job.name, ratio)
 
