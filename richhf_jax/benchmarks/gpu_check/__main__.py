@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -43,6 +44,10 @@ PACKAGES = {
 # Seconds for the last words.
 _RESERVE = 3
 _LOG_LINES = 60
+# Names of the figures that the summary repeats.
+_MAIN = re.compile(
+    "(images a second|share|compile|memory|command|bare|mean loss|largest|product|copy|.*forward|.*update)"
+)
 
 
 class Report:
@@ -51,6 +56,7 @@ class Report:
     def __init__(self, out: pathlib.Path, logs: pathlib.Path):
         self._begin = time.monotonic()
         self._logs, self._log = logs, out / "log.txt"
+        self._told: dict[str, dict[str, Any]] = {}
         self._figures = (out / "figures.jsonl").open("w", encoding="utf-8")
         self._page = (out / "report.md").open("w", encoding="utf-8")
         self._write(
@@ -62,11 +68,11 @@ class Report:
         at = round(time.monotonic() - self._begin, 1)
         line = {"at": at, "job": job, **{name: value for name, value in message.items() if value is not None}}
         self._write(self._figures, json.dumps(line, allow_nan=False))
-        value, unit = message["value"], message.get("unit", "")
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text, unit = _text(message["value"]), message.get("unit", "")
+        self._told.setdefault(job, {})[message["figure"]] = message["value"]
         notes = [
-            f"{name} {_short(message[name])}"
-            for name in ("from_cache", "paused_seconds")
+            f"{name} {_text(message[name])}"
+            for name in ("from_cache", "compiled", "paused_seconds")
             if message.get(name)
         ]
         name = message["figure"] + (f" ({', '.join(notes)})" if notes else "")
@@ -82,6 +88,16 @@ class Report:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write("\n".join([f"== {job}: {outcome}", *lines, ""]))
 
+    def summary(self, outcomes: Mapping[str, str]) -> None:
+        """Tells each job's outcome and its main figures."""
+        self._write(self._page, "\n| job | outcome | main figures |\n| --- | --- | --- |")
+        print("\nsummary")
+        for job, outcome in outcomes.items():
+            told = self._told.get(job, {})
+            main = [f"{name} {_text(value)}" for name, value in told.items() if _MAIN.match(name)]
+            print(f"  {job}: {'; '.join([outcome, *main])}", flush=True)
+            self._write(self._page, f"| {job} | {outcome.replace('|', '/')} | {'; '.join(main)} |")
+
     def close(self) -> None:
         """Closes the files."""
         self._figures.close()
@@ -92,8 +108,8 @@ class Report:
         file.flush()
 
 
-def _short(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def install(wheels: pathlib.Path, site: pathlib.Path) -> None:
@@ -134,7 +150,7 @@ def _environment(cache: pathlib.Path, site: pathlib.Path, has_gpu: bool) -> dict
         # in another folder no program would be found. The jobs run in the cache folder.
         "JAX_COMPILATION_CACHE_DIR": ".",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / carried.TORCH),
         # Many processes share the device.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_CLIENT_MEM_FRACTION": "0.95",
@@ -192,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--carry_mib",
         type=int,
-        default=55,
+        default=50,
         metavar="MIB",
         help="size of all programs.tar.NN; 0: none; default %(default)s",
     )
@@ -260,11 +276,9 @@ def _run(
             scheduler.run(60 * options.minutes - (time.monotonic() - begin) - _RESERVE)
         except KeyboardInterrupt:
             interrupted = True
+        report.summary({job.name: scheduler.outcomes[job.name] for job in jobs})
     if left_out:
         print(f"no room in programs.tar.NN for: {', '.join(left_out)}")
-    print("\nsummary")
-    for job in jobs:
-        print(f"  {job.name}: {scheduler.outcomes[job.name]}")
     failed = [name for name, outcome in scheduler.outcomes.items() if outcome.startswith("failed")]
     if failed:
         raise errors.UserError(f"failed: {', '.join(failed)}; see {out / 'log.txt'}")

@@ -8,6 +8,8 @@ import tarfile
 import time
 
 MIB = 2**20
+# Folder of PyTorch's kernels in the cache.
+TORCH = "torch"
 _PART = "programs.tar."
 _PART_BYTES = 15 * MIB
 # Results of autotuning and the like, which are never left out before a program.
@@ -19,7 +21,7 @@ _SETTLED_SECONDS = 0.3
 def pack(cache: pathlib.Path, out: pathlib.Path, most: int) -> list[str]:
     """Packs a cache folder, which other processes may be writing to.
 
-    Small files come first, then the oldest.
+    Small files come first, then the oldest. PyTorch's kernels come last: they compile faster.
 
     Args:
       cache: the folder with the programs.
@@ -61,7 +63,8 @@ def _files(cache: pathlib.Path) -> list[tuple[pathlib.Path, int]]:
             status = path.stat()
             age = time.time() - status.st_mtime
             if path.is_file() and not path.name.startswith(_PART) and age > _SETTLED_SECONDS:
-                found.append((path, status.st_size, (status.st_size > _SMALL, status.st_mtime)))
+                is_last = path.is_relative_to(cache / TORCH)
+                found.append((path, status.st_size, (is_last, status.st_size > _SMALL, status.st_mtime)))
     return [(path, size) for path, size, _ in sorted(found, key=lambda item: item[2])]
 
 

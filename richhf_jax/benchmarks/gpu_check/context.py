@@ -15,7 +15,7 @@ from richhf_jax.benchmarks import steps
 from richhf_jax.benchmarks.gpu_check import plan, turns
 from richhf_jax.costs import chips
 
-_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+_CACHE_EVENTS = "/jax/compilation_cache/cache_"
 # A small constant rate after a short warm-up: losses fall from the first steps on.
 _LEARNING_RATE = (
     "factors = 'constant * linear_warmup'",
@@ -73,7 +73,7 @@ class Context:
 
     @contextlib.contextmanager
     def compilation(self, name: str = "compile") -> Iterator[None]:
-        """Tells the seconds of the block, and how many of its programs the compilation cache had."""
+        """Tells the seconds of the block, and how many programs the compilation cache had or lacked."""
         events: list[str] = []
 
         def note(event: str, **_: Any) -> None:
@@ -83,7 +83,8 @@ class Context:
         begin = time.monotonic()
         yield
         span = [begin, time.monotonic()]
-        self.turn.figure(name, None, "s", span=span, from_cache=events.count(_CACHE_HIT))
+        found, compiled = (events.count(f"{_CACHE_EVENTS}{kind}") for kind in ("hits", "misses"))
+        self.turn.figure(name, None, "s", span=span, from_cache=found, compiled=compiled)
 
 
 def seconds_of(run: Callable[[], Any], count: int) -> float:
