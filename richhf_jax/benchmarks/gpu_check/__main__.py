@@ -56,7 +56,7 @@ class Report:
     def __init__(self, out: pathlib.Path, logs: pathlib.Path):
         self._begin = time.monotonic()
         self._logs, self._log = logs, out / "log.txt"
-        self._told: dict[str, dict[str, Any]] = {}
+        self._told: dict[str, dict[str, str]] = {}
         self._figures = (out / "figures.jsonl").open("w", encoding="utf-8")
         self._page = (out / "report.md").open("w", encoding="utf-8")
         self._write(
@@ -69,7 +69,7 @@ class Report:
         line = {"at": at, "job": job, **{name: value for name, value in message.items() if value is not None}}
         self._write(self._figures, json.dumps(line, allow_nan=False))
         text, unit = _text(message["value"]), message.get("unit", "")
-        self._told.setdefault(job, {})[message["figure"]] = message["value"]
+        self._told.setdefault(job, {})[message["figure"]] = f"{text} {unit}".rstrip()
         notes = [
             f"{name} {_text(message[name])}"
             for name in ("from_cache", "compiled", "paused_seconds")
@@ -94,7 +94,7 @@ class Report:
         print("\nsummary")
         for job, outcome in outcomes.items():
             told = self._told.get(job, {})
-            main = [f"{name} {_text(value)}" for name, value in told.items() if _MAIN.match(name)]
+            main = [f"{name} {value}" for name, value in told.items() if _MAIN.match(name)]
             print(f"  {job}: {'; '.join([outcome, *main])}", flush=True)
             self._write(self._page, f"| {job} | {outcome.replace('|', '/')} | {'; '.join(main)} |")
 
@@ -265,7 +265,7 @@ def _run(
 
         def ended(job: str, outcome: str) -> None:
             report.ended(job, outcome)
-            if options.carry_mib:
+            if options.carry_mib and not outcome.startswith("not started"):
                 left_out[:] = carried.pack(cache, out, options.carry_mib * carried.MIB)
 
         env = _environment(cache, site, has_gpu)
