@@ -40,7 +40,6 @@ locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
 datasets           | tensorflow torch | foreign_text inputs locking reading writing
-benchmarks         | tensorflow     | datasets
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
@@ -66,10 +65,15 @@ predict            | jax            | checkpoints checksums compilation_cache co
 export             | jax tensorflow | augmentation convert foreign_text keywords model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
+benchmarks         | jax tensorflow | costs datasets export keywords model_description
+                                      models network partitioning predict torch_twin train_state
+                                      trainer
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
                                       partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
 benchmarks.attention | jax          |
+benchmarks.gpu_check.__main__ |     |
+benchmarks.gpu_check.job |          |
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |
 benchmarks.steps   | jax tensorflow |
@@ -93,6 +97,7 @@ HOUSE = parse(RULES)
 ENTRY_POINTS = {
     *("train", "eval", "infer", "precompile", "export.__main__", "convert.__main__"),
     *("benchmarks.attention", "benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
+    *("benchmarks.gpu_check.__main__", "benchmarks.gpu_check.job"),
 }
 HEAVY = {
     "jax": {"jax", "jaxlib", "flax", "optax", "orbax"},

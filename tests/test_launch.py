@@ -217,3 +217,15 @@ def test_dockerfiles(name):
     users = [value for instruction, value in steps if instruction in ("USER", "ARG")]
     assert users[-1] in ("1000", "$USER")
     assert re.search(r"richhf_jax\.train", dict(steps)["ENTRYPOINT"])
+
+
+def test_gpu_check_runs_with_a_python_that_has_jax(venv):
+    code, _, commands = launch("gpu_check.sh", venv, "--tiny", "--out=my out")
+    assert (code, commands) == (0, ["-m richhf_jax.benchmarks.gpu_check --tiny --out=my out"])
+
+
+def test_gpu_check_without_jax(venv, monkeypatch):
+    monkeypatch.setenv("PYTHON", "/bin/false")
+    code, output, commands = launch("gpu_check.sh", venv)
+    assert (code, commands) == (1, [])
+    assert "with jax among: /bin/false; name one with PYTHON=" in output

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -36,8 +37,13 @@ class TorchSteps:
         self._network: twin.Rahf = cast(Any, network).to(self._device, memory_format=torch.channels_last)
         self._run: Callable[[dict[str, torch.Tensor]], object] | None = None
 
-    def prepare(self, step: str, batch: Batch) -> None:
-        """Makes `run` a "train" or "predict" step, and frees the last step's memory."""
+    def prepare(self, step: str, batch: Batch) -> dict[str, float]:
+        """Makes `run` a compiled "train" or "predict" step, and frees the last step's memory.
+
+        Returns:
+          Seconds: "compile", the first step's included.
+        """
+        begin = time.perf_counter()
         self._run = None
         self._network.zero_grad(set_to_none=True)
         if self._device.type == "cuda":
@@ -45,6 +51,8 @@ class TorchSteps:
             torch.cuda.reset_peak_memory_stats()
         make = {"train": self._train_step, "predict": self._predict_step}[step]
         self._run = make(batch, _slots(batch))
+        self.run(batch)
+        return {"compile": time.perf_counter() - begin}
 
     def run(self, batch: Batch) -> None:
         """Takes one step, from the batch in the host's memory until the device is done."""

@@ -18,65 +18,81 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import gin
 import jax
 import numpy as np
+import sentencepiece
 import tqdm
 from PIL import Image
 
 from richhf_jax import errors, gin_utils, inputs, model_description, writing
+from richhf_jax.benchmarks import steps
 from richhf_jax.predict import forward, pipeline, predictor
 from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
-from tasks import vocabulary
 
 _TOKENS = 24
+# The small model of tasks/, which itself imports TensorFlow.
+_VOCABULARY = pathlib.Path(__file__).parents[2] / "tasks/sentencepiece_small.model"
 _WORDS = "a drawing of one two three small large red blue green circle star square and".split()  # noqa: SIM905
 
 
+def random_description(
+    preset: str, bindings: Sequence[str], tokens: int = _TOKENS
+) -> model_description.ModelDescription:
+    """Describes a model of gin/models/, with the vocabulary shipped here.
+
+    Args:
+      preset: a gin file in gin/models/.
+      bindings: gin bindings, applied after the file.
+      tokens: length of prompts and texts.
+    """
+    gin.clear_config()
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, [preset], bindings)
+    module = gin_utils.macro("MODEL").module
+    side = module.vit_config.grid[0] * module.vit_config.patch_size
+    lengths = {"image": side, "inputs": tokens, "targets": tokens}
+    return model_description.ModelDescription(module, lengths, "resize", 0.5, {}, _VOCABULARY.read_bytes())
+
+
+def vocabulary() -> sentencepiece.SentencePieceProcessor:
+    """Loads the vocabulary shipped here."""
+    return forward.load_vocabulary(_VOCABULARY.read_bytes())
+
+
 class Case:
-    """A model, and images in a folder."""
+    """A model of random parameters, and images in a folder."""
 
     def __init__(
-        self, preset: str, bindings: Sequence[str], batch_size: int, images: int, folder: pathlib.Path
+        self,
+        description: model_description.ModelDescription,
+        batch_size: int,
+        folder: pathlib.Path,
     ):
-        """Makes the model, compiles it for batches and for single images, and writes the images.
+        """Makes the model's parameters, and reads the images.
 
         Args:
-          preset: a gin file in gin/models/.
-          bindings: gin bindings, applied after the file.
+          description: the model's description.
           batch_size: images in a batch.
-          images: number of images.
-          folder: a new folder for all files.
+          folder: has the images of `write_images` in images/; predictions go there, too.
         """
-        gin.clear_config()
-        gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, [preset], bindings)
-        module = gin_utils.macro("MODEL").module
-        side = module.vit_config.grid[0] * module.vit_config.patch_size
-        lengths = {"image": side, "inputs": _TOKENS, "targets": _TOKENS}
-        words = vocabulary.get_vocabulary().sp_model
-        description = model_description.ModelDescription(module, lengths, "resize", 0.5, {}, words)
-        params = jax.tree.map(_random(np.random.default_rng(0)), forward.abstract_params(description))
+        params = steps.random_params(forward.abstract_params(description))
         self.predictor = predictor.RahfPredictor(description, params, batch_size)
         self._folder = folder
-        _write_images(folder / "images", images, side)
         self._inputs = inputs.Inputs([str(folder / "images")])
         self.pairs = [record.load() for record in self._inputs]
         size = self.predictor.batch_size
         prepared = [self.predictor.prepare(*pair) for pair in self.pairs]
-        self._batches = [
-            self.predictor.features(prepared[i : i + size], size) for i in range(0, images, size)
+        self.batches = [
+            self.predictor.features(prepared[i : i + size], size) for i in range(0, len(prepared), size)
         ]
         self._numbers = itertools.count()
-        self.bare()
-        self.one_by_one(1)
 
     def bare(self) -> float:
         """Measures the bare call, in images a second."""
         begin = time.perf_counter()
-        jax.block_until_ready([self.predictor.run(features) for features in self._batches])
+        jax.block_until_ready([self.predictor.run(features) for features in self.batches])
         return len(self.pairs) / (time.perf_counter() - begin)
 
     def command(self, heatmaps: str) -> float:
@@ -105,17 +121,7 @@ class Case:
         return count / (time.perf_counter() - begin)
 
 
-def _random(rng: np.random.Generator) -> Callable[[Any], np.ndarray]:
-    """Returns a function that fills a leaf's shape with values of standard deviation 1 / sqrt(fan-in)."""
-
-    def value(leaf):
-        deviation = max(np.prod(leaf.shape[:-1]), 1) ** -0.5
-        return rng.standard_normal(leaf.shape, np.float32) * np.float32(deviation)
-
-    return value
-
-
-def _write_images(folder: pathlib.Path, count: int, side: int) -> None:
+def write_images(folder: pathlib.Path, count: int, side: int) -> None:
     """Writes pictures of blocks and noise, with a prompt of 4 to 12 words beside each."""
     rng = np.random.default_rng(0)
     folder.mkdir()
@@ -148,7 +154,11 @@ def measure(name: str, batch_size: int, turns: int) -> dict[str, float]:
     """Measures a case; returns medians over the turns, in images a second, and ratios."""
     preset, bindings, images, single = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
-        case = Case(preset, bindings, batch_size, images, pathlib.Path(folder))
+        description = random_description(preset, bindings)
+        write_images(pathlib.Path(folder) / "images", images, description.feature_lengths["image"])
+        case = Case(description, batch_size, pathlib.Path(folder))
+        case.bare()
+        case.one_by_one(1)
         rates = [
             (case.bare(), *map(case.command, HEATMAP_FORMATS), case.batched(), case.one_by_one(single))
             for _ in range(turns)

@@ -17,6 +17,7 @@ gin changes other settings of the model: --gin.REMAT_POLICY=minimal, --gin.SCAN_
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -34,7 +35,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import gin
 import jax
 import numpy as np
-import tqdm
 from flax import traverse_util
 
 from richhf_jax import errors, feedback, gin_utils, models, partitioning, writing
@@ -47,6 +47,8 @@ PROMPT_LENGTH = TARGET_LENGTH = 64
 # Slots of a training example, as in gin/variants/.
 TRAIN_SLOTS = {feedback.MULTI_HEAD: feedback.ALL_SLOTS, feedback.AUGMENTED_PROMPT: feedback.Slots(1, 2, 1)}
 STEPS = ("train", "predict")
+# A prime number, so that no two rows of a matrix are equal.
+_RANDOM_NUMBERS = 1_048_573
 # Timed steps in a turn of a contender. One more step, which isn't counted, begins the turn.
 TURN = 5
 
@@ -91,18 +93,29 @@ def random_batch(module: rahf.Rahf, slots: feedback.Slots, batch_size: int) -> B
     }
 
 
-def _random_params(shapes: Any) -> dict[tuple[str, ...], jax.Array]:
-    """Makes parameters by name, with standard deviation 1 / sqrt(fan-in); biases and scales are 1."""
-    rng = np.random.default_rng(0)
+def random_params(shapes: Any) -> Any:
+    """Makes parameters on their devices: scales 1, biases 0, tables of deviation 1, else 1 / sqrt(fan-in).
 
-    def value(leaf):
-        if len(leaf.shape) == 1:
-            array = np.ones(leaf.shape, np.float32)
+    A billion random numbers would take half a minute. So a million are drawn, and all arrays repeat them.
+
+    Args:
+      shapes: a tree of `ShapeDtypeStruct`s with shardings.
+    """
+    drawn = np.random.default_rng(0).standard_normal(_RANDOM_NUMBERS, np.float32)
+
+    def value(path, leaf):
+        name = path[-1].key
+        if "scale" in name:
+            array = np.ones(leaf.shape, leaf.dtype)
+        elif "bias" in name:
+            array = np.zeros(leaf.shape, leaf.dtype)
         else:
-            array = rng.standard_normal(leaf.shape, np.float32) / math.prod(leaf.shape[:-1]) ** 0.5
+            is_stack = any(step.key == "layers" for step in path)
+            fan_in = 1 if "embedding" in name else math.prod(leaf.shape[is_stack:-1])
+            array = np.resize(drawn / np.float32(fan_in**0.5), leaf.shape).astype(leaf.dtype, copy=False)
         return jax.device_put(array, leaf.sharding)
 
-    return {name: value(leaf) for name, leaf in traverse_util.flatten_dict(shapes).items()}
+    return jax.tree_util.tree_map_with_path(value, shapes)
 
 
 class OurSteps:
@@ -110,21 +123,41 @@ class OurSteps:
 
     Attributes:
       devices: the devices that share a batch.
-      flops_per_image: the model's FLOPs an image, in the step prepared last.
+      flops_per_image: the model's FLOPs an image, in the step counted last.
     """
 
     def __init__(self, model: models.RahfModel, devices: Sequence[partitioning.Device]):
         self._model = model
         self._partitioner = partitioning.PjitPartitioner(devices=devices)
-        # Set by `prepare`.
-        self._state: Any = None
+        # Set by `lower`, `compile` and `initialise`.
+        self._trainer: Any = None
+        self._lowered: Any = None
         self._compiled: Any = None
-        self._step = ""
+        self._step, self._batch_size = "", 0
+        self._state: Any = None
         self.devices = devices
         self.flops_per_image = 0.0
 
-    def prepare(self, step: str, batch: Batch) -> None:
-        """Compiles the step for `run`, "train" or "predict", and counts the model's FLOPs.
+    def prepare(self, step: str, batch: Batch) -> dict[str, float]:
+        """Compiles a step for `run`, and makes a training state if there is none yet.
+
+        Returns:
+          Part of the work -> seconds.
+
+        Raises:
+          errors.UserError: the batch doesn't split over the devices.
+        """
+        seconds = {}
+        lower = functools.partial(self.lower, step, batch)
+        for name, part in {"lower": lower, "compile": self.compile, "initialise": self.initialise}.items():
+            begin = time.perf_counter()
+            part()
+            seconds[name] = time.perf_counter() - begin
+        self.count_flops()
+        return seconds
+
+    def lower(self, step: str, batch: Batch) -> None:
+        """Lowers a step, "train" or "predict", for `compile`.
 
         Raises:
           errors.UserError: the batch doesn't split over the devices.
@@ -132,22 +165,41 @@ class OurSteps:
         batch_size = batch["image"].shape[0]
         self._partitioner.get_data_layout(batch_size)
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
-        trainer = trainer_lib.Trainer(self._model, self._partitioner, shapes)
+        self._trainer = trainer_lib.Trainer(self._model, self._partitioner, shapes)
+        self._step, self._lowered = step, self._trainer.lower(step)
+        self._batch_size = batch_size
+
+    def count_flops(self) -> None:
+        """Counts the model's FLOPs of the lowered step."""
+        flops = counter.model_flops(self._trainer.lower("eval"), training=self._step == "train")
+        self.flops_per_image = flops / self._batch_size
+
+    def compile(self) -> None:
+        """Compiles the step, which takes no memory of the devices."""
+        self._compiled = self._lowered.compile()
+
+    def initialise(self) -> None:
+        """Makes a training state of random parameters, if there is none yet."""
         if self._state is None:
             # The network's own initialisers would take minutes to compile on a CPU.
-            self._state = trainer.init_state(_random_params(trainer.abstract_state.params))
-        self._step, self._compiled = step, trainer.lower(step).compile()
-        flops = counter.model_flops(trainer.lower("eval"), training=step == "train")
-        self.flops_per_image = flops / batch_size
+            params = traverse_util.flatten_dict(random_params(self._trainer.abstract_state.params))
+            self._state = jax.block_until_ready(self._trainer.init_state(params))
 
-    def run(self, batch: Batch) -> None:
-        """Takes one step, from the batch in the host's memory until the devices are done."""
+    def run(self, batch: Batch) -> Any:
+        """Takes one step, from the batch in the host's memory until the devices are done.
+
+        Returns:
+          The metrics of a train step, the predictions of a predict step.
+        """
         arrays = self._partitioner.shard_batch(batch)
         if self._step == "train":
-            self._state, metrics = self._compiled(self._state, arrays)
-            jax.block_until_ready((self._state, metrics))
-        else:
-            jax.block_until_ready(self._compiled(trainer_lib.InferenceState.of(self._state), arrays))
+            self._state, outputs = self._compiled(self._state, arrays)
+            return jax.block_until_ready((self._state, outputs))[1]
+        return jax.block_until_ready(self._compiled(trainer_lib.InferenceState.of(self._state), arrays))
+
+    def temporary_bytes(self) -> int:
+        """Returns the memory of the program's temporaries on a device."""
+        return self._compiled.memory_analysis().temp_size_in_bytes
 
     def peak_bytes(self) -> int:
         """Returns the program's memory on a device: arguments, results and temporaries."""
@@ -161,16 +213,18 @@ class OurSteps:
         )
 
 
-def measure(contenders: Mapping[str, Any], batch: Batch, count: int, label: str) -> dict[str, list[float]]:
-    """Measures the seconds of `count` steps of each contender, in turns of `TURN`."""
+def measure(contenders: Mapping[str, Any], batch: Batch, count: int) -> dict[str, list[float]]:
+    """Measures the seconds of `count` steps of each contender, in turns of `TURN`; prints each turn's."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for done in tqdm.trange(0, count, TURN, desc=label, disable=not sys.stderr.isatty()):
+    for done in range(0, count, TURN):
         for name, contender in contenders.items():
             contender.run(batch)
             for _ in range(min(TURN, count - done)):
                 start = time.perf_counter()
                 contender.run(batch)
                 seconds[name].append(time.perf_counter() - start)
+            turn = statistics.median(seconds[name][done:])
+            print(f"  {name:5} steps {done + 1} to {len(seconds[name])}: {turn:.4g} s a step", flush=True)
     return seconds
 
 
@@ -225,10 +279,12 @@ def measure_variant(
     for step in STEPS:
         slots = TRAIN_SLOTS[module.variant] if step == "train" else feedback.ALL_SLOTS
         batch = random_batch(module, slots, batch_size)
+        print(f"{module.variant} {step}, batches of {batch_size}", flush=True)
         try:
-            for contender in contenders.values():
-                contender.prepare(step, batch)
-            seconds = measure(contenders, batch, count, f"{module.variant} {step}")
+            for name, contender in contenders.items():
+                for what, value in contender.prepare(step, batch).items():
+                    print(f"  {name:5} {what}: {value:.4g} s", flush=True)
+            seconds = measure(contenders, batch, count)
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
                 raise
@@ -239,6 +295,7 @@ def measure_variant(
         measured = figures(seconds, contenders, batch_size, ours.flops_per_image)
         prompts = slots.prompts(module.variant)
         rows.append({"variant": module.variant, "step": step, "prompts_per_image": prompts, **measured})
+        print(describe(rows[-1]), flush=True)
     return rows
 
 
@@ -312,7 +369,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for variant in TRAIN_SLOTS if options.variant == "both" else [options.variant]:
         model = make_model(options.preset, variant, options.gin_bindings)
         rows += measure_variant(model, options.batch_size, options.steps, options.torch)
-        print(describe(rows[-2]), describe(rows[-1]), sep="\n", flush=True)
         gc.collect()  # The next variant needs the memory.
     if options.json:
         content = {**_setting(options, cast(rahf.Rahf, model.module)), "steps": rows}

@@ -58,6 +58,10 @@ def test_both_steps_of_both(preset, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "augmented_prompt predict, batches of 2, prompts an image: 7" in printed
     assert f"ratio {train['ratio']:.2f}" in printed
+    # Each figure is printed when it is known.
+    told = ("jax   compile: ", "torch compile: ", "jax   steps 1 to 2: ", "torch steps 1 to 2: ", "ratio")
+    places = [printed.index(text) for text in told]
+    assert places == sorted(places)
 
 
 def num_parameters(preset):
@@ -98,7 +102,7 @@ class Contender:
 
 def test_turns(monkeypatch):
     log = []
-    seconds = steps.measure({name: Contender(name, log) for name in "ab"}, {}, 7, "")
+    seconds = steps.measure({name: Contender(name, log) for name in "ab"}, {}, 7)
     assert log == ["a"] * 6 + ["b"] * 6 + ["a"] * 3 + ["b"] * 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 7, "b": 7}
 

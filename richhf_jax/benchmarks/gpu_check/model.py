@@ -1,0 +1,114 @@
+"""Jobs about the model's steps: ours, PyTorch's, and attention's kernels."""
+
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+from typing import cast
+
+import jax
+
+from richhf_jax import errors, feedback
+from richhf_jax.benchmarks import steps
+from richhf_jax.benchmarks.gpu_check import turns
+from richhf_jax.benchmarks.gpu_check.context import Context
+from richhf_jax.network import rahf
+
+_ATTENTION = "richhf_jax.benchmarks.attention"
+
+
+def step(check: Context, name: str, batch_size: int, kernel: str = "") -> None:
+    """Compiles a step and measures it.
+
+    Args:
+      check: what every job gets.
+      name: "train" or "predict".
+      batch_size: images a step.
+      kernel: attention's kernel, one of `plan.KERNELS`; "": the model's own choice.
+    """
+    turn = check.turn
+    if kernel:
+        check.need_gpu()
+    ours, batch = compiled(check, name, batch_size, *([f"ATTENTION_KERNEL = '{kernel}'"] if kernel else []))
+    check_room(check, ours)
+    with turn.device():
+        with turn.span("initialise"):
+            ours.initialise()
+        with turn.quiet():
+            seconds = steps.measure({"jax": ours}, batch, check.size.timed)["jax"]
+    rate = batch_size / statistics.median(seconds)
+    turn.figure("images a second", rate, "images/s", against=f"{name}-{batch_size}" if kernel else None)
+    check.share("share of the peak", rate * ours.flops_per_image, check.chip and check.chip.peak_flops)
+    milliseconds = [1000 * function(seconds) for function in (statistics.median, min, max)]
+    for which, value in zip(("median", "least", "most"), milliseconds, strict=True):
+        turn.figure(f"a step, {which}", value, "ms")
+    turn.figure("model FLOPs an image", ours.flops_per_image / 1e12, "TFLOP")
+    if memory := check.device.memory_stats():
+        turn.figure("memory in use at most", memory["peak_bytes_in_use"] / 2**30, "GiB")
+
+
+def compiled(
+    check: Context, name: str, batch_size: int, *bindings: str
+) -> tuple[steps.OurSteps, steps.Batch]:
+    """Lowers and compiles a step, and then once more, from JAX's compilation cache."""
+    model = check.model(*bindings)
+    ours = steps.OurSteps(model, [check.device])
+    batch = steps.random_batch(cast(rahf.Rahf, model.module), feedback.ALL_SLOTS, batch_size)
+    with check.turn.span("lower"):
+        ours.lower(name, batch)
+    with check.compilation():
+        ours.compile()
+    ours.count_flops()
+    jax.clear_caches()
+    with check.turn.span("lower again"):
+        ours.lower(name, batch)
+    with check.compilation("compile again, from the cache"):
+        ours.compile()
+    return ours, batch
+
+
+def check_room(check: Context, ours: steps.OurSteps) -> None:
+    """Tells the memory that the compiled step takes, and refuses it if the device has less."""
+    needed = ours.peak_bytes()
+    check.turn.figure("memory by the compiler's count", needed / 2**30, "GiB")
+    check.turn.figure("temporaries among it", ours.temporary_bytes() / 2**30, "GiB")
+    room = (check.device.memory_stats() or {}).get("bytes_limit")
+    if room and needed > room:
+        raise turns.Skip(f"it takes {needed / 2**30:.1f} GiB, and the device has {room / 2**30:.1f}")
+
+
+def torch_step(check: Context, name: str, batch_size: int) -> None:
+    """Measures the same step in PyTorch."""
+    try:
+        from torch_twin import steps as twin_steps
+    except ModuleNotFoundError as error:
+        raise turns.Skip(str(error)) from error
+    module = cast(rahf.Rahf, check.model().module)
+    theirs = twin_steps.TorchSteps(module, steps.PROMPT_LENGTH, steps.TARGET_LENGTH)
+    batch = steps.random_batch(module, feedback.ALL_SLOTS, batch_size)
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        check.turn.figure("torch.compile", "off, so the ratio says nothing")
+    with check.turn.device():
+        with check.turn.span("compile and run the first step"):
+            theirs.prepare(name, batch)
+        with check.turn.quiet():
+            seconds = steps.measure({"torch": theirs}, batch, check.size.timed)["torch"]
+    rate = batch_size / statistics.median(seconds)
+    check.turn.figure("images a second", rate, "images/s", against=f"{name}-{batch_size}")
+    if (peak := theirs.peak_bytes()) is not None:
+        check.turn.figure("memory in use at most", peak / 2**30, "GiB")
+
+
+def attention(check: Context) -> None:
+    """Runs the benchmark of attention's kernels, and passes on its lines."""
+    check.need_gpu()
+    if importlib.util.find_spec(_ATTENTION) is None:
+        raise turns.Skip(f"there is no {_ATTENTION}")
+    with check.turn.device(), check.turn.quiet():
+        command = [sys.executable, "-m", _ATTENTION]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                check.turn.figure("printed", line.rstrip())
+    if process.returncode:
+        raise errors.UserError(f"{_ATTENTION} failed with exit code {process.returncode}")
