@@ -22,7 +22,7 @@ CORE = [
     "flax>=0.12.8,<0.13",
     # Checksums of weights and files.
     "google-crc32c>=1.6",
-    "jax>=0.10.2,<0.11",
+    "jax>=0.10.2,<0.13",
     # Shape types, checked in tests only.
     "jaxtyping>=0.3,<0.4",
     "jinja2>=3.1",
@@ -98,7 +98,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["richhf_jax*", "tasks*"]),
     package_data={"richhf_jax": ["**/*.html", "**/*.md"], "tasks": ["**/*.model"]},
     install_requires=CORE,

@@ -27,7 +27,7 @@ REQUIRES = ("tensorflow", "tensorflow-text")
 
 def write(directory: pathlib.Path, description: ModelDescription, params: program.Arrays) -> None:
     """Writes the SavedModel into a folder of the directory. Its variables are the parameters."""
-    shapes = program.input_shapes(description, None)
+    shapes = program.input_shapes(description, batch=1)  # The SavedModel takes any number.
     module = orbax_export.JaxModule(
         dict(params),
         program.make(description),
