@@ -60,12 +60,9 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
-# SavedModels, which hold the code with which training reads images and prompts.
-EXPORT = [*TRAIN, "orbax-export>=0.0.8"]
-
 # The tools, and the libraries that tests compare with.
 TEST = [
-    *EXPORT,
+    *TRAIN,
     # Pyright with its own Node.js; each minor version finds other errors.
     "basedpyright>=1.40.2,<1.41",
     # Checks the shape types.
@@ -108,7 +105,8 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         # A MODEL_DIR on gs://: Orbax needs both.
         "gcs": ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"],
-        "export": EXPORT,
+        # SavedModels, which hold the code with which training reads images and prompts.
+        "export": TRAIN,
         "vqa": [*TRAIN, *VQA],
         "test": TEST,
     },
