@@ -47,7 +47,7 @@ def write(directory: pathlib.Path, description: ModelDescription, params: progra
 def _of_arrays(
     description: ModelDescription, exported: jax.export.Exported, parameters: Mapping[str, tf.Variable]
 ) -> Callable:
-    """Returns a function of the arrays of `program.input_shapes` that runs the program of `stablehlo.export`."""
+    """Returns a function of the arrays of `program.input_shapes` that runs the exported program."""
     module = _for_tensorflow(exported.mlir_module_serialized)
     arrays = {
         name: tf.TensorSpec([None, *shape.shape[1:]], tf.as_dtype(shape.dtype), name=name)
@@ -74,7 +74,7 @@ def _of_arrays(
 def _for_tensorflow(serialized: bytes) -> bytes:
     """Writes a program for TensorFlow's StableHLO, which may be older than any that JAX writes programs for.
 
-    Composite operations become calls: this TensorFlow doesn't find out their shapes for a number of images.
+    Composite operations become calls: TensorFlow can't run them on any number of images.
     """
     with ir.Context() as context:
         jax_stablehlo.register_dialect(context)
