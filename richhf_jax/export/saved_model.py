@@ -58,7 +58,7 @@ def _of_arrays(
     def predict(inputs):
         values = {name: variable.read_value() for name, variable in parameters.items()}
         arguments = jax.tree.leaves((values, inputs))
-        outputs = xla.call_module(
+        outputs: Any = xla.call_module(
             [arguments[index] for index in exported.module_kept_var_idx],
             version=exported.calling_convention_version,
             module=module,
@@ -82,8 +82,9 @@ def _for_tensorflow(serialized: bytes) -> bytes:
         module = jax_stablehlo.deserialize_portable_artifact(context, serialized)
         passes = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"
         passmanager.PassManager.parse(passes).run(module.operation)
-        versions = jax_stablehlo.get_current_version(), tf_stablehlo.get_current_version()
-        return jax_stablehlo.serialize_portable_artifact(module, jax_stablehlo.get_smaller_version(*versions))
+        read = tf_stablehlo.get_current_version()  # pyright: ignore[reportAttributeAccessIssue]
+        version = jax_stablehlo.get_smaller_version(jax_stablehlo.get_current_version(), read)
+        return jax_stablehlo.serialize_portable_artifact(module, version)
 
 
 class Words(NamedTuple):
