@@ -15,8 +15,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export(description: ModelDescription, params: program.Arrays) -> jax.export.Exported:
     """Makes the program: the function of parameters and inputs that `program.make` returns.
 
-    The parameters, of which the shapes and types are used, are arguments, not constants, because a file of this
-    kind holds at most 2 GB.
+    The parameters are arguments, not constants, because a file of this kind holds at most 2 GB. Only their
+    shapes and types are used.
     """
     (batch,) = jax.export.symbolic_shape("batch")
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in params.items()}
