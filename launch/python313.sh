@@ -55,9 +55,9 @@ make_system() {
   [[ -z $(ls -A "$dir" 2>/dev/null) || -d $system.part ]] ||
     die "$dir holds files that are not of this script: name an empty or new folder with --dir"
   echo "unpacking Debian 13 into $system"
-  rm -rf "$system.part"
+  rm -rf --one-file-system "$system.part"
   mkdir -p "$system.part"
-  debootstrap --variant=minbase trixie "$system.part" >"$dir/debootstrap.log" 2>&1 ||
+  unshare --mount debootstrap --variant=minbase trixie "$system.part" >"$dir/debootstrap.log" 2>&1 ||
     die "debootstrap failed; $dir/debootstrap.log ends with: $(tail -n 1 "$dir/debootstrap.log")"
   mv "$system.part" "$system"
 }
@@ -67,7 +67,9 @@ install_packages() {
   inside apt-get update -qq
   inside apt-get install -y -qq --no-install-recommends "${packages[@]}" >"$dir/apt.log"
   # A proxy of the machine may have a certificate of its own.
-  cp /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
+  if [[ -f /etc/ssl/certs/ca-certificates.crt ]]; then
+    cp /etc/ssl/certs/ca-certificates.crt "$system/etc/ssl/certs/"
+  fi
   echo "${packages[@]}" >"$dir/packages"
 }
 
