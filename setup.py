@@ -1,7 +1,7 @@
 """Installs richhf_jax.
 
 Lower bounds are the oldest versions tried. Upper bounds are there where minor versions change the API (jax,
-flax, orbax).
+flax, orbax, optax), and for Python, because TensorFlow has no wheel for 3.14.
 """
 
 import pathlib
@@ -22,6 +22,7 @@ CORE = [
     "flax>=0.12.8,<0.13",
     # Checksums of weights and files.
     "google-crc32c>=1.6",
+    # 0.11 and 0.12 need Python 3.12.
     "jax>=0.10.2,<0.13",
     # Shape types, checked in tests only.
     "jaxtyping>=0.3,<0.4",
@@ -48,6 +49,7 @@ TRAIN = [
     "importlib_resources>=6.4",
     "matplotlib>=3.9",
     "pyarrow>=18.0",
+    # Needs editdistance, which has no wheel for Python 3.13: pip compiles it there.
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.20",
     # Never beside tensorflow-cpu: the two share files.
