@@ -1,7 +1,7 @@
 """Installs richhf_jax.
 
 Lower bounds are the oldest versions tried. Upper bounds are there where minor versions change the API (jax,
-flax, orbax).
+flax, orbax, optax), and for Python, because TensorFlow has no wheel for 3.14.
 """
 
 import pathlib
@@ -22,7 +22,8 @@ CORE = [
     "flax>=0.12.8,<0.13",
     # Checksums of weights and files.
     "google-crc32c>=1.6",
-    "jax>=0.10.2,<0.11",
+    # 0.11 and 0.12 need Python 3.12.
+    "jax>=0.10.2,<0.13",
     # Shape types, checked in tests only.
     "jaxtyping>=0.3,<0.4",
     "jinja2>=3.1",
@@ -48,6 +49,7 @@ TRAIN = [
     "importlib_resources>=6.4",
     "matplotlib>=3.9",
     "pyarrow>=18.0",
+    # Needs editdistance, which has no wheel for Python 3.13: pip compiles it there.
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.20",
     # Never beside tensorflow-cpu: the two share files.
@@ -60,12 +62,9 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
-# SavedModels, which hold the code with which training reads images and prompts.
-EXPORT = [*TRAIN, "orbax-export>=0.0.8"]
-
 # The tools, and the libraries that tests compare with.
 TEST = [
-    *EXPORT,
+    *TRAIN,
     # Pyright with its own Node.js; each minor version finds other errors.
     "basedpyright>=1.40.2,<1.41",
     # Checks the shape types.
@@ -98,7 +97,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["richhf_jax*", "tasks*"]),
     package_data={"richhf_jax": ["**/*.html", "**/*.md"], "tasks": ["**/*.model"]},
     install_requires=CORE,
@@ -108,7 +107,8 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         # A MODEL_DIR on gs://: Orbax needs both.
         "gcs": ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"],
-        "export": EXPORT,
+        # SavedModels, which hold the code with which training reads images and prompts.
+        "export": TRAIN,
         "vqa": [*TRAIN, *VQA],
         "test": TEST,
     },

@@ -33,6 +33,18 @@ find_python() {
     "python3-venv); if it is not on the PATH, name it with --python"
 }
 
+# check_compiler PYTHON: dies if pip can't install editdistance, which seqio needs and which has no wheel for 3.13.
+check_compiler() {
+  "$1" -c "
+import importlib.util, os, shutil, sys, sysconfig
+compiler = os.environ.get('CXX') or sysconfig.get_config_var('CXX') or 'c++'
+header = os.path.join(sysconfig.get_path('include'), 'Python.h')
+compiles = shutil.which(compiler.split()[0]) and os.path.exists(header)
+sys.exit(sys.version_info >= (3, 13) and not importlib.util.find_spec('editdistance') and not compiles)" ||
+    die "on Python 3.13 a package must be compiled, for which a C++ compiler or Python's headers are missing:" \
+      "apt-get install g++ python3.13-dev (on Debian or Ubuntu), or take Python 3.11 or 3.12"
+}
+
 # setup_venv EXTRA: makes the environment if needed, and installs the project with an extra, unless that was done
 # since the last change of setup.py.
 setup_venv() {
@@ -40,10 +52,12 @@ setup_venv() {
   wanted=$(cksum <"$root/setup.py")
   if ! usable_python "$venv/bin/python" pip; then
     python=$(find_python)
+    check_compiler "$python"
     echo "making $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv"
   fi
   if [[ $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
+    check_compiler "$venv/bin/python"
     echo "installing the project and its '$extra' packages into $venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${root}[$extra]"
     echo "$wanted" >"$stamp"

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from flax.linen import partitioning as flax_partitioning
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from richhf_jax import device_memory, errors
 
@@ -144,7 +144,8 @@ def make_mesh(
     else:
         shape = [dcn * ici for dcn, ici in zip(dcn_mesh_shape, ici_mesh_shape, strict=True)]
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES)
+    # Auto: the compiler splits what lies between arrays of a given sharding.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 class PjitPartitioner:

@@ -354,7 +354,8 @@ def test_after_a_flipped_bit_parameters_are_the_saved_ones_or_refused(tmp_path, 
     gc.collect()
     assert {"_METADATA", "_sharding", "process_0", "manifest.ocdbt", "checksums.json"} < refused
     data = {path.name for path in data_files(tmp_path / "checkpoint_4")}
-    assert data and data < refused
+    assert data
+    assert data < refused
     assert "Traceback" not in "".join(capfd.readouterr())
 
 

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from richhf_jax import checkpoints, checksums, errors, sealing
 
 
 @pytest.fixture
 def mesh():
-    return jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("data", "model"))
+    auto = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((2, 1), ("data", "model"), axis_types=auto, devices=jax.devices()[:2])
 
 
 @pytest.mark.parametrize(

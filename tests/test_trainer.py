@@ -62,7 +62,8 @@ def batch(rng):
 def make_trainer(model, batch, devices=2, num_partitions=1, **kwargs):
     partitioner = partitioning.PjitPartitioner(num_partitions=num_partitions)
     if devices == 1:
-        partitioner.mesh = Mesh(partitioner.mesh.devices[:1], partitioner.mesh.axis_names)
+        mesh = partitioner.mesh
+        partitioner.mesh = Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in batch.items()}
     return trainer_lib.Trainer(model, partitioner, shapes, **kwargs)
 

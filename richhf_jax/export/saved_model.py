@@ -8,12 +8,17 @@ after `import tensorflow_text`.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import orbax.export as orbax_export
+import jax
+import jax.export
 import tensorflow as tf
 import tensorflow_text
+from jax.extend.mlir import ir, passmanager
+from jax.extend.mlir.dialects import stablehlo as jax_stablehlo
+from tensorflow.compiler.mlir.stablehlo import stablehlo as tf_stablehlo
+from tensorflow.compiler.tf2xla.python import xla
 
 from richhf_jax import augmentation, feedback, preprocessors, writing
 from richhf_jax.export import program, stablehlo
@@ -27,24 +32,59 @@ REQUIRES = ("tensorflow", "tensorflow-text")
 
 def write(directory: pathlib.Path, description: ModelDescription, params: program.Arrays) -> None:
     """Writes the SavedModel into a folder of the directory. Its variables are the parameters."""
-    shapes = program.input_shapes(description, None)
-    module = orbax_export.JaxModule(
-        dict(params),
-        program.make(description),
-        input_polymorphic_shape=dict.fromkeys(shapes, "batch, ..."),
-        jax2tf_kwargs={"native_serialization_platforms": stablehlo.PLATFORMS},
-    )
+    reader = PromptReader(description)
+    model = tf.Module()
+    model.parameters = {
+        name: tf.Variable(value, trainable=False, name=name) for name, value in params.items()
+    }
+    model.resources = reader.resources
+    predict = _of_arrays(description, stablehlo.export(description, params), model.parameters)
+    signatures = {"arrays": predict, "serving_default": _of_strings(description, reader, predict)}
+    with writing.explained_disk_errors(directory, also=(tf.errors.OpError,)):
+        tf.saved_model.save(model, str(directory / FOLDER), signatures)
+
+
+def _of_arrays(
+    description: ModelDescription, exported: jax.export.Exported, parameters: Mapping[str, tf.Variable]
+) -> Callable:
+    """Returns a function of the arrays of `program.input_shapes` that runs the exported program."""
+    module = _for_tensorflow(exported.mlir_module_serialized)
     arrays = {
         name: tf.TensorSpec([None, *shape.shape[1:]], tf.as_dtype(shape.dtype), name=name)
-        for name, shape in shapes.items()
+        for name, shape in program.input_shapes(description, batch=1).items()
     }
-    reader = PromptReader(description)
-    config = orbax_export.ServingConfig("arrays", [arrays], extra_trackable_resources=reader.resources)
-    manager = orbax_export.ExportManager(module, [config])
-    (predict,) = module.methods.values()
-    serve = _of_strings(description, reader, predict)
-    with writing.explained_disk_errors(directory, also=(tf.errors.OpError,)):
-        manager.save(str(directory / FOLDER), signature_overrides={"serving_default": serve})
+
+    @tf.function(input_signature=[arrays], jit_compile=True, autograph=False)
+    def predict(inputs):
+        values = {name: variable.read_value() for name, variable in parameters.items()}
+        arguments = jax.tree.leaves((values, inputs))
+        outputs: Any = xla.call_module(
+            [arguments[index] for index in exported.module_kept_var_idx],
+            version=exported.calling_convention_version,
+            module=module,
+            platforms=[platform.upper() for platform in exported.platforms],
+            Tout=[tf.as_dtype(output.dtype) for output in exported.out_avals],
+            Sout=[[None, *output.shape[1:]] for output in exported.out_avals],
+        )
+        return jax.tree.unflatten(exported.out_tree, outputs)
+
+    return predict
+
+
+def _for_tensorflow(serialized: bytes) -> bytes:
+    """Writes a program for TensorFlow's StableHLO, which may be older than any that JAX writes programs for.
+
+    Composite operations become calls: TensorFlow can't run them on any number of images.
+    """
+    with ir.Context() as context:
+        jax_stablehlo.register_dialect(context)
+        jax_stablehlo.register_stablehlo_passes()
+        module = jax_stablehlo.deserialize_portable_artifact(context, serialized)
+        passes = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"
+        passmanager.PassManager.parse(passes).run(module.operation)
+        read = tf_stablehlo.get_current_version()  # pyright: ignore[reportAttributeAccessIssue]
+        version = jax_stablehlo.get_smaller_version(jax_stablehlo.get_current_version(), read)
+        return jax_stablehlo.serialize_portable_artifact(module, version)
 
 
 class Words(NamedTuple):

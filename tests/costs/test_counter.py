@@ -4,10 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from richhf_jax.costs import counter
 
@@ -165,7 +164,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
 
 
 def test_collectives_of_a_loop():
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")

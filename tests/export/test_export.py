@@ -363,7 +363,7 @@ def test_other_peoples_text_is_no_markup(make_model_dir, tmp_path):
     description.pop("checksums", None)  # Whoever changes the file on purpose removes it.
     description["training"] = {
         "note\n\n## Licence\n\nPublic domain": "[x](javascript:alert(1))",
-        "<img src=x>": "{{ 7*7 }}{% raw %}",
+        "<img src=x>": "{{ 7 * 6_007 }}{% raw %}",
         "| a |": "`code`",
     }
     (directory / "model.json").write_text(json.dumps(description))
@@ -374,7 +374,7 @@ def test_other_peoples_text_is_no_markup(make_model_dir, tmp_path):
     card.write(tmp_path, model_description.read(directory), str(directory / "checkpoint_0"), 1, "orbax", 0)
     written = (tmp_path / "MODEL_CARD.md").read_text()
     assert [*facts] == ["t<img src=x>, test"]
-    for markup in ("<img", "](javascript", "\n| forged", "<b>", "`code`", "49"):
+    for markup in ("<img", "](javascript", "\n| forged", "<b>", "`code`", "42049"):
         assert markup not in written
     assert written.count("\n## Licence\n") == 1
     assert "| z | none |\n" in written
@@ -439,9 +439,9 @@ def test_mistakes_are_one_message_and_leave_nothing(model_dir, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_params", fail)
         assert "new/checkpoint_7/d/1: File too large. Make the folder" in message("--to=orbax")
-    monkeypatch.setitem(sys.modules, "orbax.export", None)
+    monkeypatch.setitem(sys.modules, "tensorflow_text", None)
     monkeypatch.delitem(sys.modules, "richhf_jax.export.saved_model", raising=False)
-    assert "a SavedModel needs orbax.export: pip install" in message("--to=savedmodel")
+    assert "a SavedModel needs tensorflow_text: pip install" in message("--to=savedmodel")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
