@@ -65,15 +65,15 @@ predict            | jax            | checkpoints checksums compilation_cache co
 export             | jax tensorflow | augmentation convert foreign_text keywords model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
-benchmarks         | jax tensorflow | costs datasets export keywords model_description
+benchmarks         | jax tensorflow | costs datasets device_memory export keywords model_description
                                       models network partitioning predict torch_twin train_state
                                       trainer
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
                                       partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
-benchmarks.attention | jax          |
-benchmarks.gpu_check.__main__ |     |
-benchmarks.gpu_check.job |          |
+benchmarks.attention | jax            |
+benchmarks.gpu_check.__main__ |                |
+benchmarks.gpu_check.job |                |
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |
 benchmarks.steps   | jax tensorflow |

@@ -60,10 +60,12 @@ def of_network(module: Any, params: Mapping[str, Any], batch: Mapping[str, Any])
 
     def heads(kind, count):
         slots = feedback.Slots(**{"heatmaps": 0, "scores": 0, "texts": 0, kind: count})
-        name = f"{kind[:-1]} head" if count == 1 else f"{count} {kind[:-1]} heads"
-        return part(
-            name, f"{kind[:-1]}_head", functools.partial(getattr(type(module), kind), slots=slots), encoded
-        )
+        name, used = f"{count} {kind[:-1]} heads", f"{kind[:-1]}_head"
+        if count == 1:
+            name = f"{kind[:-1]} head"
+            if module.variant == feedback.MULTI_HEAD:
+                used += f"_{getattr(feedback, kind.upper())[0]}"
+        return part(name, used, functools.partial(getattr(type(module), kind), slots=slots), encoded)
 
     image, prompts, targets = (
         batch[name] for name in ("image", "encoder_input_tokens", "decoder_target_tokens")

@@ -1,6 +1,5 @@
 """Jobs about the model's steps: ours, PyTorch's, and attention's kernels."""
 
-import importlib.util
 import os
 import statistics
 import subprocess
@@ -9,7 +8,7 @@ from typing import cast
 
 import jax
 
-from richhf_jax import errors, feedback
+from richhf_jax import device_memory, errors, feedback
 from richhf_jax.benchmarks import steps
 from richhf_jax.benchmarks.gpu_check import turns
 from richhf_jax.benchmarks.gpu_check.context import Context
@@ -73,7 +72,7 @@ def check_room(check: Context, ours: steps.OurSteps) -> None:
     needed = ours.peak_bytes()
     check.turn.figure("memory by the compiler's count", needed / 2**30, "GiB")
     check.turn.figure("temporaries among it", ours.temporary_bytes() / 2**30, "GiB")
-    room = (check.device.memory_stats() or {}).get("bytes_limit")
+    room = device_memory.limit([check.device])
     if room and needed > room:
         raise turns.Skip(f"it takes {needed / 2**30:.1f} GiB, and the device has {room / 2**30:.1f}")
 
@@ -103,8 +102,6 @@ def torch_step(check: Context, name: str, batch_size: int) -> None:
 def attention(check: Context) -> None:
     """Runs the benchmark of attention's kernels, and passes on its lines."""
     check.need_gpu()
-    if importlib.util.find_spec(_ATTENTION) is None:
-        raise turns.Skip(f"there is no {_ATTENTION}")
     with check.turn.device(), check.turn.quiet():
         command = [sys.executable, "-m", _ATTENTION]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

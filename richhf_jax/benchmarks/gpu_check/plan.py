@@ -8,7 +8,15 @@ from richhf_jax.benchmarks.gpu_check import turns
 
 PROGRAM = "richhf_jax.benchmarks.gpu_check.job"
 KERNELS = ("xla", "cudnn")
-PARTS = ("vit", "encoder", "decoder", "heatmap", "score", "optimizer")
+# Name of a job after "part-" -> name of the part; the network's are those of `costs.parts`.
+PARTS = {
+    "vit": "ViT",
+    "encoder": "ViT and encoder",
+    "decoder": "decoder",
+    "heatmap": "heatmap head",
+    "score": "score head",
+    "optimizer": "optimizer",
+}
 
 
 @dataclasses.dataclass(frozen=True)
