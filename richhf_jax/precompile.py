@@ -17,7 +17,6 @@ With --by_part it prints, and with --json writes, how long each part of the mode
 encoder, decoder, each head and each of its convolutions.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -209,6 +208,9 @@ def parts_of_step(
     Args:
       step: "train" or "predict".
       devices: as for `plan_step`.
+
+    Raises:
+      errors.UserError: a microbatch doesn't split over the devices.
     """
     partitioner = gin.get_configurable(partitioning.PjitPartitioner)(devices=devices)
     whole = step_shapes(step)
@@ -227,10 +229,13 @@ def parts_of_step(
         return jax.tree.map(leaf, tree)
 
     size = next(iter(whole.values())).shape[0] // trainer.num_microbatches
+    partitioner.get_data_layout(size)
     if step == "train":
         yield "initialisation", lambda: trainer.lower("init")
-        optimize = functools.partial(trainer_lib.TrainState.apply_gradient, optimizer_def=model.optimizer_def)
-        yield "optimizer", lowering(lambda state, grads: optimize(state, grads=grads), state, state.params)
+        optimize = lowering(
+            lambda state, grads: state.apply_gradient(model.optimizer_def, grads), state, state.params
+        )
+        yield "optimizer", optimize
     for part in parts.of_network(model.module, state.params, laid_out(whole, size)):
         inputs = laid_out(part.inputs)
         yield part.name, lowering(part.fn, part.params, *inputs)
