@@ -37,11 +37,10 @@ class TorchSteps:
         self._network: twin.Rahf = cast(Any, network).to(self._device, memory_format=torch.channels_last)
         self._run: Callable[[dict[str, torch.Tensor]], object] | None = None
 
-    def prepare(self, step: str, batch: Batch) -> dict[str, float]:
-        """Makes `run` a compiled "train" or "predict" step, and frees the last step's memory.
+    def prepare(self, step: str, batch: Batch) -> None:
+        """Makes `run` a "train" or "predict" step, and frees the last step's memory.
 
-        Returns:
-          Seconds: "compile", the first step's included.
+        The first step compiles. It is run here, and its seconds are printed.
         """
         begin = time.perf_counter()
         self._run = None
@@ -52,7 +51,7 @@ class TorchSteps:
         make = {"train": self._train_step, "predict": self._predict_step}[step]
         self._run = make(batch, _slots(batch))
         self.run(batch)
-        return {"compile": time.perf_counter() - begin}
+        print(f"  torch compile: {time.perf_counter() - begin:.4g} s", flush=True)
 
     def run(self, batch: Batch) -> None:
         """Takes one step, from the batch in the host's memory until the device is done."""

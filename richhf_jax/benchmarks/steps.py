@@ -138,23 +138,18 @@ class OurSteps:
         self.devices = devices
         self.flops_per_image = 0.0
 
-    def prepare(self, step: str, batch: Batch) -> dict[str, float]:
-        """Compiles a step for `run`, and makes a training state if there is none yet.
-
-        Returns:
-          Part of the work -> seconds.
+    def prepare(self, step: str, batch: Batch) -> None:
+        """Compiles a step for `run`, and makes a training state if there is none yet; prints the seconds.
 
         Raises:
           errors.UserError: the batch doesn't split over the devices.
         """
-        seconds = {}
         lower = functools.partial(self.lower, step, batch)
         for name, part in {"lower": lower, "compile": self.compile, "initialise": self.initialise}.items():
             begin = time.perf_counter()
             part()
-            seconds[name] = time.perf_counter() - begin
+            print(f"  jax   {name}: {time.perf_counter() - begin:.4g} s", flush=True)
         self.count_flops()
-        return seconds
 
     def lower(self, step: str, batch: Batch) -> None:
         """Lowers a step, "train" or "predict", for `compile`.
@@ -281,9 +276,8 @@ def measure_variant(
         batch = random_batch(module, slots, batch_size)
         print(f"{module.variant} {step}, batches of {batch_size}", flush=True)
         try:
-            for name, contender in contenders.items():
-                for what, value in contender.prepare(step, batch).items():
-                    print(f"  {name:5} {what}: {value:.4g} s", flush=True)
+            for contender in contenders.values():
+                contender.prepare(step, batch)
             seconds = measure(contenders, batch, count)
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):

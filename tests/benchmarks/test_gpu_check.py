@@ -20,7 +20,7 @@ import pytest
 import richhf_jax
 from richhf_jax import errors, feedback
 from richhf_jax.benchmarks.gpu_check import __main__ as gpu_check
-from richhf_jax.benchmarks.gpu_check import carried, model, parts, plan, turns, uses
+from richhf_jax.benchmarks.gpu_check import carried, machine, model, parts, plan, turns, uses
 from richhf_jax.benchmarks.gpu_check.context import Context
 
 ROOT = pathlib.Path(richhf_jax.__file__).resolve().parents[1]
@@ -428,6 +428,16 @@ def test_a_part_of_the_model(check):
     times = {key: value for key, value in check.turn.values.items() if "2 images" in key}
     assert len(times) == 2
     assert min(times.values()) > 0
+
+
+def test_numbers_that_are_not_the_cpus_are_noticed(check, monkeypatch):
+    def numbers(dtype, precision, device):
+        return {"the scores": np.array([0.5, 0.6 if precision is None else 0.5])}
+
+    monkeypatch.setattr(machine, "_tiny_numbers", numbers)
+    with pytest.raises(errors.UserError, match="default precision: the scores differ from the CPU's by 0.1"):
+        machine.numbers(check)
+    assert check.turn.values["float32, highest precision: largest difference of the scores"] == 0
 
 
 def test_a_step_that_does_not_fit_is_skipped(check, monkeypatch):

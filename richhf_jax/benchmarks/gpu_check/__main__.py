@@ -7,7 +7,7 @@ figure is printed and written at once:
 
     OUT/figures.jsonl      {"at": seconds, "job": …, "figure": …, "value": …, "unit": …}
     OUT/report.md          the same as tables, with the outcome of each job
-    OUT/log.txt            last lines of the jobs that failed
+    OUT/log.txt            last lines of the jobs that failed or were ended
     OUT/programs.tar.NN    the compiled programs: give the folder with --cache to the next run
 
 --tiny goes through all of it with a tiny model within minutes on two cores, without a GPU, too.
@@ -46,7 +46,7 @@ _RESERVE = 3
 _LOG_LINES = 60
 # Names of the figures that the summary repeats.
 _MAIN = re.compile(
-    "(images a second|share|compile|memory|command|bare|mean loss|largest|product|copy|.*forward|.*update)"
+    "(images a second|share|compile|memory|command|bare|mean loss|.*largest|product|copy|.*forward|.*update)"
 )
 
 
@@ -83,7 +83,7 @@ class Report:
         """Tells how a job ended."""
         self.figure(job, {"figure": "outcome", "value": outcome})
         log = self._logs / f"{job}.log"
-        if outcome.startswith("failed"):
+        if outcome.startswith(("failed", "skipped: it took", "stopped")):
             lines = log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES:]
             with self._log.open("a", encoding="utf-8") as file:
                 file.write("\n".join([f"== {job}: {outcome}", *lines, ""]))

@@ -101,9 +101,8 @@ def torch_step(check: Context, name: str, batch_size: int) -> None:
 
 def attention(check: Context) -> None:
     """Runs the benchmark of attention's kernels, and passes on its lines."""
-    check.need_gpu()
     with check.turn.device(), check.turn.quiet():
-        command = [sys.executable, "-m", _ATTENTION]
+        command = [sys.executable, "-m", _ATTENTION, f"--size={check.size.name}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or ():
                 check.turn.figure("printed", line.rstrip())

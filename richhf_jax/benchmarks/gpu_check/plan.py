@@ -24,6 +24,7 @@ class Size:
     """What the check measures.
 
     Attributes:
+      name: its name, also in `richhf_jax.benchmarks.attention`.
       preset: a file of gin/models/.
       batches: images a step.
       torch: steps whose counterpart in PyTorch is measured, such as "train-8".
@@ -36,6 +37,7 @@ class Size:
       seconds: what JAX's start and small programs may take, and a program of the model.
     """
 
+    name: str
     preset: str
     batches: Sequence[int]
     torch: Sequence[str]
@@ -48,8 +50,9 @@ class Size:
     seconds: tuple[float, float]
 
 
-SIZES = {
-    "base": Size(
+_SIZES = (
+    Size(
+        name="base",
         preset="models/rahf_base.gin",
         batches=(8, 16, 32),
         torch=("predict-16", "train-8", "train-16"),
@@ -61,7 +64,8 @@ SIZES = {
         learning=(300, 8),
         seconds=(90, 360),
     ),
-    "tiny": Size(
+    Size(
+        name="tiny",
         preset="models/rahf_tiny.gin",
         batches=(2,),
         torch=("predict-2", "train-2"),
@@ -73,7 +77,8 @@ SIZES = {
         learning=(30, 2),
         seconds=(90, 200),
     ),
-}
+)
+SIZES = {size.name: size for size in _SIZES}
 
 
 def jobs(size_name: str, gin_arguments: Sequence[str] = (), only: Sequence[str] = ()) -> list[turns.Job]:
