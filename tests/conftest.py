@@ -31,7 +31,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# PyTorch for GPUs imports it, and beside TensorFlow that is a segmentation fault.
+# For PyTorch's build for GPUs. Without this it warns where there is no driver.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# It imports triton, and beside TensorFlow that is a segmentation fault.
 sys.modules["triton"] = None
 
 

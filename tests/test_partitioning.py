@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax.linen import partitioning as flax_partitioning
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from richhf_jax import gin_utils, partitioning
 
@@ -139,6 +139,7 @@ class Device:
 def test_each_slice_is_a_replica():
     mesh = partitioning.make_mesh([Device(i, slice_index=i // 4) for i in range(8)], num_partitions=2)
     assert mesh.shape == {"replica": 2, "data": 2, "model": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
     for replica in range(2):
         assert {d.slice_index for d in mesh.devices[replica].flat} == {replica}
 

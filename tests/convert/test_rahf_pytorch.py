@@ -29,9 +29,6 @@ HEATMAPS, SCORES = len(feedback.HEATMAPS), len(feedback.SCORES)
 LOSS_WEIGHTS = {"heatmap": 25.0, "score": 20.0, "keywords": 4.0}
 BATCH, LENGTH, TARGET_LENGTH = 3, 8, 6
 
-# Halves the time to compile the gradients.
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
-
 VIT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 6, "d_ff": 28, "num_layers": 2, "num_heads": 2}
 OVERLAY = (
@@ -322,10 +319,9 @@ def both(tmp_path_factory):
         theirs |= {"loss": loss.item(), "gradients": read_tree(folder / "gradients.pt")}
 
         params = flax.traverse_util.unflatten_dict(read_tree(folder / "rahf_model.pt"), sep="/")
-        jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-        ours = dict(jit(model.predict_batch)(params, inputs))
+        ours = dict(jax.jit(model.predict_batch)(params, inputs))
         if variant == "multi_head":
-            loss_and_gradients = jit(jax.value_and_grad(model.eval_fn, has_aux=True))
+            loss_and_gradients = jax.jit(jax.value_and_grad(model.eval_fn, has_aux=True))
             (ours["loss"], _), gradients = loss_and_gradients(params, inputs)
             ours["gradients"] = flax.traverse_util.flatten_dict(gradients, sep="/")
         return ours, theirs
