@@ -126,9 +126,14 @@ class OurSteps:
       flops_per_image: the model's FLOPs an image, in the step counted last.
     """
 
-    def __init__(self, model: models.RahfModel, devices: Sequence[partitioning.Device]):
+    def __init__(
+        self,
+        model: models.RahfModel,
+        devices: Sequence[partitioning.Device],
+        compiler_options: Mapping[str, str | bool] | None = None,
+    ):
         self._model = model
-        self._partitioner = partitioning.PjitPartitioner(devices=devices)
+        self._partitioner = partitioning.PjitPartitioner(devices=devices, compiler_options=compiler_options)
         # Set by `lower`, `compile` and `initialise`.
         self._trainer: Any = None
         self._lowered: Any = None

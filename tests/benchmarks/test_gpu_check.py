@@ -257,7 +257,8 @@ def test_plan():
     assert names[-1] == "learn-300"
     assert {"torch-train-8", "part-optimizer", "command-512", "export", "train-8-cudnn"} < set(names)
     assert [one.name for one in plan.jobs("base", (), ["train", "export"])] == [
-        "train-8", "train-16", "train-32", "export", "train-8-xla", "train-8-cudnn",
+        "train-8", "train-16", "train-32", "export",
+        "train-8-xla", "train-8-cudnn", "train-8-untuned", "train-8-notriton",
     ]  # fmt: skip
     for size in plan.SIZES:
         jobs = plan.jobs(size)

@@ -22,7 +22,7 @@ _JOBS: dict[str, Callable[..., None]] = {
     "ceilings": machine.ceilings,
     "numbers": machine.numbers,
     r"(train|predict)-(\d+)": model.step,
-    rf"(train|predict)-(\d+)-({'|'.join(plan.KERNELS)})": model.step,
+    rf"(train|predict)-(\d+)-({'|'.join(plan.WAYS)})": model.step,
     r"torch-(train|predict)-(\d+)": model.torch_step,
     "attention": model.attention,
     rf"part-({'|'.join(plan.PARTS)})": parts.part,

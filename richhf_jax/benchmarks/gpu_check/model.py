@@ -4,32 +4,33 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import jax
 
 from richhf_jax import device_memory, errors, feedback
 from richhf_jax.benchmarks import steps
-from richhf_jax.benchmarks.gpu_check import turns
+from richhf_jax.benchmarks.gpu_check import plan, turns
 from richhf_jax.benchmarks.gpu_check.context import Context
 from richhf_jax.network import rahf
 
 _ATTENTION = "richhf_jax.benchmarks.attention"
 
 
-def step(check: Context, name: str, batch_size: int, kernel: str = "") -> None:
+def step(check: Context, name: str, batch_size: int, way: str = "") -> None:
     """Compiles a step and measures it.
 
     Args:
       check: what every job gets.
       name: "train" or "predict".
       batch_size: images a step.
-      kernel: attention's kernel, one of `plan.KERNELS`; "": the model's own choice.
+      way: one of `plan.WAYS`; "": the model's own.
     """
     turn = check.turn
-    if kernel:
+    if way:
         check.need_gpu()
-    ours, batch = compiled(check, name, batch_size, *([f"ATTENTION_KERNEL = '{kernel}'"] if kernel else []))
+    ours, batch = compiled(check, name, batch_size, *plan.WAYS.get(way, ()))
     check_room(check, ours)
     with turn.device():
         with turn.span("initialise"):
@@ -37,7 +38,7 @@ def step(check: Context, name: str, batch_size: int, kernel: str = "") -> None:
         with turn.quiet():
             seconds = steps.measure({"jax": ours}, batch, check.size.timed)["jax"]
     rate = batch_size / statistics.median(seconds)
-    turn.figure("images a second", rate, "images/s", against=f"{name}-{batch_size}" if kernel else None)
+    turn.figure("images a second", rate, "images/s", against=f"{name}-{batch_size}" if way else None)
     check.share("share of the peak", rate * ours.flops_per_image, check.chip and check.chip.peak_flops)
     milliseconds = [1000 * function(seconds) for function in (statistics.median, min, max)]
     for which, value in zip(("median", "least", "most"), milliseconds, strict=True):
@@ -48,11 +49,15 @@ def step(check: Context, name: str, batch_size: int, kernel: str = "") -> None:
 
 
 def compiled(
-    check: Context, name: str, batch_size: int, *bindings: str
+    check: Context,
+    name: str,
+    batch_size: int,
+    bindings: Sequence[str] = (),
+    options: Mapping[str, str | bool] | None = None,
 ) -> tuple[steps.OurSteps, steps.Batch]:
-    """Lowers and compiles a step, and then once more, from JAX's compilation cache."""
+    """Lowers and compiles a step, with XLA's options, and then once more, from JAX's compilation cache."""
     model = check.model(*bindings)
-    ours = steps.OurSteps(model, [check.device])
+    ours = steps.OurSteps(model, [check.device], options)
     batch = steps.random_batch(cast(rahf.Rahf, model.module), feedback.ALL_SLOTS, batch_size)
     with check.turn.span("lower"):
         ours.lower(name, batch)

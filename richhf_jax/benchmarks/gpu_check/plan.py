@@ -2,12 +2,20 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from richhf_jax.benchmarks.gpu_check import turns
 
 PROGRAM = "richhf_jax.benchmarks.gpu_check.job"
-KERNELS = ("xla", "cudnn")
+# Other ways to compile a step -> gin's bindings of the model, and XLA's options.
+WAYS: Mapping[str, tuple[Sequence[str], Mapping[str, str | bool]]] = {
+    "xla": (["ATTENTION_KERNEL = 'xla'"], {}),
+    "cudnn": (["ATTENTION_KERNEL = 'cudnn'"], {}),
+    # XLA tries no kernels.
+    "untuned": ([], {"xla_gpu_autotune_level": "0"}),
+    # Matrix products are cuBLAS's alone, so there are fewer kernels to compile and try.
+    "notriton": ([], {"xla_gpu_enable_triton_gemm": False}),
+}
 # Name of a job after "part-" -> name of the part; the network's are those of `costs.parts`.
 PARTS = {
     "vit": "ViT",
@@ -28,7 +36,7 @@ class Size:
       preset: a file of gin/models/.
       batches: images a step.
       torch: steps whose counterpart in PyTorch is measured, such as "train-8".
-      kernels: steps that are measured with each of `KERNELS` for attention.
+      ways: steps that are measured in each of `WAYS`.
       matrix_side: rows and columns of the matrices of the product.
       copied_bytes: bytes of the copies.
       timed: timed runs of each program.
@@ -41,7 +49,7 @@ class Size:
     preset: str
     batches: Sequence[int]
     torch: Sequence[str]
-    kernels: Sequence[str]
+    ways: Sequence[str]
     matrix_side: int
     copied_bytes: int
     timed: int
@@ -56,7 +64,7 @@ _SIZES = (
         preset="models/rahf_base.gin",
         batches=(8, 16, 32),
         torch=("predict-16", "train-8", "train-16"),
-        kernels=("train-8", "predict-16"),
+        ways=("train-8", "predict-16"),
         matrix_side=8192,
         copied_bytes=2**31,
         timed=10,
@@ -69,7 +77,7 @@ _SIZES = (
         preset="models/rahf_tiny.gin",
         batches=(2,),
         torch=("predict-2", "train-2"),
-        kernels=("train-2",),
+        ways=("train-2",),
         matrix_side=256,
         copied_bytes=2**24,
         timed=5,
@@ -108,7 +116,7 @@ def jobs(size_name: str, gin_arguments: Sequence[str] = (), only: Sequence[str] 
         *((f"part-{part}", long, ()) for part in PARTS),
         (f"command-{images}", long, ()),
         ("export", long, ()),
-        *((f"{name}-{kernel}", long, (name,)) for name in size.kernels for kernel in KERNELS),
+        *((f"{name}-{way}", long, (name,)) for way in WAYS for name in size.ways),
         # It finds its program in the cache. It is the last because it takes the device for the longest time.
         (f"learn-{steps}", long, (f"train-{learning_batch}",)),
     ]
