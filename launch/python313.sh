@@ -8,8 +8,8 @@ usage() {
 Usage: bash launch/python313.sh [--dir DIR] [--commit REV] [PYTEST ARGUMENTS...]
 
 Runs launch/test.sh on Python 3.13, in Debian 13 within a folder. The arguments choose tests, for example
-"tests/network -k decoder". Needs root, and debootstrap (apt-get install debootstrap). The first run takes about
-10 GB of the disk; later ones use the folder again.
+"tests/network -k decoder". Needs root, and debootstrap (apt-get install debootstrap). The first run takes 11 GB
+of the disk; later ones use the folder again.
 
   --dir DIR       the folder (default: /var/tmp/richhf_jax-python313); remove it when it is no longer needed
   --commit REV    the version to test: a commit, tag or branch (default: HEAD, if all is committed)
