@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
-(($# == 1)) || die "name the packages: train,gcs,tpu or train,gcs,cuda"
+(($# == 1)) && [[ $1 != -* ]] || die "name the packages: train,gcs,tpu or train,gcs,cuda"
 if ! usable_python "$venv/bin/python" pip && ! (find_python) >/dev/null 2>&1; then
   # Cloud TPU's images come with Python 3.10.
   python3 -m pip install --quiet --user uv

@@ -35,6 +35,7 @@ while (($#)); do
   esac
   shift
 done
+[[ -n $dir ]] || die "--dir needs a value; see --help"
 
 system=$dir/debian13
 code=$system/opt/richhf_jax
@@ -52,11 +53,11 @@ inside() {
 }
 
 make_system() {
-  [[ -z $(ls -A "$dir" 2>/dev/null) || -d $system.part ]] ||
-    die "$dir holds files that are not of this script: name an empty or new folder with --dir"
   echo "unpacking Debian 13 into $system"
+  mkdir -p "$dir"
+  : >"$dir/debootstrap.log"
   rm -rf --one-file-system "$system.part"
-  mkdir -p "$system.part"
+  mkdir "$system.part"
   unshare --mount debootstrap --variant=minbase trixie "$system.part" >"$dir/debootstrap.log" 2>&1 ||
     die "debootstrap failed; $dir/debootstrap.log ends with: $(tail -n 1 "$dir/debootstrap.log")"
   mv "$system.part" "$system"
@@ -80,9 +81,12 @@ check_out() {
   git -C "$code" clean --quiet --force -d
 }
 
-pin_version
 [[ $(id -u) == 0 ]] || die "only root can make a folder with Debian: sudo bash launch/python313.sh"
+pin_version
 command -v debootstrap >/dev/null || die "debootstrap is missing: apt-get install debootstrap"
+# The log is the first file that this script writes there.
+[[ -z $(ls -A "$dir" 2>/dev/null) || -f $dir/debootstrap.log ]] ||
+  die "$dir holds files that are not of this script: name an empty or new folder with --dir"
 [[ -d $system ]] || make_system
 [[ $(cat "$dir/packages" 2>/dev/null) == "${packages[*]}" ]] || install_packages
 check_out

@@ -104,7 +104,12 @@ def test_a_part_that_failed_is_done_again(machine, failed):
         ("no debootstrap", "debootstrap is missing: apt-get install debootstrap"),
         ("files", "holds files that are not of this script: name an empty or new folder with --dir"),
         ("not committed", "not committed, so it would not run there: ?? new ...; commit it"),
+        (
+            "another's system",
+            "holds files that are not of this script: name an empty or new folder with --dir",
+        ),
         ("no value", "python313.sh: --commit needs a value; see --help"),
+        ("empty value", "python313.sh: --dir needs a value; see --help"),
     ],
 )
 def test_mistakes(machine, monkeypatch, case, message):
@@ -115,10 +120,12 @@ def test_mistakes(machine, monkeypatch, case, message):
     if case == "files":
         machine.dir.mkdir()
         (machine.dir / "mine").touch()
+    if case == "another's system":
+        (machine.dir / "debian13").mkdir(parents=True)
     if case == "not committed":
         (machine.root / "new").touch()
-    arguments = ["--commit"] if case == "no value" else []
-    code, output, calls = machine.run(*arguments, uid=1 if case == "no root" else 0)
+    arguments = {"no value": ["--commit"], "empty value": ["--dir="]}
+    code, output, calls = machine.run(*arguments.get(case, []), uid=1 if case == "no root" else 0)
     assert code == 1
     assert message in output
     assert calls == []

@@ -48,7 +48,8 @@ class Job(NamedTuple):
 def _write_stablehlo(directory: pathlib.Path, job: Job) -> None:
     stablehlo.write(directory, job.description, job.params)
     weights.write_safetensors(directory, job.params)
-    _write_guide(directory, program.interface(job.description), "example_stablehlo.py")
+    interface = program.interface(job.description) | {"requires": [f"jax>={jax.__version__}"]}
+    _write_guide(directory, interface, "example_stablehlo.py")
 
 
 def _write_saved_model(directory: pathlib.Path, job: Job) -> None:

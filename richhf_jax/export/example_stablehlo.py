@@ -78,7 +78,13 @@ def main(path, prompt):
     if interface["fit"] == "letterbox":
         inputs["image_box"] = box[None]
     program = jax.export.deserialize(bytearray(checked("rahf.stablehlo")))
-    outputs = jax.device_get(program.call(safetensors.numpy.load(checked("model.safetensors")), inputs))
+    try:
+        outputs = jax.device_get(program.call(safetensors.numpy.load(checked("model.safetensors")), inputs))
+    except jax.errors.JaxRuntimeError as error:
+        if "deserialize StableHLO" not in str(error):
+            raise
+        required = " ".join(interface["requires"])
+        sys.exit(f"JAX {jax.__version__} is too old for this program: pip install '{required}'")
     if not all(np.isfinite(outputs[name]).all() for name in ("scores", "heatmaps")):
         sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
     # Nothing is known of words for which the decoder has no room.

@@ -193,7 +193,9 @@ print(json.dumps(sorted(name for name in ops if op_def_registry.get(name) is Non
 def test_a_saved_model_says_which_packages_it_needs(case):
     interface = json.loads((case.folder / "savedmodel/interface.json").read_text())
     assert interface.pop("requires") == ["tensorflow", "tensorflow-text"]
-    assert interface == json.loads((case.folder / "stablehlo/interface.json").read_text())
+    other = json.loads((case.folder / "stablehlo/interface.json").read_text())
+    assert other.pop("requires") == [f"jax>={jax.__version__}"]
+    assert interface == other
     assert "import tensorflow_text" in (case.folder / "savedmodel/MODEL_CARD.md").read_text()
     # Of the operations that TensorFlow lacks, TensorFlow Serving links only tensorflow-text's.
     unknown = json.loads(run_elsewhere(UNKNOWN_OPERATIONS, case.folder, blocked=TEXT_LIBRARIES))
@@ -303,10 +305,17 @@ def flipped(path: pathlib.Path):
 EXAMPLES = """
 import json, pathlib, runpy, sys
 import numpy
+if pathlib.Path('rahf.stablehlo').exists():
+    import jax, jax.export
 messages = []
 for path, arguments in json.loads(sys.argv[1]):
     if path == 'not finite':
         numpy.isfinite = lambda values: numpy.zeros(1, bool)
+        path = ''
+    if path == 'old JAX':
+        def refuse(*arguments):
+            raise jax.errors.JaxRuntimeError('INVALID_ARGUMENT: Failed to deserialize StableHLO')
+        jax.export.Exported.call = refuse
         path = ''
     flip = pathlib.Path(path) if path else None
     if flip:
@@ -336,12 +345,18 @@ def test_the_example_says_what_is_wrong(case, name, files):
     (case.folder / name / "no image.png").write_bytes(b"no image")
     good = ["image.png", "a cat"]
     runs = [["", []], ["", ["no image.png", "x"]], *([file, good] for file in files), ["not finite", good]]
+    if name == "stablehlo":
+        runs.append(["old JAX", good])
     try:
         printed = run_elsewhere(EXAMPLES, case.folder / name, json.dumps(runs), blocked=TRAINING_LIBRARIES)
     finally:
         (case.folder / name / "image.png").unlink()
         (case.folder / name / "no image.png").unlink()
-    usage, no_image, *damaged, not_finite = json.loads(printed.splitlines()[-1])
+    messages = json.loads(printed.splitlines()[-1])
+    if name == "stablehlo":
+        required = f"pip install 'jax>={jax.__version__}'"
+        assert messages.pop() == f"JAX {jax.__version__} is too old for this program: {required}"
+    usage, no_image, *damaged, not_finite = messages
     assert "python example.py IMAGE PROMPT" in usage
     assert no_image.startswith("no image.png is no image that can be read: ")
     assert not_finite == "image.png: the model's outputs aren't finite, so they say nothing of the image"
