@@ -424,7 +424,8 @@ def _check_scanned_alike(
                 f"{path} is of a model with SCAN_LAYERS = {theirs}, but this model has SCAN_LAYERS ="
                 f" {not theirs}: give --gin.SCAN_LAYERS={theirs} behind all gin files. Or let"
                 f" python -m richhf_jax.convert --from={path} --to=DIR --gin.SCAN_LAYERS={not theirs}"
-                " --gin_file=... write the parameters for this model, for INITIAL_CHECKPOINT_PATH or CHECKPOINT_PATH"
+                " --gin_file=... write the parameters for this model, for INITIAL_CHECKPOINT_PATH or"
+                " CHECKPOINT_PATH"
             )
 
 
