@@ -134,6 +134,15 @@ def test_other_jobs_are_paused_while_one_measures(tmp_path):
     assert set(run.outcomes.values()) == {"done"}
 
 
+def test_a_job_is_not_paused_before_it_ends_with_its_parent(tmp_path):
+    """Otherwise it would stay, stopped, if the check is killed meanwhile."""
+    asks = "with turn.device(), turn.quiet(): turn.figure('started', os.path.exists('young'))"
+    starts = "turns.end_with_parent()\nopen('young', 'w').close()"
+    run = Run(tmp_path, job("asks", asks), job("young", starts), parallel=1)
+    assert run.figures == [("asks", "started", True)]
+    assert set(run.outcomes.values()) == {"done"}
+
+
 def test_the_device_is_one_jobs_at_a_time_in_order(tmp_path):
     start = """
         def path(name): return os.path.join(os.environ["FOLDER"], name)
@@ -240,7 +249,8 @@ def run_job(name: str, *arguments: str, parent: int = os.getpid()) -> subprocess
     """Runs a job of the tiny model as the check does, and tells what it imports."""
     command = [sys.executable, "-X", "importtime", "-m", plan.PROGRAM, name, "--size=tiny", *arguments]
     env = os.environ | {"PYTHONPATH": str(ROOT), turns._PARENT: str(parent)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    # Not in the project's folder, where gin finds its files at once.
+    return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=False)
 
 
 def test_a_job_whose_check_was_killed_ends_before_it_imports_jax():
