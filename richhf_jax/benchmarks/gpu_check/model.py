@@ -27,7 +27,7 @@ def step(check: Context, name: str, batch_size: int, way: str = "") -> None:
     turn = check.turn
     if way:
         check.need_gpu()
-    ours, batch = compiled(check, name, batch_size, *plan.WAYS.get(way, ()))
+    ours, batch = compiled(check, name, batch_size, *plan.WAYS.get(way, ([], {})))
     check_room(check, ours)
     with turn.device():
         with turn.span("initialise"):
