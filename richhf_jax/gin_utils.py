@@ -265,7 +265,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         handler = absl_logging.get_absl_handler()
         handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        handler.addFilter(_is_for_the_user)
+        handler.addFilter(is_for_the_user)
     return rest
 
 
@@ -276,7 +276,7 @@ class _Formatter(logging.Formatter):
         return foreign_text.lines_for_terminal(super().format(record))
 
 
-def _is_for_the_user(record: logging.LogRecord) -> bool:
+def is_for_the_user(record: logging.LogRecord) -> bool:
     """Returns whether to show a message: this package's messages and the warnings of others are shown.
 
     The messages of orbax, TFDS and clu at INFO would hide them. Two kinds of warnings are left out, because

@@ -181,7 +181,7 @@ def test_what_can_not_be_locked(tmp_path):
     for place, words in (
         ("file", "file is no directory: name another one with --out"),
         ("file/run", "Not a directory"),
-        ("a\0b", "null byte"),
+        ("a\0b", "embedded null"),
     ):
         with pytest.raises(errors.UserError, match=words), locking.held(tmp_path / place, FLAG):
             pass

@@ -232,6 +232,12 @@ def _time(programs: dict[str, Any], arrays: dict[str, Any], turns: int) -> dict[
     return {kernel: 1000 * statistics.median(times) for kernel, times in seconds.items()}
 
 
+def cudnn_is() -> str:
+    """Tells what "cudnn" computes on this machine."""
+    has_cudnn = attention_kernel.current_device().capability is not None
+    return "cuDNN's flash attention" if has_cudnn else "its formulas, computed by XLA"
+
+
 def line(row: dict[str, Any]) -> str:
     """Returns a row of `compare` as a line of text for each kernel."""
     lines = []
@@ -285,11 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0 <= options.dropout_rate < 1:
         parser.error("--dropout_rate must be from 0 to below 1")
     device = jax.local_devices()[0]
-    has_cudnn = attention_kernel.current_device().capability is not None
     content: dict[str, Any] = {
         "device": device.device_kind,
         "jax": jax.__version__,
-        "cudnn_is": "cuDNN's flash attention" if has_cudnn else "its formulas, computed by XLA",
+        "cudnn_is": cudnn_is(),
         "batch_size": options.batch_size,
         "dtype": options.dtype,
         "dropout_rate": options.dropout_rate,

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 import zipfile
@@ -19,6 +20,7 @@ import pytest
 
 import richhf_jax
 from richhf_jax import errors, feedback
+from richhf_jax.benchmarks import attention
 from richhf_jax.benchmarks.gpu_check import __main__ as gpu_check
 from richhf_jax.benchmarks.gpu_check import carried, machine, model, parts, plan, turns, uses
 from richhf_jax.benchmarks.gpu_check.context import Context
@@ -132,6 +134,15 @@ def test_other_jobs_are_paused_while_one_measures(tmp_path):
     assert set(run.outcomes.values()) == {"done"}
 
 
+def test_a_job_is_not_paused_before_it_ends_with_its_parent(tmp_path):
+    """Otherwise it would stay, stopped, if the check is killed meanwhile."""
+    asks = "with turn.device(), turn.quiet(): turn.figure('started', os.path.exists('young'))"
+    starts = "turns.end_with_parent()\nopen('young', 'w').close()"
+    run = Run(tmp_path, job("asks", asks), job("young", starts), parallel=1)
+    assert run.figures == [("asks", "started", True)]
+    assert set(run.outcomes.values()) == {"done"}
+
+
 def test_the_device_is_one_jobs_at_a_time_in_order(tmp_path):
     start = """
         def path(name): return os.path.join(os.environ["FOLDER"], name)
@@ -184,6 +195,7 @@ check.main(["--tiny", "--out={out}", "--carry_mib=0"])
 STAND_IN = """
 import os, time
 from richhf_jax.benchmarks.gpu_check import turns
+turns.end_with_parent()
 turn = turns.Turn()
 turn.figure("pid", os.getpid())
 time.sleep(60)
@@ -196,7 +208,7 @@ def is_running(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_check_that_is_killed_has_written_its_figures(tmp_path, number):
     code = MAIN.format(code=STAND_IN, out=tmp_path / "out")
     command = [sys.executable, "-c", code]
@@ -216,9 +228,49 @@ def test_a_check_that_is_killed_has_written_its_figures(tmp_path, number):
             break
         time.sleep(0.05)
     assert not is_running(first["value"])
-    if number == signal.SIGTERM:
+    if number != signal.SIGKILL:
         assert "stand-in: stopped: it was interrupted" in rest
         assert others[-1]["figure"] == "outcome"
+
+
+def test_a_check_that_loses_its_terminal_ends_well(tmp_path):
+    command = [sys.executable, "-c", MAIN.format(code=STAND_IN, out=tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        while b"stand-in: pid" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 1
+    assert "\n| stand-in | stopped: it was interrupted |" in (tmp_path / "out/report.md").read_text()
+
+
+def run_job(name: str, *arguments: str, parent: int = os.getpid()) -> subprocess.CompletedProcess[str]:
+    """Runs a job of the tiny model as the check does, and tells what it imports."""
+    command = [sys.executable, "-X", "importtime", "-m", plan.PROGRAM, name, "--size=tiny", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), turns._PARENT: str(parent)}
+    # Not in the project's folder, where gin finds its files at once.
+    return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=False)
+
+
+def test_a_job_whose_check_was_killed_ends_before_it_imports_jax():
+    result = run_job("versions", parent=1)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.endswith("the program that started this job has ended\n")
+    assert "richhf_jax" in result.stderr
+    assert "jax._src" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("NONSENSE=3", "NONSENSE: no gin file uses a macro"), ("SCAN_LAYERS=maybe", "SCAN_LAYERS must be")],
+)
+def test_every_job_refuses_a_wrong_gin_value_and_tells_nothing_else(argument, message):
+    result = run_job("versions", f"--gin.{argument}")
+    assert (result.returncode, result.stdout) == (1, "")
+    told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(told) == 1
+    assert message in told[0]
 
 
 def test_compiled_programs_are_carried_in_parts(tmp_path, monkeypatch):
@@ -239,16 +291,36 @@ def test_compiled_programs_are_carried_in_parts(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in written) <= 110_000
     for path in written:
         (other / path.name).write_bytes(path.read_bytes())
-    assert carried.unpack(other) == 4
-    for name in ("old", "new", "tuning/kernel", "torch/kernel"):
-        assert (other / name).read_bytes() == (cache / name).read_bytes()
+    (other / "programs").mkdir()
+    (other / "programs/new").write_text("mine")
+    assert carried.unpack(other, other / "programs") == 3
+    assert (other / "programs/new").read_text() == "mine"
+    for name in ("old", "tuning/kernel", "torch/kernel"):
+        assert (other / "programs" / name).read_bytes() == (cache / name).read_bytes()
     # The next, smaller set replaces all parts. Of a part that is cut off, what is whole is taken.
     monkeypatch.setattr(carried, "_PART_BYTES", 60_000)
     assert carried.pack(cache, out, 44_500) == ["large (0.2 MiB)", "new (0.0 MiB)", "kernel (0.0 MiB)"]
     (part,) = out.iterdir()
     part.write_bytes(part.read_bytes()[:20_000])
-    assert carried.unpack(out) == 1
-    assert not (out / "old").exists()
+    assert carried.unpack(out, out / "programs") == 1
+    assert not (out / "programs/old").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_an_archive_that_reaches_out_of_the_folder_is_refused(tmp_path, kind):
+    """Nothing is deleted, neither outside nor what a link of the same name would replace."""
+    cache = tmp_path / "programs"
+    cache.mkdir()
+    (tmp_path / "victim").write_text("mine")
+    (cache / "kept").write_text("mine, too")
+    member = tarfile.TarInfo("../victim" if kind == tarfile.REGTYPE else "kept")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "programs.tar.00", "w") as tar:
+        tar.addfile(member)
+    with pytest.raises(errors.UserError, match=rf"programs.tar.00: its member '{member.name}' is no file"):
+        carried.unpack(tmp_path, cache)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (cache / "kept").read_text() == "mine, too"
 
 
 def test_plan():
@@ -285,13 +357,52 @@ def test_mistakes(arguments, message, tmp_path, monkeypatch):
 
 
 def test_other_mistakes(tmp_path, capsys):
-    for argument, message in (("--only=trian", "known: versions,"), ("--minutes=0", "must be more than 0")):
+    for argument, message in (
+        ("--only=trian", "known: versions,"),
+        *((f"--minutes={text}", "--minutes: it must be a number from 0.1") for text in ("0", "nan", "inf")),
+        *((f"--jobs={text}", "--jobs: it must be a whole number from 1") for text in ("0", "1.5")),
+        ("--carry_mib=-5", "--carry_mib: it must be a whole number from 0"),
+    ):
         with pytest.raises(SystemExit):
-            gpu_check.main([argument])
+            gpu_check.main([argument, "--dry-run"])
         assert message in capsys.readouterr().err
     (tmp_path / "figures.jsonl").touch()
     with pytest.raises(SystemExit, match="has the figures of another run"):
         gpu_check.main(["--tiny", f"--out={tmp_path}"])
+
+
+def test_files_and_folders_in_each_others_place(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "cache/programs.tar.00").mkdir(parents=True)
+    for name, message in (
+        ("out", "file: can't make"),
+        ("cache", "file/programs: can't make"),
+        ("cache", "00: Is"),
+    ):
+        folder = tmp_path / ("cache" if message == "00: Is" else "file")
+        with pytest.raises(SystemExit, match=message):
+            gpu_check.main(["--tiny", f"--out={tmp_path / 'out'}", f"--{name}={folder}"])
+
+
+def test_a_run_in_which_no_job_was_done_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "jobs", lambda *_: [job("skips", "turn.skip('no GPU')")])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(gpu_check, "_END_SIGNALS", ())  # They are those of pytest.
+    with pytest.raises(SystemExit, match="no job was done"):
+        gpu_check.main(["--tiny", f"--out={tmp_path / 'out'}"])
+
+
+def test_only_programs_are_carried(tmp_path, monkeypatch):
+    """The folder of a run's figures is the cache folder of the next, too."""
+    code = "open('program', 'w').close(); time.sleep(0.5)"
+    monkeypatch.setattr(plan, "jobs", lambda *_: [job("stand-in", code)])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(gpu_check, "_END_SIGNALS", ())  # They are those of pytest.
+    first, second = tmp_path / "first", tmp_path / "second"
+    gpu_check.main(["--tiny", f"--out={first}"])
+    gpu_check.main(["--tiny", f"--out={second}", f"--cache={first}"])
+    with tarfile.open(second / "programs.tar.00") as tar:
+        assert tar.getnames() == ["program"]
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -429,6 +540,18 @@ def test_a_part_of_the_model(check):
     times = {key: value for key, value in check.turn.values.items() if "2 images" in key}
     assert len(times) == 2
     assert min(times.values()) > 0
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_attention_runs_in_the_jobs_own_process(check, monkeypatch, agree):
+    row = {"shape": "ViT", "step": "forward", "agree": agree}
+    row |= {kernel: {"error": "none"} for kernel in attention.KERNELS}
+    monkeypatch.setattr(attention, "compare", lambda shape: [row])
+    monkeypatch.setitem(attention.SIZES, "tiny", attention.SIZES["tiny"][:1])
+    with contextlib.nullcontext() if agree else pytest.raises(errors.UserError, match="do not agree"):
+        model.attention(check)
+    assert check.turn.values["printed"].endswith("the kernels agree" if agree else "DO NOT AGREE")
+    assert check.turn.values["cudnn is"] == "its formulas, computed by XLA"
 
 
 def test_numbers_that_are_not_the_cpus_are_noticed(check, monkeypatch):

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from richhf_jax import errors
@@ -44,6 +44,8 @@ PACKAGES = {
 # Seconds for the last words.
 _RESERVE = 3
 _LOG_LINES = 60
+# End the check early, like Ctrl+C: also the loss of its terminal.
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 # Names of the figures that the summary repeats.
 _MAIN = re.compile(
     "(images a second|share|compile|memory|command|bare|mean loss|.*largest|product|copy|.*forward|.*update)"
@@ -77,7 +79,7 @@ class Report:
         ]
         name = message["figure"] + (f" ({', '.join(notes)})" if notes else "")
         self._write(self._page, f"| {at:.1f} | {job} | {name} | {text.replace('|', '/')} | {unit} |")
-        print(f"{at:6.1f} s  {job}: {name}: {text} {unit}".rstrip(), flush=True)
+        _say(f"{at:6.1f} s  {job}: {name}: {text} {unit}".rstrip())
 
     def ended(self, job: str, outcome: str) -> None:
         """Tells how a job ended."""
@@ -91,11 +93,11 @@ class Report:
     def summary(self, outcomes: Mapping[str, str]) -> None:
         """Tells each job's outcome and its main figures."""
         self._write(self._page, "\n| job | outcome | main figures |\n| --- | --- | --- |")
-        print("\nsummary")
+        _say("\nsummary")
         for job, outcome in outcomes.items():
             told = self._told.get(job, {})
             main = [f"{name} {value}" for name, value in told.items() if _MAIN.match(name)]
-            print(f"  {job}: {'; '.join([outcome, *main])}", flush=True)
+            _say(f"  {job}: {'; '.join([outcome, *main])}")
             self._write(self._page, f"| {job} | {outcome.replace('|', '/')} | {'; '.join(main)} |")
 
     def close(self) -> None:
@@ -110,6 +112,14 @@ class Report:
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _say(line: str) -> None:
+    """Prints a line, as long as there is a terminal."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def install(wheels: pathlib.Path, site: pathlib.Path) -> None:
@@ -139,6 +149,37 @@ def check_packages() -> None:
             f" no network, bring the wheels (elsewhere: pip download --no-deps --dest=wheels"
             f" {' '.join(missing.values())}) and give --wheels=wheels"
         )
+
+
+def _make_folders(folders: Mapping[str, pathlib.Path]) -> None:
+    """Makes the folders of options, {option: folder}."""
+    for option, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise errors.UserError(
+                f"{option}={folder}: can't make this folder: {error.filename}: {error.strerror}"
+            ) from error
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Acts like Ctrl+C; a lost terminal sends its signals more than once."""
+    for other in _END_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _number(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
+    """Makes a function that reads an option's number."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        noun = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"it must be {noun} from {least} to {most}, not {text!r}")
+
+    return read
 
 
 def _environment(cache: pathlib.Path, site: pathlib.Path, has_gpu: bool) -> dict[str, str]:
@@ -171,7 +212,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8, help="ends after this time; default %(default)s")
+    parser.add_argument(
+        "--minutes",
+        type=_number(float, 0.1, 1440),
+        default=8,
+        help="ends after this time; default %(default)s",
+    )
     parser.add_argument(
         "--out",
         type=pathlib.Path,
@@ -196,7 +242,10 @@ def _parser() -> argparse.ArgumentParser:
         "--tiny", action="store_const", const="tiny", dest="size", help="the same as --size=tiny"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="programs that compile at once; default: a third of the cores"
+        "--jobs",
+        type=_number(int, 1, 1000),
+        metavar="N",
+        help="programs that compile at once; default: a third of the cores",
     )
     parser.add_argument(
         "--only",
@@ -207,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--carry_mib",
-        type=int,
+        type=_number(int, 0, carried.MOST_MIB),
         default=50,
         metavar="MIB",
         help="size of all programs.tar.NN; 0: none; default %(default)s",
@@ -232,8 +281,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not jobs:
         known = ", ".join(job.name for job in plan.jobs(options.size))
         parser.error(f"--only={','.join(only)}: no job has such a name; known: {known}")
-    if options.minutes <= 0 or parallel < 1:
-        parser.error("--minutes and --jobs must be more than 0")
     if options.dry_run:
         for job in jobs:
             after = f", after {', '.join(job.after)}" if job.after else ""
@@ -254,12 +301,14 @@ def _run(
     has_gpu = pathlib.Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
     if not has_gpu and options.size == "base":
         raise errors.UserError("there is no NVIDIA GPU here; --tiny is a dry run on the CPU")
+    brought = (options.cache or work / "cache").absolute()
+    cache = brought / carried.PROGRAMS
+    _make_folders({"--out": out, "--cache": cache})
+    logs.mkdir()
     if (out / "figures.jsonl").exists():
         raise errors.UserError(f"--out={out} has the figures of another run: name another folder")
-    cache = (options.cache or work / "cache").absolute()
-    for folder in (out, cache, logs):
-        folder.mkdir(parents=True, exist_ok=True)
-    print(f"{carried.unpack(cache)} files of compiled programs unpacked; {parallel} programs compile at once")
+    unpacked = carried.unpack(brought, cache)
+    print(f"{unpacked} files of compiled programs unpacked; {parallel} programs compile at once")
     left_out: list[str] = []
     with contextlib.closing(Report(out, logs)) as report:
 
@@ -270,7 +319,9 @@ def _run(
 
         env = _environment(cache, site, has_gpu)
         scheduler = turns.Scheduler(jobs, parallel, report.figure, logs, env, cache, ended)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in _END_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # As `nohup` sets it.
+                signal.signal(number, _interrupt)
         interrupted = False
         try:
             scheduler.run(60 * options.minutes - (time.monotonic() - begin) - _RESERVE)
@@ -278,12 +329,18 @@ def _run(
             interrupted = True
         report.summary({job.name: scheduler.outcomes[job.name] for job in jobs})
     if left_out:
-        print(f"no room in programs.tar.NN for: {', '.join(left_out)}")
-    failed = [name for name, outcome in scheduler.outcomes.items() if outcome.startswith("failed")]
-    if failed:
+        _say(f"no room in programs.tar.NN for: {', '.join(left_out)}")
+    _judge(scheduler.outcomes, out, interrupted)
+
+
+def _judge(outcomes: Mapping[str, str], out: pathlib.Path, interrupted: bool) -> None:
+    """Raises a UserError if the run isn't a good one."""
+    if failed := [name for name, outcome in outcomes.items() if outcome.startswith("failed")]:
         raise errors.UserError(f"failed: {', '.join(failed)}; see {out / 'log.txt'}")
     if interrupted:
         raise errors.UserError("interrupted")
+    if "done" not in outcomes.values():
+        raise errors.UserError("no job was done; the summary says why")
 
 
 if __name__ == "__main__":

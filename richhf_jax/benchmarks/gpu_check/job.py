@@ -6,15 +6,20 @@ It writes messages for `turns.Scheduler` to standard output, and waits for its t
 """
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Callable
 
-from absl import logging
+from richhf_jax.benchmarks.gpu_check import plan, turns
 
-from richhf_jax import errors, gin_utils
-from richhf_jax.benchmarks.gpu_check import machine, model, parts, plan, turns, uses
-from richhf_jax.benchmarks.gpu_check.context import Context
+turns.end_with_parent()  # At once, because the other imports take seconds.
+
+from absl import logging as absl_logging  # noqa: E402
+
+from richhf_jax import errors, gin_utils  # noqa: E402
+from richhf_jax.benchmarks.gpu_check import machine, model, parts, uses  # noqa: E402
+from richhf_jax.benchmarks.gpu_check.context import Context  # noqa: E402
 
 # Job's name -> function; it gets the name's groups, numbers as numbers.
 _JOBS: dict[str, Callable[..., None]] = {
@@ -43,8 +48,12 @@ def main() -> None:
     parser.add_argument("--gin_bindings", action="append", default=[])
     options = parser.parse_args(gin_utils.rewrite_gin_args(sys.argv[1:]))
     turn = turns.Turn()
-    logging.set_verbosity(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    # gin's own warnings go to the root logger.
+    logging.getLogger().addFilter(gin_utils.is_for_the_user)
     check = Context(turn, plan.SIZES[options.size], options.gin_bindings)
+    if options.gin_bindings:
+        check.model()  # Every job tells a mistake in them, also one that doesn't use them.
     matches = ((re.fullmatch(pattern, options.job), function) for pattern, function in _JOBS.items())
     match, function = next((match, function) for match, function in matches if match)
     arguments = [int(group) if group.isdecimal() else group for group in match.groups()]

@@ -2,20 +2,17 @@
 
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 import jax
 
 from richhf_jax import device_memory, errors, feedback
+from richhf_jax.benchmarks import attention as attention_benchmark
 from richhf_jax.benchmarks import steps
 from richhf_jax.benchmarks.gpu_check import plan, turns
 from richhf_jax.benchmarks.gpu_check.context import Context
 from richhf_jax.network import rahf
-
-_ATTENTION = "richhf_jax.benchmarks.attention"
 
 
 def step(check: Context, name: str, batch_size: int, way: str = "") -> None:
@@ -30,7 +27,7 @@ def step(check: Context, name: str, batch_size: int, way: str = "") -> None:
     turn = check.turn
     if way:
         check.need_gpu()
-    ours, batch = compiled(check, name, batch_size, *plan.WAYS.get(way, ()))
+    ours, batch = compiled(check, name, batch_size, *plan.WAYS.get(way, ([], {})))
     check_room(check, ours)
     with turn.device():
         with turn.span("initialise"):
@@ -105,11 +102,14 @@ def torch_step(check: Context, name: str, batch_size: int) -> None:
 
 
 def attention(check: Context) -> None:
-    """Runs the benchmark of attention's kernels, and passes on its lines."""
+    """Compares attention's kernels, and tells the lines of their benchmark."""
+    agree = True
+    check.turn.figure("cudnn is", attention_benchmark.cudnn_is())
     with check.turn.device(), check.turn.quiet():
-        command = [sys.executable, "-m", _ATTENTION, f"--size={check.size.name}"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout or ():
-                check.turn.figure("printed", line.rstrip())
-    if process.returncode:
-        raise errors.UserError(f"{_ATTENTION} failed with exit code {process.returncode}")
+        for shape in attention_benchmark.SIZES[check.size.name]:
+            for row in attention_benchmark.compare(shape):
+                for line in attention_benchmark.line(row).splitlines():
+                    check.turn.figure("printed", line)
+                agree &= row["agree"]
+    if not agree:
+        raise errors.UserError("attention's kernels do not agree")

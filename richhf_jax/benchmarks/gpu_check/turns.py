@@ -34,11 +34,24 @@ _LAST_LINES = 4
 _SETTLE_SECONDS = 0.2
 # Seconds for a job to exit after its last message.
 _EXIT_SECONDS = 15
+# Seconds in which a job's process has called `end_with_parent`.
+_START_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
+# Environment variable with the id of the scheduler's process.
+_PARENT = "GPU_CHECK_PARENT"
 
 
 class Skip(Exception):
     """The job can't measure anything here, for the reason that the message gives."""
+
+
+def end_with_parent() -> None:
+    """Makes the kernel end this job's process when the scheduler's ends, however that is killed."""
+    if parent := os.environ.get(_PARENT):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):
+            sys.exit("the program that started this job has ended")
 
 
 class Turn:
@@ -48,9 +61,6 @@ class Turn:
         """Takes standard output for messages; what others print goes to standard error from now on."""
         self._messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
-        # Nothing is left running when the parent is killed.
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def figure(self, name: str, value: Any, unit: str = "", **more: Any) -> None:
         """Tells a figure.
@@ -136,7 +146,7 @@ class _Run:
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 job.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
-                env=env, cwd=cwd, text=True, start_new_session=True,
+                env={**env, _PARENT: str(os.getpid())}, cwd=cwd, text=True, start_new_session=True,
             )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(messages,), daemon=True)
         self._reader.start()
@@ -297,6 +307,9 @@ class Scheduler:
         elif message.get("ask") == "quiet":
             run.wait_for("quiet")
             self._quiet = True
+            # A process that is paused before it called `end_with_parent` would stay if this one is killed.
+            young = [_START_SECONDS - other.used() for other in self._runs.values() if other is not run]
+            time.sleep(max([0.0, *young]))
             self._others(run, _Run.pause)
             time.sleep(_SETTLE_SECONDS)
             run.grant()
