@@ -64,7 +64,8 @@ make_system() {
 }
 
 install_packages() {
-  cp /etc/resolv.conf "$system/etc/resolv.conf"
+  # Several processes find each other by the name of the machine.
+  cp /etc/resolv.conf /etc/hosts "$system/etc/"
   inside apt-get update -qq
   inside apt-get install -y -qq --no-install-recommends "${packages[@]}" >"$dir/apt.log"
   # A proxy of the machine may have a certificate of its own.
