@@ -203,17 +203,24 @@ class Tar:
         return Member(name, problem=f"is a hard link to {name}, which {problem}")
 
 
+# Newer patch releases of Python read a block by another method.
+_READ = "_frombuf" if hasattr(tarfile.TarInfo, "_frombuf") else "frombuf"
+
+
 class _Info(tarfile.TarInfo):
     """Header of a member with its right name: GNU's incremental tars have times where POSIX has a prefix."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Info":
+    def read(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> "_Info":
         """Makes it of a block, as tarfile does, which takes the times for a prefix of the name."""
-        info = super().frombuf(buf, encoding, errors)
+        info = getattr(super(), _READ)(buf, encoding, errors, **options)
         times = buf[345:500].partition(b"\0")[0].decode(encoding, errors)
         if times and buf[257:265] == tarfile.GNU_MAGIC:
             info.name = info.name.removeprefix(f"{times}/")
         return info
+
+
+setattr(_Info, _READ, _Info.read)
 
 
 class _Forward:
