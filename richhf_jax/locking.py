@@ -200,8 +200,10 @@ class Lock:
         found = self._store.read(RECORD).result()
         if found.state != "value":
             return None, found.stamp.generation
+        # Where a kill left TensorStore's file, and with more bytes in it, what follows the record is the rest.
+        text = found.value.decode(errors="replace")
         try:
-            return dict(json.loads(found.value)), found.stamp.generation
+            return dict(json.JSONDecoder().raw_decode(text)[0]), found.stamp.generation
         except (ValueError, TypeError):
             return {}, found.stamp.generation
 

@@ -124,6 +124,17 @@ def test_a_damaged_record_has_no_owner(tmp_path, no_flock):
         lock.check()
 
 
+def test_a_record_over_the_rest_of_a_longer_one_is_read(tmp_path, fast, no_flock):
+    """TensorStore writes over a file that a kill left, and doesn't shorten it."""
+    (tmp_path / locking.FILES[1]).write_bytes(b'}"\xff' * 200)
+    with locking.held(tmp_path, FLAG) as lock:
+        assert (tmp_path / locking.RECORD).read_bytes().endswith(b'}"\xff')
+        lock.check()
+        with pytest.raises(errors.UserError, match=f"pid {os.getpid()}, "), locking.held(tmp_path, FLAG):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_owner_learns_that_another_took_over(tmp_path, fast, no_flock):
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locking.held(tmp_path, FLAG))

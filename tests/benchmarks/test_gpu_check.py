@@ -143,6 +143,18 @@ def test_a_job_is_not_paused_before_it_ends_with_its_parent(tmp_path):
     assert set(run.outcomes.values()) == {"done"}
 
 
+def test_a_job_has_not_ended_before_its_process_has(tmp_path, monkeypatch):
+    """It may be paused on its way out, which takes JAX a while."""
+    monkeypatch.setattr(turns, "_EXIT_SECONDS", 0.3)
+    ends = "turn.figure('last', 1)\ndel turn\nopen('ending', 'w').close()\ntime.sleep(0.5)"
+    measures = """
+        while not os.path.exists("ending"): time.sleep(0.01)
+        with turn.device(), turn.quiet(): time.sleep(1)
+    """
+    run = Run(tmp_path, job("ends", ends), job("measures", measures))
+    assert run.outcomes == {"measures": "done", "ends": "done"}
+
+
 def test_the_device_is_one_jobs_at_a_time_in_order(tmp_path):
     start = """
         def path(name): return os.path.join(os.environ["FOLDER"], name)

@@ -59,7 +59,8 @@ class Turn:
 
     def __init__(self):
         """Takes standard output for messages; what others print goes to standard error from now on."""
-        self._messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        # Open until the process has ended, because the scheduler doesn't pause one that has closed it.
+        self._messages = os.fdopen(os.dup(1), "w", encoding="utf-8", closefd=False)
         os.dup2(2, 1)
 
     def figure(self, name: str, value: Any, unit: str = "", **more: Any) -> None:
