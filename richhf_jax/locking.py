@@ -200,7 +200,7 @@ class Lock:
         found = self._store.read(RECORD).result()
         if found.state != "value":
             return None, found.stamp.generation
-        # Where a kill left TensorStore's file, and with more bytes in it, what follows the record is the rest.
+        # Where a kill left TensorStore's file with more bytes in it, the record is followed by their rest.
         text = found.value.decode(errors="replace")
         try:
             return dict(json.JSONDecoder().raw_decode(text)[0]), found.stamp.generation
