@@ -240,7 +240,9 @@ class Checkpointer:
           abstract_state: the state to restore, of `ShapeDtypeStruct`s with shardings.
 
         Returns:
-          (state, data position); None if there is no checkpoint.
+          (state, data position); None if there is no checkpoint. If the checkpoint lacks the average of the
+          parameters that the state has, the average begins at the parameters; if the state has none, the
+          checkpoint's is dropped. Either is logged.
 
         Raises:
           CheckpointError: all checkpoints are damaged; or the newest whole one is of another model, or holds
@@ -333,17 +335,18 @@ def _restore_whole(
     reason = _damage(directory) if jax.process_index() == 0 else None
     if _any_process(reason):
         return None, reason
-    _check_fits(directory, abstract_state)
-    restored, reason = _read(directory, abstract_state)
+    wanted = _wanted(directory, abstract_state)
+    restored, reason = _read(directory, wanted)
     if _any_process(reason) or restored is None:
         return None, reason
     parts, position, checksums = restored
     try:  # Here all processes find the same.
-        state = train_state_lib.TrainState(
-            **saved_arrays.checked(directory, parts, abstract_state.state_dict(), checksums)
-        )
+        state = train_state_lib.TrainState(**saved_arrays.checked(directory, parts, wanted, checksums))
     except sealing.DamageError as error:
         return None, str(error)
+    if abstract_state.ema_params and not state.ema_params:
+        logging.warning("%s has no average of the parameters (EMA_DECAY): it begins here", directory)
+        state = state.with_average()
     return (state, position), None
 
 
@@ -374,8 +377,10 @@ def _is_parameters_alone(directory: epath.Path, saved: Mapping[str, Any]) -> boo
     return set(saved) <= {"params", "flax_mutables"} and not (directory / _POSITION).exists()
 
 
-def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainState) -> None:
-    """Checks that a checkpoint holds the arrays of the state.
+def _wanted(directory: epath.Path, abstract_state: train_state_lib.TrainState) -> dict[str, Any]:
+    """Returns the parts to read, of `ShapeDtypeStruct`s, and checks that a checkpoint holds all their arrays.
+
+    A run may begin to keep an average of its parameters, or end to: then it is no part to read.
 
     Raises:
       CheckpointError: the checkpoint is of another model or optimizer, or holds parameters alone.
@@ -386,7 +391,13 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
             f"{directory} holds parameters alone, which no training can continue from: "
             "give it as INITIAL_CHECKPOINT_PATH, and another MODEL_DIR"
         )
-    saved, wanted = saved_arrays.flat(tree), saved_arrays.flat(abstract_state.state_dict())
+    parts = abstract_state.state_dict()
+    if "ema_params" not in tree:
+        parts.pop("ema_params", None)
+    elif "ema_params" not in parts:
+        logging.warning("%s has an average of the parameters, which is dropped: EMA_DECAY = None", directory)
+        tree = {name: part for name, part in tree.items() if name != "ema_params"}
+    saved, wanted = saved_arrays.flat(tree), saved_arrays.flat(parts)
     _check_scanned_alike(directory, saved.keys(), wanted.keys())
     # Parameters first, because the message shows only the first three names.
     names = sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "params", name))
@@ -397,6 +408,7 @@ def _check_fits(directory: epath.Path, abstract_state: train_state_lib.TrainStat
     ]
     if wrong:
         raise CheckpointError(_does_not_fit(directory, wrong) + ". For another model, give another MODEL_DIR")
+    return parts
 
 
 def _check_scanned_alike(
@@ -437,16 +449,16 @@ def _does_not_fit(path: epath.PathLike, wrong: list[str]) -> str:
 
 
 def _read(
-    directory: epath.Path, abstract_state: train_state_lib.TrainState
+    directory: epath.Path, wanted: Mapping[str, Any]
 ) -> tuple[tuple[dict[str, Any], dict[str, Any], dict[str, str] | None] | None, str | None]:
-    """Reads state, data position and checksums, by Orbax's handlers, which wait for no other process.
+    """Reads parts of the state, data position and checksums, without waiting for other processes.
 
     Returns:
       ((parts of the state, data position, checksums), None), or (None, the reason why they can't be read).
     """
     try:
         checksums, position = sealing.read(directory, saved_arrays.STATE), _read_position(directory)
-        return (saved_arrays.read(directory, abstract_state.state_dict()), position, checksums), None
+        return (saved_arrays.read(directory, wanted), position, checksums), None
     except Exception as error:  # As in `_damage`.
         return None, saved_arrays.reason(error)
 
@@ -527,7 +539,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
 
 
 def restore_params(path: str, abstract_params: Any) -> Any:
-    """Reads all parameters of a model from a checkpoint.
+    """Reads all parameters of a model from a checkpoint: their average, if it has one.
 
     Args:
       path: as for `find_checkpoint`.
@@ -543,6 +555,8 @@ def restore_inference_state(
     path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
 ) -> train_state_lib.InferenceState:
     """Reads the parameters and the mutable collections of a model from a checkpoint.
+
+    Of a checkpoint with an average of the parameters, that is read.
 
     Args:
       path: as for `find_checkpoint`.
@@ -562,6 +576,8 @@ def restore_matching(
     path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
 ) -> tuple[dict[tuple[str, ...], jax.Array], dict[tuple[str, ...], jax.Array]]:
     """Reads the arrays that have the same name and shape in the checkpoint, and logs the names of the others.
+
+    Of a checkpoint with an average of the parameters, that is read.
 
     Args:
       path: as for `find_checkpoint`.
@@ -595,21 +611,22 @@ def _restore_found(
     with _explained_damage(directory):
         tree = saved_arrays.metadata(directory)
     item, absent = {}, []
-    for part in ("params", "flax_mutables"):
-        saved: dict[tuple, Any] = traverse_util.flatten_dict(tree.get(part, {}))
+    places = {"params": train_state_lib.inference_part(tree), "flax_mutables": "flax_mutables"}
+    if places["params"] != "params":
+        logging.info("%s has an average of the parameters, which is read in their place", directory)
+    for part, place in places.items():
+        saved: dict[tuple, Any] = traverse_util.flatten_dict(tree.get(place, {}))
         wanted: dict[tuple, Any] = traverse_util.flatten_dict(getattr(abstract_state, part))
         _check_scanned_alike(path, saved.keys(), wanted.keys())
         fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
         absent += [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
         if fits:  # Orbax can't restore an empty tree.
-            item[part] = traverse_util.unflatten_dict(fits)
+            item[place] = traverse_util.unflatten_dict(fits)
     restored = {}
     if item:
         with _explained_damage(directory):
             restored = saved_arrays.checked(directory, saved_arrays.read(directory, item), item, checksums)
-    params, mutables = (
-        traverse_util.flatten_dict(restored.get(part, {})) for part in ("params", "flax_mutables")
-    )
+    params, mutables = (traverse_util.flatten_dict(restored.get(place, {})) for place in places.values())
     return (params, mutables), absent
 
 

@@ -141,7 +141,8 @@ def plan_step(name: str, devices: Sequence[partitioning.Device] | None) -> dict[
     trainer = make_trainer(name, partitioner, batch)
     logging.info("tracing the %s step", name)
     state, lowered = trainer.abstract_state, trainer.lower(name)
-    optimizer = plan.bytes_per_chip(state.opt_state) if name == "train" else 0
+    state_parts = {"parameters": state.params, "optimizer": state.opt_state if name == "train" else ()}
+    state_parts |= {"average": state.ema_params} if state.ema_params else {}
     step = plan.Step(
         name,
         batch_images,
@@ -149,7 +150,7 @@ def plan_step(name: str, devices: Sequence[partitioning.Device] | None) -> dict[
         mesh=dict(partitioner.mesh.shape),
         device_kind=partitioner.mesh.devices.flat[0].device_kind,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        state_bytes_per_chip={"parameters": plan.bytes_per_chip(state.params), "optimizer": optimizer},
+        state_bytes_per_chip={part: plan.bytes_per_chip(tree) for part, tree in state_parts.items()},
         model_flops=counter.model_flops(
             trainer.lower("eval") if name == "train" else lowered, training=name == "train"
         ),
@@ -233,7 +234,11 @@ def parts_of_step(
     if step == "train":
         yield "initialisation", lambda: trainer.lower("init")
         optimize = lowering(
-            lambda state, grads: state.apply_gradient(model.optimizer_def, grads), state, state.params
+            lambda state, grads: state.apply_gradient(
+                model.optimizer_def, grads, ema_decay=trainer.ema_decay
+            ),
+            state,
+            state.params,
         )
         yield "optimizer", optimize
     for part in parts.of_network(model.module, state.params, laid_out(whole, size)):

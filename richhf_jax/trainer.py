@@ -31,6 +31,7 @@ class Trainer:
       model: the model to train.
       abstract_state: the training state as `ShapeDtypeStruct`s with shardings.
       num_microbatches: number of parts that a training batch is split into.
+      ema_decay: decay of the average of the parameters; None: none is kept.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Trainer:
         random_seed: int = 0,
         use_hardware_rng: bool = False,
         num_microbatches: int | None = None,
+        ema_decay: float | None = None,
     ):
         """Traces the model's initialisation; compiles nothing yet.
 
@@ -53,6 +55,8 @@ class Trainer:
             on TPU and programs compile faster; but the numbers depend on the mesh and the platform.
           num_microbatches: splits each batch into this many parts, computes one after the other, and adds up
             the gradients: the same step with less memory.
+          ema_decay: decay of an exponential moving average of the parameters, which evaluation and prediction
+            use, after a warm-up, see `TrainState.apply_gradient`; None: none is kept.
 
         Raises:
           errors.UserError: the network refuses its settings, or the batches' shapes.
@@ -64,6 +68,10 @@ class Trainer:
         self.model = model
         self._partitioner = partitioner
         self.num_microbatches = num_microbatches or 1
+        self.ema_decay = ema_decay
+        self._create = functools.partial(
+            TrainState.create, model.optimizer_def, average=ema_decay is not None
+        )
         self._rng_impl = "unsafe_rbg" if use_hardware_rng else "threefry2x32"
         init_rng, dropout_rng = jax.random.split(jax.random.key(random_seed, impl=self._rng_impl))
         # On the host, because compiling a step must not fetch a constant from the device.
@@ -100,9 +108,7 @@ class Trainer:
             variables = jax.eval_shape(self._init)
         optimizer_def = self.model.optimizer_def
         mutables = train_state_lib.mutable_collections(variables)
-        state = jax.eval_shape(
-            functools.partial(TrainState.create, optimizer_def), variables["params"], mutables
-        )
+        state = jax.eval_shape(self._create, variables["params"], mutables)
         params_axes = axes_by_param(variables["params_axes"])
         mutables_axes = {
             name: axes_by_param(variables[f"{name}_axes"]) for name in mutables if f"{name}_axes" in variables
@@ -131,8 +137,7 @@ class Trainer:
         missing = self._missing(kept)
         made = self._fresh(missing)() if any(missing.values()) else missing
         params, mutables = (traverse_util.unflatten_dict(kept[part] | made[part]) for part in kept)
-        create = functools.partial(TrainState.create, self.model.optimizer_def)
-        return jax.jit(create, out_shardings=self._state_sharding)(params, mutables)
+        return jax.jit(self._create, out_shardings=self._state_sharding)(params, mutables)
 
     def _missing(self, given: Mapping[str, Mapping]) -> dict[str, dict[tuple[str, ...], Any]]:
         """Returns the shardings of the arrays of "params" and "flax_mutables" that aren't given, by names."""
@@ -191,7 +196,7 @@ class Trainer:
         grads, metrics, mutables = self._gradients(state, batch)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         metrics["gradient_norm"] = losses.WeightedMean(norm, jnp.ones(()))
-        return state.apply_gradient(self.model.optimizer_def, grads, mutables), metrics
+        return state.apply_gradient(self.model.optimizer_def, grads, mutables, self.ema_decay), metrics
 
     def _gradients(self, state: TrainState, batch: models.Batch) -> tuple[Any, Metrics, Any]:
         """Returns the gradients of the whole batch's loss, its metrics and the new mutable collections."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from richhf_jax import checkpoints, errors, sealing, weights_file
+from richhf_jax import checkpoints, errors, sealing, train_state, weights_file
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
@@ -31,6 +31,8 @@ def is_checkpoint(path: str) -> bool:
 def open_checkpoint(path: str) -> Source:
     """Opens a checkpoint of `richhf_jax.train` or of a conversion; the optimizer's state is left out.
 
+    Of a checkpoint with an average of the parameters, that is taken.
+
     Raises:
       ConvertError: the checkpoint is damaged, or holds no parameters.
     """
@@ -39,7 +41,8 @@ def open_checkpoint(path: str) -> Source:
     if not index.is_file():
         raise ConvertError(f"{directory} is damaged: it lacks state/{index.name}")
     found = zarr_arrays.orbax_names(index)
-    names = [name for name in found if name[0] == "params"]
+    part = train_state.inference_part([name[0] for name in found])
+    names = [name for name in found if name[0] == part]
     arrays = zarr_arrays.ZarrArrays(index)
     checksums = sealing.read(epath.Path(directory), "state") or {}
     tensors = {}
@@ -48,8 +51,9 @@ def open_checkpoint(path: str) -> Source:
         if not jnp.issubdtype(tensor.dtype, jnp.floating):  # Checksums are of bytes, and don't say the type.
             raise ConvertError(f"{directory} is damaged: {tensor.origin} can't be of type {tensor.dtype}")
         tensors[tensor.origin] = _checked(tensor, "/".join(name), directory, checksums)
+    average = ", average of the parameters" if part != "params" else ""
     left_out = f", without {len(found) - len(names)} other arrays" if len(found) > len(names) else ""
-    return _source(directory, f"our checkpoint of step {step}{left_out}", tensors)
+    return _source(directory, f"our checkpoint of step {step}{average}{left_out}", tensors)
 
 
 def _checked(tensor: Tensor, name: str, directory: str, checksums: Mapping[str, str]) -> Tensor:

@@ -33,7 +33,8 @@ class Step:
       mesh: size of each mesh axis.
       device_kind: jax's name of the device.
       parameters: number of parameters.
-      state_bytes_per_chip: {"parameters", "optimizer"} -> bytes.
+      state_bytes_per_chip: {"parameters", "optimizer"} -> bytes; "average", where training keeps one of the
+        parameters.
       model_flops: FLOPs of the model's mathematics for a batch, without recomputation.
     """
 
@@ -163,11 +164,13 @@ def table(plan: Mapping[str, Any]) -> str:
 
 def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
     memory, available = plan["bytes_per_chip"], plan["hbm_bytes_per_chip"]
-    rest = memory["arguments"] - memory["parameters"] - memory["optimizer"]
+    average = memory.get("average", 0)
+    rest = memory["arguments"] - memory["parameters"] - memory["optimizer"] - average
     lines = [
         "Memory a chip",
         _line("parameters", _size(memory["parameters"])),
         _line("optimizer state", _size(memory["optimizer"])),
+        *([_line("average of the parameters", _size(average))] if average else []),
         _line("batch and other arguments", _size(rest)),
         _line("temporaries", _size(memory["temporaries"])),
         _line("outputs beside donated arguments", _size(memory["outputs"])),
