@@ -141,6 +141,67 @@ def test_the_layout_of_a_checkpoint_without_mutable_collections(tmp_path, state)
     assert set(saved) == {"step", "params", "opt_state"}
 
 
+AVERAGE = {"dense": {"kernel": jnp.full((2, 4), 5.0), "bias": jnp.full(4, 6.0)}}
+
+
+@pytest.mark.parametrize("num_partitions", [1, 2])
+def test_an_average_is_restored_and_is_what_evaluation_and_the_next_training_read(
+    tmp_path, state, abstract, num_partitions
+):
+    averaged = dataclasses.replace(state, ema_params=AVERAGE)
+    save(tmp_path, averaged, [3])
+    wanted = abstract(num_partitions)
+    restored, _ = restore(tmp_path, dataclasses.replace(wanted, ema_params=wanted.params))
+    assert_equal(restored, averaged)
+    assert_equal(checkpoints.restore_params(str(tmp_path), wanted.params), AVERAGE)
+    found = checkpoints.restore_inference_state(str(tmp_path), wanted)
+    assert_equal(found, train_state.InferenceState(AVERAGE))
+    found, _ = checkpoints.restore_matching(str(tmp_path), to_predict(bias=(4,)))
+    np.testing.assert_array_equal(found["dense", "bias"], AVERAGE["dense"]["bias"])
+    message = r"dense/kernel \(2, 5\): \(2, 4\) in the checkpoint"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        checkpoints.restore_params(str(tmp_path), abstract_params(kernel=(2, 5)))
+
+
+@pytest.mark.parametrize("num_partitions", [1, 2])
+def test_an_average_begins_or_ends_between_two_parts_of_a_run(
+    tmp_path, state, abstract, num_partitions, caplog
+):
+    with_average = dataclasses.replace(state, ema_params=AVERAGE)
+    wanted = abstract(num_partitions)
+    wanted_average = dataclasses.replace(wanted, ema_params=wanted.params)
+    save(tmp_path / "on", state, [3])
+    caplog.clear()
+    restored, _ = restore(tmp_path / "on", wanted_average)
+    assert_equal(restored, dataclasses.replace(state, ema_params=state.params))
+    layout = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (restored, wanted_average)]
+    assert layout[0] == layout[1]
+    # The next step gives all arrays away, so no two may be one.
+    pointers = [leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(restored)]
+    assert len(set(pointers)) == len(pointers)
+    assert "checkpoint_3 has no average of the parameters (EMA_DECAY): it begins here" in caplog.text
+
+    save(tmp_path / "off", with_average, [3])
+    caplog.clear()
+    restored, position = restore(tmp_path / "off", wanted)
+    assert_equal(restored, state)
+    assert position == POSITION | {"step": 3}
+    assert "checkpoint_3 has an average of the parameters, which is dropped: EMA_DECAY = None" in caplog.text
+
+
+def test_damage_to_an_average_is_found(tmp_path, large):
+    average = jax.tree.map(lambda leaf: leaf + 1, large.params)
+    save(tmp_path, dataclasses.replace(large, ema_params=average), [3])
+    content = json.loads((tmp_path / "checkpoint_3/checksums.json").read_text())
+    assert "ema_params/dense/kernel" in content["arrays"]
+    content.pop("checksum")
+    content["arrays"]["ema_params/dense/kernel"] = "00000000"
+    content["checksum"] = checksums.of_json(content)
+    (tmp_path / "checkpoint_3/checksums.json").write_text(json.dumps(content))
+    with pytest.raises(checkpoints.CheckpointError, match="other numbers than were saved: ema_params/dense"):
+        checkpoints.restore_params(str(tmp_path), like(large).params)
+
+
 @pytest.mark.parametrize("num_partitions", [1, 2])
 def test_what_is_restored_is_what_was_saved_on_whichever_mesh(tmp_path, state, abstract, num_partitions):
     save(tmp_path, state, [3])

@@ -51,6 +51,7 @@ MACROS = {
     **dict.fromkeys(("WARMUP_STEPS", "NUM_DECODES"), (COUNT, "0 -1 x 64px")),
     "IMAGE_SIDE": ("a whole number from 1 to 8192", "0 -1 x 64px 8193"),
     **dict.fromkeys(("KEEP_CHECKPOINTS", "KEEP_BEST"), (MAYBE_COUNT, "0 -1 all False")),
+    "EMA_DECAY": ("a number from 0 to below 1 or None", "1 -.1 1.5 True off"),
     "NUM_MICROBATCHES": ("a whole number of at least 0 or None", "-1 all False 1.5"),
     **dict.fromkeys(("TEXT_LENGTH", "TARGET_LENGTH"), ("a whole number from 2 to 65536", "1 0 -1 24.5")),
     **dict.fromkeys(

@@ -1,6 +1,7 @@
 """Plans of small models for this machine; topologies and steps that don't fit, without a TPU compiler."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -137,6 +138,19 @@ def test_plan_of_a_train_step(monkeypatch):
     text = plan.table(made)
     for shown in ("train step of 4 images (7 prompts each) on 2 x cpu", "temporaries", "all-reduce x"):
         assert shown in text
+
+
+def test_plan_of_a_train_step_with_an_average_of_the_parameters(monkeypatch):
+    configure("augmented_prompt", LENGTHS, "trainer.Trainer.ema_decay = 0.9")
+    macro = gin_utils.macro
+    monkeypatch.setattr(gin_utils, "macro", lambda name: Affine() if name == "MODEL" else macro(name))
+    made = precompile.plan_step("train", None)
+    assert made["bytes_per_chip"]["average"] == made["bytes_per_chip"]["parameters"]
+    [average] = [line for line in plan.table(made).splitlines() if "average of the parameters" in line]
+    [parameters] = [line for line in plan.table(made).splitlines() if line.startswith("  parameters ")]
+    assert average.split()[-2:] == parameters.split()[-2:]
+    optimizer = dict(itertools.islice(precompile.parts_of_step("train", None), 2))["optimizer"]
+    assert len(jax.tree.leaves(optimizer().out_info)) == len(jax.tree.leaves(optimizer().args_info[0][0]))
 
 
 def test_plan_of_a_prediction():

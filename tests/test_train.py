@@ -6,6 +6,7 @@ Only sizes and steps are smaller (see SMALL). The fixtures do the runs once; the
 import collections
 import dataclasses
 import errno
+import functools
 import html
 import itertools
 import json
@@ -23,6 +24,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow as tf
@@ -521,7 +523,7 @@ def train_points(small_train, monkeypatch):
 
     def run(**kwargs):
         model = Points(optimizers.adamw(lambda step: 0.01))
-        small_train(model=model, trainer_cls=trainer_lib.Trainer, eval_steps=2, **kwargs)
+        small_train(**{"model": model, "trainer_cls": trainer_lib.Trainer, "eval_steps": 2} | kwargs)
 
     run.cfg = small_train.cfg
     return run
@@ -569,6 +571,48 @@ def test_a_model_of_other_inputs_trains_evaluates_and_continues(tmp_path, train_
     assert whole.keys() == parts.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(array, parts[name], err_msg=str(name))
+
+
+def test_an_average_of_the_parameters_is_measured_kept_and_continued(tmp_path, train_points, caplog):
+    save = checkpoints.SaveCheckpointConfig(period=10, keep=1, keep_best=1)
+    averaging = functools.partial(trainer_lib.Trainer, ema_decay=0.99)
+    kwargs = {"save": save, "eval_cfg": train_points.cfg, "eval_period": 10}
+
+    def run(name, total_steps, **others):
+        train_points(model_dir=str(tmp_path / name), total_steps=total_steps, **kwargs | others)
+
+    for total_steps in (10, 30):
+        run("in_two_parts", total_steps, trainer_cls=averaging)
+    run("whole", 30, trainer_cls=averaging)
+    run("plain", 30)
+    whole, parts, plain = (
+        saved_arrays(tmp_path / f"{name}/checkpoint_30") for name in ("whole", "in_two_parts", "plain")
+    )
+    assert whole.keys() == parts.keys() == plain.keys() | {"ema_params/kernel"}
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, parts[name], err_msg=name)
+    for name, array in plain.items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+    # The metrics, by which the best are kept, are those of the average.
+    model = Points(optax.sgd(0))
+    losses_of = {}
+    for name in ("params/kernel", "ema_params/kernel"):
+        trainer = trainer_lib.Trainer(model, partitioning.PjitPartitioner(), PointsStream.batch_shapes)
+        state = trainer.init_state(
+            {("kernel",): whole[name]}, {("batch_stats", "mean"): whole["flax_mutables/batch_stats/mean"]}
+        )
+        losses_of[name] = trainer.evaluate(state, itertools.islice(PointsStream().batches({}), 2))["loss"]
+    metrics = json.loads((tmp_path / "whole/checkpoint_30/metrics/metrics").read_text())
+    assert metrics["loss"] == losses_of["ema_params/kernel"] != losses_of["params/kernel"]
+
+    # The next training begins at the average, and so does its own.
+    first = checkpoints.RestoreCheckpointConfig(str(tmp_path / "whole"))
+    model = Points(optax.sgd(0))
+    run("next", 1, restore=first, trainer_cls=lambda _, *args, **kw: averaging(model, *args, **kw))
+    following = saved_arrays(tmp_path / "next/checkpoint_1")
+    for name in ("params/kernel", "ema_params/kernel"):
+        np.testing.assert_allclose(following[name], whole["ema_params/kernel"], rtol=1e-6)
 
 
 def test_a_run_that_continues_says_what_changed_and_keeps_what_it_began_from(tmp_path, train_points, caplog):

@@ -293,6 +293,61 @@ def test_mutable_collections_are_laid_out_as_their_axes_say(batch):
     assert state.flax_mutables["batch_stats"]["norm"]["mean"].sharding.spec == PartitionSpec()
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "layout"),
+    [
+        (optax.sgd(0.1), {"devices": 1}),
+        (optax.sgd(0.1), {"num_microbatches": 2}),
+        (optimizers.muon(lambda step: 0.1), {"num_partitions": 2}),
+    ],
+    ids=["one device", "microbatches", "muon on two devices"],
+)
+def test_the_average_of_the_parameters_by_numpy(batch, optimizer, layout):
+    """Muon's state has masked parts; `Centred` has a mutable collection."""
+    trainer, plain = (
+        make_trainer(Centred(optimizer), batch, **layout, **decay) for decay in ({"ema_decay": 0.3}, {})
+    )
+    state, expected_state = trainer.init_state(), plain.init_state()
+    average = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
+    for step in range(6):
+        state, _ = trainer.train_step(state, batch)
+        expected_state, _ = plain.train_step(expected_state, batch)
+        # The last two decays of these are 0.3: the warm-up has ended.
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
+        jax.tree.map(
+            lambda found, a: np.testing.assert_allclose(found, a, rtol=1e-6, atol=1e-6),
+            state.ema_params,
+            average,
+        )
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected_state.params)
+    assert expected_state.ema_params == {}
+    for found, parameter in zip(*map(jax.tree.leaves, (state.ema_params, state.params)), strict=True):
+        assert (found.dtype, found.sharding) == (jnp.float32, parameter.sharding)
+        assert not np.array_equal(found, parameter)
+
+
+def test_evaluation_and_prediction_use_the_average(batch):
+    trainer = make_trainer(Centred(optax.sgd(0.1)), batch, ema_decay=0.9)
+    state, _ = trainer.train_step(trainer.init_state(), batch)
+    averaged, raw = (
+        trainer_lib.InferenceState(params, state.flax_mutables) for params in (state.ema_params, state.params)
+    )
+    for measure in (
+        lambda s: trainer.evaluate(s, [batch])["error"],
+        lambda s: trainer.predict(s, batch)["y"],
+    ):
+        np.testing.assert_array_equal(measure(state), measure(averaged))
+        assert not np.array_equal(measure(state), measure(raw))
+
+
+def test_the_average_begins_at_the_given_parameters(batch):
+    trainer = make_trainer(Affine(optax.sgd(0.1)), batch, ema_decay=0.9)
+    state = trainer.init_state({("dense", "bias"): jnp.full(4, 7.0)})
+    jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
+    np.testing.assert_array_equal(state.ema_params["dense"]["bias"], [7, 7, 7, 7])
+
+
 @pytest.fixture(scope="module")
 def rahf_model(make_model):
     """Makes RAHF. With Adam's large epsilon the first step shows more than the gradients' signs."""

@@ -126,6 +126,21 @@ def test_t5_and_vit_become_a_checkpoint(huggingface, make_model, tmp_path, capsy
     assert gin_utils.macro("MODEL").module == model.module
 
 
+def test_of_a_checkpoint_with_an_average_of_the_parameters_that_is_converted(saved, tmp_path, capsys):
+    _, model, params = saved()
+    averaged = {name: array + 1 for name, array in params.items()}
+    trees = [traverse_util.unflatten_dict(tree, sep="/") for tree in (params, averaged)]
+    trees = jax.tree.map(jax.numpy.asarray, trees)
+    state = train_state.TrainState(jax.numpy.int32(7), trees[0], (), ema_params=trees[1])
+    with checkpoints.Checkpointer(str(tmp_path / "run")) as checkpointer:
+        checkpointer.save(state, {}, 7)
+    command.convert(model, [str(tmp_path / "run")], str(tmp_path / "file"), "safetensors")
+    assert_equal(safetensors.numpy.load_file(tmp_path / "file/model.safetensors"), averaged)
+    assert "our checkpoint of step 7, average of the parameters, without" in capsys.readouterr().out
+    command.convert(model, [str(tmp_path / "run")], str(tmp_path / "to"))
+    assert_equal(restored(tmp_path / "to", model), averaged)
+
+
 def test_to_safetensors_and_back(saved, tmp_path):
     path, model, params = saved(*SCANNED)
     command.convert(model, [path], str(tmp_path / "file"), "safetensors")

@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import traverse_util
 from PIL import Image
 
-from richhf_jax import RahfPredictor, checkpoints, errors, feedback, model_description
+from richhf_jax import RahfPredictor, checkpoints, errors, feedback, model_description, train_state
 from richhf_jax.export import __main__ as export
 from richhf_jax.export import card, program
 from richhf_jax.network import attention_kernel
@@ -409,6 +409,23 @@ def test_a_checkpoint_keeps_its_step(make_model_dir, tmp_path):
     (directory / "checkpoint_0").rename(directory / "checkpoint_70")
     export.export(str(directory), "orbax", str(tmp_path / "new"))
     assert checkpoints.find_checkpoint(str(tmp_path / "new"))[1] == 70
+
+
+def test_of_a_checkpoint_with_an_average_of_the_parameters_that_predicts_and_is_exported(
+    make_model_dir, tmp_path
+):
+    directory = make_model_dir()
+    params = RahfPredictor.from_checkpoint(directory).params
+    average = jax.tree.map(lambda leaf: leaf * 0.9, params)
+    shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint_*"))
+    state = train_state.TrainState(jax.numpy.int32(3), params, (), ema_params=average)
+    with checkpoints.Checkpointer(str(tmp_path / "run")) as checkpointer:
+        checkpointer.save(state, {}, 3)
+    for name in ("safetensors", "orbax"):
+        export.export(str(tmp_path / "run"), name, str(tmp_path / name))
+    for name in ("run", "safetensors", "orbax"):
+        found = RahfPredictor.from_checkpoint(tmp_path / name)
+        jax.tree.map(np.testing.assert_array_equal, found.params, average)
 
 
 def test_in_bfloat16(make_model_dir, tmp_path):
