@@ -68,7 +68,9 @@ _PARAMETERS = {
         "misalignment_threshold crop_probability crop_shares jitter_probability grey_probability"
         " jpeg_probability shown_share brightness hue topp"
     ),
-    Range(0, 1, is_open=True): "dropout_rate label_smoothing beta beta1 beta2 adam_beta2 ema_decay",
+    Range(
+        0, 1, is_open=True
+    ): "dropout_rate stochastic_depth_rate label_smoothing beta beta1 beta2 adam_beta2 ema_decay",
     Range(0, 100): "jpeg_quality",
     Range(0, 2**32 - 1): "seed random_seed",
     Range(1, 2): "parameter_partitioning_dims",

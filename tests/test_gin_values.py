@@ -57,7 +57,10 @@ MACROS = {
     **dict.fromkeys(
         ("NUM_HEATMAPS", "NUM_SCORES", "NUM_TEXTS"), ("a whole number of at least 0", "-1 1.5 None")
     ),
-    **dict.fromkeys(("DROPOUT_RATE", "ADAM_BETA2"), (BELOW_1, "7 1 -.1 .1x 0,1 None nan inf 1e999 [0.1]")),
+    **dict.fromkeys(
+        ("DROPOUT_RATE", "STOCHASTIC_DEPTH_RATE", "ADAM_BETA2"),
+        (BELOW_1, "7 1 -.1 .1x 0,1 None nan inf 1e999 [0.1]"),
+    ),
     "MISALIGNMENT_THRESHOLD": (SHARE, "1.1 -1 50%"),
     "BASE_LEARNING_RATE": (AMOUNT, "-1e-3 None 1e-3x"),
     "RANDOM_SEED": (SEED, "-1 4294967296 0.5 None"),

@@ -418,6 +418,7 @@ def _check(module: rahf.Rahf) -> None:
     cfg, patches, heads = module.t5_config, module.vit_config, module.heads_config
     missing = {
         "dropout": bool(cfg.dropout_rate or patches.dropout_rate),
+        "stochastic depth": bool(cfg.stochastic_depth_rate or patches.stochastic_depth_rate),
         "a class token": patches.class_token,
         "attention logits in float32": cfg.float32_attention_logits or patches.float32_attention_logits,
         "logits by the token table": cfg.logits_via_embedding,

@@ -353,8 +353,10 @@ class Rahf(nn.Module):
 
 def _fields(config: Any) -> dict[str, Any]:
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    # The kernel is no setting of the model: it changes no output, and another device may not have it.
-    fields.pop("attention_kernel", None)
+    # These are no settings of the model: the kernel changes no output, and another device may not have it;
+    # stochastic depth is of training alone.
+    for name in ("attention_kernel", "stochastic_depth_rate"):
+        fields.pop(name, None)
     if "dtype" in fields:  # A name, or a type of numpy or jax.
         fields["dtype"] = jnp.dtype(fields["dtype"]).name
     return fields

@@ -33,6 +33,8 @@ class T5Config:
       mlp_dim: width of the feed-forward block's hidden layer.
       mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
       dropout_rate: dropout rate everywhere; one draw serves all positions, as in T5.
+      stochastic_depth_rate: rate at which the last encoder layer's blocks are dropped in training, see
+        `stack.apply_layers`. The decoder drops none.
       logits_via_embedding: the decoder's logits reuse the token table (T5 1.0).
       float32_attention_logits: computes attention's softmax in float32 whatever `dtype`.
       image_positions: place of the image tokens in the encoder's relative positions, see `encoder_positions`.
@@ -52,6 +54,7 @@ class T5Config:
     mlp_dim: int = 2048
     mlp_activations: Sequence[str] = ("relu",)
     dropout_rate: float = 0.1
+    stochastic_depth_rate: float = 0.0
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
     image_positions: str = "running"
@@ -148,6 +151,7 @@ class EncoderLayer(nn.Module):
         encoder_bias: Float[Array, "1 heads length length"],
         encoder_mask: Shaped[Array, "batch 1 length length"] | None = None,
         encoder_visible: Bool[Array, "batch length"] | None = None,
+        drop_rate: Float[Array, ""] | float | None = None,
         deterministic: bool = False,
     ) -> Float[Array, "batch length embed"]:
         """Applies the layer.
@@ -156,6 +160,7 @@ class EncoderLayer(nn.Module):
           inputs: output of the layer before.
           encoder_bias: relative position biases.
           encoder_mask, encoder_visible: as for `Encoder`.
+          drop_rate: as for `stack.StochasticDepth`.
           deterministic: turns dropout off.
         """
         cfg = self.config
@@ -163,11 +168,13 @@ class EncoderLayer(nn.Module):
         x = _attention(cfg, "attention", cfg.attention_kernel)(
             x, x, encoder_mask, encoder_bias, encoder_visible, deterministic=deterministic
         )
-        x = inputs + _dropout(cfg)(x, deterministic=deterministic)
+        x = _dropout(cfg)(x, deterministic=deterministic)
+        x = inputs + stack.StochasticDepth()(x, drop_rate)
 
         y = _norm(cfg, "pre_mlp_layer_norm")(x)
         y = _mlp(cfg)(y, deterministic=deterministic)
-        return x + _dropout(cfg)(y, deterministic=deterministic)
+        y = _dropout(cfg)(y, deterministic=deterministic)
+        return x + stack.StochasticDepth()(y, drop_rate)
 
 
 class DecoderLayer(nn.Module):
@@ -235,7 +242,7 @@ class Encoder(nn.Module):
           encoder_mask: > 0 where a position may see another; None: all see all.
           encoder_visible: the positions that `encoder_mask` shows to all positions that aren't padding, where
             they come first and padding follows; None: they don't.
-          deterministic: turns dropout off.
+          deterministic: turns dropout and stochastic depth off.
 
         Returns:
           The encodings, of type `config.dtype`.
@@ -251,10 +258,11 @@ class Encoder(nn.Module):
         bias = _relative_position_biases(cfg)(length, length, True, positions=positions)
         x = _dropout(cfg)(inputs_embeddings, deterministic=deterministic).astype(cfg.dtype)
 
-        def call(layer, x):
-            return layer(x, bias, encoder_mask, encoder_visible, deterministic)
+        def call(layer, x, drop_rate):
+            return layer(x, bias, encoder_mask, encoder_visible, drop_rate, deterministic)
 
-        x = stack.apply_layers(EncoderLayer, cfg, cfg.num_encoder_layers, call, x)
+        drop_rate = 0.0 if deterministic else cfg.stochastic_depth_rate
+        x = stack.apply_layers(EncoderLayer, cfg, cfg.num_encoder_layers, call, x, drop_rate)
         x = _norm(cfg, "encoder_norm")(x)
         # As in T5X, each position has a draw of its own here.
         return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
@@ -307,7 +315,7 @@ class Decoder(nn.Module):
         y = self.shared_embedding(decoder_input_tokens.astype("int32"))
         y = _dropout(cfg)(y, deterministic=deterministic).astype(cfg.dtype)
 
-        def call(layer, y):
+        def call(layer, y, _):
             return layer(y, encoded, bias, decoder_mask, encoder_decoder_mask, deterministic, decode)
 
         y = stack.apply_layers(DecoderLayer, cfg, cfg.num_decoder_layers, call, y)

@@ -31,7 +31,10 @@ class ViTConfig:
       num_layers: depth.
       num_heads: heads of every attention; each is emb_dim / num_heads wide.
       mlp_dim: width of the feed-forward block's hidden layer.
-      dropout_rate: dropout rate of embeddings, attention weights, and the outputs of both blocks.
+      dropout_rate: dropout rate of embeddings, attention weights, the feed-forward block's hidden layer, and
+        the outputs of both blocks.
+      stochastic_depth_rate: rate at which the last layer's blocks are dropped in training, see
+        `stack.apply_layers`.
       dtype: type of activations; parameters are float32.
       float32_attention_logits: computes attention's softmax in float32 whatever `dtype`.
       class_token: puts a learned token before the patches, as published weights have it. The token includes
@@ -56,6 +59,7 @@ class ViTConfig:
     num_heads: int = 12
     mlp_dim: int = 3072
     dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
     dtype: Any = jnp.float32
     float32_attention_logits: bool = False
     class_token: bool = False
@@ -206,16 +210,18 @@ class ViTLayer(nn.Module):
         self,
         inputs: Float[Array, "batch length embed"],
         mask: Shaped[Array, "batch 1 1 length"] | None = None,
+        drop_rate: Float[Array, ""] | float | None = None,
         *,
         deterministic: bool,
     ) -> Float[Array, "batch length embed"]:
-        """Applies the layer; `mask` as for `Attention`."""
+        """Applies the layer; `mask` as for `Attention`, `drop_rate` as for `stack.StochasticDepth`."""
         cfg = self.config
         norm = functools.partial(_norm, cfg)
 
         x = norm("pre_attention_layer_norm")(inputs)
         x = Attention(cfg, name="attention")(x, mask, deterministic=deterministic)
-        x = inputs + nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+        x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+        x = inputs + stack.StochasticDepth()(x, drop_rate)
 
         y = norm("pre_mlp_layer_norm")(x)
         y = layers.MlpBlock(
@@ -226,7 +232,8 @@ class ViTLayer(nn.Module):
             use_bias=True,
             name="mlp",
         )(y, deterministic=deterministic)
-        return x + nn.Dropout(cfg.dropout_rate)(y, deterministic=deterministic)
+        y = nn.Dropout(cfg.dropout_rate)(y, deterministic=deterministic)
+        return x + stack.StochasticDepth()(y, drop_rate)
 
 
 class ViT(nn.Module):
@@ -248,7 +255,7 @@ class ViT(nn.Module):
           images: normalised, of any size that patch_size divides.
           patch_mask: False for patches that are padding: no other token sees them. Their own outputs mean
             nothing.
-          deterministic: turns dropout off.
+          deterministic: turns dropout and stochastic depth off.
 
         Returns:
           One vector for each token, of type `config.dtype`: the class token, if there is one, then the
@@ -276,10 +283,11 @@ class ViT(nn.Module):
         mask = None if patch_mask is None else patch_mask[:, None, None, :]
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
 
-        def call(layer, x):
-            return layer(x, mask, deterministic=deterministic)
+        def call(layer, x, drop_rate):
+            return layer(x, mask, drop_rate, deterministic=deterministic)
 
-        x = stack.apply_layers(ViTLayer, cfg, cfg.num_layers, call, x)
+        drop_rate = 0.0 if deterministic else cfg.stochastic_depth_rate
+        x = stack.apply_layers(ViTLayer, cfg, cfg.num_layers, call, x, drop_rate)
         return _norm(cfg, "encoder_norm")(x)
 
     def _with_class_token(self, x: Array, patch_mask: Array | None) -> tuple[Array, Array | None]:

@@ -1,11 +1,13 @@
 """Scanned layers equal unscanned ones; recomputed activations equal kept ones, and really are recomputed."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning
 
@@ -161,3 +163,102 @@ def test_an_unknown_policy_is_refused():
     module, inputs = _encoder({"remat_policy": "all"})
     with pytest.raises(ValueError, match="'none', 'minimal', 'full'.*got 'all'"):
         jax.eval_shape(module.init, jax.random.key(0), *inputs)
+
+
+EXAMPLES = 20_000
+WAYS = [(False, "none"), (False, "minimal"), (True, "none"), (True, "full")]
+
+
+class _Adds(nn.Module):
+    """A layer whose residual branch is one parameter."""
+
+    config: vit.ViTConfig
+
+    @nn.compact
+    def __call__(self, x, drop_rate):
+        weight = partitioning.param_with_axes("weight", nn.initializers.ones, (1,), axes=("embed",))
+        branch = jnp.broadcast_to(weight[None, None], x.shape)
+        return x + stack.StochasticDepth()(branch, drop_rate)
+
+
+class _Stack(nn.Module):
+    config: vit.ViTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        return stack.apply_layers(_Adds, self.config, 3, lambda layer, x, rate: layer(x, rate), x, 0.6)
+
+
+@pytest.mark.parametrize(("scan_layers", "remat_policy"), WAYS)
+def test_a_branch_is_dropped_by_example_more_often_with_depth_and_else_scaled(scan_layers, remat_policy):
+    module = _Stack(VIT.replace(scan_layers=scan_layers, remat_policy=remat_policy))
+    x, rngs = jnp.zeros((EXAMPLES, 2, 1)), {"dropout": jax.random.key(1)}
+    params = module.init({"params": jax.random.key(0), **rngs}, x[:1])["params"]
+
+    def total(params):
+        outputs = module.apply({"params": params}, x, rngs=rngs)
+        return jnp.sum(outputs), outputs
+
+    (sum_of_all, outputs), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    np.testing.assert_array_equal(outputs[:, 0], outputs[:, 1])
+    # The backward pass meets the same draws: all weights are 1, and the sum is linear in them.
+    total_gradient = sum(map(jnp.sum, jax.tree.leaves(gradients)))
+    np.testing.assert_allclose(total_gradient, sum_of_all, rtol=1e-5)
+
+    # Each set of kept layers has a sum of its own, and the share that independent draws give it.
+    rates = np.array([0.2, 0.4, 0.6])
+    shares = 0.0
+    for kept in itertools.product([False, True], repeat=3):
+        kept = np.array(kept)
+        share = np.prod(np.where(kept, 1 - rates, rates))
+        found = np.isclose(outputs[:, 0, 0], np.sum(kept / (1 - rates)), atol=1e-3).mean()
+        np.testing.assert_allclose(found, share, atol=5 * np.sqrt(share * (1 - share) / EXAMPLES))
+        shares += found
+    assert shares == pytest.approx(1)
+    # The expectation is that without stochastic depth; the variance of a branch is rate / (1 - rate).
+    error = np.sqrt(np.sum(rates / (1 - rates)) / EXAMPLES)
+    np.testing.assert_allclose(outputs.mean(), 3, atol=5 * error)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", ["vit", "encoder"])
+def test_stochastic_depth_drops_both_branches_of_a_layer(made, name, scan_layers):
+    params, inputs = made(name)
+    config = {"num_layers": 1} if name == "vit" else {"num_encoder_layers": 1}
+    without_layers, _ = STACKS[name](dict.fromkeys(config, 0))
+    expected = jax.jit(functools.partial(without_layers.apply, deterministic=True))(
+        {"params": params}, *inputs
+    )
+    config |= {"scan_layers": scan_layers, "stochastic_depth_rate": 1 - 1e-6}
+    if scan_layers:
+        params = {n: tree for n, tree in params.items() if not n.startswith(("layers_1", "layers_2"))}
+        params = stack_layers(params)
+    module, _ = STACKS[name](config)
+    rngs = {"dropout": jax.random.key(0)}
+    found, all_kept = (
+        jax.jit(functools.partial(module.apply, deterministic=value, rngs=rngs))({"params": params}, *inputs)
+        for value in (False, True)
+    )
+    _assert_close(found, expected)
+    assert np.abs(all_kept - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", ["vit", "encoder"])
+def test_without_stochastic_depth_the_program_is_the_same(made, name, scan_layers):
+    params, inputs = made(name)
+    params = stack_layers(params) if scan_layers else params
+
+    def program(deterministic, rate):
+        module, _ = STACKS[name]({"scan_layers": scan_layers, "stochastic_depth_rate": rate})
+
+        def apply(params, inputs, key):
+            return module.apply(
+                {"params": params}, *inputs, deterministic=deterministic, rngs={"dropout": key}
+            )
+
+        return jax.jit(apply).lower(params, inputs, jax.random.key(0)).as_text()
+
+    evaluation = program(True, 0.0)
+    assert program(True, 0.5) == evaluation == program(False, 0.0)
+    assert program(False, 0.5) != evaluation
