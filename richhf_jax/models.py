@@ -152,7 +152,9 @@ class RahfModel(BaseModel):
 
     The loss is the paper's weighted sum (section 4.1.3): pixel-wise mean squared error of the heatmaps,
     mean squared error of the scores, teacher-forced cross entropy of the keywords; each is a mean over
-    the slots (or tokens) that have labels. Texts are decoded by `decode_fn`, one of `decoding`'s functions,
+    the slots (or tokens) that have labels. Of a network that predicts the scores' variances, too, the scores'
+    loss is `losses.weighted_beta_nll`; its metrics are the squared error as always ("loss/score"), and the
+    likelihood ("loss/score_nll"). Texts are decoded by `decode_fn`, one of `decoding`'s functions,
     which makes `num_decodes` of each; the best is the prediction. But where a batch has "keyword_pieces"
     (`keywords` makes them of the prompt), the decoder can only copy them and decide which words to mark: it
     marks those whose probability of being misaligned is above `misalignment_threshold`.
@@ -317,6 +319,7 @@ class RahfModel(BaseModel):
     ) -> tuple[Float32[Array, ""], Metrics]:
         """Computes the loss that the class describes, and its metrics; see the base class."""
         outputs = self._outputs(params, batch, dropout_rng)
+        counts = _label_counts(batch)
         sums, metrics = {}, {}
         if "heatmaps" in outputs:
             targets = batch["heatmap_targets"].astype(jnp.float32) / 255.0
@@ -334,12 +337,18 @@ class RahfModel(BaseModel):
             )
             hits = (jnp.argmax(outputs["logits"], axis=-1) == targets) * weights
             metrics["keywords/token_accuracy"] = losses.WeightedMean(jnp.sum(hits), jnp.sum(weights))
-        counts = _label_counts(batch)
+        for kind, total in sums.items():
+            metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
+        if "score_log_variances" in outputs:
+            distributions = outputs["scores"], outputs["score_log_variances"]
+            targets, weights = batch["score_targets"], batch["score_weights"]
+            sums["score"] = losses.weighted_beta_nll(*distributions, targets, weights)
+            nll = jnp.sum(weights * losses.gaussian_nll(*distributions, targets))
+            metrics["loss/score_nll"] = losses.WeightedMean(nll, counts["score"])
         normalizers = self.loss_weights(batch) if normalizers is None else normalizers
         loss = jnp.zeros((), jnp.float32)
         for kind, total in sums.items():
             loss += self._loss_weights[kind] * total / normalizers[kind]
-            metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
         metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
         for name in ("encoder_words_cut", "decoder_words_cut"):
             if name in batch:  # Becomes the share of texts that were too long.
@@ -358,7 +367,8 @@ class RahfModel(BaseModel):
 
         Returns:
           Two dictionaries. The predictions: "heatmaps" float32 [batch, heatmaps, height, width], "scores"
-          float32 [batch, scores], "tokens" int32 [batch, texts, target_length]. The decoder's results:
+          float32 [batch, scores], "tokens" int32 [batch, texts, target_length]; of a network that predicts the
+          scores' variances also their "score_deviations", standard deviations. The decoder's results:
           "decodes" int32 [batch, texts, num_decodes, target_length] and their log-probabilities "scores"
           float32 [batch, texts, num_decodes], the best text last as in T5X. If the batch has the features of
           `keywords.features`, there is one decode, and the predictions also hold "keyword_probability"
@@ -375,7 +385,10 @@ class RahfModel(BaseModel):
         if slots.heatmaps:
             predictions["heatmaps"] = apply(encoded, slots, method="heatmaps")
         if slots.scores:
-            predictions["scores"] = apply(encoded, slots, method="scores")
+            scores = self.module.named_scores(apply(encoded, slots, method="scores"))
+            if "score_log_variances" in scores:
+                scores["score_deviations"] = jnp.exp(scores.pop("score_log_variances") / 2)
+            predictions |= scores
         if texts:
             if "keyword_pieces" in batch:
                 *decoded, probability, misaligned = self._mark_words(

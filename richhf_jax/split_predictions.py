@@ -195,7 +195,9 @@ class _Decoder:
             row = {name: value[i] for name, value in outputs.items()}
             try:
                 tokens = self._tokens(example[feedback.PROMPT_FIELD].decode(), pieces[i : i + 1], row)
-                answer = postprocessors.prediction(example, row["heatmaps"], row["scores"], tokens)
+                answer = postprocessors.prediction(
+                    example, row["heatmaps"], row["scores"], tokens, row.get("score_deviations")
+                )
             except errors.NotFiniteError as error:
                 answer = error
             pairs.append((example, answer))
