@@ -41,8 +41,8 @@ _FIX = (
     " ends at once)"
 )
 NOT_CALIBRATED = (
-    "the uncertainties aren't calibrated for this checkpoint: they may be too large or too small for all images"
-    " alike. `python -m richhf_jax.calibrate` calibrates them"
+    "the uncertainties aren't calibrated for this checkpoint, so they may be too large or too small as a"
+    " whole: calibrate them with `python -m richhf_jax.calibrate`"
 )
 _MEANT = f'if the change is meant, remove the entry "{_CHECKSUMS}" from {FILE}'
 

@@ -36,10 +36,12 @@ class BaseModel(abc.ABC):
       FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
         the default of `input_pipeline`.
       vocab_size: number of token ids in the network's table; None: the network reads no text.
+      has_uncertainty: whether predictions have "score_deviations".
     """
 
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
+    has_uncertainty: bool = False
 
     def __init__(self, optimizer_def: optax.GradientTransformation | None):
         self.optimizer_def: Any = optimizer_def
@@ -226,6 +228,11 @@ class RahfModel(BaseModel):
         """Number of token ids in the network's table."""
         return self.module.t5_config.vocab_size
 
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether predictions have "score_deviations"."""
+        return self.module.heads_config.score_variance
+
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task.
 
@@ -367,8 +374,8 @@ class RahfModel(BaseModel):
 
         Returns:
           Two dictionaries. The predictions: "heatmaps" float32 [batch, heatmaps, height, width], "scores"
-          float32 [batch, scores], "tokens" int32 [batch, texts, target_length]; of a network that predicts the
-          scores' variances also their "score_deviations", standard deviations. The decoder's results:
+          float32 [batch, scores], "tokens" int32 [batch, texts, target_length]; with `has_uncertainty` also
+          "score_deviations" float32 [batch, scores], standard deviations. The decoder's results:
           "decodes" int32 [batch, texts, num_decodes, target_length] and their log-probabilities "scores"
           float32 [batch, texts, num_decodes], the best text last as in T5X. If the batch has the features of
           `keywords.features`, there is one decode, and the predictions also hold "keyword_probability"

@@ -140,9 +140,7 @@ class Rahf(nn.Module):
             )
 
         def score_head():
-            return score_cls(
-                head.score_conv_layers, head.score_dense_layers, style, head.score_variance
-            )
+            return score_cls(head.score_conv_layers, head.score_dense_layers, style, head.score_variance)
 
         if self.variant == feedback.MULTI_HEAD:
             self.heatmap_head: Any = {kind: heatmap_head() for kind in feedback.HEATMAPS}

@@ -207,8 +207,8 @@ def predict_fn(description: model_description.ModelDescription) -> Callable[...,
         keyword_pieces, keyword_words, keyword_suffix   see `keywords.features`
       Its outputs are:
         scores                float32 [batch, 4], in the order of `feedback.SCORES`
-        score_deviations      float32 [batch, 4], the scores' standard deviations, calibrated if the description
-                              has a calibration; only of a model that predicts them
+        score_deviations      float32 [batch, 4], the scores' standard deviations, of a model that predicts
+                              them; calibrated if the description has a calibration
         heatmaps              float32 [batch, 2, side, side], in the order of `feedback.HEATMAPS`
         keyword_probability, keyword_misaligned   float32 and bool [batch, length], by number of the word
     """
