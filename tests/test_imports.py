@@ -77,7 +77,7 @@ benchmarks.gpu_check.job |                |
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |
 benchmarks.steps   | jax tensorflow |
-calibrate          | jax tensorflow |
+calibrate          | jax            |
 convert.__main__   | jax            |
 eval               | jax tensorflow |
 export.__main__    | jax            |

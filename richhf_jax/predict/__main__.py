@@ -5,8 +5,8 @@
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT table.csv  # image, prompt[, id]
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT pairs.tar  # <key>.png and <key>.txt
 
-Writes OUT/predictions.jsonl, one line for each image in input order, and the heatmaps; of a model that predicts
-uncertainties, also OUT/order.csv, with the images first that it is unsure of. An image that can't be
+Writes OUT/predictions.jsonl, one line for each image in input order, and the heatmaps. A model that predicts
+uncertainties also gives OUT/order.csv: the images that it is unsure of come first. An image that can't be
 scored (unreadable, without a prompt, with an id that was there before) is listed in OUT/errors.jsonl with the
 reason; the others are scored, and the exit code is 3. To continue a run that was stopped or killed, give the
 same command again.
