@@ -4,9 +4,9 @@
     b.png,a yellow cat,1.3052
     a.png,"a red dog, asleep",0.7411
 
-`image` is the id. `uncertainty` is relative: the standard deviation of each score, divided by the mean of this
-kind over all images of the run, then averaged over the kinds. So 1 is as unsure as usual. Images of equal
-uncertainty are ordered by their ids.
+`image` is the id. `uncertainty` is relative: the standard deviation of each score, divided by this kind's mean
+over all images of the run, then averaged over the kinds. So 1 is as unsure as usual. Images of equal uncertainty
+are ordered by their ids.
 """
 
 import csv

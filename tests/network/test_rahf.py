@@ -473,15 +473,15 @@ def test_scores_with_variances(make_model, random_values, rng, variant, count):
         model = make_model(variant, "SCORE_UNCERTAINTY = True", f"HeadsConfig.scan_layers = {scanned}")
         if not scanned:
             params = {"params": random_values(initial_variables(model, 16)["params"])}
-        apply = functools.partial(model.module.apply, params)
-        found.append(model.module.named_scores(apply(encoded, slots, method="scores")))
+        scores = jax.jit(functools.partial(model.module.apply, slots=slots, method="scores"))
+        found.append(model.module.named_scores(scores(params, encoded)))
     assert {name: value.shape for name, value in found[0].items()} == {
         "scores": (2, count),
         "score_log_variances": (2, count),
     }
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *found)
     for i, kind in enumerate(feedback.SCORES[:count] if variant == feedback.MULTI_HEAD else ()):
-        one = apply(encoded, kind, method="score")
+        one = jax.jit(functools.partial(model.module.apply, kind=kind, method="score"))(params, encoded)
         np.testing.assert_allclose(one, found[0]["scores"][:, i], rtol=1e-5)
 
 
