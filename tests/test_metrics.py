@@ -456,7 +456,7 @@ def uncertain(truths, predictions, deviations):
 
 
 def test_uncertainty_by_hand():
-    # Errors of 0, 0.5, 1, 1.5, 2.5 standard deviations: three are in the 68 % (0.994), four in the 95 % (1.96).
+    # Errors of 0 to 2.5 standard deviations: three are in the 68 % (up to 0.994), four in the 95 % (1.960).
     deviations = [0.1, 0.04, 0.2, 0.1, 0.1]
     truths = [0.5, 0.52, 0.3 + 0.198, 0.15, 0.75]
     targets, answers = uncertain(truths, [0.5, 0.5, 0.3, 0.3, 0.5], deviations)
@@ -486,7 +486,7 @@ def test_factors_by_hand():
 
 
 def test_factors_make_normal_errors_right(rng):
-    """Uncertainties that are half of the true ones: the factor is 2, and intervals then hold what they say."""
+    """Uncertainties are half of the true ones: the factor is 2, and intervals then hold what they say."""
     deviations = rng.uniform(0.01, 0.1, 20_000)
     predictions = np.full(20_000, 0.5)
     truths = np.clip(predictions + deviations * rng.standard_normal(20_000), 0, 1)

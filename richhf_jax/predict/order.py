@@ -4,9 +4,9 @@
     b.png,a yellow cat,1.3052
     a.png,"a red dog, asleep",0.7411
 
-`image` is the id. `uncertainty` is relative: the standard deviation of each score, divided by this kind's mean
-over all images of the run, then averaged over the kinds. So 1 is as unsure as usual. Images of equal uncertainty
-are ordered by their ids.
+`image` is the id. `uncertainty` is relative: the standard deviation of each score, divided by this kind's
+mean over all images of the run, then averaged over the kinds. So 1 is as unsure as usual. Images of equal
+uncertainty are ordered by their ids.
 """
 
 import csv
@@ -43,7 +43,7 @@ def write(path: pathlib.Path, predictions: pathlib.Path, count: int) -> None:
         if not ids:
             return
         uncertainties = [f"{value:.4f}" for value in _relative(np.array(deviations))]
-        with writing.atomic(path) as new, new.open("w", encoding="utf-8", newline="") as table:
+        with writing.atomic(path) as new, new.open("w", encoding="utf-8") as table:
             writer = csv.writer(table, lineterminator="\n")
             writer.writerow(_HEADER)
             for i in sorted(range(len(ids)), key=lambda i: (-float(uncertainties[i]), ids[i])):
