@@ -326,7 +326,6 @@ class RahfModel(BaseModel):
     ) -> tuple[Float32[Array, ""], Metrics]:
         """Computes the loss that the class describes, and its metrics; see the base class."""
         outputs = self._outputs(params, batch, dropout_rng)
-        counts = _label_counts(batch)
         sums, metrics = {}, {}
         if "heatmaps" in outputs:
             targets = batch["heatmap_targets"].astype(jnp.float32) / 255.0
@@ -344,6 +343,7 @@ class RahfModel(BaseModel):
             )
             hits = (jnp.argmax(outputs["logits"], axis=-1) == targets) * weights
             metrics["keywords/token_accuracy"] = losses.WeightedMean(jnp.sum(hits), jnp.sum(weights))
+        counts = _label_counts(batch)
         for kind, total in sums.items():
             metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
         if "score_log_variances" in outputs:
