@@ -62,7 +62,7 @@ _PARAMETERS = {
         " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers"
         " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
     ),
-    Range(0, is_open=True): "norm_epsilon layer_norm_epsilon max_grad_norm rate",
+    Range(0, is_open=True): "norm_epsilon layer_norm_epsilon max_grad_norm rate deviation_factors",
     Range(-1): "eos_id",  # -1: no token ends a text.
     Range(0, 1): (
         "misalignment_threshold crop_probability crop_shares jitter_probability grey_probability"

@@ -102,9 +102,15 @@ def evaluate(
         images, targets, predictions = _collect(batches, dataset_cfg)
     if jax.process_index() > 0:
         return {}
+    raw, factors = predictions, {}
+    if any(prediction.uncertainty for prediction in raw):
+        factors = split_predictions.deviation_factors(checkpoint_path)
+        predictions = [prediction.calibrated(factors) for prediction in raw]
     systems = [(title, predictions), *(fn(dataset_cfg, images, targets) for fn in baseline_fns)]
     task = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
     rows = [report.Row(name, _measure(task, targets, answers)) for name, answers in systems]
+    if factors:
+        rows.append(report.Row(f"{title}, not calibrated", metrics.uncertainty_metrics(targets, raw)))
     place = ("inference_eval", dataset_cfg.mixture_or_task_name, dataset_cfg.split, str(step))
     directory = epath.Path(output_dir).joinpath(*place)
     lines = [json.dumps(prediction.to_dict(), allow_nan=False) + "\n" for prediction in predictions]

@@ -198,6 +198,7 @@ class RichFeedback:
       scores: kind -> [0, 1], higher is better. The kinds are those of `SCORES`; unknown scores are absent.
       heatmaps: kind -> float32 [height, width] in [0, 1]. The kinds are those of `HEATMAPS`.
       tokens: the prompt's tokens, labelled.
+      uncertainty: kind of score -> standard deviation of the score, in its own unit; {} if nothing tells.
     """
 
     id: str
@@ -205,6 +206,7 @@ class RichFeedback:
     scores: Mapping[str, float]
     heatmaps: Mapping[str, np.ndarray]
     tokens: Sequence[Token]
+    uncertainty: Mapping[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @classmethod
     def from_outputs(
@@ -214,6 +216,7 @@ class RichFeedback:
         scores: np.ndarray,
         heatmaps: Sequence[np.ndarray],
         tokens: Sequence[Token],
+        deviations: np.ndarray | None = None,
         **more: Any,
     ) -> Self:
         """Makes feedback from a model's outputs, which have no names.
@@ -222,6 +225,7 @@ class RichFeedback:
           id, prompt, tokens: as the attributes.
           scores: float [scores], in the order of `SCORES`.
           heatmaps: one float32 [height, width] each, in the order of `HEATMAPS`.
+          deviations: the scores' standard deviations, in the same order; None: the model gives none.
           more: further attributes of a subclass.
         """
         return cls(
@@ -230,8 +234,14 @@ class RichFeedback:
             scores=dict(zip(SCORES, map(float, scores), strict=True)),
             heatmaps=dict(zip(HEATMAPS, heatmaps, strict=True)),
             tokens=tokens,
+            uncertainty={} if deviations is None else dict(zip(SCORES, map(float, deviations), strict=True)),
             **more,
         )
+
+    def calibrated(self, factors: Mapping[str, float]) -> Self:
+        """Returns the feedback with each kind's uncertainty multiplied by its factor; without one, by 1."""
+        deviations = {kind: value * factors.get(kind, 1) for kind, value in self.uncertainty.items()}
+        return dataclasses.replace(self, uncertainty=deviations)
 
     @property
     def labels(self) -> list[int]:
@@ -244,18 +254,19 @@ class RichFeedback:
             "id": self.id,
             "prompt": self.prompt,
             "scores": {kind: float(value) for kind, value in self.scores.items()},
+            **({"uncertainty": dict(self.uncertainty)} if self.uncertainty else {}),
             "tokens": [dataclasses.asdict(token) for token in self.tokens],
         }
 
 
-def check_finite(scores: np.ndarray, heatmaps: np.ndarray) -> None:
+def check_finite(scores: np.ndarray, heatmaps: np.ndarray, deviations: np.ndarray | None = None) -> None:
     """Checks a model's outputs, of any shape.
 
     Raises:
       errors.NotFiniteError: one has a value that is NaN or infinite.
     """
-    for name, values in {"scores": scores, "heatmaps": heatmaps}.items():
-        if not np.isfinite(values).all():
+    for name, values in {"scores": scores, "heatmaps": heatmaps, "uncertainties": deviations}.items():
+        if values is not None and not np.isfinite(values).all():
             raise errors.NotFiniteError(name)
 
 

@@ -11,8 +11,9 @@ is
      "prediction": {"id": "test/1.png", "prompt": "a yellow cat", "scores": {kind: 0.71, ...},
                     "tokens": [{"text": "a", "misaligned": false, "probability": 0.02}, ...]}}
 
-A prediction may also have "prompt_words_cut", the number of words that the model has no room for, and
-"heatmaps", {kind: path}: 8-bit greyscale PNG files; the paths are relative to the folder of the results.
+A prediction may also have "uncertainty", the scores' standard deviations, if the model predicts them;
+"prompt_words_cut", the number of words that the model has no room for; and "heatmaps", {kind: path}: 8-bit
+greyscale PNG files; the paths are relative to the folder of the results.
 
 A record whose outputs aren't finite has no line there, but one in `<task>-predict.errors.jsonl-...`:
 {"id", "reason"}. Then the command ends with exit code 1 when the other records are written.
@@ -105,6 +106,7 @@ def infer(
     _check(mode, checkpoint_period, shard_id, num_shards)
     _check_task(dataset_cfg.mixture_or_task_name)
     checkpoint, step = checkpoints.find_checkpoint(checkpoint_path)
+    factors = split_predictions.deviation_factors(checkpoint) if model.has_uncertainty else {}
     layout = partitioner.get_data_layout(dataset_cfg.batch_size)
     output = _Output(
         epath.Path(output_dir or epath.Path(checkpoint).parent / "inference" / dataset_cfg.split / str(step)),
@@ -120,6 +122,7 @@ def infer(
             "checkpoint_period": checkpoint_period,
             "constrained_keywords": constrained_keywords,
             "write_heatmaps": write_heatmaps,
+            **({"deviation_factors": dict(factors)} if model.has_uncertainty else {}),
         },
     )
     output.check_run()
@@ -145,7 +148,7 @@ def infer(
             if not writes:
                 continue
             heatmaps = output.write_heatmaps(number, pairs) if write_heatmaps else [{}] * len(pairs)
-            lines += map(_line, pairs, heatmaps)
+            lines += (_line(*pair, maps, factors) for pair, maps in zip(pairs, heatmaps, strict=True))
             if (number + 1) % checkpoint_period == 0:
                 output.write_chunk(number // checkpoint_period, lines)
                 lines = []
@@ -206,14 +209,18 @@ def _agree(output: "_Output", part: int) -> tuple[bool, int | None]:
     return writes, None if finished.all() else int(chunks[finished == 0].min())
 
 
-def _line(pair: split_predictions.Pair, heatmaps: Mapping[str, str]) -> str:
+def _line(
+    example: Mapping[str, Any],
+    prediction: feedback.RichFeedback | errors.NotFiniteError,
+    heatmaps: Mapping[str, str],
+    factors: Mapping[str, float],
+) -> str:
     """Formats a line of the results or of the errors; see the top of this file."""
-    example, prediction = pair
     if isinstance(prediction, errors.NotFiniteError):
         name = example[feedback.FILENAME_FIELD].decode()
         return json.dumps({"id": name, "reason": str(prediction)}, allow_nan=False) + "\n"
     inputs = {name: value.decode() for name, value in example.items() if isinstance(value, bytes)}
-    answer = prediction.to_dict()
+    answer = prediction.calibrated(factors).to_dict()
     if example["inputs_words_cut"]:
         answer["prompt_words_cut"] = int(example["inputs_words_cut"])
     if heatmaps:

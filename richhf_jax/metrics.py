@@ -3,7 +3,8 @@
 Scores: PLCC, SRCC and MSE over the split. Heatmaps: the saliency metrics of Bylinskii et al., "What do
 different evaluation metrics tell us about saliency models?" (https://arxiv.org/abs/1604.03605), where a
 pixel whose ground truth is above 0 counts as a fixation. Keywords: precision, recall and F1 of the
-misaligned words, pooled over the tokens of all samples.
+misaligned words, pooled over the tokens of all samples. Beyond the paper, uncertainties of scores are checked
+against their errors.
 
 No metric is ever NaN. Where a formula is undefined, these rules hold:
 
@@ -139,7 +140,8 @@ def rich_feedback_metrics(
       predictions: feedback for the same images in the same order; heatmaps have the targets' sizes.
 
     Returns:
-      "score/{plcc,srcc,mse}/<kind>", "heatmap/{mse,mse_empty,cc,kld,sim,nss,auc_judd}/<kind>",
+      "score/{plcc,srcc,mse}/<kind>", the results of `uncertainty_metrics`,
+      "heatmap/{mse,mse_empty,cc,kld,sim,nss,auc_judd}/<kind>",
       "keywords/{precision,recall,f1}" as shares in [0, 1], and "num_examples".
 
     Raises:
@@ -150,10 +152,71 @@ def rich_feedback_metrics(
     results: dict[str, float] = {}
     for kind in feedback.SCORES:
         results |= _score_metrics(kind, targets, predictions)
+    results |= uncertainty_metrics(targets, predictions)
     for kind in feedback.HEATMAPS:
         results |= _heatmap_metrics(kind, targets, predictions)
     results |= _keyword_metrics(targets, predictions)
     return results | {"num_examples": len(targets)}
+
+
+def uncertainty_metrics(
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]
+) -> dict[str, float]:
+    """Checks the scores' uncertainties against their errors.
+
+    Returns:
+      "score/coverage68/<kind>" and "score/coverage95/<kind>": share of targets inside the central interval of
+        that probability of a normal distribution with the predicted score and uncertainty: 0.68 and 0.95 are
+        right, less is overconfident.
+      "score/nll/<kind>": mean negative log-likelihood of the targets under these distributions, in nats.
+      {} if the predictions have no uncertainty.
+
+    Raises:
+      ValueError: targets and predictions do not pair up; the record is named.
+    """
+    results = {}
+    for kind, (errors, deviations) in _errors_and_deviations(targets, predictions).items():
+        z = np.abs(errors / deviations)
+        for share in (0.68, 0.95):
+            inside = z <= stats.norm.ppf((1 + share) / 2)
+            results[f"score/coverage{share:.0%}/{kind}".replace("%", "")] = float(np.mean(inside))
+        results[f"score/nll/{kind}"] = float(-np.mean(stats.norm.logpdf(errors, scale=deviations)))
+    return results
+
+
+def deviation_factors(
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]
+) -> dict[str, float]:
+    """Returns for each kind the factor of its uncertainties that makes them as large as the errors are.
+
+    With it, the mean of (error / uncertainty)^2 is 1, and the likelihood of the targets is the greatest that
+    a factor can reach. Predictions that are all right have the factor 0.
+
+    Raises:
+      ValueError: as `uncertainty_metrics`.
+    """
+    return {
+        kind: float(np.sqrt(np.mean(np.square(errors / deviations))))
+        for kind, (errors, deviations) in _errors_and_deviations(targets, predictions).items()
+    }
+
+
+def _errors_and_deviations(targets, predictions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns for each kind with an uncertainty the errors of its scores, and their standard deviations."""
+    _check_pairs(targets, predictions)
+    found = {}
+    for kind in feedback.SCORES:
+        pairs = _pairs("scores", kind, targets, predictions)
+        if not pairs or not any(kind in prediction.uncertainty for prediction in predictions):
+            continue
+        deviations = [predictions[i].uncertainty.get(kind, 0) for i, _, _ in pairs]
+        for (i, _, _), deviation in zip(pairs, deviations, strict=True):
+            if not 0 < deviation < np.inf:
+                raise ValueError(
+                    f"record {targets[i].id!r}: the uncertainty of {kind} must be above 0, got {deviation}"
+                )
+        found[kind] = np.array([target - score for _, target, score in pairs]), np.array(deviations)
+    return found
 
 
 def synthetic_metrics(

@@ -8,6 +8,7 @@ TensorFlow. The entries of model.json:
     feature_lengths                      {"image": side in pixels, "inputs": tokens, "targets": tokens}
     fit                                  how pictures become square, see `pixels.square`
     misalignment_threshold               words with a higher probability of being misaligned are marked
+    calibration                          of the uncertainties, if there is one: see `Calibration`
     training                             facts about the training, for people: {"task", ...}
     checksums                            {"vocabulary.model": its checksum, "model.json": that of all
                                          other entries, see `checksums.of_json`}
@@ -26,7 +27,7 @@ from typing import Any
 
 from etils import epath
 
-from richhf_jax import allowed_values, checksums, errors, models, reading, writing
+from richhf_jax import allowed_values, checksums, errors, feedback, models, reading, writing
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
@@ -38,6 +39,10 @@ _MOST_TOKENS = 2**14  # in the encoder: there are arrays of this size squared
 _FIX = (
     "Bring it back from a copy; or give the training's command again, which writes it anew (a finished one"
     " ends at once)"
+)
+NOT_CALIBRATED = (
+    "the uncertainties aren't calibrated for this checkpoint, so they may be too large or too small as a"
+    " whole: calibrate them with `python -m richhf_jax.calibrate`"
 )
 _MEANT = f'if the change is meant, remove the entry "{_CHECKSUMS}" from {FILE}'
 
@@ -53,6 +58,37 @@ _CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Factors that make the uncertainties of one checkpoint as large as its errors are.
+
+    Attributes:
+      step: the checkpoint's step; other checkpoints are not calibrated.
+      deviation_factors: kind of score -> factor of its standard deviations.
+      task, split, examples: the data that they were found on.
+    """
+
+    step: int
+    deviation_factors: Mapping[str, float]
+    task: str
+    split: str
+    examples: int
+
+    @classmethod
+    def parse(cls, content: Any) -> "Calibration":
+        """Checks the entry of model.json.
+
+        Raises:
+          TypeError, ValueError: a value is missing or wrong.
+        """
+        calibration = cls(**content)
+        for name, hint in typing.get_type_hints(cls).items():
+            _check_value(name, getattr(calibration, name), hint, f"calibration.{name}")
+        if set(calibration.deviation_factors) != set(feedback.SCORES):
+            raise ValueError(f"calibration.deviation_factors must have {', '.join(feedback.SCORES)}")
+        return calibration
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelDescription:
     """The entries of model.json, see the module; `vocabulary` is a SentencePiece model, None if unknown."""
 
@@ -62,6 +98,24 @@ class ModelDescription:
     misalignment_threshold: float
     training: Mapping[str, Any]
     vocabulary: bytes | None
+    calibration: Calibration | None = None
+
+    def of_step(self, step: int) -> "ModelDescription":
+        """Returns the description of the checkpoint of this step: no other one's calibration is its own."""
+        if self.calibration is None or self.calibration.step == step:
+            return self
+        return dataclasses.replace(self, calibration=None)
+
+    @property
+    def deviation_factors(self) -> Mapping[str, float]:
+        """Kind of score -> factor of its standard deviations; all 1 without a calibration."""
+        return self.calibration.deviation_factors if self.calibration else dict.fromkeys(feedback.SCORES, 1.0)
+
+    @property
+    def not_calibrated(self) -> str:
+        """A warning, if the model has uncertainties that aren't calibrated; else ""."""
+        has_any = self.network.heads_config.score_variance
+        return NOT_CALIBRATED if has_any and self.calibration is None else ""
 
     def write(self, directory: epath.PathLike) -> None:
         """Writes the files into an existing directory."""
@@ -73,7 +127,12 @@ class ModelDescription:
         return checksums.of_json(self._content() | {VOCABULARY_FILE: vocabulary})
 
     def _content(self) -> dict[str, Any]:
-        return models.describe_rahf(self.network, self.feature_lengths, self.fit, self.misalignment_threshold)
+        content = models.describe_rahf(
+            self.network, self.feature_lengths, self.fit, self.misalignment_threshold
+        )
+        if self.calibration:
+            content["calibration"] = dataclasses.asdict(self.calibration)
+        return content
 
 
 def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: bytes | None) -> None:
@@ -221,6 +280,7 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
         float(content["misalignment_threshold"]),
         content["training"],
         vocabulary,
+        Calibration.parse(content["calibration"]) if "calibration" in content else None,
     )
 
 

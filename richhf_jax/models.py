@@ -36,10 +36,12 @@ class BaseModel(abc.ABC):
       FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
         the default of `input_pipeline`.
       vocab_size: number of token ids in the network's table; None: the network reads no text.
+      has_uncertainty: whether predictions have "score_deviations".
     """
 
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
+    has_uncertainty: bool = False
 
     def __init__(self, optimizer_def: optax.GradientTransformation | None):
         self.optimizer_def: Any = optimizer_def
@@ -152,7 +154,9 @@ class RahfModel(BaseModel):
 
     The loss is the paper's weighted sum (section 4.1.3): pixel-wise mean squared error of the heatmaps,
     mean squared error of the scores, teacher-forced cross entropy of the keywords; each is a mean over
-    the slots (or tokens) that have labels. Texts are decoded by `decode_fn`, one of `decoding`'s functions,
+    the slots (or tokens) that have labels. Of a network that predicts the scores' variances, too, the scores'
+    loss is `losses.weighted_beta_nll`; its metrics are the squared error as always ("loss/score"), and the
+    likelihood ("loss/score_nll"). Texts are decoded by `decode_fn`, one of `decoding`'s functions,
     which makes `num_decodes` of each; the best is the prediction. But where a batch has "keyword_pieces"
     (`keywords` makes them of the prompt), the decoder can only copy them and decide which words to mark: it
     marks those whose probability of being misaligned is above `misalignment_threshold`.
@@ -223,6 +227,11 @@ class RahfModel(BaseModel):
     def vocab_size(self) -> int:
         """Number of token ids in the network's table."""
         return self.module.t5_config.vocab_size
+
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether predictions have "score_deviations"."""
+        return self.module.heads_config.score_variance
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task.
@@ -335,11 +344,18 @@ class RahfModel(BaseModel):
             hits = (jnp.argmax(outputs["logits"], axis=-1) == targets) * weights
             metrics["keywords/token_accuracy"] = losses.WeightedMean(jnp.sum(hits), jnp.sum(weights))
         counts = _label_counts(batch)
+        for kind, total in sums.items():
+            metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
+        if "score_log_variances" in outputs:
+            distributions = outputs["scores"], outputs["score_log_variances"]
+            targets, weights = batch["score_targets"], batch["score_weights"]
+            sums["score"] = losses.weighted_beta_nll(*distributions, targets, weights)
+            nll = jnp.sum(weights * losses.gaussian_nll(*distributions, targets))
+            metrics["loss/score_nll"] = losses.WeightedMean(nll, counts["score"])
         normalizers = self.loss_weights(batch) if normalizers is None else normalizers
         loss = jnp.zeros((), jnp.float32)
         for kind, total in sums.items():
             loss += self._loss_weights[kind] * total / normalizers[kind]
-            metrics[f"loss/{kind}"] = losses.WeightedMean(total, counts[kind])
         metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
         for name in ("encoder_words_cut", "decoder_words_cut"):
             if name in batch:  # Becomes the share of texts that were too long.
@@ -358,7 +374,8 @@ class RahfModel(BaseModel):
 
         Returns:
           Two dictionaries. The predictions: "heatmaps" float32 [batch, heatmaps, height, width], "scores"
-          float32 [batch, scores], "tokens" int32 [batch, texts, target_length]. The decoder's results:
+          float32 [batch, scores], "tokens" int32 [batch, texts, target_length]; with `has_uncertainty` also
+          "score_deviations" float32 [batch, scores], standard deviations. The decoder's results:
           "decodes" int32 [batch, texts, num_decodes, target_length] and their log-probabilities "scores"
           float32 [batch, texts, num_decodes], the best text last as in T5X. If the batch has the features of
           `keywords.features`, there is one decode, and the predictions also hold "keyword_probability"
@@ -375,7 +392,10 @@ class RahfModel(BaseModel):
         if slots.heatmaps:
             predictions["heatmaps"] = apply(encoded, slots, method="heatmaps")
         if slots.scores:
-            predictions["scores"] = apply(encoded, slots, method="scores")
+            scores = self.module.named_scores(apply(encoded, slots, method="scores"))
+            if "score_log_variances" in scores:
+                scores["score_deviations"] = jnp.exp(scores.pop("score_log_variances") / 2)
+            predictions |= scores
         if texts:
             if "keyword_pieces" in batch:
                 *decoded, probability, misaligned = self._mark_words(

@@ -62,6 +62,7 @@ def prediction(
     heatmaps: np.ndarray,
     scores: np.ndarray,
     tokens: Sequence[feedback.Token],
+    deviations: np.ndarray | None = None,
 ) -> feedback.RichFeedback:
     """Makes feedback of a model's outputs for a task example.
 
@@ -70,17 +71,19 @@ def prediction(
       heatmaps: float32 [heatmaps, height, width], in the order of `feedback.HEATMAPS`.
       scores: float32 [scores], in the order of `feedback.SCORES`.
       tokens: the prompt's tokens with labels, from `keywords.tokens` or `written_tokens`.
+      deviations: float32 [scores], the scores' standard deviations; None: the model gives none.
 
     Raises:
       errors.NotFiniteError: an output isn't finite.
     """
-    feedback.check_finite(scores, heatmaps)
+    feedback.check_finite(scores, heatmaps, deviations)
     return feedback.RichFeedback.from_outputs(
         example[feedback.FILENAME_FIELD].decode(),
         example[feedback.PROMPT_FIELD].decode(),
         scores,
         [in_box(np.asarray(heatmap, np.float32), example) for heatmap in heatmaps],
         tokens,
+        deviations,
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import seqio
 import tqdm
+from absl import logging
 
 from richhf_jax import (
     checkpoints,
@@ -62,6 +63,26 @@ def load(
     partitioner.get_data_layout(cfg.batch_size)
     trainer = trainer_lib.Trainer(model, partitioner, input_pipeline.data_shapes(cfg))
     return trainer, checkpoints.restore_inference_state(directory, trainer.abstract_state), step
+
+
+def deviation_factors(checkpoint_path: str) -> Mapping[str, float]:
+    """Reads the factors that calibrate the uncertainties of a checkpoint; warns if there are none.
+
+    Args:
+      checkpoint_path: as for `load`.
+
+    Returns:
+      Kind of score -> factor; {} if the checkpoint isn't calibrated.
+
+    Raises:
+      errors.UserError: the description of its model is missing, damaged or changed.
+    """
+    directory, step = checkpoints.find_checkpoint(checkpoint_path)
+    description = model_description.read(os.path.dirname(directory)).of_step(step)
+    if description.calibration is None:
+        logging.warning("%s: %s", directory, model_description.NOT_CALIBRATED)
+        return {}
+    return description.deviation_factors
 
 
 def whole_split(
@@ -195,7 +216,9 @@ class _Decoder:
             row = {name: value[i] for name, value in outputs.items()}
             try:
                 tokens = self._tokens(example[feedback.PROMPT_FIELD].decode(), pieces[i : i + 1], row)
-                answer = postprocessors.prediction(example, row["heatmaps"], row["scores"], tokens)
+                answer = postprocessors.prediction(
+                    example, row["heatmaps"], row["scores"], tokens, row.get("score_deviations")
+                )
             except errors.NotFiniteError as error:
                 answer = error
             pairs.append((example, answer))

@@ -275,7 +275,7 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
     from richhf_jax.predict import forward
     from tasks import vocabulary
 
-    def make(variant="multi_head", fit="resize", dtype="float32") -> pathlib.Path:
+    def make(variant="multi_head", fit="resize", dtype="float32", uncertainty=False) -> pathlib.Path:
         directory = tmp_path_factory.mktemp(variant)
         t5_config = t5.T5Config(
             vocab_size=448, dtype=dtype, emb_dim=32, num_heads=2, num_encoder_layers=1,
@@ -285,7 +285,9 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
         vit_config = vit.ViTConfig(
             patch_size=4, grid=(8, 8), dtype=dtype, emb_dim=32, num_layers=1, num_heads=2, mlp_dim=40
         )
-        heads_config = rahf.HeadsConfig((("deconv", 8, 3), ("deconv", 8, 3)), ((8, 2),), (8,))
+        heads_config = rahf.HeadsConfig(
+            (("deconv", 8, 3), ("deconv", 8, 3)), ((8, 2),), (8,), score_variance=uncertainty
+        )
         description = model_description.ModelDescription(
             rahf.Rahf(t5_config, vit_config, heads_config, variant),
             {"image": 32, "inputs": 24, "targets": 24},

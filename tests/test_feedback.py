@@ -1,8 +1,9 @@
 """Prompts, labels and target strings, converted exactly in both directions."""
 
+import numpy as np
 import pytest
 
-from richhf_jax import feedback
+from richhf_jax import errors, feedback
 
 AWKWARD_PROMPTS = [
     "a yellow cat",
@@ -51,3 +52,20 @@ TOKENS = ["a", "red", "cat", "and", "a", "red", "dog"]
 )
 def test_slips_of_the_model_are_tolerated(text, labels):
     assert feedback.labels_from_text(TOKENS, text) == labels
+
+
+def test_a_record_with_uncertainty():
+    scores = dict(zip(feedback.SCORES, (0.1, 0.2, 0.3, 0.4), strict=True))
+    deviations = np.float32([0.5, 0.25, 0.125, 0.0625])
+    arrays = list(scores.values()), [np.zeros((1, 1))] * 2, ()
+    plain = feedback.RichFeedback.from_outputs("a", "b", *arrays)
+    record = feedback.RichFeedback.from_outputs("a", "b", *arrays, deviations)
+    assert list(plain.to_dict()) == ["id", "prompt", "scores", "tokens"]
+    found = record.calibrated({feedback.PLAUSIBILITY: 2.0}).to_dict()
+    assert found.pop("uncertainty") == dict(zip(feedback.SCORES, (1, 0.25, 0.125, 0.0625), strict=True))
+    assert found == plain.to_dict() == plain.calibrated({feedback.OVERALL: 3}).to_dict()
+
+
+def test_an_uncertainty_that_is_not_finite():
+    with pytest.raises(errors.NotFiniteError, match="uncertainties aren't finite"):
+        feedback.check_finite(np.zeros(4), np.zeros(2), np.array([1, np.nan]))

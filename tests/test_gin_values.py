@@ -13,7 +13,7 @@ from richhf_jax.network import attention_kernel, stack, t5
 
 GIN = pathlib.Path(gin_utils.__file__).resolve().parents[1] / "gin"
 GIVEN = ("MODEL_DIR = 'none'", "MIXTURE_OR_TASK_NAME = 'none'", "TRAIN_STEPS = 1", "NUM_MICROBATCHES = None")
-QUICKSTART = ("experiments/quickstart.gin", "runs/infer.gin")
+QUICKSTART = ("experiments/quickstart.gin", "runs/infer.gin", "runs/calibrate.gin")
 
 
 def parse(*flags: str, files: tuple[str, ...] = QUICKSTART) -> None:
@@ -65,7 +65,8 @@ MACROS = {
     "BASE_LEARNING_RATE": (AMOUNT, "-1e-3 None 1e-3x"),
     "RANDOM_SEED": (SEED, "-1 4294967296 0.5 None"),
     **dict.fromkeys(
-        ("AUGMENT", "USE_HARDWARE_RNG", "SCAN_LAYERS", "RESAMPLE_POSITIONS"), (BOOL, "yes 1 0 None")
+        ("AUGMENT", "USE_HARDWARE_RNG", "SCAN_LAYERS", "RESAMPLE_POSITIONS", "SCORE_UNCERTAINTY"),
+        (BOOL, "yes 1 0 None"),
     ),
     **dict.fromkeys(("CONSTRAINED_KEYWORDS", "WRITE_HEATMAPS"), (BOOL, "true no off 0.0")),
     "VARIANT": ("'multi_head' or 'augmented_prompt'", "foo multi-head None 1"),
@@ -73,7 +74,11 @@ MACROS = {
     "REMAT_POLICY": ("'none' or 'minimal' or 'full'", "1 True Full"),
     **dict.fromkeys(("MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR"), (TEXT, "2024 None ('a','b')")),
     **dict.fromkeys(
-        ("MIXTURE_OR_TASK_NAME", "EVAL_SPLIT", "INFER_SPLIT", "BEST_METRIC", "MODEL_NAME"), (TEXT, "1 None")
+        (
+            *("MIXTURE_OR_TASK_NAME", "EVAL_SPLIT", "INFER_SPLIT", "CALIBRATION_SPLIT", "BEST_METRIC"),
+            "MODEL_NAME",
+        ),
+        (TEXT, "1 None"),
     ),
     **dict.fromkeys(
         ("INITIAL_CHECKPOINT_PATH", "VOCABULARY", "INFER_OUTPUT_DIR"), ("a text or None", "1 False none")
@@ -109,7 +114,7 @@ def test_a_macro_has_a_type_and_a_range(parsed, macro):
 
 
 def test_the_table_has_every_macro():
-    parse(files=("experiments/rich_hf_18k.gin", "runs/infer.gin"))
+    parse(files=("experiments/rich_hf_18k.gin", "runs/infer.gin", "runs/calibrate.gin"))
     macros = {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
     assert macros == set(MACROS)
 

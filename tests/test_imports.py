@@ -78,6 +78,7 @@ benchmarks.gpu_check.job |                |
 benchmarks.input   | tensorflow     |
 benchmarks.predict | jax tensorflow |
 benchmarks.steps   | jax tensorflow |
+calibrate          | jax            |
 convert.__main__   | jax            |
 eval               | jax tensorflow |
 export.__main__    | jax            |
@@ -96,7 +97,7 @@ def parse(rules: str) -> dict[str, tuple[set[str], set[str]]]:
 HOUSE = parse(RULES)
 # May import any room of the project: they stand on top.
 ENTRY_POINTS = {
-    *("train", "eval", "infer", "precompile", "export.__main__", "convert.__main__"),
+    *("calibrate", "train", "eval", "infer", "precompile", "export.__main__", "convert.__main__"),
     *("benchmarks.attention", "benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
     *("benchmarks.gpu_check.__main__", "benchmarks.gpu_check.job"),
 }

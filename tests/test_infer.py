@@ -70,6 +70,8 @@ class Answers:
 class Described:
     """A model with a description."""
 
+    has_uncertainty = False
+
     def __init__(self, name: str):
         self.describe = lambda lengths, shapes: {"name": name}
 

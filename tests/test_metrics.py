@@ -443,3 +443,67 @@ def test_training_free_baseline_marks_objects_and_busy_texture():
     result = metrics.rich_feedback_metrics([target], [prediction])
     assert {key.split("/")[0] for key in result} == {"heatmap", "num_examples"}
     assert result["heatmap/cc/misalignment"] == pytest.approx(1)
+
+
+def uncertain(truths, predictions, deviations):
+    """Makes targets and predictions of one kind of score."""
+    targets = [record(str(i), overall=truth) for i, truth in enumerate(truths)]
+    answers = [
+        dataclasses.replace(record(str(i), overall=score), uncertainty={"overall": deviation})
+        for i, (score, deviation) in enumerate(zip(predictions, deviations, strict=True))
+    ]
+    return targets, answers
+
+
+def test_uncertainty_by_hand():
+    # Errors of 0 to 2.5 standard deviations: three are in the 68 % (up to 0.994), four in the 95 % (1.960).
+    deviations = [0.1, 0.04, 0.2, 0.1, 0.1]
+    truths = [0.5, 0.52, 0.3 + 0.198, 0.15, 0.75]
+    targets, answers = uncertain(truths, [0.5, 0.5, 0.3, 0.3, 0.5], deviations)
+    found = metrics.uncertainty_metrics(targets, answers)
+    assert found.keys() == {f"score/{name}/overall" for name in ("coverage68", "coverage95", "nll")}
+    assert found["score/coverage68/overall"] == pytest.approx(3 / 5)
+    assert found["score/coverage95/overall"] == pytest.approx(4 / 5)
+    z = [0, 0.5, 0.99, 1.5, 2.5]
+    nll = [np.log(s) + np.log(2 * np.pi) / 2 + z**2 / 2 for s, z in zip(deviations, z, strict=True)]
+    assert found["score/nll/overall"] == pytest.approx(np.mean(nll))
+    assert found.items() <= metrics.rich_feedback_metrics(targets, answers).items()
+
+
+def test_no_uncertainty_no_metrics_of_it():
+    targets = [record("a", overall=0.5)]
+    assert metrics.uncertainty_metrics(targets, targets) == metrics.deviation_factors(targets, targets) == {}
+
+
+def test_factors_by_hand():
+    # Errors of 3 and 1 standard deviations: the mean square is 5. The third record has no label.
+    targets, answers = uncertain([0.8, 0.3, 0.9], [0.5, 0.2, 0.1], [0.1, 0.1, 0.1])
+    targets[2] = record("2")
+    factors = metrics.deviation_factors(targets, answers)
+    assert factors == {"overall": pytest.approx(np.sqrt(5))}
+    calibrated = [answer.calibrated(factors) for answer in answers]
+    assert metrics.deviation_factors(targets, calibrated) == {"overall": pytest.approx(1)}
+
+
+def test_factors_make_normal_errors_right(rng):
+    """Uncertainties are half of the true ones: the factor is 2, and intervals then hold what they say."""
+    deviations = rng.uniform(0.01, 0.1, 20_000)
+    predictions = np.full(20_000, 0.5)
+    truths = np.clip(predictions + deviations * rng.standard_normal(20_000), 0, 1)
+    targets, answers = uncertain(truths, predictions, deviations / 2)
+    before = metrics.uncertainty_metrics(targets, answers)
+    factors = metrics.deviation_factors(targets, answers)
+    assert factors["overall"] == pytest.approx(2, rel=0.02)
+    after = metrics.uncertainty_metrics(targets, [answer.calibrated(factors) for answer in answers])
+    # The standard error of a share of 20,000 is 0.0033.
+    assert before["score/coverage68/overall"] == pytest.approx(0.38, abs=0.01)
+    assert after["score/coverage68/overall"] == pytest.approx(0.68, abs=0.01)
+    assert after["score/coverage95/overall"] == pytest.approx(0.95, abs=0.01)
+    assert after["score/nll/overall"] < before["score/nll/overall"]
+
+
+@pytest.mark.parametrize("deviation", [0, -0.1, np.nan, np.inf])
+def test_an_uncertainty_must_be_above_0(deviation):
+    targets, answers = uncertain([0.5, 0.5], [0.5, 0.5], [0.1, deviation])
+    with pytest.raises(ValueError, match=r"record '1': the uncertainty of overall must be above 0"):
+        metrics.uncertainty_metrics(targets, answers)

@@ -225,3 +225,62 @@ def test_a_file_without_end(copy):
         file.truncate(2**40)
     with pytest.raises(errors.UserError, match=f"{copy}/{FILE} is larger than"):
         model_description.read(copy)
+
+
+@pytest.fixture
+def calibrated(make_model_dir):
+    """Makes a MODEL_DIR of a model with uncertainties that are calibrated for step 7."""
+    directory = make_model_dir(uncertainty=True)
+    description = model_description.read(directory)
+    factors = dict(zip(feedback.SCORES, (0.5, 1.0, 1.5, 2.0), strict=True))
+    calibration = model_description.Calibration(7, factors, "task", "validation", 500)
+    dataclasses.replace(description, calibration=calibration).write(directory)
+    return directory
+
+
+def test_a_calibration_is_kept_and_belongs_to_one_step(calibrated, tmp_path):
+    found = model_description.read(calibrated)
+    assert found.deviation_factors == dict(zip(feedback.SCORES, (0.5, 1.0, 1.5, 2.0), strict=True))
+    assert found.not_calibrated == ""
+    found.write(tmp_path)
+    assert model_description.read(tmp_path) == found == found.of_step(7)
+    other = found.of_step(8)
+    assert set(other.deviation_factors.values()) == {1.0}
+    assert "python -m richhf_jax.calibrate" in other.not_calibrated
+    # Predictions depend on it, so runs must not mix.
+    assert found.checksum() != other.checksum()
+
+
+def test_a_description_without_uncertainty_is_as_before(model_dir):
+    content = json.loads((model_dir / "model.json").read_text())
+    assert "calibration" not in content
+    assert "score_variance" not in content["heads_config"]
+    assert model_description.read(model_dir).not_calibrated == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "7"}, "calibration.step must be a whole number, got the text '7'"),
+        ({"deviation_factors": {"overall": 1.0}}, "deviation_factors must have plausibility, alignment,"),
+        (
+            {"deviation_factors": dict.fromkeys(feedback.SCORES, 0)},
+            "calibration.deviation_factors must be a number above 0, got 0",
+        ),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+    ],
+)
+def test_a_calibration_that_is_wrong_is_named(calibrated, change, message):
+    path = calibrated / "model.json"
+    content = json.loads(path.read_text())
+    del content["checksums"]
+    path.write_text(json.dumps(content | {"calibration": content["calibration"] | change}))
+    with pytest.raises(errors.UserError, match=f"model.json makes no sense: .*{message}"):
+        model_description.read(calibrated)
+
+
+def test_a_changed_factor_is_refused(calibrated):
+    path = calibrated / "model.json"
+    path.write_text(path.read_text().replace('"overall": 2.0', '"overall": 1.0'))
+    with pytest.raises(errors.UserError, match="isn't as it was written: its checksum differs"):
+        model_description.read(calibrated)

@@ -375,3 +375,45 @@ def test_only_what_has_slots_is_predicted(make):
     predictions, aux = jax.eval_shape(case.model.predict_batch_with_aux, case.params, case.batch)
     assert predictions.keys() == {"scores"}
     assert aux == {}
+
+
+UNCERTAIN = "SCORE_UNCERTAINTY = True"
+
+
+@pytest.fixture(scope="module")
+def uncertain(make_model, make_batch, random_values):
+    model = make_model("multi_head", *BINDINGS, UNCERTAIN)
+    batch = make_batch(model, 0, 2, 0)
+    return Case(model, random_values(initial_shapes(model, batch)["params"]), batch)
+
+
+def test_the_loss_of_uncertain_scores_by_numpy(uncertain):
+    batch = uncertain.batch
+    assert uncertain.model.has_uncertainty
+    loss, metrics, grads = uncertain.gradients()
+    outputs = uncertain.outputs
+    error = (np.asarray(outputs["scores"], np.float64) - batch["score_targets"]) ** 2
+    variance = np.exp(np.asarray(outputs["score_log_variances"], np.float64))
+    nll = (error / variance + np.log(2 * np.pi * variance)) / 2
+    weights, count = batch["score_weights"], batch["score_weights"].sum()
+    expected = (weights * 2 * 0.2 * np.sqrt(variance) * nll).sum() / count
+    np.testing.assert_allclose(loss, LOSS_WEIGHTS["score"] * expected, rtol=1e-4)
+    # The metric of the old name stays the squared error.
+    for name, values in {"loss/score": error, "loss/score_nll": nll}.items():
+        found = metrics[name]
+        np.testing.assert_allclose((found.total, found.weight), ((weights * values).sum(), count), rtol=1e-4)
+    # A score without a label trains neither number.
+    no_label = batch["score_weights"] == 0
+    assert no_label.any()
+    other_loss, _, other = uncertain.gradients(
+        score_targets=np.where(no_label, np.float32(9), batch["score_targets"])
+    )
+    assert other_loss == loss
+    jax.tree.map(np.testing.assert_array_equal, other, grads)
+
+
+def test_predictions_have_standard_deviations(uncertain):
+    predictions, _ = uncertain.predictions
+    assert predictions.keys() == {"scores", "score_deviations"}
+    expected = np.exp(np.asarray(uncertain.outputs["score_log_variances"]) / 2)
+    np.testing.assert_allclose(predictions["score_deviations"], expected, rtol=1e-4)

@@ -122,7 +122,14 @@ def test_greedy_decoding(both):
     assert len(np.unique(expected)) > 2
 
 
-def test_what_it_cannot_build_is_named(make_model):
-    module = make_model("multi_head", "t5.T5Config.logits_via_embedding = True").module
-    with pytest.raises(errors.UserError, match="no logits by the token table: leave out --torch"):
+@pytest.mark.parametrize(
+    ("binding", "what"),
+    [
+        ("t5.T5Config.logits_via_embedding = True", "logits by the token table"),
+        ("SCORE_UNCERTAINTY = True", "variances of scores"),
+    ],
+)
+def test_what_it_cannot_build_is_named(make_model, binding, what):
+    module = make_model("multi_head", binding).module
+    with pytest.raises(errors.UserError, match=f"no {what}: leave out --torch"):
         network.Rahf(module, 6, 5)

@@ -423,6 +423,7 @@ def _check(module: rahf.Rahf) -> None:
         "attention logits in float32": cfg.float32_attention_logits or patches.float32_attention_logits,
         "logits by the token table": cfg.logits_via_embedding,
         "a decoder that doesn't see the image": not module.decoder_sees_image,
+        "variances of scores": heads.score_variance,
         "heads with other norms, paddings or layers than the paper's": (
             (heads.norm, heads.deconv_padding) != ("layer", "SAME")
             or any(len(layer) != 3 for layer in heads.heatmap_layers)

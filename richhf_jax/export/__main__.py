@@ -20,6 +20,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,8 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
         num_parameters = sum(array.size for array in params.values())
         card.write(directory, loaded.description, path, num_parameters, to, job.step)
         _write_checksums(directory)
+    if loaded.description.not_calibrated:
+        print(f"export: {loaded.description.not_calibrated}, then export again", file=sys.stderr)
     for place in sorted(pathlib.Path(out).iterdir()):
         print(place)
 

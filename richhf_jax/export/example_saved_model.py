@@ -33,9 +33,12 @@ def main(path, prompt):
         )
     except (OSError, tf.errors.InvalidArgumentError) as error:
         sys.exit(f"{path} is no image that can be read: {error}".splitlines()[0])
-    if not all(np.isfinite(outputs[name]).all() for name in ("scores", "heatmaps")):
+    numbers = outputs.keys() & {"scores", "heatmaps", "uncertainty"}
+    if not all(np.isfinite(outputs[name]).all() for name in numbers):
         sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
     print("scores", outputs["scores"][0].numpy().tolist())
+    if "uncertainty" in outputs:
+        print("uncertainty", outputs["uncertainty"][0].numpy().tolist())
     print("peaks", tf.reduce_max(outputs["heatmaps"][0], [1, 2]).numpy().tolist())
     for word, probability in zip(outputs["words"][0], outputs["misaligned_probability"][0], strict=True):
         print(f"{float(probability):.3f} {word.numpy().decode()}")

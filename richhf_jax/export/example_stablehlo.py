@@ -85,7 +85,8 @@ def main(path, prompt):
             raise
         required = " ".join(interface["requires"])
         sys.exit(f"JAX {jax.__version__} is too old for this program: pip install '{required}'")
-    if not all(np.isfinite(outputs[name]).all() for name in ("scores", "heatmaps")):
+    numbers = outputs.keys() & {"scores", "heatmaps", "uncertainty"}
+    if not all(np.isfinite(outputs[name]).all() for name in numbers):
         sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
     # Nothing is known of words for which the decoder has no room.
     probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
@@ -97,6 +98,8 @@ def main(path, prompt):
             for text, mark, p in zip(words, marks, probabilities, strict=False)
         ],
     }
+    if "uncertainty" in outputs:
+        found["uncertainty"] = dict(zip(interface["scores"], outputs["uncertainty"][0].tolist(), strict=True))
     print(json.dumps(found, indent=2, allow_nan=False))
     np.save("heatmaps.npy", outputs["heatmaps"][0])
 

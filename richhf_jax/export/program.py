@@ -13,6 +13,12 @@ from richhf_jax.model_description import ModelDescription
 from richhf_jax.predict import forward
 
 Arrays = Mapping[str, Any]
+# Output of `forward.predict_fn` -> its name in the exports, where that is another one.
+_OUTPUTS = {
+    "keyword_probability": "misaligned_probability",
+    "keyword_misaligned": "misaligned",
+    "score_deviations": "uncertainty",
+}
 
 
 def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, jax.Array]]:
@@ -21,7 +27,8 @@ def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, 
     Returns:
       A function (parameters, inputs) -> outputs. Parameters are named as in `flat`; inputs are those of
       `input_shapes`. Outputs are those of `predict_fn`, but with the words' values called
-      "misaligned_probability" and "misaligned" ([batch, length]; column 0 is word 1).
+      "misaligned_probability" and "misaligned" ([batch, length]; column 0 is word 1), and the scores'
+      standard deviations, where the model predicts them, "uncertainty" ([batch, scores]).
     """
     # The program runs on other devices than this machine's.
     network = description.network.with_attention_kernel("xla")
@@ -43,12 +50,7 @@ def make(description: ModelDescription) -> Callable[[Arrays, Arrays], dict[str, 
                 "keyword_suffix": rows + jnp.array(suffix, jnp.int32)[None],
             },
         )
-        return {
-            "scores": outputs["scores"],
-            "heatmaps": outputs["heatmaps"],
-            "misaligned_probability": outputs["keyword_probability"],
-            "misaligned": outputs["keyword_misaligned"],
-        }
+        return {_OUTPUTS.get(name, name): value for name, value in outputs.items()}
 
     return run
 
@@ -76,6 +78,8 @@ def flat(params: Any) -> dict[str, jax.Array]:
 def interface(description: ModelDescription) -> dict[str, Any]:
     """Returns, as JSON, everything that a program needs to make the inputs and to read the outputs."""
     vocabulary = forward.load_vocabulary(description.vocabulary)
+    # Only where it is, so that other exports stay as they are.
+    uncertainty = {"calibrated": description.calibration is not None}
     return {
         "image_side": description.feature_lengths["image"],
         "inputs_length": description.feature_lengths["inputs"],
@@ -86,4 +90,5 @@ def interface(description: ModelDescription) -> dict[str, Any]:
         "eos_id": vocabulary.eos_id(),
         "scores": list(feedback.SCORES),
         "heatmaps": list(feedback.HEATMAPS),
+        **({"uncertainty": uncertainty} if description.network.heads_config.score_variance else {}),
     }

@@ -7,6 +7,7 @@ transformers apply to the heads as well.
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ Layer = tuple
 _MIN_ROWS = 16
 _SAVED = "head_convolution"
 _KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_SAVED)
+
+# Least and greatest standard deviation of a score, and that of a new head, near the spread of raters' scores.
+_LEAST_DEVIATION, _GREATEST_DEVIATION, _FIRST_DEVIATION = 0.01, 1.0, 0.2
 
 
 @struct.dataclass
@@ -278,8 +282,18 @@ class HeatmapHead(nn.Module):
         return nn.sigmoid(convolutions.join(logits, strips)[..., 0])
 
 
+def _log_variance(x: Array) -> Array:
+    """Maps any number to the log-variance of a score, within bounds; 0 becomes that of a new head."""
+    low, high, first = (
+        2 * math.log(deviation) for deviation in (_LEAST_DEVIATION, _GREATEST_DEVIATION, _FIRST_DEVIATION)
+    )
+    # The logit of the new head's place between the bounds.
+    offset = math.log((first - low) / (high - first))
+    return low + (high - low) * nn.sigmoid(x + offset)
+
+
 class ScoreHead(nn.Module):
-    """Convolutions, then dense layers down to one number.
+    """Convolutions, then dense layers down to one number, or two with a variance.
 
     The paper's kernels are 2x2 with stride 1. It does not name the padding. We take 'SAME', so the map keeps
     its size, and the first dense layer sees height x width x channels values: a head fits one image size.
@@ -288,15 +302,20 @@ class ScoreHead(nn.Module):
       conv_layers: (filters, kernel size) of each; a norm over the channels and a ReLU follow.
       dense_layers: widths of the hidden dense layers; a ReLU follows each.
       style: settings that the layers share.
+      variance: whether to predict the log-variance of the score, too. Its layer is one of its own, so that a
+        head without it has the same other parameters.
     """
 
     conv_layers: Sequence[tuple[int, int]] = ((768, 2), (384, 2), (128, 2), (64, 2))
     dense_layers: Sequence[int] = (2048, 1024)
     style: Style = Style()
+    variance: bool = False
 
     @nn.compact
-    def __call__(self, features: Float[Array, "batch rows columns embed"]) -> Float32[Array, " batch"]:
-        """Predicts scores in [0, 1]."""
+    def __call__(
+        self, features: Float[Array, "batch rows columns embed"]
+    ) -> Float32[Array, " batch"] | Float32[Array, "batch 2"]:
+        """Predicts scores in [0, 1]; with `variance`, pairs of a score and the logarithm of its variance."""
         conv_layers = [("conv", *layer) for layer in self.conv_layers]
         x = convolutions.join(*_apply_layers(self, conv_layers, self.style, features))
         # Where the rules split the first dense kernel's rows over the data axis, the features travel to these
@@ -310,7 +329,14 @@ class ScoreHead(nn.Module):
                 width, dtype=dtype, kernel_axes=axes, use_bias=True, name=f"dense_{i}"
             )
             x = with_sharding_constraint(nn.relu(dense(x)), ("batch", "mlp"))
-        logits = layers.DenseGeneral(
-            1, dtype=jnp.float32, kernel_axes=("embed", None), use_bias=True, name="output"
-        )(x)
-        return nn.sigmoid(logits[..., 0])
+
+        def number(name: str) -> Array:
+            dense = layers.DenseGeneral(
+                1, dtype=jnp.float32, kernel_axes=("embed", None), use_bias=True, name=name
+            )
+            return dense(x)[..., 0]
+
+        score = nn.sigmoid(number("output"))
+        if not self.variance:
+            return score
+        return jnp.stack([score, _log_variance(number("output_log_variance"))], axis=-1)

@@ -32,6 +32,7 @@ class HeadsConfig:
       norm, norm_epsilon, deconv_padding, row_strips: as in `heads.Style`.
       scan_layers: runs equal heads, and equal layers in a row, in one loop, which compiles several times
         faster. Their parameters are named and shaped as without.
+      score_variance: `variance` of `heads.ScoreHead`.
     """
 
     heatmap_layers: tuple[heads.Layer, ...]
@@ -44,6 +45,7 @@ class HeadsConfig:
     deconv_padding: str = "SAME"
     scan_layers: bool = False
     row_strips: int = 1
+    score_variance: bool = False
 
 
 # Unchecked, because jax also makes it of shapes.
@@ -138,7 +140,7 @@ class Rahf(nn.Module):
             )
 
         def score_head():
-            return score_cls(head.score_conv_layers, head.score_dense_layers, style)
+            return score_cls(head.score_conv_layers, head.score_dense_layers, style, head.score_variance)
 
         if self.variant == feedback.MULTI_HEAD:
             self.heatmap_head: Any = {kind: heatmap_head() for kind in feedback.HEATMAPS}
@@ -277,19 +279,29 @@ class Rahf(nn.Module):
         heatmaps = self.heatmap_head(encoded.feature_maps(0, slots.heatmaps))
         return heatmaps.reshape(-1, slots.heatmaps, *heatmaps.shape[1:])
 
-    def scores(self, encoded: Encoded, slots: feedback.Slots) -> Float32[Array, "batch scores"]:
-        """Predicts the scores, in [0, 1]."""
+    def scores(
+        self, encoded: Encoded, slots: feedback.Slots
+    ) -> Float32[Array, "batch scores"] | Float32[Array, "batch scores 2"]:
+        """Predicts the scores, in [0, 1]; with `score_variance`, pairs, see `heads.ScoreHead`."""
         if self.variant == feedback.MULTI_HEAD:
             features = encoded.feature_maps(0, 1)
             kinds = feedback.SCORES[: slots.scores]
             return self._each([self.score_head[kind] for kind in kinds], features)
         scores = self.score_head(encoded.feature_maps(slots.heatmaps, slots.scores))
-        return scores.reshape(-1, slots.scores)
+        return scores.reshape(-1, slots.scores, *scores.shape[1:])
+
+    @nn.nowrap
+    def named_scores(self, scores: Array) -> dict[str, Float32[Array, "batch scores"]]:
+        """Names what `scores` returns: "scores", and with `score_variance` "score_log_variances"."""
+        if not self.heads_config.score_variance:
+            return {"scores": scores}
+        return {"scores": scores[..., 0], "score_log_variances": scores[..., 1]}
 
     def score(self, encoded: Encoded, kind: str) -> Float32[Array, " batch"]:
         """Predicts one kind's score for prompts that ask for it, and computes no other head."""
         head = self.score_head[kind] if self.variant == feedback.MULTI_HEAD else self.score_head
-        return head(encoded.feature_maps(0, 1))
+        score = head(encoded.feature_maps(0, 1))
+        return score[..., 0] if self.heads_config.score_variance else score
 
     def _each(self, equal_heads: list[nn.Module], features: Array) -> Array:
         """Applies each head to the features: [batch, heads, ...]."""
@@ -320,7 +332,7 @@ class Rahf(nn.Module):
           num_heatmaps, num_scores: number of outputs of each kind.
 
         Returns:
-          "heatmaps" [batch, heatmaps, height, width], "scores" [batch, scores] and "logits"
+          "heatmaps" [batch, heatmaps, height, width], the arrays of `named_scores`, and "logits"
           [batch, texts, target_length, vocab]; kinds with count 0 are absent.
 
         Raises:
@@ -338,7 +350,7 @@ class Rahf(nn.Module):
         if slots.heatmaps:
             outputs["heatmaps"] = self.heatmaps(encoded, slots)
         if slots.scores:
-            outputs["scores"] = self.scores(encoded, slots)
+            outputs |= self.named_scores(self.scores(encoded, slots))
         if slots.texts:
             # [batch, texts, ...] -> [batch * texts, ...]
             logits = self.decode(
@@ -357,6 +369,9 @@ def _fields(config: Any) -> dict[str, Any]:
     # stochastic depth is of training alone.
     for name in ("attention_kernel", "stochastic_depth_rate"):
         fields.pop(name, None)
+    # Without it, a description is that of the versions which had no such setting.
+    if not fields.get("score_variance", True):
+        del fields["score_variance"]
     if "dtype" in fields:  # A name, or a type of numpy or jax.
         fields["dtype"] = jnp.dtype(fields["dtype"]).name
     return fields

@@ -58,7 +58,8 @@ class Card:
     """One image of a gallery with its prediction, all pictures as URIs.
 
     Attributes:
-      record: a line of predictions.jsonl (`RichFeedback.to_dict`): "id", "prompt", "scores", "tokens".
+      record: a line of predictions.jsonl (`RichFeedback.to_dict`): "id", "prompt", "scores", "tokens", and
+        where there is one, "uncertainty".
       size: the image's width and height in pixels, which may be more than the shown picture's.
       image: a `data_uri`, or a path relative to the page's folder, percent-encoded.
       heatmaps: the pictures that lie over the image, with URIs of the same two forms.
@@ -216,7 +217,12 @@ def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
             if any(kind in heatmaps for _, heatmaps in sides)
         ],
         "scores": [
-            (kind, truth["scores"].get(kind), record["scores"].get(kind))
+            (
+                kind,
+                truth["scores"].get(kind),
+                record["scores"].get(kind),
+                record.get("uncertainty", {}).get(kind),
+            )
             for kind in feedback.SCORES
             if kind in truth["scores"] or kind in record["scores"]
         ],

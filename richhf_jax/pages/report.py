@@ -88,6 +88,20 @@ TABLES = (
             )
         ],
     ),
+    Table(
+        "Uncertainty of the scores",
+        "Share of ground-truth scores inside the predicted central intervals of 68 % and 95 %: less is "
+        "overconfident, more is too careful. NLL: mean negative log-likelihood, in nats.",
+        [
+            Column(f"score/{metric}/{kind}", label, form, higher, kind.capitalize())
+            for kind in feedback.SCORES
+            for metric, label, form, higher in (
+                ("coverage68", "in 68 %", ".1%", None),
+                ("coverage95", "in 95 %", ".1%", None),
+                ("nll", "NLL", "z.3f", False),
+            )
+        ],
+    ),
     *(
         Table(f"{kind.capitalize()} heatmap", _HEATMAP_NOTE, _heatmap_columns(kind))
         for kind in feedback.HEATMAPS

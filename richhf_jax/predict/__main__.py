@@ -5,7 +5,8 @@
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT table.csv  # image, prompt[, id]
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT pairs.tar  # <key>.png and <key>.txt
 
-Writes OUT/predictions.jsonl, one line for each image in input order, and the heatmaps. An image that can't be
+Writes OUT/predictions.jsonl, one line for each image in input order, and the heatmaps. A model that predicts
+uncertainties also gives OUT/order.csv: the images that it is unsure of come first. An image that can't be
 scored (unreadable, without a prompt, with an id that was there before) is listed in OUT/errors.jsonl with the
 reason; the others are scored, and the exit code is 3. To continue a run that was stopped or killed, give the
 same command again.
@@ -47,8 +48,9 @@ def run(options: argparse.Namespace) -> int:
     predictor = RahfPredictor.from_checkpoint(
         path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
     )
-    if smaller := predictor.fit(predictor.batch_size):
-        print(f"predict: {smaller}", file=sys.stderr)
+    for note in (predictor.description.not_calibrated, predictor.fit(predictor.batch_size)):
+        if note:
+            print(f"predict: {note}", file=sys.stderr)
     arguments = {
         "checkpoint": path,
         "model": f"{forward.params_checksum(path)} {predictor.description.checksum()}",

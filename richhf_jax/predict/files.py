@@ -3,6 +3,7 @@
     OUT/predictions.jsonl   one line for each image, in input order
     OUT/errors.jsonl        one line for each image that could not be scored: {"id", "reason"}
     OUT/heatmaps/ID.KIND.png, or OUT/heatmaps.npz; OUT/overlays/ID.KIND.png; OUT/report.html
+    OUT/order.csv           only if the model predicts uncertainties, see `order`
     OUT/run.json            the command's arguments, and how far the run is
 
 Once a second, the lines and pictures of the batches are brought to the disk; then run.json is replaced in one
@@ -29,6 +30,7 @@ from PIL import Image
 
 from richhf_jax import errors, locking, writing
 from richhf_jax.pages import gallery, overlay
+from richhf_jax.predict import order
 from richhf_jax.predict.names import file_name
 from richhf_jax.predict.predictor import Prediction
 from richhf_jax.predict.progress import ERRORS, KEPT_SAVES, PREDICTIONS, STATE, UNKNOWN, Progress, whole_saves
@@ -263,7 +265,7 @@ class PredictionFiles:
         self._write_state()
 
     def finish(self, title: str) -> None:
-        """Writes the files that hold all images: heatmaps.npz and report.html.
+        """Writes the files that hold all images: heatmaps.npz, report.html and order.csv.
 
         Raises:
           errors.UserError: the directory was deleted, moved or emptied.
@@ -274,6 +276,7 @@ class PredictionFiles:
                 self._join_parts()
             if self._with_report:
                 self._write_report(title)
+            order.write(self._out / order.FILE, self._out / PREDICTIONS, self.progress.predictions)
             self.progress = dataclasses.replace(self.progress, done=True)
             self._save_progress()
         # The parts go last, because a run that is killed above needs them again.

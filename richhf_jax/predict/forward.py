@@ -207,19 +207,24 @@ def predict_fn(description: model_description.ModelDescription) -> Callable[...,
         keyword_pieces, keyword_words, keyword_suffix   see `keywords.features`
       Its outputs are:
         scores                float32 [batch, 4], in the order of `feedback.SCORES`
+        score_deviations      float32 [batch, 4], the scores' standard deviations, of a model that predicts
+                              them; calibrated if the description has a calibration
         heatmaps              float32 [batch, 2, side, side], in the order of `feedback.HEATMAPS`
         keyword_probability, keyword_misaligned   float32 and bool [batch, length], by number of the word
     """
     model = _rahf_model(description)
     slots = {"heatmap_weights": feedback.ALL_SLOTS.heatmaps, "score_weights": feedback.ALL_SLOTS.scores}
+    factors = np.array([description.deviation_factors[kind] for kind in feedback.SCORES], np.float32)
 
     def predict(params: Any, features: Mapping[str, Shaped[jax.Array, "batch ..."]]) -> Outputs:
         batch, _, length = features["keyword_pieces"].shape
         shapes = {name: jnp.zeros((batch, count)) for name, count in slots.items()}
         shapes["decoder_input_tokens"] = jnp.zeros((batch, 1, length), jnp.int32)
         outputs: Any = model.predict_batch(params, {**features, **shapes})
-        words = {name: outputs[name][:, 0] for name in ("keyword_probability", "keyword_misaligned")}
-        return {"scores": outputs["scores"], "heatmaps": outputs["heatmaps"], **words}
+        found = {name: outputs[name][:, 0] for name in ("keyword_probability", "keyword_misaligned")}
+        if "score_deviations" in outputs:
+            found["score_deviations"] = outputs["score_deviations"] * factors[None]
+        return {"scores": outputs["scores"], "heatmaps": outputs["heatmaps"], **found}
 
     return predict
 
@@ -270,6 +275,21 @@ def checkpoint_path(path: str) -> str:
     if weights.exists() and checkpoints.newest_checkpoint(path) is None:
         return os.fspath(weights)
     return checkpoints.find_checkpoint(path)[0]
+
+
+def read_description(place: str, dtype: str | None = None) -> model_description.ModelDescription:
+    """Reads the description of a model's parameters, without the calibration of another checkpoint.
+
+    Args:
+      place: a path that `checkpoint_path` returned.
+      dtype: as for `model_description.read`.
+
+    Raises:
+      errors.UserError: as `model_description.read`.
+    """
+    description = model_description.read(os.path.dirname(place), dtype)
+    step = re.search(r"checkpoint_(\d+)$", place)
+    return description.of_step(int(step[1])) if step else description
 
 
 def params_checksum(place: str) -> str:

@@ -142,7 +142,9 @@ class RahfPredictor:
         if batch_size is not None and batch_size < 1:
             raise errors.UserError(f"batch_size must be at least 1, got {batch_size}")
         place = forward.checkpoint_path(os.fspath(path))
-        description = model_description.read(os.path.dirname(place), dtype)
+        description = forward.read_description(place, dtype)
+        if description.not_calibrated:
+            logging.warning("%s: %s", place, description.not_calibrated)
         return cls(description, forward.load_params(place, description), batch_size, convert)
 
     @property
@@ -319,7 +321,8 @@ class RahfPredictor:
           errors.NotFiniteError: the outputs aren't finite.
         """
         of_image = {key: value[row] for key, value in outputs.items()}
-        feedback.check_finite(of_image["scores"], of_image["heatmaps"])
+        deviations = of_image.get("score_deviations")
+        feedback.check_finite(of_image["scores"], of_image["heatmaps"], deviations)
         decisions = of_image["keyword_probability"], of_image["keyword_misaligned"]
         return Prediction.from_outputs(
             name,
@@ -327,6 +330,7 @@ class RahfPredictor:
             of_image["scores"],
             [_own_size(heatmap, one) for heatmap in of_image["heatmaps"]],
             keywords.tokens(one.prompt, one.words, *decisions),
+            deviations,
             picture=one.picture,
             words_cut=one.words_cut,
         )

@@ -1,6 +1,7 @@
 """Exports, run in fresh processes that can't import richhf_jax, give the predictor's outputs."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -431,6 +432,42 @@ def test_in_bfloat16(make_model_dir, tmp_path):
     coarse = RahfPredictor.from_checkpoint(tmp_path / "new")
     assert coarse.description.network.t5_config.dtype == "bfloat16"
     assert "| activations | bfloat16 |" in (tmp_path / "new/MODEL_CARD.md").read_text()
+
+
+def test_uncertainties_are_an_output_calibrated_or_not(make_model_dir, tmp_path, capsys):
+    directory = make_model_dir(uncertainty=True)
+    raw = model_description.read(directory)
+    export.export(str(directory), "safetensors", str(tmp_path / "raw"))
+    assert "export: the uncertainties aren't calibrated" in capsys.readouterr().err
+    factors = dict(zip(feedback.SCORES, (0.5, 1, 2, 4), strict=True))
+    calibration = model_description.Calibration(0, factors, "task", "validation", 8)
+    calibrated = dataclasses.replace(raw, calibration=calibration)
+    calibrated.write(directory)
+    export.export(str(directory), "stablehlo", str(tmp_path / "new"))
+    assert "calibrated" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "new/interface.json").read_text()) == {
+        **program.interface(calibrated),
+        "requires": [f"jax>={jax.__version__}"],
+        "uncertainty": {"calibrated": True},
+    }
+    assert program.interface(raw)["uncertainty"] == {"calibrated": False}
+    assert "; it is not calibrated" in (tmp_path / "raw/MODEL_CARD.md").read_text()
+    written = (tmp_path / "new/MODEL_CARD.md").read_text()
+    assert "`uncertainty` [batch, scores] are the scores' standard deviations, calibrated." in written
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    (tmp_path / "new/a.png").write_bytes(png(image))
+    records = [RahfPredictor.from_checkpoint(path)(image, "a cat") for path in (directory, tmp_path / "raw")]
+    printed = run_elsewhere(EXAMPLE, tmp_path / "new", "a.png", "a cat", blocked=("tensorflow",))
+    assert json.loads(printed)["uncertainty"] == pytest.approx(records[0].uncertainty, rel=1e-4)
+    expected = {kind: factor * records[1].uncertainty[kind] for kind, factor in factors.items()}
+    assert records[0].uncertainty == pytest.approx(expected, rel=1e-5)
+
+
+EXAMPLE = """
+import runpy, sys
+sys.argv[0] = 'example.py'
+runpy.run_path('example.py', run_name='__main__')
+"""
 
 
 def test_a_gpus_kernel_is_no_part_of_the_program(make_model_dir, monkeypatch):

@@ -144,6 +144,29 @@ def test_score_head_by_numpy(rng, random_params):
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_score_and_its_log_variance(rng, random_params):
+    features = 3 * _normal(rng, 64, 2, 3, 4)
+    settings = {"conv_layers": ((4, 2),), "dense_layers": (8,)}
+    head, plain = heads.ScoreHead(**settings, variance=True), heads.ScoreHead(**settings)
+    variables = random_params(head, features)
+    params = dict(variables["params"])
+    found = np.asarray(jax.jit(head.apply)(variables, features))
+    assert (found.shape, found.dtype) == ((64, 2), np.float32)
+    own = params.pop("output_log_variance")
+    # The score is that of a head without variance, with the same other parameters.
+    np.testing.assert_array_equal(found[:, 0], jax.jit(plain.apply)({"params": params}, features))
+    deviations = np.exp(found[:, 1] / 2)
+    assert np.ptp(deviations) > 0.01
+    assert ((deviations >= 0.01) & (deviations <= 1)).all()
+    params["output_log_variance"] = jax.tree.map(np.zeros_like, own)
+    first = head.apply({"params": params}, features)[:, 1]
+    np.testing.assert_allclose(np.exp(first / 2), 0.2, rtol=1e-5)
+    for end, deviation in ((-1e9, 0.01), (1e9, 1)):
+        params["output_log_variance"] = {"kernel": 0 * own["kernel"], "bias": 0 * own["bias"] + end}
+        last = head.apply({"params": params}, features)[:, 1]
+        np.testing.assert_allclose(np.exp(last / 2), deviation, rtol=1e-5)
+
+
 def test_heads_treat_examples_apart(rng, random_params):
     features = _normal(rng, 3, 4, 4, 8)
     order = np.array([2, 0, 1])

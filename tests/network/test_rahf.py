@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from richhf_jax import feedback
-from richhf_jax.network import heads, vit
+from richhf_jax.network import heads, rahf, vit
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SLOTS = {"multi_head": feedback.Slots(2, 4, 1), "augmented_prompt": feedback.Slots(2, 3, 2)}
@@ -460,3 +460,40 @@ def test_heads_in_loops_equal_those_one_after_the_other(
             grads[1][name], expected, rtol=1e-4, atol=1e-6 * largest, err_msg="/".join(name)
         )
     assert convolutions[1] < convolutions[0] / 2
+
+
+@pytest.mark.parametrize(("variant", "count"), [("multi_head", 4), ("augmented_prompt", 3)])
+def test_scores_with_variances(make_model, random_values, rng, variant, count):
+    """All ways to compute them agree: in a loop over the heads, one by one, one kind alone."""
+    slots = feedback.Slots(0, count, 0)
+    tokens = rng.standard_normal((2, slots.prompts(variant), 64 + 3, 16)).astype(np.float32)
+    encoded = rahf.Encoded(tokens, np.ones(tokens.shape[:-1], bool), (8, 8), 0)
+    found = []
+    for scanned in (False, True):
+        model = make_model(variant, "SCORE_UNCERTAINTY = True", f"HeadsConfig.scan_layers = {scanned}")
+        if not scanned:
+            params = {"params": random_values(initial_variables(model, 16)["params"])}
+        scores = jax.jit(functools.partial(model.module.apply, slots=slots, method="scores"))
+        found.append(model.module.named_scores(scores(params, encoded)))
+    assert {name: value.shape for name, value in found[0].items()} == {
+        "scores": (2, count),
+        "score_log_variances": (2, count),
+    }
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *found)
+    for i, kind in enumerate(feedback.SCORES[:count] if variant == feedback.MULTI_HEAD else ()):
+        one = jax.jit(functools.partial(model.module.apply, kind=kind, method="score"))(params, encoded)
+        np.testing.assert_allclose(one, found[0]["scores"][:, i], rtol=1e-5)
+
+
+def test_the_variance_adds_one_layer_to_each_head(shipped):
+    """What a checkpoint without it has keeps its name and shape."""
+    without, with_variance = (
+        parameters(shipped("rahf_tiny", "multi_head", f"SCORE_UNCERTAINTY = {on}")[1]) for on in (False, True)
+    )
+    assert without.items() <= with_variance.items()
+    added = [
+        f"score_head_{kind}/output_log_variance/{part}"
+        for kind in feedback.SCORES
+        for part in ("bias", "kernel")
+    ]
+    assert sorted(with_variance.keys() - without.keys()) == sorted(added)

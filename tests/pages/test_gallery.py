@@ -284,6 +284,20 @@ def test_every_score_and_peak_can_be_sorted_and_filtered_by(tmp_path):
     assert all(attrs["aria-label"] for attrs in bounds)
 
 
+def test_an_uncertainty_stands_beside_its_score(tmp_path):
+    uncertainty = dict(zip(feedback.SCORES, (0.1, 0.256, 1, 0.004), strict=True))
+    pages = [
+        page_of(tmp_path, [card(uncertainty=uncertainty)]),
+        page_of_items(item(prediction=dataclasses.replace(record(), uncertainty=uncertainty))),
+    ]
+    for page, truth in zip(pages, ("", " 0.25"), strict=True):
+        rows = [text for _, text in page.all("tr") if text.split()[0] in feedback.SCORES]
+        assert rows == [
+            f"{kind}{truth} 0.25 ± {shown}"
+            for kind, shown in zip(feedback.SCORES, ("0.10", "0.26", "1.00", "0.00"), strict=True)
+        ]
+
+
 def test_gallery_of_no_images(tmp_path):
     page = page_of(tmp_path, [])
     assert page.all("output")[0][1] == "0 of 0 images"

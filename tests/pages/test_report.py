@@ -52,7 +52,11 @@ def test_tables_for_the_terminal():
 def test_every_metric_of_the_protocol_has_a_column_and_stands_in_the_page(tmp_path):
     keys = [column.key for table in report.TABLES for column in table.columns]
     names = {
-        *(f"score/{m}/{k}" for m in ("plcc", "srcc", "mse") for k in feedback.SCORES),
+        *(
+            f"score/{m}/{k}"
+            for m in ("plcc", "srcc", "mse", "coverage68", "coverage95", "nll")
+            for k in feedback.SCORES
+        ),
         *(
             f"heatmap/{m}/{k}"
             for m in ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")

@@ -1,6 +1,8 @@
 """The command: right predictions in order, named errors, and the same files after any kill."""
 
 import collections
+import csv
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from richhf_jax import RahfPredictor, errors, feedback, inputs, locking
+from richhf_jax import RahfPredictor, errors, feedback, inputs, locking, model_description
 from richhf_jax.export import __main__ as export
 from richhf_jax.predict import __main__ as predict
 from richhf_jax.predict import files as prediction_files
@@ -703,3 +705,53 @@ def test_long_file_names_differ():
     deep = names.file_name("/".join(["x" * 150] * 40))
     assert len(deep) < 200
     assert "/" not in deep
+
+
+def test_uncertainties(make_model_dir, table, tmp_path, capsys):
+    """Raw ones with a note, calibrated ones without; both in the lines, the order and the report."""
+    directory = make_model_dir(uncertainty=True)
+
+    def run(out, answer=predict.SOME_FAILED):  # One id is there twice.
+        with pytest.raises(SystemExit, match=str(answer)):
+            predict.main(
+                [f"--checkpoint={directory}", f"--out={out}", str(table), "--report", "--heatmaps=none"]
+            )
+        return lines(out / "predictions.jsonl"), capsys.readouterr().err
+
+    raw, note = run(tmp_path / "raw")
+    assert "predict: the uncertainties aren't calibrated for this checkpoint" in note
+    description = model_description.read(directory)
+    factors = dict(zip(feedback.SCORES, (0.5, 1, 2, 4), strict=True))
+    calibration = model_description.Calibration(0, factors, "task", "validation", 8)
+    dataclasses.replace(description, calibration=calibration).write(directory)
+    found, note = run(tmp_path / "calibrated")
+    assert "predict:" not in note
+    for line, before in zip(found, raw, strict=True):
+        assert before["uncertainty"].keys() == set(feedback.SCORES)
+        assert all(0.01 <= value <= 1 for value in before["uncertainty"].values())
+        for kind, factor in factors.items():
+            assert line["uncertainty"][kind] == pytest.approx(factor * before["uncertainty"][kind], rel=1e-6)
+        assert line | {"uncertainty": 0} == before | {"uncertainty": 0}
+    with (tmp_path / "calibrated/order.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    mean = {kind: np.mean([line["uncertainty"][kind] for line in found]) for kind in factors}
+    expected = {
+        line["id"]: np.mean([line["uncertainty"][kind] / mean[kind] for kind in factors]) for line in found
+    }
+    assert [row["image"] for row in rows] == sorted(expected, key=lambda id: -expected[id])
+    for row in rows:
+        assert float(row["uncertainty"]) == pytest.approx(expected[row["image"]], abs=1e-4)
+        assert row["prompt"] == "a red cat"
+    page = (tmp_path / "calibrated/report.html").read_text(encoding="utf-8")
+    for line in found:
+        assert all(f"± {value:.2f}" in page for value in line["uncertainty"].values())
+    # What is calibrated otherwise is no continuation.
+    run(tmp_path / "raw", "holds a run with other arguments: model was")
+
+
+def test_a_model_without_uncertainty_writes_no_order(score, table, tmp_path):
+    score(table, "--heatmaps=none")
+    assert {path.name for path in (tmp_path / "out").iterdir()} - {"errors.jsonl", *locking.FILES} == {
+        *("predictions.jsonl", "run.json"),
+    }
+    assert all("uncertainty" not in line for line in lines(tmp_path / "out/predictions.jsonl"))
