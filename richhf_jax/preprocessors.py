@@ -30,6 +30,9 @@ from richhf_jax import augmentation, errors, feedback, flaws
 # Stands for a hidden word in a caption's input.
 MASK = "_"
 
+# A prompt that would not be true of the mirrored picture: a word of it begins so.
+_SIDED = r"(?is).*\b(left|right).*"
+
 # The slots of an example, and the kinds that fill them.
 _KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": (feedback.KEYWORDS,)}
 # The macros that gin/models/rahf.gin puts the lengths together from.
@@ -254,8 +257,14 @@ def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> 
     if kinds.shape[0]:
         maps = tf.stack([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS])
         heatmaps = tf.unstack(tf.gather(maps, kinds), kinds.shape[0])
+    sided = tf.strings.regex_full_match(example[feedback.PROMPT_FIELD], _SIDED)
     return augmentation.show(
-        example[feedback.IMAGE_FIELD], heatmaps, side, example[SEED], augment=AUGMENT in example
+        example[feedback.IMAGE_FIELD],
+        heatmaps,
+        side,
+        example[SEED],
+        augment=AUGMENT in example,
+        may_flip=~sided,
     )
 
 
@@ -421,10 +430,10 @@ def flawed_captions(
     clean_plausibility: float = 0.95,
     flaw_cost: float = 0.4,
 ) -> tf.data.Dataset:
-    """Makes task features, of the same shapes as `rich_feedback`'s, of clean images that `flaws.paint` damages.
+    """Makes task features, of the same shapes as `rich_feedback`'s, of images that `flaws.paint` damages.
 
-    The caption is the prompt. The implausibility heatmap is where the flaws show, black on a clean image. All
-    other labels have weight 0; only plausibility may have a target, a guess from the number of flaws.
+    The true caption is the prompt. The implausibility heatmap shows the flaws; it is black if the image stays
+    clean. All other labels have weight 0, but plausibility may have a target: a guess by the number of flaws.
 
     Args:
       dataset: examples with an image and a prompt.
