@@ -8,9 +8,10 @@ Everything happens at the model's size, after `augmentation.show`, so that pictu
 window is shown. Random numbers depend on the example's seed alone. gin/flaws/default.gin explains the values.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gin
 import numpy as np
@@ -20,10 +21,10 @@ from richhf_jax import errors, feedback
 
 # Folded into the example's seed; `augmentation` and `preprocessors` have their own numbers.
 _FLAW_DRAW = 200
-# Cells along the side of the grid on which busy places are drawn, and of that on which heatmaps are smoothed.
-_PLACES, _HEATMAP_CELLS = 16, 32
-# Ranges of a region's height over its width, its corners (2: an ellipse) and its soft edge's width in radii.
-_ASPECTS, _CORNERS, _EDGES = (0.7, 1.4), (2.0, 5.0), (0.05, 0.5)
+# Along the side: pixels that are looked at for busy places, places to draw from, cells that smooth a heatmap.
+_SAMPLES, _PLACES, _HEATMAP_CELLS = 64, 16, 32
+# Ranges of a region's height over its width, and of its soft edge's width in radii.
+_ASPECTS, _EDGES = (0.7, 1.4), (0.05, 0.5)
 
 
 class Patch(NamedTuple):
@@ -214,49 +215,68 @@ def _flaw(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Paints one flaw; see `paint`. Returns the image, and bool [side, side]: the pixels that show it."""
     side = image.shape[0]
-    size = min(side, math.ceil(2 * radii[1] * max(_ASPECTS) ** 0.5 * side) + 1)
-    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 4))
-    draws = tf.random.stateless_uniform([6], seeds[0])
-
-    def between(draw, limits):
-        return limits[0] + draw * (limits[1] - limits[0])
-
-    (centre, other) = tf.unstack(_busy_places(image, box, seeds[1]))
-    radius = between(draws[0], radii) * side
-    aspect, angle = tf.sqrt(between(draws[1], _ASPECTS)), math.pi * draws[2]
-    start, elsewhere = (
-        tf.clip_by_value(tf.cast(place, tf.int32) - size // 2, 0, side - size) for place in (centre, other)
+    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+    patch, start = _cut(image, seeds[0], box, radii, strengths)
+    edge, which = tf.unstack(tf.random.stateless_uniform([2], seeds[1]))
+    branches = [functools.partial(DAMAGES[name], patch) for name in damages]
+    damaged = tf.switch_case(tf.cast(which * len(damages), tf.int32), branches)
+    opacity = tf.minimum(patch.inside / _between(edge, _EDGES), 1)[..., None]
+    painted = tf.clip_by_value(tf.round(patch.pixels + opacity * (damaged - patch.pixels)), 0, 255)
+    change = tf.reduce_max(tf.abs(painted - patch.pixels), 2)
+    size_of_region = tf.math.count_nonzero(patch.inside, dtype=tf.float32)
+    is_seen = tf.reduce_sum(change) >= least_change * tf.maximum(size_of_region, 1)
+    marks = is_seen & (change >= least_change)
+    end = start + change.shape
+    image = tf.raw_ops.TensorStridedSliceUpdate(
+        input=image,
+        begin=start,
+        end=end,
+        strides=[1, 1],
+        value=tf.cast(tf.where(is_seen, painted, patch.pixels), tf.uint8),
     )
-    places = tf.cast(tf.range(size), tf.float32) + 0.5
-    offsets = (tf.cast(start, tf.float32) - centre) / radius
-    y, x = tf.meshgrid(places / radius + offsets[0], places / radius + offsets[1], indexing="ij")
-    along, across = tf.cos(angle) * y + tf.sin(angle) * x, tf.cos(angle) * x - tf.sin(angle) * y
-    corners = between(draws[3], _CORNERS)
-    distance = tf.abs(along / aspect) ** corners + tf.abs(across * aspect) ** corners
-    inside = tf.maximum(1 - distance ** (1 / corners), 0)
+    marks = tf.pad(marks, tf.stack([start, side - end], 1))
+    return tf.ensure_shape(image, [side, side, 3]), tf.ensure_shape(marks, [side, side])
+
+
+def _cut(
+    image: tf.Tensor,
+    seed: tf.Tensor,
+    box: tf.Tensor,
+    radii: tuple[float, float],
+    strengths: tuple[float, float],
+) -> tuple[Patch, tf.Tensor]:
+    """Draws a region and cuts it out; see `paint`. Returns the patch, and int32 [2]: its first row and column."""
+    side = image.shape[0]
+    size = min(side, math.ceil(2 * radii[1] * max(_ASPECTS) ** 0.5 * side) + 1)
+    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 3))
+    draws = tf.random.stateless_uniform([5], seeds[0])
+    places = _busy_places(image, box, seeds[1])
+    starts = tf.clip_by_value(tf.cast(places, tf.int32) - size // 2, 0, side - size)
+    pixels, elsewhere = (
+        tf.cast(tf.slice(image, [start[0], start[1], 0], [size, size, 3]), tf.float32)
+        for start in tf.unstack(starts)
+    )
+    centre, start = places[0], starts[0]
+    radius, aspect = _between(draws[0], radii) * side, tf.sqrt(_between(draws[1], _ASPECTS))
     rows, columns = (start[axis] + tf.range(size) for axis in (0, 1))
+    y, x = (
+        (tf.cast(line, tf.float32) + 0.5 - c) / radius
+        for line, c in ((rows, centre[0]), (columns, centre[1]))
+    )
+    y, x = tf.meshgrid(y, x, indexing="ij")
+    cos, sin = tf.cos(math.pi * draws[2]), tf.sin(math.pi * draws[2])
+    along, across = tf.square((cos * y + sin * x) / aspect), tf.square((cos * x - sin * y) * aspect)
+    # The distance from the middle, between that of an ellipse and that of a rounded box.
+    ellipse, box_like = tf.sqrt(along + across), tf.sqrt(tf.sqrt(tf.square(along) + tf.square(across)))
+    inside = tf.maximum(1 - _between(draws[3], (ellipse, box_like)), 0)
     in_box = ((rows >= box[0]) & (rows < box[2]))[:, None] & (columns >= box[1]) & (columns < box[3])
     inside *= tf.cast(in_box, tf.float32)
-    cut = [tf.slice(image, [*tf.unstack(corner), 0], [size, size, 3]) for corner in (start, elsewhere)]
-    pixels, other_pixels = (tf.cast(part, tf.float32) for part in cut)
-    strength = between(draws[4], strengths)
-    patch = Patch(pixels, other_pixels, y, x, inside, radius, strength, seeds[2])
-    which = tf.random.stateless_uniform([], seeds[3], maxval=len(damages), dtype=tf.int32)
-    damaged = tf.switch_case(which, [lambda name=name: DAMAGES[name](patch) for name in damages])
-    opacity = tf.minimum(inside / between(draws[5], _EDGES), 1)[..., None]
-    painted = tf.clip_by_value(tf.round(pixels + opacity * (damaged - pixels)), 0, 255)
-    change = tf.reduce_max(tf.abs(painted - pixels), 2)
-    region = inside > 0
-    seen = (
-        tf.math.divide_no_nan(tf.reduce_sum(change), tf.reduce_sum(tf.cast(region, tf.float32)))
-        >= least_change
-    )
-    marks = seen & (change >= least_change)
-    margins = tf.stack([start, side - size - start], 1)
-    whole = tf.pad(tf.cast(painted, tf.uint8), tf.pad(margins, [[0, 1], [0, 0]]))
-    is_new = tf.pad(region & seen, margins)
-    image = tf.where(is_new[..., None], whole, image)
-    return tf.ensure_shape(image, [side, side, 3]), tf.ensure_shape(tf.pad(marks, margins), [side, side])
+    strength = _between(draws[4], strengths)
+    return Patch(pixels, elsewhere, y, x, inside, radius, strength, seeds[2]), start
+
+
+def _between(draw: tf.Tensor, limits: tuple[Any, Any]) -> tf.Tensor:
+    return limits[0] + draw * (limits[1] - limits[0])
 
 
 def _busy_places(image: tf.Tensor, box: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -268,19 +288,21 @@ def _busy_places(image: tf.Tensor, box: tf.Tensor, seed: tf.Tensor) -> tf.Tensor
       float32 [2, 2], row and column in pixels; in the box, on no edge of it.
     """
     side = image.shape[0]
-    grey = tf.reduce_sum(tf.cast(image, tf.float32), 2)
+    step = max(1, side // _SAMPLES)
+    grey = tf.reduce_sum(tf.cast(image[::step, ::step], tf.float32), 2)
     down, right = tf.abs(grey[1:] - grey[:-1]), tf.abs(grey[:, 1:] - grey[:, :-1])
     steps = tf.pad(down, [[0, 1], [0, 0]]) + tf.pad(right, [[0, 0], [0, 1]])
-    rows, columns = tf.range(side)[:, None], tf.range(side)
-    in_box = (rows >= box[0]) & (rows < box[2] - 1) & (columns >= box[1]) & (columns < box[3] - 1)
-    cell = max(1, side // _PLACES)
-    busy = tf.nn.avg_pool2d(tf.where(in_box, steps, 0.0)[None, ..., None], cell, cell, "SAME")
+    places = tf.range(0, side, step)
+    rows, columns = ((places >= box[axis]) & (places + step < box[axis + 2]) for axis in (0, 1))
+    cell = max(1, grey.shape[0] // _PLACES)
+    busy = tf.where(rows[:, None] & columns, steps, 0.0)[None, ..., None]
+    busy = tf.nn.avg_pool2d(busy, cell, cell, "SAME")
     # A picture of one colour has no busy place: any will do.
     logits = 2 * tf.math.log(tf.reshape(busy, [1, -1]) + 1e-6)
     drawn = tf.random.stateless_categorical(logits, 2, seed, tf.int32)[0]
     cells = busy.shape[2]
-    places = tf.cast(tf.stack([drawn // cells, drawn % cells], 1) * cell, tf.float32)
-    places += tf.random.stateless_uniform([2, 2], seed) * cell
+    corners = tf.cast(tf.stack([drawn // cells, drawn % cells], 1), tf.float32)
+    places = (corners + tf.random.stateless_uniform([2, 2], seed)) * cell * step
     return tf.clip_by_value(places, tf.cast(box[:2], tf.float32), tf.cast(box[2:] - 1, tf.float32))
 
 

@@ -427,7 +427,7 @@ def flawed_captions(
     *,
     variant: str,
     plausibility_weight: float = 0.0,
-    clean_plausibility: float = 0.95,
+    clean_plausibility: float = 0.97,
     flaw_cost: float = 0.4,
 ) -> tf.data.Dataset:
     """Makes task features, of the same shapes as `rich_feedback`'s, of images that `flaws.paint` damages.
