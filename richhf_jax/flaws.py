@@ -245,7 +245,7 @@ def _cut(
     radii: tuple[float, float],
     strengths: tuple[float, float],
 ) -> tuple[Patch, tf.Tensor]:
-    """Draws a region and cuts it out; see `paint`. Returns the patch, and int32 [2]: its first row and column."""
+    """Draws a region and cuts it out; see `paint`. Returns the patch, and its first row and column, int32 [2]."""
     side = image.shape[0]
     size = min(side, math.ceil(2 * radii[1] * max(_ASPECTS) ** 0.5 * side) + 1)
     seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 3))
