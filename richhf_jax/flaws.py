@@ -245,7 +245,11 @@ def _cut(
     radii: tuple[float, float],
     strengths: tuple[float, float],
 ) -> tuple[Patch, tf.Tensor]:
-    """Draws a region and cuts it out; see `paint`. Returns the patch, and its first row and column, int32 [2]."""
+    """Draws a region and cuts it out; see `paint`.
+
+    Returns the patch, and int32 [2]: its first row and column. Each patch has room for the largest region: its
+    size must be known when the graph is built.
+    """
     side = image.shape[0]
     size = min(side, math.ceil(2 * radii[1] * max(_ASPECTS) ** 0.5 * side) + 1)
     seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 3))

@@ -433,19 +433,6 @@ def test_plausibility_of_flawed_captions_follows_the_number_of_flaws():
     assert plausibilities == {0.9, 0.4, 0.0}
 
 
-def test_letterboxed_flawed_captions():
-    gin.bind_parameter("richhf_jax.augmentation.show.fit", "letterbox")
-    image = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
-    record = {**caption_record(), feedback.IMAGE_FIELD: consolidate.encode_png(image)}
-    for example in flawed_captions(
-        variant=MULTI_HEAD, seeds=range(12), lengths={"image": 32}, example=record
-    ):
-        assert example["image_box"].tolist() == [8, 0, 24, 32]
-        for pixels in (example["image"], example["heatmaps"][0]):
-            assert not pixels[:8].any()
-            assert not pixels[24:].any()
-
-
 @pytest.mark.parametrize(
     ("prompt", "may_flip"),
     [
@@ -457,15 +444,16 @@ def test_letterboxed_flawed_captions():
     ],
 )
 def test_prompts_with_sides_are_not_mirrored(prompt, may_flip):
-    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["augmentation/geometric.gin"], [])
-    gin.bind_parameter("richhf_jax.augmentation.move.flip_probability", 1.0)
-    gin.bind_parameter("richhf_jax.augmentation.move.shift", 0.0)
-    changes = {feedback.PROMPT_FIELD: prompt, preprocessors.AUGMENT: True}
-    (plain,) = rich_feedback(variant=MULTI_HEAD, example=record(**{feedback.PROMPT_FIELD: prompt}))
-    (example,) = rich_feedback(variant=MULTI_HEAD, example=record(**changes))
-    for name in ("image", "heatmaps"):
-        expected = np.flip(plain[name], 1 if name == "image" else 2) if may_flip else plain[name]
-        np.testing.assert_array_equal(example[name], expected)
+    settings = ["augmentation.move.flip_probability = 1.0", "augmentation.move.shift = 0.0"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["augmentation/geometric.gin"], settings)
+    heatmap = consolidate.encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    example = record(**dict.fromkeys(feedback.HEATMAP_FIELDS.values(), heatmap))
+    example |= {feedback.PROMPT_FIELD: prompt, preprocessors.SEED: tf.constant([0, 1], tf.int64)}
+    pictures = functools.partial(preprocessors._pictures, kinds=tf.range(2), side=8)
+    plain, augmented = pictures(example), pictures(example | {preprocessors.AUGMENT: True})
+    for name, width in (("image", 1), ("heatmaps", 2)):
+        expected = np.flip(plain[name], width) if may_flip else plain[name]
+        np.testing.assert_array_equal(augmented[name], expected)
 
 
 def test_blind_to_the_image(monkeypatch):
