@@ -247,8 +247,8 @@ def _cut(
 ) -> tuple[Patch, tf.Tensor]:
     """Draws a region and cuts it out; see `paint`.
 
-    Returns the patch, and int32 [2]: its first row and column. Each patch has room for the largest region: its
-    size must be known when the graph is built.
+    Returns the patch, and int32 [2]: its first row and column. Each patch has room for the largest region,
+    because the size must be known when the graph is built.
     """
     side = image.shape[0]
     size = min(side, math.ceil(2 * radii[1] * max(_ASPECTS) ** 0.5 * side) + 1)
