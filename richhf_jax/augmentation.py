@@ -22,8 +22,8 @@ from richhf_jax import errors
 _LUMA = (0.299, 0.587, 0.114)
 # Pixels per row of the matrix product that mixes colours: few enough that the zeros in it cost little.
 _PIXELS = 8
-# Folded into the example's seed: one draw each for cropping and colours.
-_CROP_DRAW, _COLOUR_DRAW = range(100, 102)
+# Folded into the example's seed: one draw each for cropping, colours and moves.
+_CROP_DRAW, _COLOUR_DRAW, _MOVE_DRAW = range(100, 103)
 
 
 def decode(data: tf.Tensor, channels: int) -> tf.Tensor:
@@ -43,6 +43,7 @@ def show(
     side: int,
     seed: tf.Tensor,
     augment: bool,
+    may_flip: tf.Tensor | bool = True,
     *,
     fit: str = "resize",
 ) -> dict[str, tf.Tensor]:
@@ -53,7 +54,8 @@ def show(
       heatmaps: string [] each, encoded; their sizes may differ from the image's.
       side: the square's side, in pixels.
       seed: int64 [2].
-      augment: whether the image may be cropped and recoloured, as the seed says.
+      augment: whether the image may be cropped, recoloured and moved, as the seed says.
+      may_flip: bool [], whether the mirrored picture fits its prompt as well.
       fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it.
 
     Returns:
@@ -78,6 +80,8 @@ def show(
     if heatmaps:
         maps = [place(decode(heatmap, 1), window, side, box) for heatmap in heatmaps]
         features["heatmaps"] = tf.stack([tf.squeeze(heatmap, 2) for heatmap in maps])
+    if augment:
+        features |= move(features["image"], features["heatmaps"], seed, may_flip, box)
     return features if box is None else features | {"image_box": box}
 
 
@@ -188,6 +192,76 @@ def _resample(image: tf.Tensor, window: tf.Tensor, side: int, size: tf.Tensor) -
         images=image[None], size=size, scale=scale, translation=translation, kernel_type="triangle"
     )
     return tf.cast(pixels[0] + 0.5, tf.uint8)
+
+
+@gin.configurable
+def move(
+    image: tf.Tensor,
+    heatmaps: tf.Tensor,
+    seed: tf.Tensor,
+    may_flip: tf.Tensor | bool = True,
+    box: tf.Tensor | None = None,
+    *,
+    flip_probability: float = 0.0,
+    shift: float = 0.0,
+) -> dict[str, tf.Tensor]:
+    """Mirrors a picture and shifts it, with its heatmaps. A letterboxed picture moves within its box.
+
+    A row of an image, [1, 2, 3, 4], mirrored and then shifted by 1 to the right -> [4, 4, 3, 2]
+    The same row of a heatmap                                                    -> [0, 4, 3, 2]
+
+    Args:
+      image: uint8 [side, side, 3].
+      heatmaps: uint8 [heatmaps, side, side].
+      seed: int64 [2].
+      may_flip: bool [], False for pictures that must not be mirrored.
+      box: int32 [4], the picture's place in the image; None: all of it.
+      flip_probability: probability of exchanging left and right.
+      shift: largest way up, down, left and right, as a share of the picture's height or width. The picture's
+        edge is repeated; there, heatmaps are 0.
+
+    Returns:
+      image and heatmaps, of the same shapes.
+    """
+    moved = {"image": image, "heatmaps": heatmaps}
+    if not flip_probability and not shift:
+        return moved
+    draws = tf.random.stateless_uniform([3], tf.random.experimental.stateless_fold_in(seed, _MOVE_DRAW))
+    side = image.shape[0]
+    box = tf.constant([0, 0, side, side]) if box is None else box
+    ways = tf.cast(tf.round((2 * draws[:2] - 1) * shift * tf.cast(box[2:] - box[:2], tf.float32)), tf.int32)
+    flips = (draws[2] < flip_probability) & may_flip
+    rows, row_shows = _sources(side, box[0], box[2], ways[0], tf.constant(False))
+    columns, column_shows = _sources(side, box[1], box[3], ways[1], flips)
+    shows = tf.cast(row_shows[:, None] & column_shows, tf.uint8)
+    moved["image"] = tf.gather(tf.gather(image, rows), columns, axis=1)
+    moved["heatmaps"] = shows * tf.gather(tf.gather(heatmaps, rows, axis=1), columns, axis=2)
+    return moved
+
+
+def _sources(
+    side: int, first: tf.Tensor, end: tf.Tensor, way: tf.Tensor, flips: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns where each row or column of a moved picture comes from.
+
+    4, first 0, end 4, way 1, no flip -> [0, 0, 1, 2], [False, True, True, True]
+    4, first 0, end 3, way 0, a flip  -> [2, 1, 0, 3], [True, True, True, True]
+
+    Args:
+      side: number of rows.
+      first, end: int32 [], the picture's first row, and the first one behind it. The others stay.
+      way: int32 [], what it is shifted by.
+      flips: bool [], whether it is mirrored, before the shift.
+
+    Returns:
+      int32 [side]; and bool [side], False where the edge is repeated.
+    """
+    places = tf.range(side)
+    is_picture = (places >= first) & (places < end)
+    shifted = tf.where(is_picture, places - way, places)
+    sources = tf.where(is_picture, tf.clip_by_value(shifted, first, end - 1), places)
+    mirrored = tf.where(is_picture & flips, first + end - 1 - sources, sources)
+    return mirrored, sources == shifted
 
 
 @gin.configurable

@@ -25,10 +25,13 @@ import gin
 import seqio
 import tensorflow as tf
 
-from richhf_jax import augmentation, errors, feedback
+from richhf_jax import augmentation, errors, feedback, flaws
 
 # Stands for a hidden word in a caption's input.
 MASK = "_"
+
+# A prompt that would not be true of the mirrored picture: a word of it begins so.
+_SIDED = r"(?is).*\b(left|right).*"
 
 # The slots of an example, and the kinds that fill them.
 _KINDS = {"heatmaps": feedback.HEATMAPS, "scores": feedback.SCORES, "texts": (feedback.KEYWORDS,)}
@@ -254,9 +257,30 @@ def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> 
     if kinds.shape[0]:
         maps = tf.stack([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS])
         heatmaps = tf.unstack(tf.gather(maps, kinds), kinds.shape[0])
+    sided = tf.strings.regex_full_match(example[feedback.PROMPT_FIELD], _SIDED)
     return augmentation.show(
-        example[feedback.IMAGE_FIELD], heatmaps, side, example[SEED], augment=AUGMENT in example
+        example[feedback.IMAGE_FIELD],
+        heatmaps,
+        side,
+        example[SEED],
+        augment=AUGMENT in example,
+        may_flip=~sided,
     )
+
+
+def _task_prompts(
+    example: Mapping[str, tf.Tensor], variant: str, heatmaps: tf.Tensor, scores: tf.Tensor, texts: int
+) -> tf.Tensor:
+    """Returns the prompts of slots with these kinds (indices, as of `draw_kinds`): string [prompts]."""
+    prompt = _shown_prompt(example)[None]
+    if variant == feedback.MULTI_HEAD:
+        return prompt
+    tasks = [
+        tf.gather(list(feedback.HEATMAP_TASK_STRINGS.values()), heatmaps),
+        tf.gather(list(feedback.SCORE_TASK_STRINGS.values()), scores),
+        tf.constant([feedback.KEYWORDS_TASK_STRING] * texts, tf.string),
+    ]
+    return tf.concat(tasks, 0) + " " + prompt
 
 
 def rich_feedback(
@@ -301,14 +325,7 @@ def rich_feedback(
             feedback.HEATMAPS, kinds, slots.heatmaps, fold_in(_HEATMAP_DRAW)
         )
         score_kinds, score_weights = draw_kinds(feedback.SCORES, kinds, slots.scores, fold_in(_SCORE_DRAW))
-        prompts = _shown_prompt(example)[None]
-        if variant == feedback.AUGMENTED_PROMPT:
-            tasks = [
-                tf.gather(list(feedback.HEATMAP_TASK_STRINGS.values()), heatmap_kinds),
-                tf.gather(list(feedback.SCORE_TASK_STRINGS.values()), score_kinds),
-                tf.constant([feedback.KEYWORDS_TASK_STRING] * slots.texts, tf.string),
-            ]
-            prompts = tf.concat(tasks, 0) + " " + prompts
+        prompts = _task_prompts(example, variant, heatmap_kinds, score_kinds, slots.texts)
         text, fits = mark_misaligned(example[feedback.PROMPT_FIELD], example[feedback.KEYWORDS_FIELD])
         fits &= feedback.KEYWORDS in kinds
         texts = tf.fill([slots.texts], text)
@@ -396,6 +413,67 @@ def captions(
             "targets": targets,
             "targets_words_cut": targets_words_cut,
             "texts": texts,
+            **_pass_through(example),
+        }
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+@gin.configurable
+def flawed_captions(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.utils.Feature],
+    *,
+    variant: str,
+    plausibility_weight: float = 0.0,
+    clean_plausibility: float = 0.97,
+    flaw_cost: float = 0.4,
+) -> tf.data.Dataset:
+    """Makes task features, of the same shapes as `rich_feedback`'s, of images that `flaws.paint` damages.
+
+    The true caption is the prompt. The implausibility heatmap shows the flaws; it is black if the image stays
+    clean. All other labels have weight 0, but plausibility may have a target: a guess by the number of flaws.
+
+    Args:
+      dataset: examples with an image and a prompt.
+      sequence_length, output_features: as of `rich_feedback`.
+      variant: one of `feedback.VARIANTS`.
+      plausibility_weight: weight of plausibility's target.
+      clean_plausibility: the target of an image without a flaw.
+      flaw_cost: what each flaw takes from it; the target is at least 0.
+
+    Raises:
+      errors.UserError: see `slots_of` and `flaws.paint`.
+    """
+    slots = slots_of(sequence_length, variant)
+    vocabulary = output_features["inputs"].vocabulary
+    side = sequence_length["image"]
+    scored = (feedback.PLAUSIBILITY,) if plausibility_weight else ()
+
+    def convert(example):
+        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[SEED])
+        heatmap_kinds, heatmap_weights = draw_kinds(
+            feedback.HEATMAPS, (feedback.IMPLAUSIBILITY,), slots.heatmaps, fold_in(_HEATMAP_DRAW)
+        )
+        score_kinds, score_weights = draw_kinds(feedback.SCORES, scored, slots.scores, fold_in(_SCORE_DRAW))
+        pictures = _pictures(example, tf.constant([], tf.int32), side)
+        image, heatmap, count = flaws.paint(pictures["image"], example[SEED], pictures.get("image_box"))
+        plausibility = tf.maximum(clean_plausibility - flaw_cost * tf.cast(count, tf.float32), 0)
+        prompts = _task_prompts(example, variant, heatmap_kinds, score_kinds, slots.texts)
+        inputs, inputs_words_cut = encode(prompts, sequence_length["inputs"], vocabulary)
+        return {
+            **pictures,
+            "image": image,
+            "inputs": inputs,
+            "inputs_words_cut": inputs_words_cut,
+            "heatmaps": heatmap * tf.cast(heatmap_weights, tf.uint8)[:, None, None],
+            "heatmap_weights": heatmap_weights,
+            "scores": plausibility * score_weights,
+            "score_weights": plausibility_weight * score_weights,
+            "targets": tf.zeros([slots.texts, sequence_length["targets"]], tf.int32),
+            "targets_words_cut": tf.zeros([], tf.int32),
+            "texts": tf.fill([slots.texts], ""),
             **_pass_through(example),
         }
 

@@ -2,6 +2,7 @@
 
     coco_captions, coco_captions_augmented_prompt   TFDS's own data set; one of an image's captions is drawn
     web_captions, web_captions_augmented_prompt     built by `python -m richhf_jax.datasets.web_captions`
+    coco_flawed_captions, web_flawed_captions, ...  the same images with painted flaws, see `flaws`
 
 COCO's images and splits are those of Karpathy and Li; like them, training uses `restval`, too.
 """
@@ -9,10 +10,20 @@ COCO's images and splits are those of Karpathy and Li; like them, training uses 
 from richhf_jax import preprocessors
 from tasks import providers
 
-providers.add_captions_tasks(
-    "coco_captions",
-    "coco_captions/2014:1.1.0",
-    {"train": "train+restval", "validation": "val", "test": "test"},
-    first_preprocessors=[preprocessors.draw_caption],
-)
-providers.add_captions_tasks("web_captions", "web_captions/default:1.0.0", ["train", "validation"])
+for _name, _preprocessor in {
+    "captions": preprocessors.captions,
+    "flawed_captions": preprocessors.flawed_captions,
+}.items():
+    providers.add_captions_tasks(
+        f"coco_{_name}",
+        "coco_captions/2014:1.1.0",
+        {"train": "train+restval", "validation": "val", "test": "test"},
+        first_preprocessors=[preprocessors.draw_caption],
+        preprocessor=_preprocessor,
+    )
+    providers.add_captions_tasks(
+        f"web_{_name}",
+        "web_captions/default:1.0.0",
+        ["train", "validation"],
+        preprocessor=_preprocessor,
+    )

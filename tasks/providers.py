@@ -72,6 +72,7 @@ def add_captions_tasks(
     tfds_name: str,
     splits: Sequence[str] | Mapping[str, str],
     first_preprocessors: Sequence[Callable] = (),
+    preprocessor: Callable = preprocessors.captions,
 ) -> None:
     """Registers a TFDS data set of images with captions: `<name>` and `<name>_augmented_prompt`.
 
@@ -81,9 +82,10 @@ def add_captions_tasks(
       splits: the data set's splits, or a mapping of the tasks' splits to TFDS's.
       first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) from a record that
         lacks them; they may use the example's `preprocessors.SEED`.
+      preprocessor: `preprocessors.captions`, or another of its signature.
     """
     for variant in feedback.VARIANTS:
-        preprocess = functools.partial(preprocessors.captions, variant=variant)
+        preprocess = functools.partial(preprocessor, variant=variant)
         _add(
             captions_name(name, variant),
             tfds_name,

@@ -4,6 +4,7 @@
     synthetic_rich_hf_<kind>_{multi_head,augmented_prompt}   a single kind of it
     synthetic_rich_hf_subtle...                              the same with small flaws and noise
     synthetic_captions, synthetic_captions_augmented_prompt  captions
+    synthetic_flawed_captions, ...                           the same images with painted flaws, see `flaws`
     synthetic_pretrain, synthetic_pretrain_augmented_prompt  mixtures: captions and rich feedback
 
 A caption's heatmap and score slots have weight 0. If TASK_FEATURE_LENGTHS has no such slots, pretraining uses
@@ -17,7 +18,7 @@ from typing import cast
 import gin
 import numpy as np
 
-from richhf_jax import input_pipeline, metrics
+from richhf_jax import input_pipeline, metrics, preprocessors
 from richhf_jax.datasets import scenes, synthetic_captions, synthetic_rich_hf
 from richhf_jax.feedback import RichFeedback
 from tasks import providers
@@ -63,7 +64,14 @@ for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
         ["train", "validation", "test"],
         more_metric_fns=[functools.partial(truth_metrics, config=scenes.CONFIGS[_config])],
     )
-providers.add_captions_tasks(
-    "synthetic_captions", f"synthetic_captions/default:{_CAPTIONS_VERSION}", ["train", "validation"]
-)
+for _name, _preprocessor in {
+    "captions": preprocessors.captions,
+    "flawed_captions": preprocessors.flawed_captions,
+}.items():
+    providers.add_captions_tasks(
+        f"synthetic_{_name}",
+        f"synthetic_captions/default:{_CAPTIONS_VERSION}",
+        ["train", "validation"],
+        preprocessor=_preprocessor,
+    )
 providers.add_pretraining_mixture("synthetic_pretrain", "synthetic_captions", "synthetic_rich_hf")

@@ -276,8 +276,99 @@ def test_the_box_alone_has_colours(rng):
 
 def test_shipped_values_are_the_defaults():
     gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["augmentation/default.gin"], [])
-    for function in (augmentation.show, augmentation.draw_window, augmentation.recolour):
+    for function in (augmentation.show, augmentation.draw_window, augmentation.recolour, augmentation.move):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 key = f"richhf_jax.augmentation.{function.__name__}.{name}"
                 assert gin.query_parameter(key) == parameter.default, key
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "way", "flips", "sources", "shows"),
+    [
+        (0, 4, 0, False, [0, 1, 2, 3], [1, 1, 1, 1]),
+        (0, 4, 1, False, [0, 0, 1, 2], [0, 1, 1, 1]),
+        (0, 4, -1, False, [1, 2, 3, 3], [1, 1, 1, 0]),
+        (0, 4, 1, True, [3, 3, 2, 1], [0, 1, 1, 1]),
+        (0, 3, 0, True, [2, 1, 0, 3], [1, 1, 1, 1]),
+        (1, 3, 1, False, [0, 1, 1, 3], [1, 0, 1, 1]),
+        (1, 3, 9, False, [0, 1, 1, 3], [1, 0, 0, 1]),
+    ],
+)
+def test_sources_of_a_moved_row(first, end, way, flips, sources, shows):
+    given = augmentation._sources(4, *map(tf.constant, (first, end, way, flips)))
+    assert given[0].numpy().tolist() == sources
+    assert given[1].numpy().tolist() == [bool(show) for show in shows]
+
+
+def moves(box=None, count=40, may_flip=True, **kwargs):
+    """Moves an image and a heatmap of its first channel, which is nowhere 0, as each seed says."""
+    first, last = (slice(box[axis], box[axis + 2]) if box else slice(None) for axis in (0, 1))
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    inside = image[first, last]
+    inside[:] = np.random.default_rng(0).integers(1, 256, inside.shape, np.uint8)
+    arguments = [tf.constant(image), tf.constant(image[None, ..., 0])]
+    box = None if box is None else tf.constant(box)
+    move = functools.partial(augmentation.move, may_flip=may_flip, box=box, **kwargs)
+    moved = [move(*arguments, seed(number)) for number in range(count)]
+    return image, [(pair["image"].numpy(), pair["heatmaps"].numpy()[0]) for pair in moved]
+
+
+def test_half_of_the_pictures_are_mirrored_with_their_heatmaps():
+    image, moved = moves(flip_probability=0.5)
+    mirrored = 0
+    for shown, heatmap in moved:
+        is_mirrored = (shown != image).any()
+        np.testing.assert_array_equal(shown, image[:, ::-1] if is_mirrored else image)
+        np.testing.assert_array_equal(heatmap, shown[..., 0])
+        mirrored += is_mirrored
+    assert 10 < mirrored < 30
+
+
+@pytest.mark.parametrize("box", [None, [15, 0, 48, 64], [0, 7, 64, 20]])
+def test_image_and_heatmap_move_alike(box):
+    image, moved = moves(box, flip_probability=0.5, shift=0.1)
+    top, left, bottom, right = box or WHOLE
+    for shown, heatmap in moved:
+        beside = np.ones((SIDE, SIDE), bool)
+        beside[top:bottom, left:right] = False
+        assert not shown[beside].any()
+        assert not heatmap[beside].any()
+        assert shown[~beside].all()
+        seen = heatmap > 0
+        np.testing.assert_array_equal(heatmap[seen], shown[..., 0][seen])
+        # What is seen is a part of the picture, or of its mirror image.
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        assert seen.sum() == len(rows) * len(columns)
+        part = shown[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        picture = image[top:bottom, left:right]
+        y, x = (
+            (end - begin) - size
+            for begin, end, size in ((top, bottom, len(rows)), (left, right, len(columns)))
+        )
+        places = [(slice(a, a + len(rows)), slice(b, b + len(columns))) for a in (0, y) for b in (0, x)]
+        assert any((part == view[at]).all() for view in (picture, picture[:, ::-1]) for at in places)
+        # The edge is repeated.
+        assert (shown[top] == shown[max(rows[0], top)]).all() if rows[0] > top else True
+    ways = {(int((heatmap > 0).any(1).sum()), int((heatmap > 0).any(0).sum())) for _, heatmap in moved}
+    assert len(ways) > 5
+    least = (round(0.9 * (bottom - top)) - 1, round(0.9 * (right - left)) - 1)
+    assert np.min(list(ways), axis=0).tolist() >= list(least)
+
+
+def test_pictures_that_must_not_be_mirrored():
+    image, moved = moves(flip_probability=1.0, may_flip=False, count=10)
+    assert all((shown == image).all() for shown, _ in moved)
+
+
+def test_geometric_augmentation_keeps_colours_and_sizes(monkeypatch):
+    files = ["experiments/quickstart.gin", "augmentation/geometric.gin"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, ["MODEL_DIR = 'none'"])
+    assert gin_utils.macro("AUGMENT") is True
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    encoded = tf.constant(consolidate.encode_png(image))
+    colours_before = {tuple(pixel) for pixel in image.reshape(-1, 3)}
+    shown = [augmentation.show(encoded, [], SIDE, seed(number), True)["image"].numpy() for number in range(8)]
+    for pixels in shown:
+        assert {tuple(pixel) for pixel in pixels.reshape(-1, 3)} <= colours_before
+    assert len({pixels.tobytes() for pixels in shown}) == len(shown)

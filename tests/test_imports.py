@@ -39,6 +39,7 @@ writing            |                | foreign_text
 locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
+flaws              | tensorflow     |
 datasets           | tensorflow torch | foreign_text inputs locking reading writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
@@ -48,7 +49,7 @@ optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
-preprocessors      | tensorflow     | augmentation
+preprocessors      | tensorflow     | augmentation flaws
 feature_converters | tensorflow     | preprocessors
 input_pipeline     | tensorflow     | datasets feature_converters foreign_text preprocessors
 tasks              | tensorflow     | datasets input_pipeline metrics postprocessors preprocessors

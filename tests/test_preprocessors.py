@@ -6,7 +6,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from richhf_jax import errors, feedback, preprocessors
+from richhf_jax import errors, feedback, gin_utils, preprocessors
 from richhf_jax.datasets import consolidate
 from tasks import vocabulary
 
@@ -47,6 +47,7 @@ def run(preprocess, *, seeds=(0,), lengths=None, example=None, **kwargs):
 
 rich_feedback = functools.partial(run, preprocessors.rich_feedback)
 captions = functools.partial(run, preprocessors.captions)
+flawed_captions = functools.partial(run, preprocessors.flawed_captions)
 
 
 def decoded(tokens):
@@ -371,9 +372,88 @@ def test_captions_in_the_augmented_prompt_variant():
     (example,) = captions(variant=AUGMENTED_PROMPT, shown_share=0.0, example=caption_record())
     assert decoded(example["inputs"]) == [""] * 6 + ["caption"]
     expected = rich_feedback(variant=AUGMENTED_PROMPT)[0]
-    assert {k: (v.shape, v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)} == {
-        k: (v.shape, v.dtype) for k, v in expected.items() if isinstance(v, np.ndarray)
-    }
+    assert shapes(example) == shapes(expected)
+
+
+def shapes(example):
+    return {k: (v.shape, v.dtype) for k, v in example.items() if isinstance(v, np.ndarray)}
+
+
+@pytest.mark.parametrize("variant", feedback.VARIANTS)
+def test_flawed_captions(variant):
+    examples = flawed_captions(variant=variant, seeds=range(12), example=caption_record())
+    (expected,) = rich_feedback(variant=variant)
+    prompts = feedback.task_prompts(variant, "a red star, and one blue ring")
+    flawed = [example["heatmaps"][0].any() for example in examples]
+    assert 0 < sum(flawed) < 12
+    for example, is_flawed in zip(examples, flawed, strict=True):
+        assert shapes(example) == shapes(expected)
+        assert decoded(example["inputs"]) == prompts
+        # 0 is implausibility.
+        assert example["heatmap_weights"].tolist() == [1.0, 0.0]
+        assert not example["heatmaps"][1].any()
+        assert (example["image"] != expected["image"]).any() == is_flawed
+        for name in ("scores", "score_weights", "targets", "targets_words_cut"):
+            assert not example[name].any()
+        assert example["texts"].tolist() == [b""]
+
+
+def test_flawed_captions_train_the_implausibility_heatmap_even_with_one_slot():
+    run_them = functools.partial(
+        flawed_captions, variant=AUGMENTED_PROMPT, seeds=range(8), lengths={"heatmaps": 1, "scores": 2}
+    )
+    for example in run_them(example=caption_record()):
+        assert decoded(example["inputs"])[0] == "implausibility heatmap a red star, and one blue ring"
+        assert example["heatmap_weights"].tolist() == [1.0]
+        assert not example["score_weights"].any()
+    # A wanted score gets a slot as well.
+    for example in run_them(example=caption_record(), plausibility_weight=0.5):
+        assert decoded(example["inputs"])[1] == "plausibility score a red star, and one blue ring"
+        assert example["score_weights"].tolist() == [0.5, 0.0]
+
+
+def test_plausibility_of_flawed_captions_follows_the_number_of_flaws():
+    gin.bind_parameter("richhf_jax.flaws.paint.count_weights", (1, 1, 1))
+    gin.bind_parameter("richhf_jax.flaws.paint.damages", ("static",))
+    examples = flawed_captions(
+        variant=MULTI_HEAD,
+        seeds=range(20),
+        example=caption_record(),
+        plausibility_weight=0.5,
+        clean_plausibility=0.9,
+        flaw_cost=0.5,
+    )
+    plausibilities = set()
+    for example in examples:
+        plausibility, *others = example["scores"].tolist()
+        assert others == [0.0] * 3
+        assert example["score_weights"].tolist() == [0.5, 0.0, 0.0, 0.0]
+        assert example["heatmaps"][0].any() == (plausibility < 0.9 - 1e-6)
+        plausibilities.add(round(plausibility, 3))
+    assert plausibilities == {0.9, 0.4, 0.0}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "may_flip"),
+    [
+        ("a star left of a ring", False),
+        ("Right, a ring\nand a star", False),
+        ("the LEFTMOST ring", False),
+        ("an upright ring in bright light", True),
+        ("", True),
+    ],
+)
+def test_prompts_with_sides_are_not_mirrored(prompt, may_flip):
+    settings = ["augmentation.move.flip_probability = 1.0", "augmentation.move.shift = 0.0"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["augmentation/geometric.gin"], settings)
+    heatmap = consolidate.encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    example = record(**dict.fromkeys(feedback.HEATMAP_FIELDS.values(), heatmap))
+    example |= {feedback.PROMPT_FIELD: prompt, preprocessors.SEED: tf.constant([0, 1], tf.int64)}
+    pictures = functools.partial(preprocessors._pictures, kinds=tf.range(2), side=8)
+    plain, augmented = pictures(example), pictures(example | {preprocessors.AUGMENT: True})
+    for name, width in (("image", 1), ("heatmaps", 2)):
+        expected = np.flip(plain[name], width) if may_flip else plain[name]
+        np.testing.assert_array_equal(augmented[name], expected)
 
 
 def test_blind_to_the_image(monkeypatch):

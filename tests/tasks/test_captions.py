@@ -13,6 +13,7 @@ from tasks import captions as captions
 
 LENGTHS = {"image": 32, "inputs": 64, "targets": 64, "heatmaps": 0, "scores": 0, "texts": 1}
 NAMES = ["coco_captions", "coco_captions_augmented_prompt", "web_captions", "web_captions_augmented_prompt"]
+NAMES += ["coco_flawed_captions", "web_flawed_captions_augmented_prompt"]
 # Split of TFDS's coco_captions -> images.
 COCO_SPLITS = {"train": 4, "val": 3, "test": 2, "restval": 2}
 CAPTIONS_OF_AN_IMAGE = 5
@@ -72,8 +73,8 @@ def _data_dir(data_dir):
     set_data_dir(None)
 
 
-def evaluate(name, split="validation"):
-    cfg = input_pipeline.DatasetConfig(name, LENGTHS, split, 8)
+def evaluate(name, split="validation", **lengths):
+    cfg = input_pipeline.DatasetConfig(name, {**LENGTHS, **lengths}, split, 8)
     batches = input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))
     return [example for examples, _ in batches for example in examples]
 
@@ -100,6 +101,16 @@ def test_examples(name):
         assert example["inputs"].shape == (1, 64)
         assert example["targets"].any()
     assert len({example[feedback.FILENAME_FIELD] for example in examples}) == len(examples)
+
+
+@pytest.mark.parametrize("name", ["coco_flawed_captions", "web_flawed_captions_augmented_prompt"])
+def test_flawed_examples(name):
+    flawed = evaluate(name, heatmaps=1 if name.endswith("prompt") else 2)
+    clean = evaluate(name.replace("flawed_", ""))
+    for example, original in zip(flawed, clean, strict=True):
+        assert example[feedback.PROMPT_FIELD] == original[feedback.PROMPT_FIELD]
+        assert example["heatmaps"][0].any() == (example["image"] != original["image"]).any()
+    assert {example["heatmaps"].any() for example in flawed} == {True, False}
 
 
 def test_one_of_an_images_captions_is_drawn():

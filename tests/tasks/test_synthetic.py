@@ -8,6 +8,7 @@ from richhf_jax import feature_converters, feedback, input_pipeline
 LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
 RICH_FEEDBACK = [f"synthetic_rich_hf{kind}_{v}" for kind in ("", "_subtle") for v in feedback.VARIANTS]
 CAPTIONS = ["synthetic_captions", "synthetic_captions_augmented_prompt"]
+FLAWED = ["synthetic_flawed_captions", "synthetic_flawed_captions_augmented_prompt"]
 MIXTURES = ["synthetic_pretrain", "synthetic_pretrain_augmented_prompt"]
 
 
@@ -23,7 +24,7 @@ def evaluate(name, **lengths):
 
 
 def test_names():
-    assert set(RICH_FEEDBACK + CAPTIONS) <= set(seqio.TaskRegistry.names())
+    assert set(RICH_FEEDBACK + CAPTIONS + FLAWED) <= set(seqio.TaskRegistry.names())
     assert set(MIXTURES) <= set(seqio.MixtureRegistry.names())
 
 
@@ -45,6 +46,19 @@ def test_captions(name):
     assert features["encoder_input_tokens"].shape == (8, 1, 32)
     for example in examples:
         assert example["texts"].tolist() == [example[feedback.PROMPT_FIELD]]
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_flawed_captions(name):
+    examples, features = evaluate(name)
+    np.testing.assert_array_equal(features["heatmap_weights"], [[1.0, 0.0]] * 8)
+    assert not features["decoder_loss_weights"].any()
+    assert not features["score_weights"].any()
+    flawed = features["heatmap_targets"].any((1, 2, 3))
+    assert 0 < flawed.sum() < 8
+    (clean, _) = evaluate(name.replace("flawed_", ""))
+    changed = [(a["image"] != b["image"]).any() for a, b in zip(examples, clean, strict=True)]
+    assert changed == flawed.tolist()
 
 
 @pytest.mark.parametrize(("name", "prompts"), list(zip(MIXTURES, (1, 7), strict=True)))
