@@ -2,17 +2,29 @@
 
     coco_captions, coco_captions_augmented_prompt   TFDS's own data set; one of an image's captions is drawn
     web_captions, web_captions_augmented_prompt     built by `python -m richhf_jax.datasets.web_captions`
+    coco_corrupted_captions, corrupted_captions...  COCO's and the web's, half of them made wrong, with labels
 
 COCO's images and splits are those of Karpathy and Li; like them, training uses `restval`, too.
 """
 
-from richhf_jax import preprocessors
+import gin
+
+from richhf_jax import corruption, preprocessors
+from richhf_jax.datasets import caption_words
 from tasks import providers
 
-providers.add_captions_tasks(
-    "coco_captions",
-    "coco_captions/2014:1.1.0",
-    {"train": "train+restval", "validation": "val", "test": "test"},
-    first_preprocessors=[preprocessors.draw_caption],
+
+@gin.configurable
+def english_words(**changes) -> corruption.Words:
+    """Returns the table of English words; gin may set each field of `corruption.Words`."""
+    return corruption.Words(**{**caption_words.ENGLISH, **changes})
+
+
+_COCO = "coco_captions/2014:1.1.0", {"train": "train+restval", "validation": "val", "test": "test"}
+_WEB = "web_captions/default:1.0.0", ["train", "validation"]
+providers.add_captions_tasks("coco_captions", *_COCO, first_preprocessors=[preprocessors.draw_caption])
+providers.add_captions_tasks("web_captions", *_WEB)
+providers.add_corrupted_captions_tasks(
+    "coco_corrupted_captions", *_COCO, english_words, first_preprocessors=[preprocessors.draw_caption]
 )
-providers.add_captions_tasks("web_captions", "web_captions/default:1.0.0", ["train", "validation"])
+providers.add_corrupted_captions_tasks("corrupted_captions", *_WEB, english_words)

@@ -9,7 +9,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from richhf_jax import feedback, metrics, postprocessors, preprocessors
+from richhf_jax import corruption, feedback, metrics, postprocessors, preprocessors
 from tasks import vocabulary
 
 _TEXT = seqio.Feature(vocabulary.ConfiguredVocabulary(), add_eos=False, dtype=tf.int32, rank=2)
@@ -31,6 +31,13 @@ OUTPUT_FEATURES = {
 @gin.configurable
 def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
     """Returns the number of captions for each record of rich feedback in a pretraining mixture."""
+    del task
+    return rate
+
+
+@gin.configurable
+def corrupted_caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
+    """Returns the number of corrupted captions for each record of rich feedback in a `..._plus` mixture."""
     del task
     return rate
 
@@ -82,13 +89,42 @@ def add_captions_tasks(
       first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) from a record that
         lacks them; they may use the example's `preprocessors.SEED`.
     """
+    _add_captions_tasks(name, tfds_name, splits, preprocessors.captions, first_preprocessors)
+
+
+def add_corrupted_captions_tasks(
+    name: str,
+    tfds_name: str,
+    splits: Sequence[str] | Mapping[str, str],
+    words: Callable[[], corruption.Words],
+    first_preprocessors: Sequence[Callable] = (),
+) -> None:
+    """Registers the same data as tasks whose captions are true or corrupted, with labels.
+
+    Args:
+      name: see `add_captions_tasks`.
+      tfds_name: see `add_captions_tasks`.
+      splits: see `add_captions_tasks`.
+      words: returns the table of words.
+      first_preprocessors: see `add_captions_tasks`.
+    """
+    preprocess = functools.partial(corruption.corrupted_captions, words=words)
+    _add_captions_tasks(name, tfds_name, splits, preprocess, first_preprocessors)
+
+
+def _add_captions_tasks(
+    name: str,
+    tfds_name: str,
+    splits: Sequence[str] | Mapping[str, str],
+    preprocess: Callable,
+    first_preprocessors: Sequence[Callable],
+) -> None:
     for variant in feedback.VARIANTS:
-        preprocess = functools.partial(preprocessors.captions, variant=variant)
         _add(
             captions_name(name, variant),
             tfds_name,
             splits,
-            [preprocess],
+            [functools.partial(preprocess, variant=variant)],
             encoded=(feedback.IMAGE_FIELD,),
             first_preprocessors=first_preprocessors,
         )
@@ -99,11 +135,24 @@ def captions_name(name: str, variant: str) -> str:
     return name if variant == feedback.MULTI_HEAD else f"{name}_{variant}"
 
 
-def add_pretraining_mixture(name: str, captions: str, rich_feedback: str) -> None:
-    """Registers the mixtures `<name>` and `<name>_augmented_prompt`: `caption_rate` captions per record."""
+def add_pretraining_mixture(
+    name: str,
+    captions: str,
+    rich_feedback: str,
+    more: Mapping[str, Callable[[seqio.Task], float]] | None = None,
+) -> None:
+    """Registers the mixtures `<name>` and `<name>_augmented_prompt`: `caption_rate` captions per record.
+
+    Args:
+      name: the multi-head mixture's name.
+      captions: the multi-head task's name of true captions.
+      rich_feedback: the beginning of the names of rich feedback's tasks.
+      more: name of another multi-head task -> its rate per record.
+    """
+    rates = {captions: caption_rate, **(more or {})}
     for variant in feedback.VARIANTS:
-        tasks = [(captions_name(captions, variant), caption_rate), (f"{rich_feedback}_{variant}", 1.0)]
-        seqio.MixtureRegistry.add(captions_name(name, variant), tasks)
+        tasks = [(captions_name(task, variant), rate) for task, rate in rates.items()]
+        seqio.MixtureRegistry.add(captions_name(name, variant), [*tasks, (f"{rich_feedback}_{variant}", 1.0)])
 
 
 def _add(
