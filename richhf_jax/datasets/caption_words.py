@@ -151,7 +151,7 @@ ENGLISH: Mapping[str, Any] = {
         "dish": _other("rice", "soup", "salad", "pasta", "bread"),
         "drink": _other("coffee", "wine", "beer", "milk", "tea"),
         "headwear": _noun(hat=2, helmet=1),
-        "outfit": _noun(**{"dress/dresses": 2}, suit=2, uniform=1),
+        "outfit": _noun(**{"dress/dresses": 2}, suit=2, bikini=0.5),
         "board": _noun(skateboard=3, surfboard=3, snowboard=1),
         "thing held": _noun(umbrella=3, kite=2, frisbee=2),
         "device": _noun(laptop=3, phone=2, camera=1, television=1),
@@ -265,6 +265,15 @@ ENGLISH: Mapping[str, Any] = {
         "tiger lily",
         "open air",
         "big ben",
+        "bathing suit",
+        "swim suit",
+        "wet suit",
+        "laptop computer",
+        "laptop computers",
+        "double decker",
+        "phone call",
         "left over",
     ),
 }
+
+TABLES = {"english": ENGLISH, "synthetic": SYNTHETIC}
