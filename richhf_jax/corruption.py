@@ -131,14 +131,16 @@ def exchange_weights(frequencies: Sequence[float]) -> tuple[np.ndarray, np.ndarr
 
     Returns:
       The weights, and the share of each word's exchanges that take place: below 1 only for a word that is
-      more frequent than all others together.
+      more frequent than (nearly) all others together.
     """
     shares = np.array(frequencies) / np.sum(frequencies)
-    accepted = np.minimum(1, (1 - shares) / shares)
-    flows = shares * accepted
-    weights = np.sqrt(flows)
-    for _ in range(2000):
-        weights = np.sqrt(weights * flows / (weights.sum() - weights))
+    # At the limit itself, three words or more would need infinite weights.
+    most = (1 - shares) * (1 if len(shares) == 2 else 0.9)
+    flows = np.minimum(shares, most)
+    weights, last = np.sqrt(flows), 0
+    while np.abs(weights - last).max() > 1e-12:
+        last, weights = weights, np.sqrt(weights * flows / (weights.sum() - weights))
+    accepted = flows / shares
     return weights, accepted
 
 
