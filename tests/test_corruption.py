@@ -1,6 +1,7 @@
 """Captions made wrong: worked examples, labels against the meaning, and a reader blind to the image."""
 
 import collections
+import functools
 import itertools
 import re
 
@@ -20,11 +21,17 @@ SYNTHETIC = corruption.Words(**caption_words.SYNTHETIC)
 ENGLISH = corruption.Words(**caption_words.ENGLISH)
 
 
+COMPILED = {}
+
+
 def corrupt_all(texts, words, seed=0, threads=2):
-    """Corrupts each caption, the n-th by the seed [seed, n], in one graph."""
+    """Corrupts each caption, the n-th by the seed [seed, n]."""
+    if id(words) not in COMPILED:  # The table is kept, so that no other gets its id.
+        COMPILED[id(words)] = tf.function(lambda text, key: corruption.corrupt(text, key, words)), words
+    corrupt, _ = COMPILED[id(words)]
     dataset = tf.data.Dataset.from_tensor_slices(list(texts)).enumerate()
     dataset = dataset.map(
-        lambda number, text: corruption.corrupt(text, tf.stack([tf.constant(seed, tf.int64), number]), words),
+        lambda number, text: corrupt(text, tf.stack([tf.constant(seed, tf.int64), number])),
         num_parallel_calls=threads,
     )
     return [
@@ -57,6 +64,7 @@ def classes(**changes):
     return table
 
 
+@functools.cache
 def only(kind):
     """The synthetic table with one kind of exchange: a class, 'swap' or 'phrase'."""
     table = classes(**{name: {"weight": float(name == kind)} for name in SYNTHETIC.classes})
@@ -103,7 +111,11 @@ def test_the_same_seed_gives_the_same_caption():
     assert first[:3] == PINNED
 
 
-PINNED = []
+PINNED = [
+    ("a red ring and two blue stars", [1, 1, 0, 1, 1, 1, 0], True),
+    ("one large black cross", [1, 1, 0, 1], True),
+    ("a square", [1, 0], True),
+]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +230,7 @@ def test_corrupted_counts_are_as_frequent_as_true_ones():
     shares = np.array([0.17, 0.15, 0.08]) / 0.4
     texts = [
         f"{word} circle{'s' * (word != 'one')}"
-        for word in np.random.default_rng(1).choice(["one", "two", "three"], 6000, p=shares)
+        for word in np.random.default_rng(1).choice(["one", "two", "three"], 3000, p=shares)
     ]
     words = corruption.Words(
         **{**caption_words.SYNTHETIC, "classes": classes(shape={"weight": 0}), "phrase_weight": 0}
@@ -226,19 +238,18 @@ def test_corrupted_counts_are_as_frequent_as_true_ones():
     found = collections.Counter(prompt.split()[0] for prompt, _, _ in corrupt_all(texts, words))
     for word, share in zip(("one", "two", "three"), shares, strict=True):
         # Four standard deviations; without exchange_weights, "three" would have 0.27 instead of 0.2.
-        assert abs(found[word] / 6000 - share) < 4 * np.sqrt(share * (1 - share) / 6000)
+        assert abs(found[word] / 3000 - share) < 4 * np.sqrt(share * (1 - share) / 3000)
 
 
 # A reader who doesn't see the image.
 
 
 def reader_features(texts):
-    """Words, pairs of neighbours, pairs of words anywhere, repetitions and the length of each caption."""
+    """Words, neighbours, repetitions and the length of each caption."""
     for text in texts:
         words = ["^", *feedback.tokenize_prompt(text.lower()), "$"]
         repeated = {f"{word} twice" for word, count in collections.Counter(words).items() if count > 1}
-        pairs = {f"{a}&{b}" for a, b in itertools.combinations(sorted(set(words)), 2)}
-        yield {*words, *map(" ".join, itertools.pairwise(words)), *pairs, *repeated, f"{len(words)} words"}
+        yield {*words, *map(" ".join, itertools.pairwise(words)), *repeated, f"{len(words)} words"}
 
 
 def blind_accuracy(pairs, seed=0):
@@ -311,39 +322,23 @@ def english_captions(count):
 @pytest.mark.parametrize("kind", ["synthetic", "english"])
 def test_a_reader_blind_to_the_image_stays_at_chance(kind):
     texts, words = (
-        (synthetic_captions(6000), SYNTHETIC) if kind == "synthetic" else (english_captions(6000), ENGLISH)
+        (synthetic_captions(3600), SYNTHETIC) if kind == "synthetic" else (english_captions(3000), ENGLISH)
     )
     pairs = pairs_of(texts, words)
-    assert len(pairs) > 5000
+    assert len(pairs) > 2900
     accuracy, count = blind_accuracy(pairs)
     assert 0.5 - (chance_bound(count) - 0.5) < accuracy < chance_bound(count)
 
 
-@pytest.mark.parametrize("leak", ["a colour twice", "frequencies", "an article", "a longer caption"])
-def test_the_blind_reader_finds_leaks(leak):
-    words = SYNTHETIC
-    if leak == "a colour twice":
-        words = corruption.Words(
-            **{**caption_words.SYNTHETIC, "classes": classes(colour={"once": False, "weight": 9})}
-        )
-    if leak == "frequencies":
-        words = corruption.Words(
-            **{
-                **caption_words.SYNTHETIC,
-                "classes": classes(
-                    colour={"words": dict(zip(prompts.COLOURS, (9, 1, 1, 3, 3, 3), strict=True))}
-                ),
-            }
-        )
-    pairs = pairs_of(synthetic_captions(3000), words)
-    if leak == "an article":
-        pairs = [
-            (wrong.replace("a orange", "an orange").replace("an orange", "a orange"), true)
-            for wrong, true in pairs
-        ]
-    if leak == "a longer caption":
-        pairs = [(f"{wrong} and a star", true) for wrong, true in pairs]
-    accuracy, count = blind_accuracy(pairs)
+@pytest.mark.parametrize(
+    "colour", [{"once": False}, {"words": dict(zip(prompts.COLOURS, (9, 1, 1, 3, 3, 3), strict=True))}]
+)
+def test_the_blind_reader_finds_leaks(colour):
+    # Colours that true captions never name twice, and colours too frequent or too rare.
+    table = classes(colour=colour, shape={"weight": 0}, size={"weight": 0}, count={"weight": 0})
+    table = {**caption_words.SYNTHETIC, "classes": table, "swap_weight": 0.0, "phrase_weight": 0.0}
+    texts = [text for text in synthetic_captions(3000) if len(parse(text).phrases) > 1]
+    accuracy, count = blind_accuracy(pairs_of(texts, corruption.Words(**table)))
     assert accuracy > chance_bound(count)
 
 
@@ -431,28 +426,24 @@ def is_true(example):
     return example[feedback.PROMPT_FIELD].decode() == TRUE
 
 
-def test_half_of_the_examples_are_true():
-    examples = corrupted(count=400)
-    # Three standard deviations of a fair coin.
-    assert abs(sum(map(is_true, examples)) - 200) < 30
-    assert all(map(is_true, corrupted(true_share=1.0)))
-    assert not any(map(is_true, corrupted(text="a red star and two rings", true_share=0.0)))
-
-
-def test_the_labels_of_both_kinds():
-    for example in corrupted(true_alignment=0.9, wrong_alignment=0.3, alignment_weight=0.5):
+def test_the_labels_of_true_and_wrong_captions():
+    settings = {"true_alignment": 0.9, "wrong_alignment": 0.3, "alignment_weight": 0.5}
+    examples = corrupted(count=200, empty_heatmaps=True, **settings)
+    # Half are true: within three standard deviations of a fair coin.
+    assert abs(sum(map(is_true, examples)) - 100) < 22
+    for example in examples:
         true = is_true(example)
         tokens = feedback.tokenize_prompt(example[feedback.PROMPT_FIELD].decode())
         labels = feedback.parse_labels(example[feedback.KEYWORDS_FIELD].decode())
         assert all(labels) == true
         assert example["texts"].tolist() == [feedback.mark_misaligned(tokens, labels).encode()]
         weights = dict(zip(feedback.SCORES, example["score_weights"], strict=True))
-        assert weights.pop(feedback.ALIGNMENT) in ((0.5, 0) if true else (0.5,))
+        assert weights.pop(feedback.ALIGNMENT) == 0.5
         assert not any(weights.values())
-        if example["score_weights"].any():
-            alignment = example["scores"][feedback.SCORES.index(feedback.ALIGNMENT)]
-            assert alignment == np.float32(0.9 if true else 0.3)
-        assert not example["heatmap_weights"].any()
+        alignment = example["scores"][feedback.SCORES.index(feedback.ALIGNMENT)]
+        assert alignment == np.float32(0.9 if true else 0.3)
+        weights = dict(zip(feedback.HEATMAPS, example["heatmap_weights"], strict=True))
+        assert weights == {feedback.IMPLAUSIBILITY: 0, feedback.MISALIGNMENT: true}
         assert not example["heatmaps"].any()
 
 
@@ -461,13 +452,7 @@ def test_a_caption_that_cannot_be_exchanged_has_no_alignment():
         assert example["texts"].tolist() == [b"some shapes"]
         assert example["targets"].any()
         assert not example["score_weights"].any()
-
-
-def test_true_captions_may_have_an_empty_heatmap():
-    for example in corrupted(empty_heatmaps=True):
-        weights = dict(zip(feedback.HEATMAPS, example["heatmap_weights"], strict=True))
-        assert weights == {feedback.IMPLAUSIBILITY: 0, feedback.MISALIGNMENT: is_true(example)}
-        assert not example["heatmaps"].any()
+        assert not example["heatmap_weights"].any()
 
 
 def test_the_augmented_prompt_asks_for_what_has_labels():
@@ -481,12 +466,10 @@ def test_the_augmented_prompt_asks_for_what_has_labels():
         assert example["score_weights"][1] == 0
 
 
-@pytest.mark.parametrize("variant", feedback.VARIANTS)
-@pytest.mark.parametrize("slots", [(2, 4), (0, 4), (0, 0)])
-def test_the_shapes_are_those_of_captions(variant, slots):
-    lengths = dict(zip(("heatmaps", "scores"), slots, strict=True))
-    spec, _ = run(count=1, variant=variant, lengths=lengths, words=lambda: SYNTHETIC)
-    other, _ = run(count=1, variant=variant, lengths=lengths, preprocess=preprocessors.captions)
+def test_the_shapes_are_those_of_captions():
+    settings = {"variant": AUGMENTED_PROMPT, "lengths": {"heatmaps": 1, "scores": 2}}
+    spec, _ = run(count=0, words=lambda: SYNTHETIC, **settings)
+    other, _ = run(count=0, preprocess=preprocessors.captions, **settings)
     assert spec == other
 
 

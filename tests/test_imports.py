@@ -39,7 +39,9 @@ writing            |                | foreign_text
 locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
-datasets           | tensorflow torch | foreign_text inputs locking reading writing
+preprocessors      | tensorflow     | augmentation
+corruption         | tensorflow     | preprocessors
+datasets           | tensorflow torch | corruption foreign_text inputs locking reading writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
@@ -48,11 +50,10 @@ optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
-preprocessors      | tensorflow     | augmentation
 feature_converters | tensorflow     | preprocessors
 input_pipeline     | tensorflow     | datasets feature_converters foreign_text preprocessors
-tasks              | tensorflow     | datasets input_pipeline metrics postprocessors preprocessors
-                                      writing
+tasks              | tensorflow     | corruption datasets input_pipeline metrics postprocessors
+                                      preprocessors writing
 torch_twin         | torch          | network
 train_state        | jax            |
 sealing            | jax            | checksums reading writing
