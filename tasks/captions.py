@@ -2,16 +2,30 @@
 
     coco_captions, coco_captions_augmented_prompt   TFDS's own data set; one of an image's captions is drawn
     web_captions, web_captions_augmented_prompt     built by `python -m richhf_jax.datasets.web_captions`
+    coco_corrupted_captions, web_corrupted_captions, ...  the same, half of them made wrong, with labels
     coco_flawed_captions, web_flawed_captions, ...  the same images with painted flaws, see `flaws`
 
 COCO's images and splits are those of Karpathy and Li; like them, training uses `restval`, too.
 """
 
-from richhf_jax import preprocessors
+import functools
+
+import gin
+
+from richhf_jax import corruption, preprocessors
+from richhf_jax.datasets import caption_words
 from tasks import providers
+
+
+@gin.configurable
+def english_words(**changes) -> corruption.Words:
+    """Returns the table of English words; gin may set each field of `corruption.Words`."""
+    return corruption.Words(**{**caption_words.ENGLISH, **changes})
+
 
 for _name, _preprocessor in {
     "captions": preprocessors.captions,
+    "corrupted_captions": functools.partial(corruption.corrupted_captions, words=english_words),
     "flawed_captions": preprocessors.flawed_captions,
 }.items():
     providers.add_captions_tasks(

@@ -35,6 +35,20 @@ def caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
     return rate
 
 
+@gin.configurable
+def corrupted_caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
+    """Returns the number of corrupted captions for each record of rich feedback in a `..._plus` mixture."""
+    del task
+    return rate
+
+
+@gin.configurable
+def flawed_caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
+    """Returns the number of images with painted flaws for each record of rich feedback in such a mixture."""
+    del task
+    return rate
+
+
 def add_rich_feedback_tasks(
     name: str,
     tfds_name: str,
@@ -85,12 +99,11 @@ def add_captions_tasks(
       preprocessor: `preprocessors.captions`, or another of its signature.
     """
     for variant in feedback.VARIANTS:
-        preprocess = functools.partial(preprocessor, variant=variant)
         _add(
             captions_name(name, variant),
             tfds_name,
             splits,
-            [preprocess],
+            [functools.partial(preprocessor, variant=variant)],
             encoded=(feedback.IMAGE_FIELD,),
             first_preprocessors=first_preprocessors,
         )
@@ -101,11 +114,24 @@ def captions_name(name: str, variant: str) -> str:
     return name if variant == feedback.MULTI_HEAD else f"{name}_{variant}"
 
 
-def add_pretraining_mixture(name: str, captions: str, rich_feedback: str) -> None:
-    """Registers the mixtures `<name>` and `<name>_augmented_prompt`: `caption_rate` captions per record."""
+def add_pretraining_mixture(
+    name: str,
+    captions: str,
+    rich_feedback: str,
+    more: Mapping[str, Callable[[seqio.Task], float]] | None = None,
+) -> None:
+    """Registers the mixtures `<name>` and `<name>_augmented_prompt`: `caption_rate` captions per record.
+
+    Args:
+      name: the multi-head mixture's name.
+      captions: the multi-head task's name of true captions.
+      rich_feedback: the beginning of the names of rich feedback's tasks.
+      more: name of another multi-head task -> its rate per record.
+    """
+    rates = {captions: caption_rate, **(more or {})}
     for variant in feedback.VARIANTS:
-        tasks = [(captions_name(captions, variant), caption_rate), (f"{rich_feedback}_{variant}", 1.0)]
-        seqio.MixtureRegistry.add(captions_name(name, variant), tasks)
+        tasks = [(captions_name(task, variant), rate) for task, rate in rates.items()]
+        seqio.MixtureRegistry.add(captions_name(name, variant), [*tasks, (f"{rich_feedback}_{variant}", 1.0)])
 
 
 def _add(

@@ -4,6 +4,7 @@
     rich_hf_18k_<kind>_{multi_head,augmented_prompt}   a single kind of it: plausibility, ..., keywords
     rahf_pretrain, rahf_pretrain_augmented_prompt      captions of the web, and RichHF-18K's keywords
     rahf_pretrain_coco, ...                            the same with COCO's captions
+    rahf_pretrain_plus, ...                            rahf_pretrain's, corrupted captions and painted flaws
 
 The mixtures have `providers.caption_rate.rate` captions for each record of RichHF-18K. The paper mixed WebLI
 into its pretraining (section 4.1.2); it doesn't give the rate.
@@ -17,4 +18,13 @@ providers.add_rich_feedback_tasks(
     "rich_hf_18k", f"rich_hf_18k:{builder.RichHf18k.VERSION}", ["train", "validation", "test"]
 )
 providers.add_pretraining_mixture("rahf_pretrain", "web_captions", "rich_hf_18k_keywords")
+providers.add_pretraining_mixture(
+    "rahf_pretrain_plus",
+    "web_captions",
+    "rich_hf_18k_keywords",
+    {
+        "web_corrupted_captions": providers.corrupted_caption_rate,
+        "web_flawed_captions": providers.flawed_caption_rate,
+    },
+)
 providers.add_pretraining_mixture("rahf_pretrain_coco", "coco_captions", "rich_hf_18k_keywords")

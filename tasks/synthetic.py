@@ -4,8 +4,10 @@
     synthetic_rich_hf_<kind>_{multi_head,augmented_prompt}   a single kind of it
     synthetic_rich_hf_subtle...                              the same with small flaws and noise
     synthetic_captions, synthetic_captions_augmented_prompt  captions
+    synthetic_corrupted_captions, ...                        captions, half of them made wrong, with labels
     synthetic_flawed_captions, ...                           the same images with painted flaws, see `flaws`
     synthetic_pretrain, synthetic_pretrain_augmented_prompt  mixtures: captions and rich feedback
+    synthetic_pretrain_plus, ...                             the same, corrupted captions and painted flaws
 
 A caption's heatmap and score slots have weight 0. If TASK_FEATURE_LENGTHS has no such slots, pretraining uses
 texts only: captions, and the keywords of rich feedback.
@@ -18,8 +20,8 @@ from typing import cast
 import gin
 import numpy as np
 
-from richhf_jax import input_pipeline, metrics, preprocessors
-from richhf_jax.datasets import scenes, synthetic_captions, synthetic_rich_hf
+from richhf_jax import corruption, input_pipeline, metrics, preprocessors
+from richhf_jax.datasets import caption_words, scenes, synthetic_captions, synthetic_rich_hf
 from richhf_jax.feedback import RichFeedback
 from tasks import providers
 
@@ -47,6 +49,12 @@ def training_free_baseline(
     return "training-free (object mask, detail)", metrics.training_free_baseline(images, targets, truths)
 
 
+@gin.configurable
+def synthetic_words(**changes) -> corruption.Words:
+    """Returns the table of the synthetic world's words; gin may set each field of `corruption.Words`."""
+    return corruption.Words(**{**caption_words.SYNTHETIC, **changes})
+
+
 def _ids(targets: Sequence[RichFeedback]) -> tuple[str, ...]:
     return tuple(target.id for target in targets)
 
@@ -66,6 +74,7 @@ for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
     )
 for _name, _preprocessor in {
     "captions": preprocessors.captions,
+    "corrupted_captions": functools.partial(corruption.corrupted_captions, words=synthetic_words),
     "flawed_captions": preprocessors.flawed_captions,
 }.items():
     providers.add_captions_tasks(
@@ -75,3 +84,12 @@ for _name, _preprocessor in {
         preprocessor=_preprocessor,
     )
 providers.add_pretraining_mixture("synthetic_pretrain", "synthetic_captions", "synthetic_rich_hf")
+providers.add_pretraining_mixture(
+    "synthetic_pretrain_plus",
+    "synthetic_captions",
+    "synthetic_rich_hf",
+    {
+        "synthetic_corrupted_captions": providers.corrupted_caption_rate,
+        "synthetic_flawed_captions": providers.flawed_caption_rate,
+    },
+)

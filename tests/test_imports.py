@@ -40,7 +40,9 @@ locking            |                | foreign_text writing
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
 flaws              | tensorflow     |
-datasets           | tensorflow torch | foreign_text inputs locking reading writing
+preprocessors      | tensorflow     | augmentation flaws
+corruption         | tensorflow     | preprocessors
+datasets           | tensorflow torch | corruption foreign_text inputs locking reading writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
@@ -49,11 +51,10 @@ optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
-preprocessors      | tensorflow     | augmentation flaws
 feature_converters | tensorflow     | preprocessors
 input_pipeline     | tensorflow     | datasets feature_converters foreign_text preprocessors
-tasks              | tensorflow     | datasets input_pipeline metrics postprocessors preprocessors
-                                      writing
+tasks              | tensorflow     | corruption datasets input_pipeline metrics postprocessors
+                                      preprocessors writing
 torch_twin         | torch          | network
 train_state        | jax            |
 sealing            | jax            | checksums reading writing

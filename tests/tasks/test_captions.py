@@ -1,5 +1,6 @@
 import collections
 
+import gin
 import numpy as np
 import pytest
 import seqio
@@ -12,6 +13,7 @@ from richhf_jax.datasets.web_captions import __main__ as web_captions
 from tasks import captions as captions
 
 LENGTHS = {"image": 32, "inputs": 64, "targets": 64, "heatmaps": 0, "scores": 0, "texts": 1}
+CORRUPTED = ["coco_corrupted_captions", "web_corrupted_captions_augmented_prompt"]
 NAMES = ["coco_captions", "coco_captions_augmented_prompt", "web_captions", "web_captions_augmented_prompt"]
 NAMES += ["coco_flawed_captions", "web_flawed_captions_augmented_prompt"]
 # Split of TFDS's coco_captions -> images.
@@ -62,7 +64,7 @@ def data_dir(tmp_path_factory):
 
 
 def set_data_dir(folder):
-    for name in NAMES:
+    for name in NAMES + CORRUPTED:
         seqio.get_mixture_or_task(name).source.tfds_dataset.override_data_dir(folder)
 
 
@@ -111,6 +113,14 @@ def test_flawed_examples(name):
         assert example[feedback.PROMPT_FIELD] == original[feedback.PROMPT_FIELD]
         assert example["heatmaps"][0].any() == (example["image"] != original["image"]).any()
     assert {example["heatmaps"].any() for example in flawed} == {True, False}
+
+
+def test_corrupted_captions():
+    # COCO's stand-ins have captions without a known word, the web's have shapes and colours.
+    for example in evaluate(CORRUPTED[0]):
+        assert example["texts"].tolist() == [example[feedback.PROMPT_FIELD]]
+    gin.bind_parameter("richhf_jax.corruption.corrupted_captions.true_share", 0.0)
+    assert any(b"_0" in example["texts"][0] for example in evaluate(CORRUPTED[1]))
 
 
 def test_one_of_an_images_captions_is_drawn():

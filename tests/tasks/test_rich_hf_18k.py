@@ -1,10 +1,12 @@
+import pathlib
+
 import gin
 import numpy as np
 import pytest
 import seqio
 
 import tasks  # noqa: F401 (registers them)
-from richhf_jax import errors, feedback, input_pipeline, preprocessors
+from richhf_jax import errors, feedback, gin_utils, input_pipeline, preprocessors, train
 
 LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
 ONE_HOST = seqio.ShardInfo(0, 1)
@@ -54,6 +56,23 @@ def test_pretraining_mixes_captions_and_keywords(data_dir, name, prompts):
     # Three of four examples in a block of 1,000 are captions; 100 of the block are drawn without replacement.
     assert 60 <= captions <= 90
     assert all(batch["decoder_loss_weights"].any((1, 2)).all() for batch in batches)
+
+
+def test_rahf_pretrain_plus_trains(data_dir, tmp_path, caplog):
+    paths = [str(pathlib.Path(__file__).parents[1]), *gin_utils.DEFAULT_SEARCH_PATHS]
+    settings = {"TRAIN_STEPS": 6, "BATCH_SIZE": 4, "LOG_PERIOD": 1, "CHECKPOINT_PERIOD": 6, "TEXT_LENGTH": 24}
+    settings |= {"TARGET_LENGTH": 24, "SCAN_LAYERS": False, "VOCABULARY": None, "MODEL_DIR": str(tmp_path)}
+    bindings = [f"{name} = {value!r}" for name, value in settings.items()]
+    files = ["experiments/rahf_pretrain_plus.gin", "small.gin"]
+    gin_utils.parse_gin_flags(paths, files, [*bindings, "T5Config.vocab_size = 512"])
+    with caplog.at_level("INFO", "absl"):
+        gin.get_configurable(train.train)()
+    steps = [message for message in caplog.messages if "step " in message and "loss" in message]
+    assert len(steps) == 6
+    assert all("keywords" in step for step in steps)
+    # The alignment of corrupted captions; rahf_pretrain has no score.
+    assert any(" score " in step for step in steps)
+    assert (tmp_path / "checkpoint_6").is_dir()
 
 
 @pytest.mark.parametrize(

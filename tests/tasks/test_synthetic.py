@@ -1,3 +1,4 @@
+import gin
 import numpy as np
 import pytest
 import seqio
@@ -9,7 +10,9 @@ LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4,
 RICH_FEEDBACK = [f"synthetic_rich_hf{kind}_{v}" for kind in ("", "_subtle") for v in feedback.VARIANTS]
 CAPTIONS = ["synthetic_captions", "synthetic_captions_augmented_prompt"]
 FLAWED = ["synthetic_flawed_captions", "synthetic_flawed_captions_augmented_prompt"]
+CORRUPTED = ["synthetic_corrupted_captions", "synthetic_corrupted_captions_augmented_prompt"]
 MIXTURES = ["synthetic_pretrain", "synthetic_pretrain_augmented_prompt"]
+PLUS = ["synthetic_pretrain_plus", "synthetic_pretrain_plus_augmented_prompt"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +27,8 @@ def evaluate(name, **lengths):
 
 
 def test_names():
-    assert set(RICH_FEEDBACK + CAPTIONS + FLAWED) <= set(seqio.TaskRegistry.names())
-    assert set(MIXTURES) <= set(seqio.MixtureRegistry.names())
+    assert set(RICH_FEEDBACK + CAPTIONS + FLAWED + CORRUPTED) <= set(seqio.TaskRegistry.names())
+    assert set(MIXTURES + PLUS) <= set(seqio.MixtureRegistry.names())
 
 
 @pytest.mark.parametrize("name", ["synthetic_rich_hf_multi_head", "synthetic_rich_hf_augmented_prompt"])
@@ -59,6 +62,29 @@ def test_flawed_captions(name):
     (clean, _) = evaluate(name.replace("flawed_", ""))
     changed = [(a["image"] != b["image"]).any() for a, b in zip(examples, clean, strict=True)]
     assert changed == flawed.tolist()
+
+
+def test_corrupted_captions():
+    examples, _ = evaluate(CORRUPTED[0])
+    captions, _ = evaluate(CAPTIONS[0])
+    alignment = feedback.SCORES.index(feedback.ALIGNMENT)
+    for example, caption in zip(examples, captions, strict=True):
+        assert example[feedback.FILENAME_FIELD] == caption[feedback.FILENAME_FIELD]
+        np.testing.assert_array_equal(example["image"], caption["image"])
+        wrong = example[feedback.PROMPT_FIELD] != caption[feedback.PROMPT_FIELD]
+        assert wrong == ("0" in example[feedback.KEYWORDS_FIELD].decode())
+        assert example["score_weights"][alignment] or not wrong
+    assert 0 < sum(b"_0" in example["texts"][0] for example in examples) < len(examples)
+
+
+def test_the_plus_mixture_has_four_kinds_of_example():
+    mixture = seqio.MixtureRegistry.get(PLUS[1])
+    rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+    assert rates == dict.fromkeys(
+        [CAPTIONS[1], CORRUPTED[1], FLAWED[1], "synthetic_rich_hf_augmented_prompt"], 1.0
+    )
+    gin.bind_parameter("tasks.providers.corrupted_caption_rate.rate", 3.0)
+    assert mixture.get_rate(seqio.TaskRegistry.get(CORRUPTED[1])) == 3.0
 
 
 @pytest.mark.parametrize(("name", "prompts"), list(zip(MIXTURES, (1, 7), strict=True)))

@@ -3,10 +3,13 @@
     python -m richhf_jax.datasets.describe --dataset=rich_hf_18k --data_dir=DIR --split=train
     python -m richhf_jax.datasets.describe --labels train.tfrecord
     python -m richhf_jax.datasets.describe --raw RAW.jsonl --html=report.html
+    python -m richhf_jax.datasets.describe --dataset=web_captions --data_dir=DIR --corrupted=50
 
 Figures follow section 3.4 of "Rich Human Feedback for Text-to-Image Generation": score histograms (Fig. 2)
 and the spread of an image's raters (Fig. 4; it needs raw ratings). For their mean, heatmaps of all shapes are
 stretched to a square. Records are read one by one; raw ratings are all held in memory.
+
+--corrupted describes nothing, but shows what the tasks of corrupted captions make of a data set's captions.
 """
 
 import argparse
@@ -100,7 +103,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, what in (("json", "all figures"), ("png", "one picture"), ("html", "a self-contained page")):
         parser.add_argument(f"--{name}", type=pathlib.Path, metavar="FILE", help=f"also write {what}")
+    parser.add_argument(
+        "--corrupted", type=int, metavar="N", help="only print so many captions of --dataset made wrong"
+    )
+    parser.add_argument(
+        "--words",
+        choices=("english", "synthetic"),
+        help="table of words for --corrupted; default: synthetic for synthetic data sets, english for others",
+    )
     return parser
+
+
+def _print_corrupted(options: argparse.Namespace) -> None:
+    from richhf_jax import corruption  # TensorFlow takes seconds.
+    from richhf_jax.datasets import caption_words
+    from richhf_jax.datasets.describe import corrupted
+
+    synthetic = options.dataset.startswith("synthetic")
+    table = caption_words.TABLES[options.words or ("synthetic" if synthetic else "english")]
+    captions = sources.tfds_captions(options.dataset, options.data_dir, options.split)
+    title = foreign_text.for_terminal(f"{options.dataset}, {options.split}")
+    print(corrupted.format_corrupted(title, captions, corruption.Words(**table), options.corrupted))
 
 
 @errors.command()
@@ -110,7 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.length is not None and not options.vocabulary:
         parser.error("--length needs --vocabulary")
+    if options.corrupted is not None and (not options.dataset or options.corrupted < 1):
+        parser.error("--corrupted needs --dataset, and a number above 0")
+    if options.words and options.corrupted is None:
+        parser.error("--words needs --corrupted")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Nothing here concerns a GPU.
+    if options.corrupted is not None:
+        if options.json or options.png or options.html or options.vocabulary:
+            parser.error("--corrupted only prints; leave out --json, --png, --html and --vocabulary")
+        return _print_corrupted(options)
     for path in filter(None, (options.json, options.png, options.html)):
         writing.check_file(path)
     count_tokens = token_counter(options.vocabulary) if options.vocabulary else None

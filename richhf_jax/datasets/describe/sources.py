@@ -49,6 +49,31 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
     Raises:
       errors.UserError: the data set isn't there, lacks the split, has nothing to describe or a broken file.
     """
+    needed = (feedback.FILENAME_FIELD, feedback.PROMPT_FIELD)
+    for number, example in enumerate(_tfds_examples(dataset, data_dir, split, needed)):
+        yield _record(example, f"record {number}")
+
+
+def tfds_captions(dataset: str, data_dir: str | None, split: str) -> Iterator[str]:
+    """Reads a data set's captions: its prompts, or the first of each image's captions (COCO's).
+
+    Args:
+      dataset: see `tfds_records`.
+      data_dir: see `tfds_records`.
+      split: see `tfds_records`.
+
+    Raises:
+      errors.UserError: see `tfds_records`.
+    """
+    for example in _tfds_examples(dataset, data_dir, split, (feedback.PROMPT_FIELD, "captions")):
+        prompt = example.get(feedback.PROMPT_FIELD)
+        yield _text(example["captions"]["text"][0] if prompt is None else prompt) or ""
+
+
+def _tfds_examples(
+    dataset: str, data_dir: str | None, split: str, needed: Sequence[str]
+) -> Iterator[Mapping[str, Any]]:
+    """Reads examples of a data set that has one of the features `needed`; images stay encoded."""
     import tensorflow as tf  # These take seconds; only this function needs them.
     import tensorflow_datasets as tfds
 
@@ -62,12 +87,9 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
     if not builder.is_prepared():
         raise errors.UserError(f"{builder.data_path}: {dataset} isn't built there, see --data_dir")
     features = builder.info.features
-    if not {feedback.PROMPT_FIELD, feedback.FILENAME_FIELD} & set(features):
+    if not set(needed) & set(features):
         found = foreign_text.for_terminal(", ".join(features))
-        raise errors.UserError(
-            f"{dataset} has only {found}; a data set with {feedback.FILENAME_FIELD} or"
-            f" {feedback.PROMPT_FIELD} is needed"
-        )
+        raise errors.UserError(f"{dataset} has only {found}; a data set with {' or '.join(needed)} is needed")
     encoded = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     try:
         examples = builder.as_dataset(
@@ -80,8 +102,7 @@ def tfds_records(dataset: str, data_dir: str | None, split: str) -> Iterator[Rec
         raise errors.UserError(foreign_text.for_terminal(f"{dataset}: {error}")) from None
     progress = tqdm.tqdm(tfds.as_numpy(examples), total=total, unit=" records", disable=None)
     try:
-        for number, example in enumerate(progress):
-            yield _record(example, f"record {number}")
+        yield from progress
     except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
         message = foreign_text.for_terminal(f"{builder.data_path}: {error.message}")
         raise errors.UserError(f"{message}; build {dataset} again") from None
