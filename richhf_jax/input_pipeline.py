@@ -326,6 +326,7 @@ def _pad(array: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([array, np.zeros([size - len(array), *array.shape[1:]], array.dtype)])
 
 
+@preprocessors.plain_graph
 def _host_positions(batch_size: int, shard_info: seqio.ShardInfo, start_step: int = 0) -> tf.data.Dataset:
     """Returns the endless global positions of the examples that a host reads, from batch `start_step` on.
 
@@ -368,6 +369,7 @@ def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]
     return quotas
 
 
+@preprocessors.plain_graph
 def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Maps a global position to the task's number, and to the number of one of this task's examples.
 
@@ -468,6 +470,7 @@ def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.
     """Returns the task's preprocessed example number k, for each k of a stream."""
     count = len(data)
 
+    @preprocessors.plain_graph
     def read(k):
         shuffled = _permute(k % count, count, _RECORDS, cfg.seed, k // count) if cfg.shuffle else k % count
         added = {preprocessors.SEED: tf.stack([tf.constant(cfg.seed, tf.int64), k])}

@@ -27,6 +27,11 @@ import tensorflow as tf
 
 from richhf_jax import augmentation, errors, feedback
 
+
+# Decorates functions that need no AutoGraph, as no Python condition depends on a tensor. Rewriting them takes
+# seconds at each start.
+plain_graph = tf.autograph.experimental.do_not_convert
+
 # Stands for a hidden word in a caption's input.
 MASK = "_"
 
@@ -62,6 +67,7 @@ def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 @gin.configurable
+@plain_graph
 def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
     """Hides the image or the prompt from the model, for ablations; the labels stay.
 
@@ -259,6 +265,7 @@ def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> 
     )
 
 
+@plain_graph
 def rich_feedback(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],
@@ -332,6 +339,7 @@ def rich_feedback(
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+@plain_graph
 def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Makes file name, image and prompt of TFDS's coco_captions; the example's `SEED` draws the caption.
 
@@ -351,6 +359,7 @@ def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 @gin.configurable
+@plain_graph
 def captions(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],
