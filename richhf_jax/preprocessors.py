@@ -27,7 +27,6 @@ import tensorflow as tf
 
 from richhf_jax import augmentation, errors, feedback
 
-
 # Decorates functions that need no AutoGraph, as no Python condition depends on a tensor. Rewriting them takes
 # seconds at each start.
 plain_graph = tf.autograph.experimental.do_not_convert
