@@ -212,7 +212,11 @@ class TrainStream:
         self._cfg = cfg
         self._shard_info = seqio.ShardInfo(layout.shard_id, layout.num_shards)
         self._converter_cls = feature_converter_cls
-        self.batch_shapes = data_shapes(cfg, feature_converter_cls)
+
+    @functools.cached_property
+    def batch_shapes(self) -> dict[str, np.ndarray]:
+        """Name -> shape and type in a batch: see `data_shapes`."""
+        return data_shapes(self._cfg, self._converter_cls)
 
     def position(self, step: int) -> dict[str, int]:
         """Returns the stream's position after `step` batches, for a checkpoint."""
