@@ -51,32 +51,29 @@ trap 'echo "stopped; the same command continues"; exit 130' INT TERM
 
 minutes() { printf '%d:%02d min' $(($1 / 60)) $(($1 % 60)); }
 
-# part TITLE MODULE ARGUMENTS...: runs a Python module, and prints how long it took.
-part() {
-  local start=$SECONDS
-  echo
-  echo "== $1"
-  "$venv/bin/python" -m "${@:2}"
-  echo "== took $(minutes $((SECONDS - start)))"
-}
+parts=()
 
-# run_gin TITLE MODULE GIN_FILE MODEL_DIR [ARGUMENTS...]: runs a module that gin configures.
+# part TITLE MODULE ARGUMENTS...: adds a Python module to what will run.
+part() { parts+=(${parts[@]+--then} "$@"); }
+
+# run_gin TITLE MODULE GIN_FILE MODEL_DIR [ARGUMENTS...]: adds a module that gin configures.
 run_gin() {
   part "$1" "$2" --gin_file="$3" --gin.MODEL_DIR="\"$4\"" --tfds_data_dir="$out/data" \
     "${@:5}" ${overrides[@]+"${overrides[@]}"}
 }
 
 begin=$SECONDS
+# Results of an earlier run, of another model, can't be continued.
+rm -rf "$out/predictions" "$out/exported"
 part "1/6 data sets" richhf_jax.datasets --data_dir="$out/data"
 run_gin "2/6 pretraining on captions" richhf_jax.train experiments/quickstart_pretrain.gin "$out/pretrain"
 initial=--gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\"" # Evaluation shows its loss curves, too.
 run_gin "3/6 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" "$initial"
 run_gin "4/6 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune" "$initial"
-# Results of an earlier run, of another model, can't be continued.
-rm -rf "$out/predictions" "$out/exported"
 part "5/6 prediction" richhf_jax.predict --checkpoint="$out/finetune" --out="$out/predictions" --overlay \
   docs/example.png --prompt="two large blue crosses and a green star"
 part "6/6 export" richhf_jax.export --checkpoint="$out/finetune" --to=stablehlo --out="$out/exported"
+"$venv/bin/python" -m launch.in_turn richhf_jax.training_log,richhf_jax.split_predictions,tasks "${parts[@]}"
 
 # The newest report, because shorter runs may have left others.
 report=$(find "$out/finetune/inference_eval" -name report.html -exec ls -t {} + | head -n 1)

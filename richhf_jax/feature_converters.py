@@ -57,6 +57,12 @@ class RahfFeatureConverter(seqio.FeatureConverter):
     def __init__(self, **kwargs):
         super().__init__(**{"pack": False, **kwargs})
 
+    @preprocessors.plain_graph
+    def __call__(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+        """Converts a dataset of task examples, and checks it before and after."""
+        return super().__call__(ds, task_feature_lengths)
+
+    @preprocessors.plain_graph
     def convert_example(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Converts one task example to one model example."""
         targets = features["targets"]

@@ -212,7 +212,11 @@ class TrainStream:
         self._cfg = cfg
         self._shard_info = seqio.ShardInfo(layout.shard_id, layout.num_shards)
         self._converter_cls = feature_converter_cls
-        self.batch_shapes = data_shapes(cfg, feature_converter_cls)
+
+    @functools.cached_property
+    def batch_shapes(self) -> dict[str, np.ndarray]:
+        """Name -> shape and type in a batch: see `data_shapes`."""
+        return data_shapes(self._cfg, self._converter_cls)
 
     def position(self, step: int) -> dict[str, int]:
         """Returns the stream's position after `step` batches, for a checkpoint."""
@@ -326,6 +330,7 @@ def _pad(array: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([array, np.zeros([size - len(array), *array.shape[1:]], array.dtype)])
 
 
+@preprocessors.plain_graph
 def _host_positions(batch_size: int, shard_info: seqio.ShardInfo, start_step: int = 0) -> tf.data.Dataset:
     """Returns the endless global positions of the examples that a host reads, from batch `start_step` on.
 
@@ -368,6 +373,7 @@ def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]
     return quotas
 
 
+@preprocessors.plain_graph
 def _schedule(position: tf.Tensor, quotas: np.ndarray, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Maps a global position to the task's number, and to the number of one of this task's examples.
 
@@ -468,6 +474,7 @@ def _examples(task: seqio.Task, cfg: DatasetConfig, data: _Records, ks: tf.data.
     """Returns the task's preprocessed example number k, for each k of a stream."""
     count = len(data)
 
+    @preprocessors.plain_graph
     def read(k):
         shuffled = _permute(k % count, count, _RECORDS, cfg.seed, k // count) if cfg.shuffle else k % count
         added = {preprocessors.SEED: tf.stack([tf.constant(cfg.seed, tf.int64), k])}

@@ -27,6 +27,10 @@ import tensorflow as tf
 
 from richhf_jax import augmentation, errors, feedback, flaws
 
+# Decorates functions that need no AutoGraph, as no Python condition depends on a tensor. Rewriting them takes
+# seconds at each start.
+plain_graph = tf.autograph.experimental.do_not_convert
+
 # Stands for a hidden word in a caption's input.
 MASK = "_"
 
@@ -65,6 +69,7 @@ def add_seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 @gin.configurable
+@plain_graph
 def blind(dataset: tf.data.Dataset, to: str | None = None) -> tf.data.Dataset:
     """Hides the image or the prompt from the model, for ablations; the labels stay.
 
@@ -283,6 +288,7 @@ def _task_prompts(
     return tf.concat(tasks, 0) + " " + prompt
 
 
+@plain_graph
 def rich_feedback(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],
@@ -349,6 +355,7 @@ def rich_feedback(
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+@plain_graph
 def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Makes file name, image and prompt of TFDS's coco_captions; the example's `SEED` draws the caption.
 
@@ -368,6 +375,7 @@ def draw_caption(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 @gin.configurable
+@plain_graph
 def captions(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],

@@ -50,12 +50,12 @@ def point_heatmap(points: Sequence[ratings.Point], height: int, width: int, radi
       bool [height, width].
     """
     heatmap = np.zeros((height, width), bool)
+    all_rows, all_columns = np.ogrid[:height, :width]
     for x, y in points:
         top, bottom = max(0, math.ceil(y - radius)), math.floor(y + radius) + 1
         left, right = max(0, math.ceil(x - radius)), math.floor(x + radius) + 1
         window = heatmap[top:bottom, left:right]
-        rows = np.arange(top, top + window.shape[0])[:, None]
-        columns = np.arange(left, left + window.shape[1])
+        rows, columns = all_rows[top:bottom], all_columns[:, left:right]
         window |= (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
     return heatmap
 

@@ -95,18 +95,18 @@ def background(kind: str, first: tuple, second: tuple, angle: float, side: int) 
 
     `angle` (radians) turns the gradient and the stripes.
     """
+    over, under = (
+        Image.new("RGB", (side, side), tuple(int(v) for v in colour)) for colour in (second, first)
+    )
+    if kind == "plain":
+        return under
     axis = np.arange(side, dtype=np.float32) / side - 0.5
     along = axis * math.cos(angle) + axis[:, None] * math.sin(angle)
-    if kind == "plain":
-        share = np.zeros((side, side))
-    elif kind == "gradient":
+    if kind == "gradient":
         share = along / math.sqrt(2) + 0.5
     elif kind == "stripes":
         share = along * STRIPES % 1 < 0.5
     else:
         odd = np.floor(axis * STRIPES) % 2 == 1
         share = odd ^ odd[:, None]
-    over, under = (
-        Image.new("RGB", (side, side), tuple(int(v) for v in colour)) for colour in (second, first)
-    )
     return Image.composite(over, under, Image.fromarray((share * np.float32(255)).astype(np.uint8)))

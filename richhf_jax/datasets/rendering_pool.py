@@ -16,9 +16,9 @@ CHUNK = 32  # examples that a process takes at once
 def rated_example(config: scenes.SceneConfig, name: str) -> dict:
     """Makes an example: the picture `name`, its prompt, and the consolidated answers of the raters."""
     image, truth = scenes.render(config, name)
-    (record,) = consolidate.consolidate_lines(raters.raw_lines(config, name, truth))
+    ratings = [raters.rate(config, name, truth, rater_id) for rater_id in raters.LEANINGS]
     return {
-        **record,
+        **consolidate.consolidate(ratings),
         feedback.IMAGE_FIELD: consolidate.encode_png(image),
         feedback.PROMPT_FIELD: truth.scene.description.prompt,
     }
