@@ -142,8 +142,8 @@ def test_a_region_ends_where_the_radius_says():
         areas.append(changed.sum())
         lengths += (np.ptp(np.argwhere(changed), axis=0) + 1).tolist()
     radius = 0.1 * SIDE
-    # An ellipse or a rounded box, whose area is at most 1.18 times as large; maybe cut off by the picture's edge.
-    assert np.max(areas) < 1.2 * np.pi * radius**2
+    # A rounded box is up to 1.18 times as large as an ellipse. The picture's edge may cut a region off.
+    assert np.max(areas) < 1.25 * np.pi * radius**2
     assert np.median(areas) > 0.7 * np.pi * radius**2
     assert np.max(lengths) <= 2 * radius * 1.4
 
