@@ -228,11 +228,12 @@ def move(
         return moved
     draws = tf.random.stateless_uniform([3], tf.random.experimental.stateless_fold_in(seed, _MOVE_DRAW))
     side = image.shape[0]
-    box = tf.constant([0, 0, side, side]) if box is None else box
-    ways = tf.cast(tf.round((2 * draws[:2] - 1) * shift * tf.cast(box[2:] - box[:2], tf.float32)), tf.int32)
+    top, left, bottom, right = (0, 0, side, side) if box is None else tf.unstack(box)
+    sizes = tf.cast(tf.stack([bottom - top, right - left]), tf.float32)
+    ways = tf.cast(tf.round((2 * draws[:2] - 1) * shift * sizes), tf.int32)
     flips = (draws[2] < flip_probability) & may_flip
-    rows, row_shows = _sources(side, box[0], box[2], ways[0], tf.constant(False))
-    columns, column_shows = _sources(side, box[1], box[3], ways[1], flips)
+    rows, row_shows = _sources(side, top, bottom, ways[0], tf.constant(False))
+    columns, column_shows = _sources(side, left, right, ways[1], flips)
     shows = tf.cast(row_shows[:, None] & column_shows, tf.uint8)
     moved["image"] = tf.gather(tf.gather(image, rows), columns, axis=1)
     moved["heatmaps"] = shows * tf.gather(tf.gather(heatmaps, rows, axis=1), columns, axis=2)
@@ -240,7 +241,7 @@ def move(
 
 
 def _sources(
-    side: int, first: tf.Tensor, end: tf.Tensor, way: tf.Tensor, flips: tf.Tensor
+    side: int, first: tf.Tensor | int, end: tf.Tensor | int, way: tf.Tensor, flips: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns where each row or column of a moved picture comes from.
 
