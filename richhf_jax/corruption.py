@@ -19,7 +19,7 @@ the place of a true one, because a phrase added would tell the answer by the cap
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import gin
 import numpy as np
@@ -86,6 +86,20 @@ class Words:
     compounds: Sequence[str] = ()
     most_objects: int | None = None
     impossible: Sequence[str] = ()
+
+    @classmethod
+    def changed(cls, fields: Mapping[str, Any], **changes) -> Self:
+        """Makes a table of `fields`, some of them changed.
+
+        Raises:
+          errors.UserError: a change has the name of no field.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := set(changes) - set(names):
+            raise errors.UserError(
+                f"the table of words has no field {min(unknown)!r}, only {', '.join(names)}"
+            )
+        return cls(**{**fields, **changes})
 
     @functools.cached_property
     def entries(self) -> "Entries":

@@ -20,7 +20,7 @@ from tasks import providers
 @gin.configurable
 def english_words(**changes) -> corruption.Words:
     """Returns the table of English words; gin may set each field of `corruption.Words`."""
-    return corruption.Words(**{**caption_words.ENGLISH, **changes})
+    return corruption.Words.changed(caption_words.ENGLISH, **changes)
 
 
 for _name, _preprocessor in {

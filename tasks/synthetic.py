@@ -52,7 +52,7 @@ def training_free_baseline(
 @gin.configurable
 def synthetic_words(**changes) -> corruption.Words:
     """Returns the table of the synthetic world's words; gin may set each field of `corruption.Words`."""
-    return corruption.Words(**{**caption_words.SYNTHETIC, **changes})
+    return corruption.Words.changed(caption_words.SYNTHETIC, **changes)
 
 
 def _ids(targets: Sequence[RichFeedback]) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def only(kind):
     """The synthetic table with one kind of exchange: a class, 'swap' or 'phrase'."""
     table = classes(**{name: {"weight": float(name == kind)} for name in SYNTHETIC.classes})
     weights = {"swap_weight": float(kind == "swap"), "phrase_weight": float(kind == "phrase")}
-    return corruption.Words(**{**caption_words.SYNTHETIC, "classes": table, **weights})
+    return corruption.Words.changed(caption_words.SYNTHETIC, classes=table, **weights)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_corrupted_counts_are_as_frequent_as_true_ones():
         f"{word} circle{'s' * (word != 'one')}"
         for word in np.random.default_rng(1).choice(["one", "two", "three"], 3000, p=shares)
     ]
-    words = corruption.Words(
-        **{**caption_words.SYNTHETIC, "classes": classes(shape={"weight": 0}), "phrase_weight": 0}
+    words = corruption.Words.changed(
+        caption_words.SYNTHETIC, classes=classes(shape={"weight": 0}), phrase_weight=0
     )
     found = collections.Counter(prompt.split()[0] for prompt, _, _ in corrupt_all(texts, words))
     for word, share in zip(("one", "two", "three"), shares, strict=True):
@@ -336,9 +336,11 @@ def test_a_reader_blind_to_the_image_stays_at_chance(kind):
 def test_the_blind_reader_finds_leaks(colour):
     # Colours that true captions never name twice, and colours too frequent or too rare.
     table = classes(colour=colour, shape={"weight": 0}, size={"weight": 0}, count={"weight": 0})
-    table = {**caption_words.SYNTHETIC, "classes": table, "swap_weight": 0.0, "phrase_weight": 0.0}
+    words = corruption.Words.changed(
+        caption_words.SYNTHETIC, classes=table, swap_weight=0.0, phrase_weight=0.0
+    )
     texts = [text for text in synthetic_captions(3000) if len(parse(text).phrases) > 1]
-    accuracy, count = blind_accuracy(pairs_of(texts, corruption.Words(**table)))
+    accuracy, count = blind_accuracy(pairs_of(texts, words))
     assert accuracy > chance_bound(count)
 
 
@@ -480,6 +482,12 @@ def test_gin_changes_the_table():
     )
     _, examples = run(words=synthetic.synthetic_words, true_share=0.0, count=3)
     assert {example["texts"].item() for example in examples} == {b"a pink_0 star and one blue ring"}
+
+
+def test_a_field_that_the_table_lacks_is_named():
+    gin.bind_parameter("tasks.synthetic.synthetic_words.clases", {})
+    with pytest.raises(errors.UserError, match="no field 'clases', only classes, swap_weight"):
+        synthetic.synthetic_words()
 
 
 @pytest.mark.parametrize(

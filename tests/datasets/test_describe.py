@@ -330,6 +330,54 @@ def test_command_line_writes_all_outputs(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json", "out.png"]
 
 
+def test_corrupted_captions_are_printed(synthetic_data_dir, capsys):
+    arguments = ["--dataset=synthetic_captions", f"--data_dir={synthetic_data_dir}", "--corrupted=5"]
+    describe.main(arguments)
+    printed = capsys.readouterr().out
+    head, *lines = printed.splitlines()
+    assert head == "synthetic_captions, train: 5 corrupted captions, wrong words in brackets"
+    records = sources.tfds_records("synthetic_captions", str(synthetic_data_dir), "train")
+    captions = {record.prompt for record in records}
+    for number, (true, wrong) in enumerate(zip(lines[::2], lines[1::2], strict=True), start=1):
+        assert true[:5] == f"{number:4} "
+        assert true[5:] in captions
+        tokens, marked = feedback.tokenize_prompt(true[5:]), wrong.split()
+        plain = [word.strip("[]") for word in marked]
+        assert len(tokens) == len(marked)
+        assert plain != tokens
+        assert any(word.startswith("[") for word in marked)
+    describe.main(arguments)
+    assert capsys.readouterr().out == printed
+
+
+def test_captions_of_coco_are_the_first_of_each_image(monkeypatch):
+    examples = [{"captions": {"text": [b"a cat", b"a black cat"]}}, {"captions": {"text": [b"two dogs"]}}]
+    monkeypatch.setattr(sources, "_tfds_examples", lambda *_: iter(examples))
+    assert list(sources.tfds_captions("coco_captions", None, "train")) == ["a cat", "two dogs"]
+
+
+def test_captions_without_a_known_word(synthetic_data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "tfds_captions", lambda *_: iter(["nothing", "here"]))
+    with pytest.raises(SystemExit) as exit_info:
+        describe.main(["--dataset=web_captions", "--corrupted=5"])
+    assert "web_captions, train: no caption has a word of the table" in str(exit_info.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--raw=a.jsonl", "--corrupted=5"], "--corrupted needs --dataset"),
+        (["--dataset=a", "--corrupted=0"], "a number above 0"),
+        (["--dataset=a", "--words=english"], "--words needs --corrupted"),
+        (["--dataset=a", "--corrupted=5", "--json=a.json"], "--corrupted only prints"),
+    ],
+)
+def test_flags_of_corrupted_captions(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        describe.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_tokens_are_the_models_with_the_end(folder):
     import seqio
 
