@@ -51,15 +51,14 @@ def test_captions(name):
         assert example["texts"].tolist() == [example[feedback.PROMPT_FIELD]]
 
 
-@pytest.mark.parametrize("name", FLAWED)
-def test_flawed_captions(name):
-    examples, features = evaluate(name)
+def test_flawed_captions():
+    examples, features = evaluate("synthetic_flawed_captions")
     np.testing.assert_array_equal(features["heatmap_weights"], [[1.0, 0.0]] * 8)
     assert not features["decoder_loss_weights"].any()
     assert not features["score_weights"].any()
     flawed = features["heatmap_targets"].any((1, 2, 3))
     assert 0 < flawed.sum() < 8
-    (clean, _) = evaluate(name.replace("flawed_", ""))
+    clean, _ = evaluate("synthetic_captions")
     changed = [(a["image"] != b["image"]).any() for a, b in zip(examples, clean, strict=True)]
     assert changed == flawed.tolist()
 
