@@ -69,10 +69,13 @@ def test_rahf_pretrain_plus_trains_six_steps(data_dir, random_values):
     model = gin_utils.macro("MODEL")
     lengths = gin_utils.macro("TASK_FEATURE_LENGTHS")
     batches = take(config(gin_utils.macro("MIXTURE_OR_TASK_NAME"), **lengths), 6)
-    # The alignment of corrupted captions trains a score; rahf_pretrain has none.
+    # Corrupted captions train a score, and painted flaws a heatmap; rahf_pretrain has neither.
     weights = sum(batch["score_weights"].sum(0) for batch in batches)
     alignment = feedback.SCORES.index(feedback.ALIGNMENT)
     assert weights[alignment] == weights.sum() > 0
+    weights = sum(batch["heatmap_weights"].sum(0) for batch in batches)
+    implausibility = feedback.HEATMAPS.index(feedback.IMPLAUSIBILITY)
+    assert weights[implausibility] == weights.sum() > 0
 
     @jax.jit
     def step(params, batch):
@@ -88,7 +91,8 @@ def test_rahf_pretrain_plus_trains_six_steps(data_dir, random_values):
     assert {"loss/score", "loss/keywords"} <= metrics.keys()
     changed = jax.tree.map(lambda before, after: bool((before != after).any()), first, params)
     trained = {name for name, values in changed.items() if all(jax.tree.leaves(values))}
-    assert {name for name in trained if "head" in name} == {f"score_head_{feedback.ALIGNMENT}"}
+    heads = {f"score_head_{feedback.ALIGNMENT}", f"heatmap_head_{feedback.IMPLAUSIBILITY}"}
+    assert {name for name in trained if "head" in name} == heads
 
 
 @pytest.mark.parametrize(
