@@ -377,9 +377,9 @@ def _pairs(caption: _Caption, table: Entries) -> tf.Tensor:
     classes = tf.range(1, len(table.kinds) - 1)
     of_class = tf.gather(table.of_class, entry)
     is_noun = tf.gather(table.role, entry) == NOUN
-    # [tokens, classes]: the word of this class in the noun's phrase.
-    in_phrase = tf.where(caption.phrase & ~is_noun[:, None], entry[:, None], 0)
-    before = tf.reduce_max(tf.where((of_class[:, None] == classes)[:, None], in_phrase[..., None], 0), axis=0)
+    # [tokens, classes]: the entry of this class in the noun's phrase (their sum, if there are several).
+    by_class = tf.where(~is_noun[:, None] & (of_class[:, None] == classes), entry[:, None], 0)
+    before = tf.matmul(tf.cast(caption.phrase, tf.int32), by_class, transpose_a=True)
     differ = (before[:, None] != before[None]) & (before[:, None] > 0) & (before[None] > 0)
     alike = (of_class[:, None] == of_class[None]) & (entry[:, None] != entry[None])
     return tf.reduce_any(differ, 2) & alike & is_noun[:, None] & is_noun[None]
@@ -426,6 +426,14 @@ def _may_occur(caption: _Caption, tokens: tf.Tensor, new: tf.Tensor, words: Word
     return may
 
 
+def _check_settings(alignment_weight: float, **shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise errors.UserError(f"corrupted_captions.{name} must be 0 to 1, got {value!r}")
+    if alignment_weight < 0:
+        raise errors.UserError(f"corrupted_captions.alignment_weight is below 0: {alignment_weight!r}")
+
+
 @gin.configurable
 def corrupted_captions(
     dataset: tf.data.Dataset,
@@ -460,12 +468,12 @@ def corrupted_captions(
     Raises:
       errors.UserError: see `preprocessors.slots_of` and `Words`; or a number is outside [0, 1].
     """
-    shares = {"true_share": true_share, "true_alignment": true_alignment, "wrong_alignment": wrong_alignment}
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise errors.UserError(f"corrupted_captions.{name} must be 0 to 1, got {value!r}")
-    if alignment_weight < 0:
-        raise errors.UserError(f"corrupted_captions.alignment_weight is below 0: {alignment_weight!r}")
+    _check_settings(
+        alignment_weight,
+        true_share=true_share,
+        true_alignment=true_alignment,
+        wrong_alignment=wrong_alignment,
+    )
     table = words()
     table.entries  # noqa: B018 (a bad table is an error here, not in the graph)
     black = tf.io.encode_png(np.zeros((1, 1, 1), np.uint8))
