@@ -1,5 +1,6 @@
 """The training state: step, parameters, optimizer state and more. Donated to every step."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ class TrainState:
     def with_average(self) -> "TrainState":
         """Returns the state with an average that begins at its parameters."""
         # Copies, because a step gives away both.
-        return self.replace(ema_params=jax.tree.map(jnp.copy, self.params))
+        return dataclasses.replace(self, ema_params=jax.tree.map(jnp.copy, self.params))
 
     def apply_gradient(
         self,

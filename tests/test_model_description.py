@@ -50,6 +50,14 @@ def test_a_kernel_of_attention_binds_no_file_to_a_device(copy):
     assert model_description.read(copy).network == description.network.with_attention_kernel("xla")
 
 
+def test_stochastic_depth_is_of_training_alone(copy):
+    description = model_description.read(copy)
+    network = description.network
+    configs = {name: getattr(network, name) for name in ("t5_config", "vit_config")}
+    trained = network.clone(**{name: one.replace(stochastic_depth_rate=0.2) for name, one in configs.items()})
+    assert dataclasses.replace(description, network=trained).checksum() == description.checksum()
+
+
 def test_a_description_without_vocabulary_writes_none(model_dir, tmp_path):
     dataclasses.replace(model_description.read(model_dir), vocabulary=None).write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
