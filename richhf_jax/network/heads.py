@@ -302,8 +302,8 @@ class ScoreHead(nn.Module):
       conv_layers: (filters, kernel size) of each; a norm over the channels and a ReLU follow.
       dense_layers: widths of the hidden dense layers; a ReLU follows each.
       style: settings that the layers share.
-      variance: whether to predict the log-variance of the score, too. Its layer is one of its own, so that a
-        head without it has the same other parameters.
+      variance: whether to predict the log-variance of the score, too. It has a last layer of its own, so that
+        a head without it has the same other parameters.
     """
 
     conv_layers: Sequence[tuple[int, int]] = ((768, 2), (384, 2), (128, 2), (64, 2))
@@ -329,14 +329,12 @@ class ScoreHead(nn.Module):
                 width, dtype=dtype, kernel_axes=axes, use_bias=True, name=f"dense_{i}"
             )
             x = with_sharding_constraint(nn.relu(dense(x)), ("batch", "mlp"))
-
-        def number(name: str) -> Array:
-            dense = layers.DenseGeneral(
-                1, dtype=jnp.float32, kernel_axes=("embed", None), use_bias=True, name=name
-            )
-            return dense(x)[..., 0]
-
-        score = nn.sigmoid(number("output"))
+        last = functools.partial(
+            layers.DenseGeneral, 1, dtype=jnp.float32, kernel_axes=("embed", None), use_bias=True
+        )
+        score = nn.sigmoid(last(name="output")(x)[..., 0])
         if not self.variance:
             return score
-        return jnp.stack([score, _log_variance(number("output_log_variance"))], axis=-1)
+        # At the start all variances are equal, so that they move no other parameter of the network.
+        log_variance = last(kernel_init=nn.initializers.zeros, name="output_log_variance")(x)[..., 0]
+        return jnp.stack([score, _log_variance(log_variance)], axis=-1)

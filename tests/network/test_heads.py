@@ -158,7 +158,7 @@ def test_a_score_and_its_log_variance(rng, random_params):
     deviations = np.exp(found[:, 1] / 2)
     assert np.ptp(deviations) > 0.01
     assert ((deviations >= 0.01) & (deviations <= 1)).all()
-    params["output_log_variance"] = jax.tree.map(np.zeros_like, own)
+    params["output_log_variance"] = head.init(jax.random.key(0), features)["params"]["output_log_variance"]
     first = head.apply({"params": params}, features)[:, 1]
     np.testing.assert_allclose(np.exp(first / 2), 0.2, rtol=1e-5)
     for end, deviation in ((-1e9, 0.01), (1e9, 1)):

@@ -747,11 +747,3 @@ def test_uncertainties(make_model_dir, table, tmp_path, capsys):
         assert all(f"± {value:.2f}" in page for value in line["uncertainty"].values())
     # What is calibrated otherwise is no continuation.
     run(tmp_path / "raw", "holds a run with other arguments: model was")
-
-
-def test_a_model_without_uncertainty_writes_no_order(score, table, tmp_path):
-    score(table, "--heatmaps=none")
-    assert {path.name for path in (tmp_path / "out").iterdir()} - {"errors.jsonl", *locking.FILES} == {
-        *("predictions.jsonl", "run.json"),
-    }
-    assert all("uncertainty" not in line for line in lines(tmp_path / "out/predictions.jsonl"))
