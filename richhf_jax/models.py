@@ -129,14 +129,15 @@ class BaseModel(abc.ABC):
         return None
 
     def summary_images(
-        self, batch: Images, predict: Callable[[], Images]
+        self, batch: Images, predict: Callable[..., Images]
     ) -> dict[str, UInt8[np.ndarray, "images _ _ 3"]]:
         """Draws the pictures that TensorBoard shows of an evaluation.
 
         Args:
           batch: a few examples.
           predict: computes the predictions for these examples. It costs nothing if it isn't called. Either
-            all processes must call it, or none.
+            all processes must call it, or none. It may be given a function of the batch, which takes out
+            what needn't be predicted.
 
         Returns:
           Tag -> RGB pictures.
@@ -206,12 +207,12 @@ class RahfModel(BaseModel):
         return describe_rahf(self.module, feature_lengths, fit, self._misalignment_threshold)
 
     def summary_images(
-        self, batch: Images, predict: Callable[[], Images]
+        self, batch: Images, predict: Callable[..., Images]
     ) -> dict[str, UInt8[np.ndarray, "images height three_widths 3"]]:
         """Draws the image, the true and the predicted first heatmap side by side."""
         if not batch["heatmap_weights"].size:
             return {}
-        maps = batch["heatmap_targets"][:, 0], 255 * predict()["heatmaps"][:, 0]
+        maps = batch["heatmap_targets"][:, 0], 255 * predict(_without_other_slots)["heatmaps"][:, 0]
         grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in maps]
         return {"image_truth_prediction": np.concatenate([batch["image"], *grey], axis=2)}
 
@@ -492,6 +493,11 @@ def describe_rahf(
         "fit": fit,
         "misalignment_threshold": misalignment_threshold,
     }
+
+
+def _without_other_slots(batch: Batch) -> Batch:
+    """Returns a batch without slots of scores and texts: decoding takes seconds to compile."""
+    return {**batch, **{name: batch[name][:, :0] for name in ("score_weights", "decoder_input_tokens")}}
 
 
 def _label_counts(batch: Batch) -> dict[str, Float[Array, ""]]:

@@ -468,8 +468,8 @@ class _Evaluation:
         # Every process has the predictions for the examples of all processes.
         rows = self._own_rows[:_NUM_SUMMARY_IMAGES]
 
-        def predict() -> dict[str, np.ndarray]:
-            outputs = self._trainer.predict(state, batch)
+        def predict(change: Callable[[models.Batch], models.Batch] = lambda batch: batch) -> models.Images:
+            outputs = self._trainer.predict(state, change(batch))
             return {name: np.asarray(value.addressable_data(0)[rows]) for name, value in outputs.items()}
 
         shown = {name: value[:_NUM_SUMMARY_IMAGES] for name, value in batch.items()}

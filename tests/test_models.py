@@ -377,6 +377,21 @@ def test_only_what_has_slots_is_predicted(make):
     assert aux == {}
 
 
+def test_summary_images_show_heatmaps_and_need_nothing_else(case):
+    asked = []
+
+    def predict(change):
+        asked.append(jax.eval_shape(case.model.predict_batch, case.params, change(case.batch)).keys())
+        return case.predictions[0]
+
+    (picture,) = case.model.summary_images(case.batch, predict).values()
+    assert asked == [{"heatmaps"}]
+    image, truth, predicted = np.split(picture, 3, axis=2)
+    np.testing.assert_array_equal(image, case.batch["image"])
+    np.testing.assert_array_equal(truth[..., 2], case.batch["heatmap_targets"][:, 0])
+    np.testing.assert_allclose(predicted[..., 1], 255 * case.predictions[0]["heatmaps"][:, 0], atol=1)
+
+
 UNCERTAIN = "SCORE_UNCERTAINTY = True"
 
 
