@@ -25,7 +25,7 @@ EXPERIMENTS = {
     "quickstart_pretrain": (TINY, ALL_SLOTS, FASTER),
     "quickstart_training": (TINY, ALL_SLOTS, FASTER),
     "rahf_pretrain": (BASE, TEXT_SLOTS, None),
-    "rahf_pretrain_plus": (BASE, {**TEXT_SLOTS, "scores": 4}, None),
+    "rahf_pretrain_plus": (BASE, ALL_SLOTS, None),
     "rich_hf_18k": (BASE, ALL_SLOTS, None),
     "rich_hf_18k_augmented_prompt": (BASE, AUGMENTED_PROMPT_SLOTS, None),
     "synthetic": (TINY, ALL_SLOTS, FASTER),
