@@ -46,8 +46,11 @@ export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 # Pretraining and finetuning run the same compiled step.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
-# At Ctrl-C, training saves a checkpoint and exits with 0; the next part must not start.
-trap 'echo "stopped; the same command continues"; exit 130' INT TERM
+# At Ctrl-C, training saves a checkpoint and exits with 0; the next part must not start. The parts are in the
+# background, because bash minds a signal only between foreground commands.
+child=
+trap '[[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true; [[ -z $child ]] || wait "$child" || true
+  echo "stopped; the same command continues"; exit 130' INT TERM
 
 minutes() { printf '%d:%02d min' $(($1 / 60)) $(($1 % 60)); }
 
@@ -56,6 +59,16 @@ parts=()
 # part TITLE MODULE ARGUMENTS...: adds a Python module to what will run.
 part() { parts+=(${parts[@]+--then} "$@"); }
 
+# run_parts IMPORTS: runs them in turn; the modules named are imported once for all.
+run_parts() {
+  set -m # In a group of their own, so that Ctrl-C reaches them once, through the trap.
+  "$venv/bin/python" -m launch.in_turn "$1" "${parts[@]}" &
+  child=$!
+  set +m
+  wait "$child"
+  child='' parts=()
+}
+
 # run_gin TITLE MODULE GIN_FILE MODEL_DIR [ARGUMENTS...]: adds a module that gin configures.
 run_gin() {
   part "$1" "$2" --gin_file="$3" --gin.MODEL_DIR="\"$4\"" --tfds_data_dir="$out/data" \
@@ -63,17 +76,18 @@ run_gin() {
 }
 
 begin=$SECONDS
-# Results of an earlier run, of another model, can't be continued.
-rm -rf "$out/predictions" "$out/exported"
 part "1/6 data sets" richhf_jax.datasets --data_dir="$out/data"
 run_gin "2/6 pretraining on captions" richhf_jax.train experiments/quickstart_pretrain.gin "$out/pretrain"
 initial=--gin.INITIAL_CHECKPOINT_PATH="\"$out/pretrain\"" # Evaluation shows its loss curves, too.
 run_gin "3/6 finetuning" richhf_jax.train experiments/quickstart.gin "$out/finetune" "$initial"
 run_gin "4/6 evaluation" richhf_jax.eval experiments/quickstart.gin "$out/finetune" "$initial"
+run_parts richhf_jax.training_log,richhf_jax.split_predictions,tasks
+# Results of an earlier run, of another model, can't be continued.
+rm -rf "$out/predictions" "$out/exported"
 part "5/6 prediction" richhf_jax.predict --checkpoint="$out/finetune" --out="$out/predictions" --overlay \
   docs/example.png --prompt="two large blue crosses and a green star"
 part "6/6 export" richhf_jax.export --checkpoint="$out/finetune" --to=stablehlo --out="$out/exported"
-"$venv/bin/python" -m launch.in_turn richhf_jax.training_log,richhf_jax.split_predictions,tasks "${parts[@]}"
+run_parts richhf_jax.predict
 
 # The newest report, because shorter runs may have left others.
 report=$(find "$out/finetune/inference_eval" -name report.html -exec ls -t {} + | head -n 1)

@@ -5,7 +5,6 @@ r"""Trains the model that gin files describe. The same command again continues f
 Ctrl-C or SIGTERM saves a checkpoint and exits with 0.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -121,8 +120,7 @@ def train(
             random_seed=random_seed,
             use_hardware_rng=use_hardware_rng,
         )
-        with _compiling_meanwhile(trainer, model_dir, total_steps):
-            state, position = _initial_state(trainer, checkpointer, checkpoint_cfg.restore)
+        state, position = _initial_state(trainer, checkpointer, checkpoint_cfg.restore)
         if jax.process_index() == 0:
             gin_utils.write_operative_config(os.path.join(model_dir, "config.gin"))
             _write_description(
@@ -298,21 +296,6 @@ def _initial_state(
     if restore and restore.path:
         given = checkpoints.restore_matching(restore.path, trainer.abstract_state)
     return trainer.init_state(*given), {}
-
-
-@contextlib.contextmanager
-def _compiling_meanwhile(trainer: trainer_lib.Trainer, model_dir: str, total_steps: int) -> Iterator[None]:
-    """Compiles the training step in a thread, if there will be one, while the first state is made or read.
-
-    Several processes must compile in one order, so they do it later, as the first step runs.
-    """
-    newest = checkpoints.newest_checkpoint(model_dir)
-    done = newest is not None and checkpoints.find_checkpoint(str(newest))[1] >= total_steps
-    with concurrent.futures.ThreadPoolExecutor(1, "compile") as thread:
-        if jax.process_count() == 1 and not done:
-            # A failure isn't lost: the first step compiles again, and fails likewise.
-            thread.submit(lambda: trainer.lower("train").compile())
-        yield
 
 
 def _write_description(

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -62,11 +63,11 @@ def test_quickstart_runs_its_parts_in_order(venv):
     out = venv.parent / "my run"
     code, output, commands = launch("quickstart.sh", venv, "--out", "my run", "--gin.BATCH_SIZE=2")
     assert code == 0
-    install, run = commands
+    install, training, use = commands
     assert install.endswith(f"--editable {LAUNCH.parent}[train]")
     flags = f"--tfds_data_dir={out}/data"
     imports = "richhf_jax.training_log,richhf_jax.split_predictions,tasks"
-    assert run.split(" --then ") == [
+    assert training.split(" --then ") == [
         f"-m launch.in_turn {imports} 1/6 data sets richhf_jax.datasets --data_dir={out}/data",
         "2/6 pretraining on captions richhf_jax.train --gin_file=experiments/quickstart_pretrain.gin"
         f' --gin.MODEL_DIR="{out}/pretrain" {flags} --gin.BATCH_SIZE=2',
@@ -76,7 +77,9 @@ def test_quickstart_runs_its_parts_in_order(venv):
         "4/6 evaluation richhf_jax.eval --gin_file=experiments/quickstart.gin"
         f' --gin.MODEL_DIR="{out}/finetune" {flags} --gin.INITIAL_CHECKPOINT_PATH="{out}/pretrain"'
         " --gin.BATCH_SIZE=2",
-        f"5/6 prediction richhf_jax.predict --checkpoint={out}/finetune --out={out}/predictions --overlay"
+    ]
+    assert use.split(" --then ") == [
+        f"-m launch.in_turn richhf_jax.predict 5/6 prediction richhf_jax.predict --checkpoint={out}/finetune --out={out}/predictions --overlay"
         " docs/example.png --prompt=two large blue crosses and a green star",
         f"6/6 export richhf_jax.export --checkpoint={out}/finetune --to=stablehlo --out={out}/exported",
     ]
@@ -91,10 +94,29 @@ def test_quickstart_asks_for_huge_pages(venv, monkeypatch, given, used):
     assert re.findall("tunables: (.*)", output)[-1] == used  # pip ran before.
 
 
-def test_quickstart_fails_if_a_part_does(venv):
-    code, output, _ = launch("quickstart.sh", venv, "--out=out", fail="launch.in_turn")
+def test_quickstart_fails_if_a_part_does_and_keeps_earlier_results(venv):
+    earlier = venv.parent / "out/predictions/earlier"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    code, output, commands = launch("quickstart.sh", venv, "--out=out", fail="launch.in_turn")
     assert code == 1
     assert "report.html" not in output
+    assert len(commands) == 2  # pip and training
+    assert earlier.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_quickstart_alone_ends_the_running_part(venv, number):
+    python = venv / "bin/python"
+    waits = '[[ $2 == launch.in_turn ]] && { echo running; exec sleep 30; }'
+    python.write_text(python.read_text().replace('echo "$*"', f'{waits}\necho "$*"'))
+    command = ["bash", str(LAUNCH / "quickstart.sh"), "--out=out"]
+    env = os.environ | {"VENV": str(venv), "LOG": str(venv / "log"), "FAIL": ""}
+    with subprocess.Popen(command, env=env, cwd=venv.parent, stdout=subprocess.PIPE, text=True) as program:
+        assert "running\n" in iter(program.stdout.readline, "")
+        program.send_signal(number)
+        assert program.stdout.read() == "stopped; the same command continues\n"
+    assert program.returncode == 130
 
 
 def test_what_a_quickstart_before_predicted_and_exported_is_made_anew(venv):

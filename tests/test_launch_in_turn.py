@@ -16,6 +16,8 @@ import atexit, os, signal, sys, time
 import heavy
 print("run", __name__, __spec__.name, sys.argv[1:], "heavy of", os.getpid() == heavy.pid, flush=True)
 atexit.register(print, "ended")
+if sys.argv[1:] == ["crash"]:
+    os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1:] == ["wait"]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print("waiting", flush=True)
@@ -64,3 +66,9 @@ def test_a_signal_goes_to_the_part_and_ends_the_sequence(folder):
     program.send_signal(signal.SIGTERM)
     assert program.communicate()[0] == "ended\n"  # By the part's own handler.
     assert program.returncode == 130
+
+
+def test_a_part_that_is_killed_is_named(folder):
+    program = start(folder, "1/2 one", "part", "crash", "--then", "two", "part", "0")
+    assert program.communicate()[0].endswith("1/2 one: ended by SIGKILL\n")
+    assert program.returncode == 128 + signal.SIGKILL
