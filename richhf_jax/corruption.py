@@ -75,6 +75,7 @@ class Words:
       compounds: words that are exchanged nowhere in this company: 'hot dog'.
       most_objects: captions never name more things than this; None: any number.
       impossible: captions that never occur, tokens in lower case, joined by spaces.
+      unless: words that make captions with them stay true: of 'no dogs', 'no cats' is as true.
 
     Raises:
       errors.UserError: the table makes no sense.
@@ -86,6 +87,20 @@ class Words:
     compounds: Sequence[str] = ()
     most_objects: int | None = None
     impossible: Sequence[str] = ()
+    unless: Sequence[str] = ()
+
+    def __post_init__(self):
+        """Checks the fields' types."""
+        if not isinstance(self.classes, Mapping) or not self.classes:
+            raise errors.UserError("table of words: classes must be a dictionary with a class or more")
+        for name in ("compounds", "impossible", "unless"):
+            _check_texts(f"table of words: {name}", getattr(self, name))
+        for name in ("swap_weight", "phrase_weight"):
+            _check_number(f"table of words: {name}", getattr(self, name))
+        if self.most_objects is not None and (type(self.most_objects) is not int or self.most_objects < 1):
+            raise errors.UserError(
+                f"table of words: most_objects must be 1 or more, or None, got {self.most_objects!r}"
+            )
 
     @classmethod
     def changed(cls, fields: Mapping[str, Any], **changes) -> Self:
@@ -130,6 +145,19 @@ class Entries(NamedTuple):
     accepted: np.ndarray
     once: np.ndarray
     kinds: np.ndarray
+
+
+def _check_texts(where: str, texts: Any) -> None:
+    """Checks that these are texts in lower case, without empty ones."""
+    if not isinstance(texts, list | tuple) or any(
+        not isinstance(text, str) or not text or text != text.lower() for text in texts
+    ):
+        raise errors.UserError(f"{where} must be a list of texts in lower case, got {texts!r}")
+
+
+def _check_number(where: str, number: Any) -> None:
+    if type(number) not in (int, float) or not 0 <= number < np.inf:
+        raise errors.UserError(f"{where} must be a number, 0 or more, got {number!r}")
 
 
 def exchange_weights(frequencies: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +221,21 @@ def _class_rows(name: str, number: int, fields: Mapping) -> list[tuple]:
         raise errors.UserError(f"{where}: {error}") from None
     if word_class.role not in ROLES:
         raise errors.UserError(f"{where}: role must be {', '.join(ROLES)}, got {word_class.role!r}")
+    if not isinstance(word_class.words, Mapping | list | tuple):
+        raise errors.UserError(f"{where}: words must be a list or a dictionary, got {word_class.words!r}")
     frequencies = word_class.frequencies()
+    _check_texts(f"{where}: words", list(frequencies))
+    if len(frequencies) < len(word_class.words):
+        raise errors.UserError(f"{where} has a word twice: {list(word_class.words)}")
+    _check_texts(f"{where}: unless", word_class.unless)
+    for number_name, value in {"weight": word_class.weight, **frequencies}.items():
+        _check_number(f"{where}: {number_name}", value)
+    if not isinstance(word_class.once, bool):
+        raise errors.UserError(f"{where}: once must be True or False, got {word_class.once!r}")
+    if not isinstance(word_class.values, list | tuple) or any(
+        type(value) is not int or value < 1 for value in word_class.values
+    ):
+        raise errors.UserError(f"{where}: values must be numbers of 1 or more, got {word_class.values!r}")
     if len(frequencies) < 2 or min(frequencies.values()) <= 0:
         raise errors.UserError(f"{where} needs two words or more, with frequencies above 0")
     is_number = word_class.role == NUMBER
@@ -252,6 +294,7 @@ class _Caption(NamedTuple):
 
 def _parse(text: tf.Tensor, words: Words) -> _Caption:
     table = words.entries
+    text = tf.strings.regex_replace(text, r"\x00", " ")
     cut = tf.strings.regex_replace(text, f"({feedback.SEPARATORS.pattern})", rf"{_CUT}\1{_CUT}")
     parts = tf.strings.split(cut, _CUT)
     tokens, gaps = parts[::2], tf.concat([parts[1::2], [""]], 0)
@@ -415,6 +458,8 @@ def _may_occur(caption: _Caption, tokens: tf.Tensor, new: tf.Tensor, words: Word
     """Tells whether a true caption could be as the table's limits say: bool []."""
     table = words.entries
     may = tf.constant(True)
+    if words.unless:
+        may = ~tf.reduce_any(tf.strings.lower(caption.tokens)[:, None] == words.unless)
     if words.most_objects is not None:
         value, is_noun = tf.gather(table.value, new), tf.gather(table.role, new) == NOUN
         counted = tf.reduce_any(caption.phrase & (value > 0)[:, None], 0)

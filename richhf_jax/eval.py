@@ -104,7 +104,7 @@ def evaluate(
         return {}
     raw, factors = predictions, {}
     if any(prediction.uncertainty for prediction in raw):
-        factors = split_predictions.deviation_factors(checkpoint_path)
+        factors = split_predictions.deviation_factors(checkpoint_path, dataset_cfg)
         predictions = [prediction.calibrated(factors) for prediction in raw]
     systems = [(title, predictions), *(fn(dataset_cfg, images, targets) for fn in baseline_fns)]
     task = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)

@@ -177,7 +177,7 @@ def paint(
       count    int32 [], the number of flaws that are seen
 
     Raises:
-      errors.UserError: there is no damage of a name, or all weights are 0.
+      errors.UserError: there is no damage of a name, all weights are 0, or a range or the least change is.
     """
     if not damages or set(damages) - DAMAGES.keys():
         raise errors.UserError(
@@ -185,6 +185,13 @@ def paint(
         )
     if not sum(count_weights):
         raise errors.UserError("flaws.paint.count_weights must not all be 0")
+    for name, (low, high) in {"radii": radii, "strengths": strengths}.items():
+        if not 0 < low <= high:
+            raise errors.UserError(
+                f"flaws.paint.{name} must be a range above 0, the least first, got {(low, high)!r}"
+            )
+    if not least_change > 0:
+        raise errors.UserError(f"flaws.paint.least_change must be above 0, got {least_change!r}")
     side = image.shape[0]
     seed = tf.random.experimental.stateless_fold_in(seed, _FLAW_DRAW)
     ends = np.cumsum(count_weights)

@@ -428,6 +428,7 @@ def captions(
 
 
 @gin.configurable
+@plain_graph
 def flawed_captions(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],

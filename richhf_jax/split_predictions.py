@@ -65,11 +65,14 @@ def load(
     return trainer, checkpoints.restore_inference_state(directory, trainer.abstract_state), step
 
 
-def deviation_factors(checkpoint_path: str) -> Mapping[str, float]:
+def deviation_factors(
+    checkpoint_path: str, measured: input_pipeline.DatasetConfig | None = None
+) -> Mapping[str, float]:
     """Reads the factors that calibrate the uncertainties of a checkpoint; warns if there are none.
 
     Args:
       checkpoint_path: as for `load`.
+      measured: data on which the uncertainties are measured; warns if the factors were found on them.
 
     Returns:
       Kind of score -> factor; {} if the checkpoint isn't calibrated.
@@ -82,6 +85,11 @@ def deviation_factors(checkpoint_path: str) -> Mapping[str, float]:
     if description.calibration is None:
         logging.warning("%s: %s", directory, model_description.NOT_CALIBRATED)
         return {}
+    found = description.calibration.task, description.calibration.split
+    if measured and found == (measured.mixture_or_task_name, measured.split):
+        logging.warning(
+            "the uncertainties were calibrated on this split, so their coverage is no test of them"
+        )
     return description.deviation_factors
 
 

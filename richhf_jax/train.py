@@ -309,7 +309,8 @@ def _write_description(
 ) -> None:
     """Writes the model's description, which predictions need beside the parameters, if it has one.
 
-    A run that continues keeps the name of the checkpoint that its first parameters came from.
+    A run that continues keeps the name of the checkpoint that its first parameters came from, and the
+    calibration of the checkpoint that it belongs to.
     """
     content = model.describe(cfg.task_feature_lengths, stream.batch_shapes)
     if content is None:
@@ -328,6 +329,10 @@ def _write_description(
     if earlier.get("initial_checkpoint", initial) != initial:
         logging.warning("the run continues from step %d of its own, so initial_checkpoint isn't read", step)
         training["initial_checkpoint"] = earlier["initial_checkpoint"]
+    if step and model.has_uncertainty:
+        with contextlib.suppress(errors.UserError):  # The file is missing or damaged, and is written anew.
+            if calibration := model_description.read(model_dir).calibration:
+                content |= {"calibration": dataclasses.asdict(calibration)}
     model_description.write(model_dir, content | {"training": training}, input_pipeline.vocabulary_model(cfg))
 
 

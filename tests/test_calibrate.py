@@ -12,14 +12,17 @@ import seqio
 import tasks  # noqa: F401 (registers them)
 from richhf_jax import (
     calibrate,
+    checkpoints,
     errors,
     feedback,
     infer,
     input_pipeline,
     locking,
     model_description,
+    models,
     partitioning,
     split_predictions,
+    train,
 )
 from richhf_jax import eval as eval_script
 
@@ -139,6 +142,28 @@ def test_evaluation_and_inference_take_the_factors(run, directory, tmp_path, cap
     model_description.read(directory).of_step(-1).write(directory)
     with pytest.raises(errors.UserError, match="deviation_factors was .*, now it is {}"):
         run(infer.infer, "test", output_dir=str(tmp_path / "inferred"))
+
+
+def test_evaluation_on_the_calibrations_split_is_told(run, tmp_path, caplog):
+    run(calibrate.calibrate, "validation")
+    run(eval_script.evaluate, "validation", output_dir=str(tmp_path), baseline_fns=())
+    assert "calibrated on this split, so their coverage is no test" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_training_keeps_the_calibration_of_a_whole_file(run, directory, damaged):
+    run(calibrate.calibrate, "validation")
+    before = model_description.read(directory)
+    if damaged:
+        file = directory / "model.json"
+        file.write_text(file.read_text().replace('"step": 7', '"step": 8'))
+    content = models.describe_rahf(before.network, before.feature_lengths, before.fit, 0.5)
+    model = types.SimpleNamespace(has_uncertainty=True, describe=lambda *_: content)
+    stream = types.SimpleNamespace(batch_shapes={})
+    train._write_description(
+        model, config("train"), stream, checkpoints.CheckpointConfig(None), str(directory), 0, step=7
+    )
+    assert model_description.read(directory).calibration == (None if damaged else before.calibration)
 
 
 @pytest.mark.parametrize(

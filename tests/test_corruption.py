@@ -390,13 +390,67 @@ def test_a_class_has_no_word_of_another():
         ({"words": ("red", "light blue"), "role": "modifier"}, "'x'.*'light blue' must have the form 'red'"),
         ({"words": ("red", "red"), "role": "modifier", "role_": 1}, "'x'.*role_"),
         ({"words": ("two", "three"), "role": "number"}, "'x'.*a value for each word"),
-        ({"words": ("red", "blue"), "role": "modifier", "weight": -1}, "weights of the table"),
+        ({"words": ("red", "blue"), "role": "modifier", "weight": -1}, "weight must be a number, 0 or more"),
         ({"words": ("cat/cats", "cats/dogs"), "role": "noun"}, "'cats' twice"),
     ],
 )
 def test_a_bad_table_is_named(fields, message):
     with pytest.raises(errors.UserError, match=message):
         corruption.Words({"x": fields}).entries  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"words": 5, "role": "modifier"}, "class 'x' .*: words must be a list"),
+        ({"words": "red", "role": "modifier"}, "class 'x' .*: words must be a list"),
+        ({"words": [1, 2], "role": "modifier"}, "class 'x' .*: words must be a list of texts"),
+        ({"words": ["red", "red", "blue"], "role": "modifier"}, "class 'x' .* has a word twice"),
+        ({"words": {"red": "x", "blue": 2}, "role": "modifier"}, "class 'x' .*: red must be a number"),
+        ({"words": ["red", "blue"], "role": "modifier", "weight": "x"}, "weight must be a number"),
+        ({"words": ["red", "blue"], "role": "modifier", "once": "no"}, "once must be True or False"),
+        ({"words": ["red", "blue"], "role": "modifier", "unless": "his"}, "unless must be a list"),
+        ({"words": ["two", "three"], "role": "number", "values": [-1, 2]}, "values must be numbers"),
+        (5, "class 'x'"),
+    ],
+)
+def test_a_class_of_other_types_is_named(fields, message):
+    with pytest.raises(errors.UserError, match=message):
+        corruption.Words({"x": fields}).entries  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": {}},
+        {"classes": None},
+        {"compounds": "hot dog"},
+        {"compounds": ["Hot dog"]},
+        {"impossible": [4]},
+        {"unless": [""]},
+        {"swap_weight": "x"},
+        {"phrase_weight": -1},
+        {"most_objects": 2.5},
+    ],
+)
+def test_a_field_of_another_type_is_named(changes):
+    with pytest.raises(errors.UserError, match=f"table of words: {next(iter(changes))} must be"):
+        corruption.Words(**{**caption_words.SYNTHETIC, **changes})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a man without a hat", "There are no dogs", "Not a red dog", "a dog or a cat", "It isn't a dog."],
+)
+def test_what_is_denied_or_left_open_stays(text):
+    for seed in range(5):
+        assert not corrupt_all([text], ENGLISH, seed)[0][2]
+
+
+def test_a_null_character_is_a_separator():
+    prompt, labels, possible = corrupt_all(["a\0red dog"], ENGLISH)[0]
+    assert possible
+    assert len(labels) == len(feedback.tokenize_prompt(prompt)) == 3
 
 
 # The preprocessor.

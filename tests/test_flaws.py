@@ -246,6 +246,10 @@ def test_clicked_is_like_the_raters_heatmaps():
         ({"damages": ("static", "burnt")}, r"paint.damages must be some of swirled, .* got .*'burnt'"),
         ({"damages": ()}, "paint.damages must be"),
         ({"count_weights": (0.0, 0.0)}, "count_weights must not all be 0"),
+        ({"radii": (0.0, 0.0)}, "paint.radii must be a range above 0"),
+        ({"radii": (0.4, 0.1)}, "paint.radii must be a range above 0, the least first"),
+        ({"strengths": (1.0, 0.5)}, "paint.strengths must be a range above 0"),
+        ({"least_change": 0.0}, "paint.least_change must be above 0"),
     ],
 )
 def test_settings_that_make_no_sense(setting, message):

@@ -79,7 +79,8 @@ def test_quickstart_runs_its_parts_in_order(venv):
         " --gin.BATCH_SIZE=2",
     ]
     assert use.split(" --then ") == [
-        f"-m launch.in_turn richhf_jax.predict 5/6 prediction richhf_jax.predict --checkpoint={out}/finetune --out={out}/predictions --overlay"
+        "-m launch.in_turn richhf_jax.predict 5/6 prediction richhf_jax.predict"
+        f" --checkpoint={out}/finetune --out={out}/predictions --overlay"
         " docs/example.png --prompt=two large blue crosses and a green star",
         f"6/6 export richhf_jax.export --checkpoint={out}/finetune --to=stablehlo --out={out}/exported",
     ]
@@ -108,7 +109,7 @@ def test_quickstart_fails_if_a_part_does_and_keeps_earlier_results(venv):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_quickstart_alone_ends_the_running_part(venv, number):
     python = venv / "bin/python"
-    waits = '[[ $2 == launch.in_turn ]] && { echo running; exec sleep 30; }'
+    waits = "[[ $2 == launch.in_turn ]] && { echo running; exec sleep 30; }"
     python.write_text(python.read_text().replace('echo "$*"', f'{waits}\necho "$*"'))
     command = ["bash", str(LAUNCH / "quickstart.sh"), "--out=out"]
     env = os.environ | {"VENV": str(venv), "LOG": str(venv / "log"), "FAIL": ""}

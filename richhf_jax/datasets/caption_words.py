@@ -277,6 +277,11 @@ ENGLISH: Mapping[str, Any] = {
         "swimming pools",
         "left over",
     ),
+    # "No dogs" is as true as "no cats", and so may be "a dog or a horse".
+    "unless": (
+        *("no", "not", "without", "neither", "nor", "or", "none", "never", "nobody", "nothing", "cannot"),
+        *("isn't", "aren't", "wasn't", "weren't", "doesn't", "don't", "didn't", "hasn't", "haven't", "can't"),
+    ),
 }
 
 TABLES = {"english": ENGLISH, "synthetic": SYNTHETIC}
