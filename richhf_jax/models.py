@@ -495,7 +495,7 @@ def describe_rahf(
     }
 
 
-def _without_other_slots(batch: Batch) -> Batch:
+def _without_other_slots(batch: Images) -> Images:
     """Returns a batch without slots of scores and texts: decoding takes seconds to compile."""
     return {**batch, **{name: batch[name][:, :0] for name in ("score_weights", "decoder_input_tokens")}}
 

@@ -456,7 +456,7 @@ class _Evaluation:
         # Every process has the predictions for the examples of all processes.
         rows = self._own_rows[:_NUM_SUMMARY_IMAGES]
 
-        def predict(change: Callable[[models.Batch], models.Batch] = lambda batch: batch) -> models.Images:
+        def predict(change: Callable[[models.Images], models.Images] = lambda batch: batch) -> models.Images:
             outputs = self._trainer.predict(state, change(batch))
             return {name: np.asarray(value.addressable_data(0)[rows]) for name, value in outputs.items()}
 
