@@ -8,8 +8,6 @@
 COCO's images and splits are those of Karpathy and Li; like them, training uses `restval`, too.
 """
 
-import functools
-
 import gin
 
 from richhf_jax import corruption, preprocessors
@@ -23,21 +21,11 @@ def english_words(**changes) -> corruption.Words:
     return corruption.Words.changed(caption_words.ENGLISH, **changes)
 
 
-for _name, _preprocessor in {
-    "captions": preprocessors.captions,
-    "corrupted_captions": functools.partial(corruption.corrupted_captions, words=english_words),
-    "flawed_captions": preprocessors.flawed_captions,
-}.items():
-    providers.add_captions_tasks(
-        f"coco_{_name}",
-        "coco_captions/2014:1.1.0",
-        {"train": "train+restval", "validation": "val", "test": "test"},
-        first_preprocessors=[preprocessors.draw_caption],
-        preprocessor=_preprocessor,
-    )
-    providers.add_captions_tasks(
-        f"web_{_name}",
-        "web_captions/default:1.0.0",
-        ["train", "validation"],
-        preprocessor=_preprocessor,
-    )
+providers.add_captions_tasks(
+    "coco",
+    "coco_captions/2014:1.1.0",
+    {"train": "train+restval", "validation": "val", "test": "test"},
+    english_words,
+    first_preprocessors=[preprocessors.draw_caption],
+)
+providers.add_captions_tasks("web", "web_captions/default:1.0.0", ["train", "validation"], english_words)

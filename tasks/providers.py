@@ -9,7 +9,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from richhf_jax import feedback, metrics, postprocessors, preprocessors
+from richhf_jax import corruption, feedback, metrics, postprocessors, preprocessors
 from tasks import vocabulary
 
 _TEXT = seqio.Feature(vocabulary.ConfiguredVocabulary(), add_eos=False, dtype=tf.int32, rank=2)
@@ -82,31 +82,40 @@ def add_rich_feedback_tasks(
 
 
 def add_captions_tasks(
-    name: str,
+    source: str,
     tfds_name: str,
     splits: Sequence[str] | Mapping[str, str],
+    words: Callable[[], corruption.Words],
     first_preprocessors: Sequence[Callable] = (),
-    preprocessor: Callable = preprocessors.captions,
 ) -> None:
-    """Registers a TFDS data set of images with captions: `<name>` and `<name>_augmented_prompt`.
+    """Registers a TFDS data set of images with captions, as it is, with wrong captions, with painted flaws.
+
+    The tasks are `<source>_captions`, `<source>_corrupted_captions`, `<source>_flawed_captions`, and the same
+    with `_augmented_prompt` behind.
 
     Args:
-      name: the multi-head task's name, with which the other's begins.
+      source: the beginning of the tasks' names.
       tfds_name: data set and version.
       splits: the data set's splits, or a mapping of the tasks' splits to TFDS's.
+      words: returns the table of the words that may be wrong.
       first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) from a record that
         lacks them; they may use the example's `preprocessors.SEED`.
-      preprocessor: `preprocessors.captions`, or another of its signature.
     """
-    for variant in feedback.VARIANTS:
-        _add(
-            captions_name(name, variant),
-            tfds_name,
-            splits,
-            [functools.partial(preprocessor, variant=variant)],
-            encoded=(feedback.IMAGE_FIELD,),
-            first_preprocessors=first_preprocessors,
-        )
+    kinds = {
+        "captions": preprocessors.captions,
+        "corrupted_captions": functools.partial(corruption.corrupted_captions, words=words),
+        "flawed_captions": preprocessors.flawed_captions,
+    }
+    for kind, preprocess in kinds.items():
+        for variant in feedback.VARIANTS:
+            _add(
+                captions_name(f"{source}_{kind}", variant),
+                tfds_name,
+                splits,
+                [functools.partial(preprocess, variant=variant)],
+                encoded=(feedback.IMAGE_FIELD,),
+                first_preprocessors=first_preprocessors,
+            )
 
 
 def captions_name(name: str, variant: str) -> str:

@@ -20,7 +20,7 @@ from typing import cast
 import gin
 import numpy as np
 
-from richhf_jax import corruption, input_pipeline, metrics, preprocessors
+from richhf_jax import corruption, input_pipeline, metrics
 from richhf_jax.datasets import caption_words, scenes, synthetic_captions, synthetic_rich_hf
 from richhf_jax.feedback import RichFeedback
 from tasks import providers
@@ -72,17 +72,12 @@ for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
         ["train", "validation", "test"],
         more_metric_fns=[functools.partial(truth_metrics, config=scenes.CONFIGS[_config])],
     )
-for _name, _preprocessor in {
-    "captions": preprocessors.captions,
-    "corrupted_captions": functools.partial(corruption.corrupted_captions, words=synthetic_words),
-    "flawed_captions": preprocessors.flawed_captions,
-}.items():
-    providers.add_captions_tasks(
-        f"synthetic_{_name}",
-        f"synthetic_captions/default:{_CAPTIONS_VERSION}",
-        ["train", "validation"],
-        preprocessor=_preprocessor,
-    )
+providers.add_captions_tasks(
+    "synthetic",
+    f"synthetic_captions/default:{_CAPTIONS_VERSION}",
+    ["train", "validation"],
+    synthetic_words,
+)
 providers.add_pretraining_mixture("synthetic_pretrain", "synthetic_captions", "synthetic_rich_hf")
 providers.add_pretraining_mixture(
     "synthetic_pretrain_plus",
