@@ -49,8 +49,12 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
 # At Ctrl-C, training saves a checkpoint and exits with 0; the next part must not start. The parts are in the
 # background, because bash minds a signal only between foreground commands.
 child=
-trap '[[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true; [[ -z $child ]] || wait "$child" || true
-  echo "stopped; the same command continues"; exit 130' INT TERM
+stop() {
+  [[ -z $child ]] || { kill -TERM "$child" && wait "$child"; } 2>/dev/null || true
+  echo "stopped; the same command continues"
+  exit 130
+}
+trap stop INT TERM
 
 minutes() { printf '%d:%02d min' $(($1 / 60)) $(($1 % 60)); }
 

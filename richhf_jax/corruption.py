@@ -248,7 +248,7 @@ def _class_rows(name: str, number: int, fields: Mapping) -> list[tuple]:
         singular, slash, plural = word.partition("/")
         parts = [singular, plural] if slash else [singular]
         if bool(slash) != (word_class.role == NOUN) or any(
-            feedback.tokenize_prompt(part) != [part] or part != part.lower() for part in parts
+            feedback.tokenize_prompt(part) != [part] for part in parts
         ):
             form = "'star/stars'" if word_class.role == NOUN else "'red'"
             raise errors.UserError(f"{where}: {word!r} must have the form {form}, in lower case")
