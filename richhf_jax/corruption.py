@@ -5,8 +5,8 @@
                                     two nouns     -> 'A red circle, and one star.'           1 1 0 1 1 0
                                     a phrase      -> 'A blue ring, and one circle.'          1 0 0 1 1 1
 
-The words come from a table of classes whose words exclude each other (`Words`). Capitals, punctuation and the
-number of words stay. Articles and plurals follow the words, and aren't wrong.
+The words come from a table of classes whose words exclude each other (`word_table.Words`). Capitals,
+punctuation and the number of words stay. Articles and plurals follow the words, and aren't wrong.
 
 A caption's text shall not tell whether it is true. So each exchange is as likely as its reverse: if the
 captions' words of a class are drawn independently with the table's frequencies, then true and corrupted
@@ -16,10 +16,9 @@ The phrase of a noun is the noun and the numbers and modifiers right before it. 
 the place of a true one, because a phrase added would tell the answer by the caption's length.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import gin
 import numpy as np
@@ -27,235 +26,14 @@ import seqio
 import tensorflow as tf
 
 from richhf_jax import errors, feedback, preprocessors
+from richhf_jax.word_table import MODIFIER, NOUN, NUMBER, Entries, Words
 
-ROLES = NOUN, MODIFIER, NUMBER, OTHER = ("noun", "modifier", "number", "other")
 # Stands between a caption's tokens and the separators around them while it is taken apart.
 _CUT = "\0"
 # Folded into the example's seed: one draw each for ...
 _KIND_DRAW, _PLACE_DRAW, _PAIR_DRAW, _WORD_DRAW, _ACCEPT_DRAW, _TRUTH_DRAW = range(6)
 # Unlike those of `preprocessors`, `augmentation` and `flaws`.
 _CORRUPTION_DRAW = 201
-
-
-@dataclasses.dataclass(frozen=True)
-class WordClass:
-    """Words of which at most one is true of the same thing, so that any other is wrong.
-
-    Attributes:
-      words: the words in lower case, or word -> frequency; nouns as 'star/stars', singular and plural.
-      role: 'noun'; 'number' or 'modifier' (they stand before nouns); 'other'.
-      weight: how often a word of this class is exchanged, in proportion to the other classes.
-      once: whether a caption names each word of the class at most once. Words that it names twice then stay,
-        and no exchange makes a second one.
-      values: of a number class, how many things each word means.
-      unless: words beside which the class stays as it is: 'his' agrees with 'man'.
-    """
-
-    words: Sequence[str] | Mapping[str, float]
-    role: str
-    weight: float = 1.0
-    once: bool = False
-    values: Sequence[int] = ()
-    unless: Sequence[str] = ()
-
-    def frequencies(self) -> dict[str, float]:
-        """Returns word -> frequency, 1 each if the table has none."""
-        return dict(self.words) if isinstance(self.words, Mapping) else dict.fromkeys(self.words, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Words:
-    """The table of words.
-
-    Attributes:
-      classes: name -> fields of `WordClass`.
-      swap_weight: how often two nouns of a class are swapped. Their phrases must differ in a word of the same
-        class, else the caption might stay true: 'a dog and a cat'.
-      phrase_weight: how often all words of a phrase are exchanged; the phrase has more than the noun.
-      compounds: words that are exchanged nowhere in this company: 'hot dog'.
-      most_objects: captions never name more things than this; None: any number.
-      impossible: captions that never occur, tokens in lower case, joined by spaces.
-      unless: words that make captions with them stay true: of 'no dogs', 'no cats' is as true.
-
-    Raises:
-      errors.UserError: the table makes no sense.
-    """
-
-    classes: Mapping[str, Mapping]
-    swap_weight: float = 1.0
-    phrase_weight: float = 1.0
-    compounds: Sequence[str] = ()
-    most_objects: int | None = None
-    impossible: Sequence[str] = ()
-    unless: Sequence[str] = ()
-
-    def __post_init__(self):
-        """Checks the fields' types."""
-        if not isinstance(self.classes, Mapping) or not self.classes:
-            raise errors.UserError("table of words: classes must be a dictionary with a class or more")
-        for name in ("compounds", "impossible", "unless"):
-            _check_texts(f"table of words: {name}", getattr(self, name))
-        for name in ("swap_weight", "phrase_weight"):
-            _check_number(f"table of words: {name}", getattr(self, name))
-        if self.most_objects is not None and (type(self.most_objects) is not int or self.most_objects < 1):
-            raise errors.UserError(
-                f"table of words: most_objects must be 1 or more, or None, got {self.most_objects!r}"
-            )
-
-    @classmethod
-    def changed(cls, fields: Mapping[str, Any], **changes) -> Self:
-        """Makes a table of `fields`, some of them changed.
-
-        Raises:
-          errors.UserError: a change has the name of no field.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if unknown := set(changes) - set(names):
-            raise errors.UserError(
-                f"the table of words has no field {min(unknown)!r}, only {', '.join(names)}"
-            )
-        return cls(**{**fields, **changes})
-
-    @functools.cached_property
-    def entries(self) -> "Entries":
-        """The table as arrays."""
-        return _make_entries(self)
-
-
-class Entries(NamedTuple):
-    """The words as arrays. Entry 0, "-", stands for all words that the table lacks.
-
-    Attributes:
-      singular, plural: string [entries], the word's forms; equal unless it is a noun.
-      of_class: int32 [entries], number of its class from 1.
-      role: string [entries].
-      value: int32 [entries], how many things a number word means; 0 for other words.
-      weight: float32 [entries]; an exchange draws by them among the other words of the class.
-      accepted: float32 [entries], the share of exchanges of this word that take place.
-      once: bool [entries].
-      kinds: float32 [classes + 2], weights of an exchange in each class, a swap, a phrase.
-    """
-
-    singular: np.ndarray
-    plural: np.ndarray
-    of_class: np.ndarray
-    role: np.ndarray
-    value: np.ndarray
-    weight: np.ndarray
-    accepted: np.ndarray
-    once: np.ndarray
-    kinds: np.ndarray
-
-
-def _check_texts(where: str, texts: Any) -> None:
-    """Checks that these are texts in lower case, without empty ones."""
-    if not isinstance(texts, list | tuple) or any(
-        not isinstance(text, str) or not text or text != text.lower() for text in texts
-    ):
-        raise errors.UserError(f"{where} must be a list of texts in lower case, got {texts!r}")
-
-
-def _check_number(where: str, number: Any) -> None:
-    if type(number) not in (int, float) or not 0 <= number < np.inf:
-        raise errors.UserError(f"{where} must be a number, 0 or more, got {number!r}")
-
-
-def exchange_weights(frequencies: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the weights w by which an exchange draws among the other words, so that frequencies stay.
-
-    [0.425, 0.375, 0.2] -> w such that w0 w1 = 0.3, w0 w2 = 0.125, w1 w2 = 0.075; all exchanges accepted
-
-    Word i becomes j with probability w_j / (sum of w - w_i). Its frequency is w_i (sum of w - w_i), so i
-    becomes j as often as j becomes i: w_i w_j. Otherwise rare words were a sign of a corrupted caption.
-
-    Args:
-      frequencies: of two words or more, above 0.
-
-    Returns:
-      The weights, and the share of each word's exchanges that take place: below 1 only for a word that is
-      more frequent than (nearly) all others together.
-    """
-    shares = np.array(frequencies) / np.sum(frequencies)
-    # At the limit itself, three words or more would need infinite weights.
-    most = (1 - shares) * (1 if len(shares) == 2 else 0.9)
-    flows = np.minimum(shares, most)
-    weights, last = np.sqrt(flows), 0
-    while np.abs(weights - last).max() > 1e-12:
-        last, weights = weights, np.sqrt(weights * flows / (weights.sum() - weights))
-    accepted = flows / shares
-    return weights, accepted
-
-
-def _make_entries(words: Words) -> Entries:
-    rows = [("-", "-", 0, "", 0, 0.0, 0.0, False)]
-    kinds = []
-    for number, (name, fields) in enumerate(words.classes.items(), start=1):
-        rows += _class_rows(name, number, fields)
-        kinds.append(fields.get("weight", 1.0))
-    forms = [form for singular, plural, *_ in rows[1:] for form in {singular, plural}]
-    if double := {form for form in forms if forms.count(form) > 1}:
-        raise errors.UserError(f"the table of words has {min(double)!r} twice; each word has one meaning")
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
-    kinds = np.array([*kinds, words.swap_weight, words.phrase_weight], np.float32)
-    if not (np.isfinite(kinds) & (kinds >= 0)).all() or not kinds.any():
-        raise errors.UserError(f"weights of the table of words must be 0 or more, and one above 0: {kinds}")
-    singular, plural, of_class, role, value, weight, accepted, once = columns
-    return Entries(
-        singular,
-        plural,
-        of_class.astype(np.int32),
-        role,
-        value.astype(np.int32),
-        weight.astype(np.float32),
-        accepted.astype(np.float32),
-        once,
-        kinds,
-    )
-
-
-def _class_rows(name: str, number: int, fields: Mapping) -> list[tuple]:
-    where = f"class {name!r} of the table of words"
-    try:
-        word_class = WordClass(**fields)
-    except TypeError as error:
-        raise errors.UserError(f"{where}: {error}") from None
-    if word_class.role not in ROLES:
-        raise errors.UserError(f"{where}: role must be {', '.join(ROLES)}, got {word_class.role!r}")
-    if not isinstance(word_class.words, Mapping | list | tuple):
-        raise errors.UserError(f"{where}: words must be a list or a dictionary, got {word_class.words!r}")
-    frequencies = word_class.frequencies()
-    _check_texts(f"{where}: words", list(frequencies))
-    if len(frequencies) < len(word_class.words):
-        raise errors.UserError(f"{where} has a word twice: {list(word_class.words)}")
-    _check_texts(f"{where}: unless", word_class.unless)
-    for number_name, value in {"weight": word_class.weight, **frequencies}.items():
-        _check_number(f"{where}: {number_name}", value)
-    if not isinstance(word_class.once, bool):
-        raise errors.UserError(f"{where}: once must be True or False, got {word_class.once!r}")
-    if not isinstance(word_class.values, list | tuple) or any(
-        type(value) is not int or value < 1 for value in word_class.values
-    ):
-        raise errors.UserError(f"{where}: values must be numbers of 1 or more, got {word_class.values!r}")
-    if len(frequencies) < 2 or min(frequencies.values()) <= 0:
-        raise errors.UserError(f"{where} needs two words or more, with frequencies above 0")
-    is_number = word_class.role == NUMBER
-    if len(word_class.values) != (len(frequencies) if is_number else 0):
-        raise errors.UserError(f"{where}: a class of numbers needs a value for each word, others none")
-    rows = []
-    values = word_class.values if is_number else [0] * len(frequencies)
-    weights, accepted = exchange_weights(list(frequencies.values()))
-    for word, value, weight, share in zip(frequencies, values, weights, accepted, strict=True):
-        singular, slash, plural = word.partition("/")
-        parts = [singular, plural] if slash else [singular]
-        if bool(slash) != (word_class.role == NOUN) or any(
-            feedback.tokenize_prompt(part) != [part] for part in parts
-        ):
-            form = "'star/stars'" if word_class.role == NOUN else "'red'"
-            raise errors.UserError(f"{where}: {word!r} must have the form {form}, in lower case")
-        rows.append(
-            (singular, plural or singular, number, word_class.role, value, weight, share, word_class.once)
-        )
-    return rows
 
 
 class Corrupted(NamedTuple):
@@ -303,9 +81,9 @@ def _parse(text: tf.Tensor, words: Words) -> _Caption:
     is_plural = (lower[:, None] == table.plural[None, 1:]) & (table.role == NOUN)[None, 1:]
     known = tf.pad(is_singular | is_plural, [[0, 0], [1, 0]])
     entry = tf.where(_may_change(tokens, lower, words.compounds), tf.argmax(known, 1, tf.int32), 0)
-    for number, fields in enumerate(words.classes.values(), start=1):
-        if unless := fields.get("unless"):
-            agreeing = tf.reduce_any(lower[:, None] == unless)
+    for number, word_class in enumerate(words.word_classes, start=1):
+        if word_class.unless:
+            agreeing = tf.reduce_any(lower[:, None] == word_class.unless)
             entry = tf.where(agreeing & (tf.gather(table.of_class, entry) == number), 0, entry)
     role = tf.gather(table.role, entry)
     # The phrase of a noun: every word from i to it is a number or a modifier, followed by a single space.

@@ -10,15 +10,15 @@ COCO's images and splits are those of Karpathy and Li; like them, training uses 
 
 import gin
 
-from richhf_jax import corruption, preprocessors
+from richhf_jax import preprocessors, word_table
 from richhf_jax.datasets import caption_words
 from tasks import providers
 
 
 @gin.configurable
-def english_words(**changes) -> corruption.Words:
-    """Returns the table of English words; gin may set each field of `corruption.Words`."""
-    return corruption.Words.changed(caption_words.ENGLISH, **changes)
+def english_words(**changes) -> word_table.Words:
+    """Returns the table of English words; gin may set each field of `word_table.Words`."""
+    return word_table.Words.changed(caption_words.ENGLISH, **changes)
 
 
 providers.add_captions_tasks(

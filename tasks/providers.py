@@ -9,7 +9,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from richhf_jax import corruption, feedback, metrics, postprocessors, preprocessors
+from richhf_jax import corruption, feedback, metrics, postprocessors, preprocessors, word_table
 from tasks import vocabulary
 
 _TEXT = seqio.Feature(vocabulary.ConfiguredVocabulary(), add_eos=False, dtype=tf.int32, rank=2)
@@ -85,7 +85,7 @@ def add_captions_tasks(
     source: str,
     tfds_name: str,
     splits: Sequence[str] | Mapping[str, str],
-    words: Callable[[], corruption.Words],
+    words: Callable[[], word_table.Words],
     first_preprocessors: Sequence[Callable] = (),
 ) -> None:
     """Registers a TFDS data set of images with captions, as it is, with wrong captions, with painted flaws.

@@ -20,7 +20,7 @@ from typing import cast
 import gin
 import numpy as np
 
-from richhf_jax import corruption, input_pipeline, metrics
+from richhf_jax import input_pipeline, metrics, word_table
 from richhf_jax.datasets import caption_words, scenes, synthetic_captions, synthetic_rich_hf
 from richhf_jax.feedback import RichFeedback
 from tasks import providers
@@ -50,9 +50,9 @@ def training_free_baseline(
 
 
 @gin.configurable
-def synthetic_words(**changes) -> corruption.Words:
-    """Returns the table of the synthetic world's words; gin may set each field of `corruption.Words`."""
-    return corruption.Words.changed(caption_words.SYNTHETIC, **changes)
+def synthetic_words(**changes) -> word_table.Words:
+    """Returns the table of the synthetic world's words; gin may set each field of `word_table.Words`."""
+    return word_table.Words.changed(caption_words.SYNTHETIC, **changes)
 
 
 def _ids(targets: Sequence[RichFeedback]) -> tuple[str, ...]:

@@ -12,13 +12,13 @@ import seqio
 import tensorflow as tf
 from scipy import optimize, sparse, special
 
-from richhf_jax import corruption, errors, feedback, preprocessors
+from richhf_jax import corruption, errors, feedback, preprocessors, word_table
 from richhf_jax.datasets import caption_words, consolidate, prompts
 from tasks import synthetic, vocabulary
 
 MULTI_HEAD, AUGMENTED_PROMPT = feedback.VARIANTS
-SYNTHETIC = corruption.Words(**caption_words.SYNTHETIC)
-ENGLISH = corruption.Words(**caption_words.ENGLISH)
+SYNTHETIC = word_table.Words(**caption_words.SYNTHETIC)
+ENGLISH = word_table.Words(**caption_words.ENGLISH)
 
 
 COMPILED = {}
@@ -60,7 +60,7 @@ def only(kind):
     """The synthetic table with one kind of exchange: a class, 'swap' or 'phrase'."""
     table = classes(**{name: {"weight": float(name == kind)} for name in SYNTHETIC.classes})
     weights = {"swap_weight": float(kind == "swap"), "phrase_weight": float(kind == "phrase")}
-    return corruption.Words.changed(caption_words.SYNTHETIC, classes=table, **weights)
+    return word_table.Words.changed(caption_words.SYNTHETIC, classes=table, **weights)
 
 
 @pytest.mark.parametrize(
@@ -206,24 +206,13 @@ def test_synthetic_captions_against_their_meaning():
 # Frequencies.
 
 
-@pytest.mark.parametrize("frequencies", [(0.17, 0.15, 0.08), (1, 1), (3, 2), (6, 1, 1), (5, 4, 3, 2, 1)])
-def test_exchanges_keep_frequencies(frequencies):
-    shares = np.array(frequencies) / sum(frequencies)
-    weights, accepted = corruption.exchange_weights(frequencies)
-    chances = np.where(np.eye(len(shares)), 0, weights) / (weights.sum() - weights)[:, None]
-    flows = shares[:, None] * accepted[:, None] * chances
-    np.testing.assert_allclose(flows, flows.T, atol=1e-9)
-    # Only a word that is more frequent than the others together isn't always exchanged.
-    assert ((accepted < 1) == (shares > 0.5)).all()
-
-
 def test_corrupted_counts_are_as_frequent_as_true_ones():
     shares = np.array([0.17, 0.15, 0.08]) / 0.4
     texts = [
         f"{word} circle{'s' * (word != 'one')}"
         for word in np.random.default_rng(1).choice(["one", "two", "three"], 3000, p=shares)
     ]
-    words = corruption.Words.changed(
+    words = word_table.Words.changed(
         caption_words.SYNTHETIC, classes=classes(shape={"weight": 0}), phrase_weight=0
     )
     found = collections.Counter(prompt.split()[0] for prompt, _, _ in corrupt_all(texts, words))
@@ -282,7 +271,7 @@ def chance_bound(count):
 def english_captions(count):
     """Captions of a grammar whose words are independent and have the table's frequencies."""
     rng = np.random.default_rng(2)
-    table = {name: corruption.WordClass(**fields).frequencies() for name, fields in ENGLISH.classes.items()}
+    table = {name: word_table.WordClass(**fields).frequencies() for name, fields in ENGLISH.classes.items()}
 
     def draw(name, plural=False):
         shares = np.array(list(table[name].values()))
@@ -327,7 +316,7 @@ def test_a_reader_blind_to_the_image_stays_at_chance(kind):
 def test_the_blind_reader_finds_leaks(colour):
     # Colours that true captions never name twice, and colours too frequent or too rare.
     table = classes(colour=colour, shape={"weight": 0}, size={"weight": 0}, count={"weight": 0})
-    words = corruption.Words.changed(
+    words = word_table.Words.changed(
         caption_words.SYNTHETIC, classes=table, swap_weight=0.0, phrase_weight=0.0
     )
     texts = [text for text in synthetic_captions(3000) if len(parse(text).phrases) > 1]
@@ -368,74 +357,10 @@ def test_english_articles_and_plurals():
     found = {prompt for prompt, _ in outcomes("A bowl in a red kitchen", ENGLISH)}
     assert {"A bowl in a red office", "A bowl in a red bathroom"} <= found
     assert {prompt for prompt, _ in outcomes("In a kitchen", ENGLISH)} >= {"In an office", "In a garage"}
-    words = corruption.Words(
+    words = word_table.Words(
         {"it": {"words": ("unicorn/unicorns", "owl/owls", "hour/hours"), "role": "noun"}}
     )
     assert {prompt for prompt, _ in outcomes("AN owl", words)} == {"A unicorn", "An hour"}
-
-
-def test_a_class_has_no_word_of_another():
-    for words in (SYNTHETIC, ENGLISH):
-        forms = [*words.entries.singular, *words.entries.plural[words.entries.role == corruption.NOUN]]
-        assert len(set(forms)) == len(forms)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"words": ("red",), "role": "modifier"}, "'x'.*two words or more"),
-        ({"words": {"red": 1, "blue": 0}, "role": "modifier"}, "'x'.*above 0"),
-        ({"words": ("red", "blue"), "role": "colour"}, "'x'.*role must be noun"),
-        ({"words": ("cat", "dog"), "role": "noun"}, "'x'.*'cat' must have the form 'star/stars'"),
-        ({"words": ("red", "light blue"), "role": "modifier"}, "'x'.*'light blue' must have the form 'red'"),
-        ({"words": ("red", "red"), "role": "modifier", "role_": 1}, "'x'.*role_"),
-        ({"words": ("two", "three"), "role": "number"}, "'x'.*a value for each word"),
-        ({"words": ("red", "blue"), "role": "modifier", "weight": -1}, "weight must be a number, 0 or more"),
-        ({"words": ("cat/cats", "cats/dogs"), "role": "noun"}, "'cats' twice"),
-    ],
-)
-def test_a_bad_table_is_named(fields, message):
-    with pytest.raises(errors.UserError, match=message):
-        corruption.Words({"x": fields}).entries  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"words": 5, "role": "modifier"}, "class 'x' .*: words must be a list"),
-        ({"words": "red", "role": "modifier"}, "class 'x' .*: words must be a list"),
-        ({"words": [1, 2], "role": "modifier"}, "class 'x' .*: words must be a list of texts"),
-        ({"words": ["red", "red", "blue"], "role": "modifier"}, "class 'x' .* has a word twice"),
-        ({"words": {"red": "x", "blue": 2}, "role": "modifier"}, "class 'x' .*: red must be a number"),
-        ({"words": ["red", "blue"], "role": "modifier", "weight": "x"}, "weight must be a number"),
-        ({"words": ["red", "blue"], "role": "modifier", "once": "no"}, "once must be True or False"),
-        ({"words": ["red", "blue"], "role": "modifier", "unless": "his"}, "unless must be a list"),
-        ({"words": ["two", "three"], "role": "number", "values": [-1, 2]}, "values must be numbers"),
-        (5, "class 'x'"),
-    ],
-)
-def test_a_class_of_other_types_is_named(fields, message):
-    with pytest.raises(errors.UserError, match=message):
-        corruption.Words({"x": fields}).entries  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"classes": {}},
-        {"classes": None},
-        {"compounds": "hot dog"},
-        {"compounds": ["Hot dog"]},
-        {"impossible": [4]},
-        {"unless": [""]},
-        {"swap_weight": "x"},
-        {"phrase_weight": -1},
-        {"most_objects": 2.5},
-    ],
-)
-def test_a_field_of_another_type_is_named(changes):
-    with pytest.raises(errors.UserError, match=f"table of words: {next(iter(changes))} must be"):
-        corruption.Words(**{**caption_words.SYNTHETIC, **changes})
 
 
 @pytest.mark.parametrize(
@@ -533,12 +458,6 @@ def test_gin_changes_the_table():
     )
     _, examples = run(words=synthetic.synthetic_words, true_share=0.0, count=3)
     assert {example["texts"].item() for example in examples} == {b"a pink_0 star and one blue ring"}
-
-
-def test_a_field_that_the_table_lacks_is_named():
-    gin.bind_parameter("tasks.synthetic.synthetic_words.clases", {})
-    with pytest.raises(errors.UserError, match="no field 'clases', only classes, swap_weight"):
-        synthetic.synthetic_words()
 
 
 @pytest.mark.parametrize(

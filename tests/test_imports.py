@@ -41,8 +41,10 @@ augmentation       | tensorflow     |
 compilation_cache  | jax            |
 flaws              | tensorflow     |
 preprocessors      | tensorflow     | augmentation flaws
-corruption         | tensorflow     | preprocessors
-datasets           | tensorflow torch | corruption foreign_text inputs locking reading writing
+word_table         |                |
+corruption         | tensorflow     | preprocessors word_table
+datasets           | tensorflow torch | corruption foreign_text inputs locking reading word_table
+                                        writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
@@ -54,7 +56,7 @@ postprocessors     |                | foreign_text
 feature_converters | tensorflow     | preprocessors
 input_pipeline     | tensorflow     | datasets feature_converters foreign_text preprocessors
 tasks              | tensorflow     | corruption datasets input_pipeline metrics postprocessors
-                                      preprocessors writing
+                                      preprocessors word_table writing
 torch_twin         | torch          | network
 train_state        | jax            |
 sealing            | jax            | checksums reading writing

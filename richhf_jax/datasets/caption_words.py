@@ -1,4 +1,4 @@
-"""Tables of words for corrupted captions (`corruption.Words`): of the synthetic world, and of English.
+"""Tables of words for corrupted captions (`word_table.Words`): of the synthetic world, and of English.
 
 SYNTHETIC takes its words from `prompts`. ENGLISH is a selection of our own of frequent words of image
 captions: most nouns are COCO's categories (Lin et al., "Microsoft COCO", 2014), with others of everyday
@@ -14,8 +14,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from richhf_jax.corruption import MODIFIER, NOUN, NUMBER, OTHER
 from richhf_jax.datasets import prompts
+from richhf_jax.word_table import MODIFIER, NOUN, NUMBER, OTHER
 
 _COUNT_FREQUENCIES = (0.17, 0.15, 0.08)
 

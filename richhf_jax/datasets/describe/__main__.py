@@ -115,15 +115,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_corrupted(options: argparse.Namespace) -> None:
-    from richhf_jax import corruption  # TensorFlow takes seconds.
+    from richhf_jax import word_table
     from richhf_jax.datasets import caption_words
-    from richhf_jax.datasets.describe import corrupted
+    from richhf_jax.datasets.describe import corrupted  # TensorFlow takes seconds.
 
     synthetic = options.dataset.startswith("synthetic")
     table = caption_words.TABLES[options.words or ("synthetic" if synthetic else "english")]
     captions = sources.tfds_captions(options.dataset, options.data_dir, options.split)
     title = foreign_text.for_terminal(f"{options.dataset}, {options.split}")
-    print(corrupted.format_corrupted(title, captions, corruption.Words(**table), options.corrupted))
+    print(corrupted.format_corrupted(title, captions, word_table.Words(**table), options.corrupted))
 
 
 @errors.command()

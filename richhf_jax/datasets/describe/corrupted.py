@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator
 
 import tensorflow as tf
 
-from richhf_jax import corruption, errors, feedback, foreign_text
+from richhf_jax import corruption, errors, feedback, foreign_text, word_table
 
 
 def corrupted_captions(
-    captions: Iterable[str], words: corruption.Words, count: int
+    captions: Iterable[str], words: word_table.Words, count: int
 ) -> Iterator[tuple[str, str]]:
     """Makes captions wrong, the n-th by the seed [0, n]; leaves out those in which nothing can be exchanged.
 
@@ -40,7 +40,7 @@ def corrupted_captions(
         yield caption, " ".join(marked)
 
 
-def format_corrupted(title: str, captions: Iterable[str], words: corruption.Words, count: int) -> str:
+def format_corrupted(title: str, captions: Iterable[str], words: word_table.Words, count: int) -> str:
     """Lists `count` corrupted captions below their true ones.
 
     Raises:
