@@ -249,12 +249,50 @@ def _may_occur(caption: _Caption, tokens: tf.Tensor, new: tf.Tensor, words: Word
     return may
 
 
-def _check_settings(alignment_weight: float, **shares: float) -> None:
+class _Drawn(NamedTuple):
+    """A prompt, maybe made wrong, and the fields of its record.
+
+    Attributes:
+      fields: the prompt and its labels, by `feedback`'s names.
+      wrong: bool [], whether it was made wrong.
+      possible: bool [], whether it could have been.
+    """
+
+    fields: Mapping[str, tf.Tensor]
+    wrong: tf.Tensor
+    possible: tf.Tensor
+
+
+def _draw(example: Mapping[str, tf.Tensor], table: Words, true_share: float) -> _Drawn:
+    """Makes the prompt of an example wrong, or leaves it true, by the example's `preprocessors.SEED`."""
+    fold_in = tf.random.experimental.stateless_fold_in
+    seed = fold_in(example[preprocessors.SEED], _CORRUPTION_DRAW)
+    text = example[feedback.PROMPT_FIELD]
+    corrupted = corrupt(text, seed, table)
+    draw = tf.random.stateless_uniform([], fold_in(seed, _TRUTH_DRAW))
+    wrong = corrupted.possible & (draw >= true_share)
+    aligned = tf.strings.regex_replace(corrupted.labels, str(feedback.MISALIGNED), str(feedback.ALIGNED))
+    fields = {
+        feedback.PROMPT_FIELD: tf.where(wrong, corrupted.prompt, text),
+        feedback.KEYWORDS_FIELD: tf.where(wrong, corrupted.labels, aligned),
+    }
+    return _Drawn(fields, wrong, corrupted.possible)
+
+
+def _checked_table(words: Callable[[], Words], weight: float = 1.0, **shares: float) -> Words:
+    """Returns the table of words, after checks of it and of the settings beside it.
+
+    Raises:
+      errors.UserError: one of them makes no sense.
+    """
     for name, value in shares.items():
         if not 0 <= value <= 1:
-            raise errors.UserError(f"corrupted_captions.{name} must be 0 to 1, got {value!r}")
-    if alignment_weight < 0:
-        raise errors.UserError(f"corrupted_captions.alignment_weight is below 0: {alignment_weight!r}")
+            raise errors.UserError(f"corrupted captions: {name} must be 0 to 1, got {value!r}")
+    if weight < 0:
+        raise errors.UserError(f"corrupted captions: alignment_weight is below 0: {weight!r}")
+    table = words()
+    table.entries  # noqa: B018 (a bad table is an error here, not in the graph)
+    return table
 
 
 @gin.configurable
@@ -291,40 +329,22 @@ def corrupted_captions(
     Raises:
       errors.UserError: see `preprocessors.slots_of` and `Words`; or a number is outside [0, 1].
     """
-    _check_settings(
-        alignment_weight,
-        true_share=true_share,
-        true_alignment=true_alignment,
-        wrong_alignment=wrong_alignment,
-    )
-    table = words()
-    table.entries  # noqa: B018 (a bad table is an error here, not in the graph)
+    shares = {"true_share": true_share, "true_alignment": true_alignment, "wrong_alignment": wrong_alignment}
+    table = _checked_table(words, alignment_weight, **shares)
     black = tf.io.encode_png(np.zeros((1, 1, 1), np.uint8))
 
     def to_record(example):
-        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, example[preprocessors.SEED])
-        seed = fold_in(_CORRUPTION_DRAW)
-        text = example[feedback.PROMPT_FIELD]
-        corrupted = corrupt(text, seed, table)
-        draw = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, _TRUTH_DRAW))
-        wrong = corrupted.possible & (draw >= true_share)
-        aligned = tf.strings.regex_replace(corrupted.labels, str(feedback.MISALIGNED), str(feedback.ALIGNED))
-        alignment = tf.where(wrong, wrong_alignment, true_alignment)
+        drawn = _draw(example, table, true_share)
+        alignment = tf.where(drawn.wrong, wrong_alignment, true_alignment)
         labels = {
-            feedback.PROMPT_FIELD: tf.where(wrong, corrupted.prompt, text),
-            feedback.KEYWORDS_FIELD: tf.where(wrong, corrupted.labels, aligned),
             **dict.fromkeys(feedback.SCORE_FIELDS.values(), tf.constant(np.nan, tf.float32)),
-            feedback.SCORE_FIELDS[feedback.ALIGNMENT]: tf.where(corrupted.possible, alignment, np.nan),
-            **dict.fromkeys(feedback.HEATMAP_FIELDS.values(), black),
+            feedback.SCORE_FIELDS[feedback.ALIGNMENT]: tf.where(drawn.possible, alignment, np.nan),
+            **dict.fromkeys(feedback.HEATMAP_FIELDS.values(), tf.where(drawn.wrong, "", black)),
         }
-        return example | labels
+        return example | drawn.fields | labels
 
     def weigh(features):
-        true = ~tf.strings.regex_full_match(features[feedback.KEYWORDS_FIELD], f".*{feedback.MISALIGNED}.*")
-        return features | {
-            "heatmap_weights": features["heatmap_weights"] * tf.cast(true, tf.float32),
-            "score_weights": features["score_weights"] * alignment_weight,
-        }
+        return features | {"score_weights": features["score_weights"] * alignment_weight}
 
     kinds = (feedback.ALIGNMENT, feedback.KEYWORDS, *([feedback.MISALIGNMENT] if empty_heatmaps else []))
     dataset = dataset.map(to_record, num_parallel_calls=tf.data.AUTOTUNE)
@@ -332,3 +352,55 @@ def corrupted_captions(
         dataset, sequence_length, output_features, variant=variant, kinds=kinds
     )
     return dataset.map(weigh, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+@gin.configurable
+def corrupted_rich_feedback(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.utils.Feature],
+    *,
+    variant: str,
+    words: Callable[[], Words],
+    true_share: float = 0.5,
+    wrong_alignment: float = 0.45,
+) -> tf.data.Dataset:
+    """Makes task features of rich feedback, some of whose prompts are made wrong in known words.
+
+    A prompt of which raters marked no word is made wrong in all but `true_share` of the examples, by the
+    example's `preprocessors.SEED`. What was said of the picture alone still holds: plausibility, aesthetics
+    and the implausibility heatmap. Keywords have the labels of `corrupt`, alignment the value
+    `wrong_alignment`; overall and the misalignment heatmap have no weight. All other examples are those of
+    `preprocessors.rich_feedback`.
+
+    Captions are of good pictures. Only these examples show that a damaged square is still one.
+
+    Args:
+      dataset: RichHF-18K's records, which are joined with image and prompt.
+      sequence_length, output_features: see `preprocessors`.
+      variant: one of feedback.VARIANTS.
+      words: as of `corrupted_captions`.
+      true_share: as of `corrupted_captions`, of the prompts without a marked word.
+      wrong_alignment: alignment of a prompt made wrong, in [0, 1], but no more than the raters' score.
+
+    Raises:
+      errors.UserError: see `corrupted_captions`.
+    """
+    table = _checked_table(words, true_share=true_share, wrong_alignment=wrong_alignment)
+    scores, heatmaps = feedback.SCORE_FIELDS, feedback.HEATMAP_FIELDS
+
+    def to_record(example):
+        drawn = _draw(example, table, true_share)
+        text, labels = example[feedback.PROMPT_FIELD], example[feedback.KEYWORDS_FIELD]
+        _, fits = preprocessors.mark_misaligned(text, labels)
+        is_marked = tf.strings.regex_full_match(labels, f".*{feedback.MISALIGNED}.*")
+        wrong = drawn.wrong & fits & ~is_marked
+        changed = drawn.fields | {
+            scores[feedback.ALIGNMENT]: tf.minimum(example[scores[feedback.ALIGNMENT]], wrong_alignment),
+            scores[feedback.OVERALL]: tf.constant(np.nan, tf.float32),
+            heatmaps[feedback.MISALIGNMENT]: tf.constant(""),
+        }
+        return example | {name: tf.where(wrong, new, example[name]) for name, new in changed.items()}
+
+    dataset = dataset.map(to_record, num_parallel_calls=tf.data.AUTOTUNE)
+    return preprocessors.rich_feedback(dataset, sequence_length, output_features, variant=variant)

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import gin
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -256,12 +257,18 @@ def _pass_through(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     return {name: example.get(name, tf.constant("")) for name in names}
 
 
+def _heatmap_files(example: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    """Returns the heatmaps' files in the order of `feedback.HEATMAPS`: string [kinds]."""
+    return tf.stack([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS])
+
+
 def _pictures(example: Mapping[str, tf.Tensor], kinds: tf.Tensor, side: int) -> dict[str, tf.Tensor]:
     """Shows the image and its heatmaps of these kinds by `augmentation.show`; decodes no other heatmap."""
     heatmaps = []
     if kinds.shape[0]:
-        maps = tf.stack([example[feedback.HEATMAP_FIELDS[kind]] for kind in feedback.HEATMAPS])
-        heatmaps = tf.unstack(tf.gather(maps, kinds), kinds.shape[0])
+        maps = tf.gather(_heatmap_files(example), kinds)
+        black = tf.io.encode_png(np.zeros((1, 1, 1), np.uint8))  # becomes one of any size
+        heatmaps = tf.unstack(tf.where(maps == "", black, maps), kinds.shape[0])
     sided = tf.strings.regex_full_match(example[feedback.PROMPT_FIELD], _SIDED)
     return augmentation.show(
         example[feedback.IMAGE_FIELD],
@@ -313,8 +320,9 @@ def rich_feedback(
     The augmented-prompt variant may ask for fewer heatmaps or scores than there are kinds. Then that many
     kinds are drawn at random for each example, without replacement.
 
-    Three things have no weight: kinds that aren't in `kinds`; scores that are missing (NaN); and the text
-    slot if the labels don't fit the prompt (`postprocessors` names such records). Its target is then empty.
+    Four things have no weight: kinds that aren't in `kinds`; scores that are missing (NaN); heatmaps that are
+    missing (an empty string instead of a file); and the text slot if the labels don't fit the prompt
+    (`postprocessors` names such records). Its target is then empty.
 
     Raises:
       errors.UserError: see `slots_of`; or one of `kinds` doesn't exist.
@@ -337,13 +345,14 @@ def rich_feedback(
         texts = tf.fill([slots.texts], text)
         scores = tf.gather([example[field] for field in score_fields], score_kinds)
         known = tf.math.is_finite(scores)
+        has_heatmap = tf.gather(_heatmap_files(example) != "", heatmap_kinds)
         inputs, inputs_words_cut = encode(prompts, sequence_length["inputs"], vocabulary)
         targets, targets_words_cut = encode(texts, sequence_length["targets"], vocabulary)
         return {
             **_pictures(example, heatmap_kinds, sequence_length["image"]),
             "inputs": inputs,
             "inputs_words_cut": inputs_words_cut,
-            "heatmap_weights": heatmap_weights,
+            "heatmap_weights": heatmap_weights * tf.cast(has_heatmap, tf.float32),
             "scores": tf.where(known, scores, 0.0),
             "score_weights": score_weights * tf.cast(known, tf.float32),
             "targets": targets * tf.cast(fits, tf.int32),

@@ -43,6 +43,13 @@ def corrupted_caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
 
 
 @gin.configurable
+def corrupted_feedback_rate(task: seqio.Task, rate: float = 1.0) -> float:
+    """Returns the number of records with corrupted prompts for each record of rich feedback in such a mixture."""
+    del task
+    return rate
+
+
+@gin.configurable
 def flawed_caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
     """Returns the number of images with painted flaws for each record of rich feedback in such a mixture."""
     del task
@@ -53,32 +60,44 @@ def add_rich_feedback_tasks(
     name: str,
     tfds_name: str,
     splits: Sequence[str] | Mapping[str, str],
+    words: Callable[[], word_table.Words],
     more_metric_fns: Sequence[Callable] = (),
 ) -> None:
     """Registers a TFDS data set that has RichHF-18K's features, images and prompts, for both variants.
 
     `<name>_<variant>` trains every kind of label. `<name>_<kind>_<variant>` trains a single kind (a score, a
-    heatmap or `keywords`); the other kinds' slots have weight 0.
+    heatmap or `keywords`); the other kinds' slots have weight 0. `<name>_corrupted_<variant>` has prompts made
+    wrong, see `corruption.corrupted_rich_feedback`; the mixture `<name>_plus_<variant>` has these beside the
+    first, `corrupted_feedback_rate` for each.
 
     Args:
       name: beginning of the tasks' names.
       tfds_name: data set and version.
       splits: the data set's splits, or a mapping of the tasks' splits to TFDS's.
+      words: returns the table of the words that may be wrong.
       more_metric_fns: (targets, predictions) -> metrics; added to those of the paper's protocol.
     """
-    names_of_kinds = {name: preprocessors.ALL_KINDS}
-    names_of_kinds |= {f"{name}_{kind}": (kind,) for kind in preprocessors.ALL_KINDS}
+    rich_feedback = preprocessors.rich_feedback
+    kinds = {
+        f"{name}_{kind}": functools.partial(rich_feedback, kinds=(kind,)) for kind in preprocessors.ALL_KINDS
+    }
+    kinds |= {
+        name: rich_feedback,
+        f"{name}_corrupted": functools.partial(corruption.corrupted_rich_feedback, words=words),
+    }
     for variant in feedback.VARIANTS:
-        for prefix, kinds in names_of_kinds.items():
+        for prefix, preprocess in kinds.items():
             _add(
                 f"{prefix}_{variant}",
                 tfds_name,
                 splits,
-                [functools.partial(preprocessors.rich_feedback, variant=variant, kinds=kinds)],
+                [functools.partial(preprocess, variant=variant)],
                 encoded=(feedback.IMAGE_FIELD, *feedback.HEATMAP_FIELDS.values()),
                 postprocess_fn=postprocessors.rich_feedback,
                 metric_fns=[metrics.rich_feedback_metrics, *more_metric_fns],
             )
+        rates = [(f"{name}_{variant}", 1.0), (f"{name}_corrupted_{variant}", corrupted_feedback_rate)]
+        seqio.MixtureRegistry.add(f"{name}_plus_{variant}", rates)
 
 
 def add_captions_tasks(

@@ -2,7 +2,9 @@
 
     synthetic_rich_hf_{multi_head,augmented_prompt}          rich feedback
     synthetic_rich_hf_<kind>_{multi_head,augmented_prompt}   a single kind of it
-    synthetic_rich_hf_subtle...                              the same with small flaws and noise
+    synthetic_rich_hf_corrupted_...                          rich feedback, some of its prompts made wrong
+    synthetic_rich_hf_plus_...                               mixtures: rich feedback as it is, and with such prompts
+    synthetic_rich_hf_subtle...                              all of these with small flaws and noise
     synthetic_captions, synthetic_captions_augmented_prompt  captions
     synthetic_corrupted_captions, ...                        captions, half of them made wrong, with labels
     synthetic_flawed_captions, ...                           the same images with painted flaws, see `flaws`
@@ -70,6 +72,7 @@ for _suffix, _config in {"": "default", "_subtle": "subtle"}.items():
         f"synthetic_rich_hf{_suffix}",
         f"synthetic_rich_hf/{_config}:{_RICH_HF_VERSION}",
         ["train", "validation", "test"],
+        synthetic_words,
         more_metric_fns=[functools.partial(truth_metrics, config=scenes.CONFIGS[_config])],
     )
 providers.add_captions_tasks(

@@ -387,9 +387,16 @@ TRUE = "a red star, and one blue ring"
 
 
 def run(
-    text=TRUE, count=60, variant=MULTI_HEAD, preprocess=corruption.corrupted_captions, lengths=None, **kwargs
+    text=TRUE,
+    count=60,
+    variant=MULTI_HEAD,
+    preprocess=corruption.corrupted_captions,
+    lengths=None,
+    labels=None,
+    **kwargs,
 ):
     record = {feedback.FILENAME_FIELD: "1.png", feedback.IMAGE_FIELD: IMAGE, feedback.PROMPT_FIELD: text}
+    record |= labels or {}
     dataset = tf.data.Dataset.from_tensors(record).repeat(count).enumerate()
     dataset = dataset.map(lambda n, e: e | {preprocessors.SEED: tf.stack([tf.zeros_like(n), n])})
     dataset = preprocess(dataset, {**LENGTHS, **(lengths or {})}, FEATURES, variant=variant, **kwargs)
@@ -451,6 +458,70 @@ def test_the_shapes_are_those_of_captions():
     assert spec == other
 
 
+GREY = consolidate.encode_png(np.full((8, 8), 51, np.uint8))
+
+
+def corrupted_feedback(keywords, alignment=0.9, **kwargs):
+    scores = dict.fromkeys(feedback.SCORE_FIELDS.values(), np.float32(0.8))
+    scores[feedback.SCORE_FIELDS[feedback.ALIGNMENT]] = np.float32(alignment)
+    labels = {
+        feedback.KEYWORDS_FIELD: keywords,
+        **scores,
+        **dict.fromkeys(feedback.HEATMAP_FIELDS.values(), GREY),
+    }
+    settings = {"labels": labels, "words": lambda: SYNTHETIC} | kwargs
+    return run(preprocess=corruption.corrupted_rich_feedback, **settings)
+
+
+def test_what_holds_of_rich_feedback_whose_prompt_is_made_wrong():
+    _, examples = corrupted_feedback("1 1 1 1 1 1 1", count=200, wrong_alignment=0.3)
+    assert abs(sum(map(is_true, examples)) - 100) < 22
+    for example in examples:
+        true = is_true(example)
+        tokens = feedback.tokenize_prompt(example[feedback.PROMPT_FIELD].decode())
+        labels = feedback.parse_labels(example[feedback.KEYWORDS_FIELD].decode())
+        assert all(labels) == true
+        assert example["texts"].tolist() == [feedback.mark_misaligned(tokens, labels).encode()]
+        scores = dict(zip(feedback.SCORES, example["scores"].tolist(), strict=True))
+        weights = dict(zip(feedback.SCORES, example["score_weights"].tolist(), strict=True))
+        assert scores[feedback.PLAUSIBILITY] == scores[feedback.AESTHETICS] == np.float32(0.8)
+        assert scores[feedback.ALIGNMENT] == np.float32(0.9 if true else 0.3)
+        assert weights == dict.fromkeys(feedback.SCORES, 1.0) | {feedback.OVERALL: float(true)}
+        assert example["heatmap_weights"].tolist() == [1.0, float(true)]
+        assert example["heatmaps"].max((1, 2)).tolist() == [51, 51 * true]
+
+
+def test_raters_who_marked_a_word_are_left_alone():
+    for keywords in ("1 0 1 1 1 1 1", "1 1"):  # The second one's labels don't fit the prompt.
+        _, examples = corrupted_feedback(keywords, true_share=0.0, count=5)
+        assert all(map(is_true, examples))
+        for example in examples:
+            assert example["heatmap_weights"].tolist() == [1.0, 1.0]
+            assert example["score_weights"].all()
+            assert example["targets"].any() == (keywords != "1 1")
+
+
+def test_a_score_below_that_of_wrong_prompts_stays():
+    _, examples = corrupted_feedback("1 1 1 1 1 1 1", alignment=0.2, true_share=0.0, count=5)
+    assert {example["scores"][feedback.SCORES.index(feedback.ALIGNMENT)] for example in examples} == {
+        np.float32(0.2)
+    }
+    assert not any(map(is_true, examples))
+
+
+def test_one_drawn_heatmap_that_is_missing_has_no_weight():
+    settings = {"variant": AUGMENTED_PROMPT, "lengths": {"heatmaps": 1, "scores": 2}}
+    _, examples = corrupted_feedback("1 1 1 1 1 1 1", true_share=0.0, count=40, **settings)
+    drawn = set()
+    for example in examples:
+        text = FEATURES["inputs"].vocabulary.decode([int(i) for i in example["inputs"][0] if i > 1])
+        known = text.startswith(feedback.HEATMAP_TASK_STRINGS[feedback.IMPLAUSIBILITY])
+        assert example["heatmap_weights"].tolist() == [float(known)]
+        assert example["heatmaps"].max() == 51 * known
+        drawn.add(known)
+    assert drawn == {True, False}
+
+
 def test_gin_changes_the_table():
     gin.bind_parameter("tasks.synthetic.synthetic_words.swap_weight", 0.0)
     gin.bind_parameter(
@@ -470,3 +541,8 @@ def test_gin_changes_the_table():
 def test_bad_numbers_are_named(changes, message):
     with pytest.raises(errors.UserError, match=message):
         corrupted(**changes)
+
+
+def test_bad_numbers_of_corrupted_feedback_are_named():
+    with pytest.raises(errors.UserError, match="wrong_alignment must be 0 to 1, got 7"):
+        corrupted_feedback("1", wrong_alignment=7)

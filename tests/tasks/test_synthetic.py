@@ -8,6 +8,8 @@ from richhf_jax import feature_converters, feedback, input_pipeline
 
 LENGTHS = {"image": 64, "inputs": 32, "targets": 32, "heatmaps": 2, "scores": 4, "texts": 1}
 RICH_FEEDBACK = [f"synthetic_rich_hf{kind}_{v}" for kind in ("", "_subtle") for v in feedback.VARIANTS]
+CORRUPTED_FEEDBACK = [f"synthetic_rich_hf_corrupted_{variant}" for variant in feedback.VARIANTS]
+FEEDBACK_PLUS = [f"synthetic_rich_hf_plus_{variant}" for variant in feedback.VARIANTS]
 CAPTIONS = ["synthetic_captions", "synthetic_captions_augmented_prompt"]
 FLAWED = ["synthetic_flawed_captions", "synthetic_flawed_captions_augmented_prompt"]
 CORRUPTED = ["synthetic_corrupted_captions", "synthetic_corrupted_captions_augmented_prompt"]
@@ -27,8 +29,10 @@ def evaluate(name, **lengths):
 
 
 def test_names():
-    assert set(RICH_FEEDBACK + CAPTIONS + FLAWED + CORRUPTED) <= set(seqio.TaskRegistry.names())
-    assert set(MIXTURES + PLUS) <= set(seqio.MixtureRegistry.names())
+    assert set(RICH_FEEDBACK + CAPTIONS + FLAWED + CORRUPTED + CORRUPTED_FEEDBACK) <= set(
+        seqio.TaskRegistry.names()
+    )
+    assert set(MIXTURES + PLUS + FEEDBACK_PLUS) <= set(seqio.MixtureRegistry.names())
 
 
 @pytest.mark.parametrize("name", ["synthetic_rich_hf_multi_head", "synthetic_rich_hf_augmented_prompt"])
@@ -74,6 +78,30 @@ def test_corrupted_captions():
         assert wrong == ("0" in example[feedback.KEYWORDS_FIELD].decode())
         assert example["score_weights"][alignment] or not wrong
     assert 0 < sum(b"_0" in example["texts"][0] for example in examples) < len(examples)
+
+
+def test_corrupted_feedback():
+    examples, _ = evaluate(CORRUPTED_FEEDBACK[0])
+    records, _ = evaluate("synthetic_rich_hf_multi_head")
+    changed = []
+    for example, record in zip(examples, records, strict=True):
+        np.testing.assert_array_equal(example["image"], record["image"])
+        changed.append(example[feedback.PROMPT_FIELD] != record[feedback.PROMPT_FIELD])
+        if not changed[-1]:
+            assert example.keys() == record.keys()
+            assert all(np.array_equal(example[name], record[name]) for name in record)
+        else:
+            assert b"_0" in example["texts"][0]
+            assert b"_0" not in record["texts"][0]
+    assert 0 < sum(changed) < len(examples)
+
+
+def test_the_mixture_of_feedback_as_it_is_and_corrupted():
+    mixture = seqio.MixtureRegistry.get(FEEDBACK_PLUS[0])
+    rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+    assert rates == {"synthetic_rich_hf_multi_head": 1.0, CORRUPTED_FEEDBACK[0]: 1.0}
+    gin.bind_parameter("tasks.providers.corrupted_feedback_rate.rate", 2.0)
+    assert mixture.get_rate(seqio.TaskRegistry.get(CORRUPTED_FEEDBACK[0])) == 2.0
 
 
 def test_the_plus_mixture_has_four_kinds_of_example():
