@@ -44,7 +44,7 @@ def corrupted_caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
 
 @gin.configurable
 def corrupted_feedback_rate(task: seqio.Task, rate: float = 1.0) -> float:
-    """Returns the number of records with corrupted prompts for each record of rich feedback in such a mixture."""
+    """Returns the number of records with corrupted prompts for each record as it is in a `..._plus` mixture."""
     del task
     return rate
 
@@ -66,9 +66,9 @@ def add_rich_feedback_tasks(
     """Registers a TFDS data set that has RichHF-18K's features, images and prompts, for both variants.
 
     `<name>_<variant>` trains every kind of label. `<name>_<kind>_<variant>` trains a single kind (a score, a
-    heatmap or `keywords`); the other kinds' slots have weight 0. `<name>_corrupted_<variant>` has prompts made
-    wrong, see `corruption.corrupted_rich_feedback`; the mixture `<name>_plus_<variant>` has these beside the
-    first, `corrupted_feedback_rate` for each.
+    heatmap or `keywords`); the other kinds' slots have weight 0. `<name>_corrupted_<variant>` has prompts
+    made wrong, see `corruption.corrupted_rich_feedback`; the mixture `<name>_plus_<variant>` has these beside
+    the first, `corrupted_feedback_rate` for each.
 
     Args:
       name: beginning of the tasks' names.

@@ -3,7 +3,7 @@
     synthetic_rich_hf_{multi_head,augmented_prompt}          rich feedback
     synthetic_rich_hf_<kind>_{multi_head,augmented_prompt}   a single kind of it
     synthetic_rich_hf_corrupted_...                          rich feedback, some of its prompts made wrong
-    synthetic_rich_hf_plus_...                               mixtures: rich feedback as it is, and with such prompts
+    synthetic_rich_hf_plus_...                               mixtures: rich feedback as it is and this
     synthetic_rich_hf_subtle...                              all of these with small flaws and noise
     synthetic_captions, synthetic_captions_augmented_prompt  captions
     synthetic_corrupted_captions, ...                        captions, half of them made wrong, with labels
