@@ -362,16 +362,14 @@ def corrupted_rich_feedback(
     *,
     variant: str,
     words: Callable[[], Words],
-    true_share: float = 0.5,
     wrong_alignment: float = 0.45,
 ) -> tf.data.Dataset:
-    """Makes task features of rich feedback, some of whose prompts are made wrong in known words.
+    """Makes task features of rich feedback, with prompts made wrong in known words where raters marked none.
 
-    A prompt of which raters marked no word is made wrong in all but `true_share` of the examples, by the
-    example's `preprocessors.SEED`. What was said of the picture alone still holds: plausibility, aesthetics
-    and the implausibility heatmap. Keywords have the labels of `corrupt`, alignment the value
-    `wrong_alignment`; overall and the misalignment heatmap have no weight. All other examples are those of
-    `preprocessors.rich_feedback`.
+    The example's `preprocessors.SEED` draws what is wrong. What was said of the picture alone still holds:
+    plausibility, aesthetics and the implausibility heatmap. Keywords have the labels of `corrupt`, alignment
+    the value `wrong_alignment`; overall and the misalignment heatmap have no weight. Prompts with marked words,
+    and those in which nothing can be exchanged, are as in `preprocessors.rich_feedback`.
 
     Captions are of good pictures. Only these examples show that a damaged square is still one.
 
@@ -380,17 +378,16 @@ def corrupted_rich_feedback(
       sequence_length, output_features: see `preprocessors`.
       variant: one of feedback.VARIANTS.
       words: as of `corrupted_captions`.
-      true_share: as of `corrupted_captions`, of the prompts without a marked word.
       wrong_alignment: alignment of a prompt made wrong, in [0, 1], but no more than the raters' score.
 
     Raises:
       errors.UserError: see `corrupted_captions`.
     """
-    table = _checked_table(words, true_share=true_share, wrong_alignment=wrong_alignment)
+    table = _checked_table(words, wrong_alignment=wrong_alignment)
     scores, heatmaps = feedback.SCORE_FIELDS, feedback.HEATMAP_FIELDS
 
     def to_record(example):
-        drawn = _draw(example, table, true_share)
+        drawn = _draw(example, table, true_share=0.0)
         text, labels = example[feedback.PROMPT_FIELD], example[feedback.KEYWORDS_FIELD]
         _, fits = preprocessors.mark_misaligned(text, labels)
         is_marked = tf.strings.regex_full_match(labels, f".*{feedback.MISALIGNED}.*")

@@ -44,7 +44,7 @@ def corrupted_caption_rate(task: seqio.Task, rate: float = 1.0) -> float:
 
 @gin.configurable
 def corrupted_feedback_rate(task: seqio.Task, rate: float = 1.0) -> float:
-    """Returns the number of records with corrupted prompts for each record as it is in a `..._plus` mixture."""
+    """Returns the number of records with corrupted prompts for each one as it is in a `..._plus` mixture."""
     del task
     return rate
 
@@ -147,6 +147,7 @@ def add_pretraining_mixture(
     captions: str,
     rich_feedback: str,
     more: Mapping[str, Callable[[seqio.Task], float]] | None = None,
+    more_feedback: Mapping[str, Callable[[seqio.Task], float]] | None = None,
 ) -> None:
     """Registers the mixtures `<name>` and `<name>_augmented_prompt`: `caption_rate` captions per record.
 
@@ -154,12 +155,15 @@ def add_pretraining_mixture(
       name: the multi-head mixture's name.
       captions: the multi-head task's name of true captions.
       rich_feedback: the beginning of the names of rich feedback's tasks.
-      more: name of another multi-head task -> its rate per record.
+      more: multi-head task's name of other captions -> their rate per record.
+      more_feedback: beginning of the names of other tasks of rich feedback -> their rate per record.
     """
     rates = {captions: caption_rate, **(more or {})}
+    feedback_rates = {**(more_feedback or {}), rich_feedback: 1.0}
     for variant in feedback.VARIANTS:
         tasks = [(captions_name(task, variant), rate) for task, rate in rates.items()]
-        seqio.MixtureRegistry.add(captions_name(name, variant), [*tasks, (f"{rich_feedback}_{variant}", 1.0)])
+        tasks += [(f"{beginning}_{variant}", rate) for beginning, rate in feedback_rates.items()]
+        seqio.MixtureRegistry.add(captions_name(name, variant), tasks)
 
 
 def _add(

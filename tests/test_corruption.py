@@ -474,26 +474,25 @@ def corrupted_feedback(keywords, alignment=0.9, **kwargs):
 
 
 def test_what_holds_of_rich_feedback_whose_prompt_is_made_wrong():
-    _, examples = corrupted_feedback("1 1 1 1 1 1 1", count=200, wrong_alignment=0.3)
-    assert abs(sum(map(is_true, examples)) - 100) < 22
+    _, examples = corrupted_feedback("1 1 1 1 1 1 1", count=20, wrong_alignment=0.3)
     for example in examples:
-        true = is_true(example)
+        assert not is_true(example)
         tokens = feedback.tokenize_prompt(example[feedback.PROMPT_FIELD].decode())
         labels = feedback.parse_labels(example[feedback.KEYWORDS_FIELD].decode())
-        assert all(labels) == true
+        assert not all(labels)
         assert example["texts"].tolist() == [feedback.mark_misaligned(tokens, labels).encode()]
         scores = dict(zip(feedback.SCORES, example["scores"].tolist(), strict=True))
         weights = dict(zip(feedback.SCORES, example["score_weights"].tolist(), strict=True))
         assert scores[feedback.PLAUSIBILITY] == scores[feedback.AESTHETICS] == np.float32(0.8)
-        assert scores[feedback.ALIGNMENT] == np.float32(0.9 if true else 0.3)
-        assert weights == dict.fromkeys(feedback.SCORES, 1.0) | {feedback.OVERALL: float(true)}
-        assert example["heatmap_weights"].tolist() == [1.0, float(true)]
-        assert example["heatmaps"].max((1, 2)).tolist() == [51, 51 * true]
+        assert scores[feedback.ALIGNMENT] == np.float32(0.3)
+        assert weights == dict.fromkeys(feedback.SCORES, 1.0) | {feedback.OVERALL: 0.0}
+        assert example["heatmap_weights"].tolist() == [1.0, 0.0]
+        assert example["heatmaps"].max((1, 2)).tolist() == [51, 0]
 
 
-def test_raters_who_marked_a_word_are_left_alone():
+def test_a_prompt_with_a_marked_word_stays():
     for keywords in ("1 0 1 1 1 1 1", "1 1"):  # The second one's labels don't fit the prompt.
-        _, examples = corrupted_feedback(keywords, true_share=0.0, count=5)
+        _, examples = corrupted_feedback(keywords, count=5)
         assert all(map(is_true, examples))
         for example in examples:
             assert example["heatmap_weights"].tolist() == [1.0, 1.0]
@@ -502,7 +501,7 @@ def test_raters_who_marked_a_word_are_left_alone():
 
 
 def test_a_score_below_that_of_wrong_prompts_stays():
-    _, examples = corrupted_feedback("1 1 1 1 1 1 1", alignment=0.2, true_share=0.0, count=5)
+    _, examples = corrupted_feedback("1 1 1 1 1 1 1", alignment=0.2, count=5)
     assert {example["scores"][feedback.SCORES.index(feedback.ALIGNMENT)] for example in examples} == {
         np.float32(0.2)
     }
@@ -511,7 +510,7 @@ def test_a_score_below_that_of_wrong_prompts_stays():
 
 def test_one_drawn_heatmap_that_is_missing_has_no_weight():
     settings = {"variant": AUGMENTED_PROMPT, "lengths": {"heatmaps": 1, "scores": 2}}
-    _, examples = corrupted_feedback("1 1 1 1 1 1 1", true_share=0.0, count=40, **settings)
+    _, examples = corrupted_feedback("1 1 1 1 1 1 1", count=40, **settings)
     drawn = set()
     for example in examples:
         text = FEATURES["inputs"].vocabulary.decode([int(i) for i in example["inputs"][0] if i > 1])

@@ -104,11 +104,12 @@ def test_the_mixture_of_feedback_as_it_is_and_corrupted():
     assert mixture.get_rate(seqio.TaskRegistry.get(CORRUPTED_FEEDBACK[0])) == 2.0
 
 
-def test_the_plus_mixture_has_four_kinds_of_example():
+def test_the_plus_mixture_has_five_kinds_of_example():
     mixture = seqio.MixtureRegistry.get(PLUS[1])
     rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
     assert rates == dict.fromkeys(
-        [CAPTIONS[1], CORRUPTED[1], FLAWED[1], "synthetic_rich_hf_augmented_prompt"], 1.0
+        [CAPTIONS[1], CORRUPTED[1], FLAWED[1], CORRUPTED_FEEDBACK[1], "synthetic_rich_hf_augmented_prompt"],
+        1.0,
     )
     gin.bind_parameter("tasks.providers.corrupted_caption_rate.rate", 3.0)
     assert mixture.get_rate(seqio.TaskRegistry.get(CORRUPTED[1])) == 3.0
