@@ -91,7 +91,7 @@ rm -rf "$out/predictions" "$out/exported"
 part "5/6 prediction" richhf_jax.predict --checkpoint="$out/finetune" --out="$out/predictions" --overlay \
   docs/example.png --prompt="two large blue crosses and a green star"
 part "6/6 export" richhf_jax.export --checkpoint="$out/finetune" --to=stablehlo --out="$out/exported"
-run_parts richhf_jax.predict
+run_parts richhf_jax.predict.pipeline,richhf_jax.export.program
 
 # The newest report, because shorter runs may have left others.
 report=$(find "$out/finetune/inference_eval" -name report.html -exec ls -t {} + | head -n 1)

@@ -22,6 +22,7 @@ from richhf_jax import (
     checkpoints,
     device_memory,
     errors,
+    export,
     feedback,
     foreign_text,
     gin_utils,
@@ -62,9 +63,9 @@ def calibrate(
       Kind of score -> factor; {} in any process but 0.
 
     Raises:
-      errors.UserError: the model predicts no uncertainty; there is no checkpoint, or it doesn't fit the
-        model; a kind of score has no labels, or only perfect predictions; model.json can't be read or
-        written, or a training writes to its directory.
+      errors.UserError: the model predicts no uncertainty; there is no checkpoint, it doesn't fit the model,
+        or it is an export; a kind of score has no labels, or only perfect predictions; model.json can't be
+        read or written, or a training writes to its directory.
     """
     if not model.has_uncertainty:
         raise errors.UserError(
@@ -73,6 +74,11 @@ def calibrate(
         )
     checkpoint, step = checkpoints.find_checkpoint(checkpoint_path)
     directory = epath.Path(os.path.dirname(checkpoint))
+    if (directory / export.CHECKSUMS).exists():
+        raise errors.UserError(
+            f"{directory} is an export, whose {export.CHECKSUMS} would no longer be true: calibrate the"
+            " checkpoint that it was made of, then export again"
+        )
     lock = locking.held(directory, "--gin.CHECKPOINT_PATH=DIR")
     with (
         device_memory.explained(plan.LESS_MEMORY["predict"]),

@@ -99,7 +99,7 @@ def get_dataset(
 
     Raises:
       errors.UserError: a task's data isn't built or lacks the split; the batch doesn't split evenly over the
-        hosts; or a rate is too small.
+        hosts; or a mixture's rates make no sense.
     """
     converter = feature_converter_cls()
     positions = _host_positions(cfg.batch_size, shard_info, start_step)
@@ -140,7 +140,7 @@ def data_shapes(
     Raises:
       errors.UserError: see `get_dataset`.
     """
-    task = seqio.get_subtasks(task_or_mixture(cfg.mixture_or_task_name))[0]
+    task = _tasks(task_or_mixture(cfg.mixture_or_task_name))[0]
     examples = _examples(task, cfg, _Records(task, cfg.split), tf.data.Dataset.range(1))
     converter = cast(Any, feature_converter_cls())
     specs = examples.map(converter.convert_example).element_spec
@@ -288,7 +288,7 @@ def _stream(
 ) -> tf.data.Dataset:
     """Returns the examples at these global positions, converted task by task."""
     provider = task_or_mixture(cfg.mixture_or_task_name)
-    tasks = seqio.get_subtasks(provider)
+    tasks = _tasks(provider)
     quotas = _quotas(provider, tasks)
     schedule = positions.map(functools.partial(_schedule, quotas=quotas, seed=cfg.seed))
     streams = []
@@ -316,7 +316,7 @@ def _numpy(cfg: DatasetConfig, dataset: tf.data.Dataset) -> Iterator[Any]:
     except tf.errors.OpError as error:
         reason = str(error).splitlines()[0]  # TensorFlow's own stack follows.
         if corrupted := re.search(r"corrupted record at (\d+)", reason):
-            tasks = seqio.get_subtasks(task_or_mixture(cfg.mixture_or_task_name))
+            tasks = _tasks(task_or_mixture(cfg.mixture_or_task_name))
             position = int(corrupted[1])
             files = [path for task in tasks for path in _Records(task, cfg.split).garbled_at(position)]
             reason = f"{' and '.join(files) or 'a file'}: the record at byte {position} is garbled"
@@ -354,6 +354,23 @@ def _permute(index: tf.Tensor, count: int, kind: int, seed: int, round_: tf.Tens
     return tf.random.experimental.index_shuffle(index, seeds, last)
 
 
+def _tasks(provider: seqio.Task | seqio.Mixture) -> list[seqio.Task]:
+    """Returns a task, or the tasks of a mixture without those of rate 0.
+
+    Raises:
+      errors.UserError: all rates are 0, or one is no number of 0 or more.
+    """
+    if isinstance(provider, seqio.Task):
+        return [provider]
+    rates = {task: provider.get_rate(task) for task in provider.tasks}
+    for task, rate in rates.items():
+        if not 0 <= rate < np.inf:
+            raise errors.UserError(f"{provider.name}: the rate of {task.name} must be 0 or more, got {rate}")
+    if not any(rates.values()):
+        raise errors.UserError(f"{provider.name}: the rates of all its tasks are 0: set one above")
+    return [task for task, rate in rates.items() if rate]
+
+
 def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]) -> np.ndarray:
     """Returns the number of positions of a block that each task has, by the mixture's rates.
 
@@ -368,7 +385,8 @@ def _quotas(mixture_or_task: seqio.Task | seqio.Mixture, tasks: list[seqio.Task]
     quotas[np.argsort(quotas - shares, kind="stable")[: _BLOCK - quotas.sum()]] += 1
     if not quotas.all():
         raise errors.UserError(
-            f"{mixture_or_task.name}: the rate of {tasks[quotas.argmin()].name} is below 1 in {_BLOCK}"
+            f"{mixture_or_task.name}: the rate of {tasks[quotas.argmin()].name} is below 1 in {_BLOCK}: raise"
+            " it, or set 0 to leave the task out"
         )
     return quotas
 

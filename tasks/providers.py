@@ -110,7 +110,7 @@ def add_captions_tasks(
     """Registers a TFDS data set of images with captions, as it is, with wrong captions, with painted flaws.
 
     The tasks are `<source>_captions`, `<source>_corrupted_captions`, `<source>_flawed_captions`, and the same
-    with `_augmented_prompt` behind.
+    with `_augmented_prompt` behind. Wrong captions can be evaluated: keywords and alignment have metrics.
 
     Args:
       source: the beginning of the tasks' names.
@@ -120,12 +120,14 @@ def add_captions_tasks(
       first_preprocessors: make a file name, an image and a prompt (`feedback`'s names) from a record that
         lacks them; they may use the example's `preprocessors.SEED`.
     """
-    kinds = {
-        "captions": preprocessors.captions,
-        "corrupted_captions": functools.partial(corruption.corrupted_captions, words=words),
-        "flawed_captions": preprocessors.flawed_captions,
+    corrupted = functools.partial(corruption.corrupted_captions, words=words)
+    measured = {"postprocess_fn": postprocessors.rich_feedback, "metric_fns": [metrics.rich_feedback_metrics]}
+    kinds: dict[str, tuple[Callable, dict[str, Any]]] = {
+        "captions": (preprocessors.captions, {}),
+        "corrupted_captions": (corrupted, measured),
+        "flawed_captions": (preprocessors.flawed_captions, {}),
     }
-    for kind, preprocess in kinds.items():
+    for kind, (preprocess, measures) in kinds.items():
         for variant in feedback.VARIANTS:
             _add(
                 captions_name(f"{source}_{kind}", variant),
@@ -134,6 +136,7 @@ def add_captions_tasks(
                 [functools.partial(preprocess, variant=variant)],
                 encoded=(feedback.IMAGE_FIELD,),
                 first_preprocessors=first_preprocessors,
+                **measures,
             )
 
 

@@ -102,6 +102,14 @@ def test_the_factors_are_printed_and_written(run, directory, capsys):
     assert table["after"][0:2] == ["0.0%", "100.0%"]
 
 
+def test_an_export_is_refused(run, directory):
+    (directory / "SHA256SUMS").touch()
+    before = (directory / "model.json").read_bytes()
+    with pytest.raises(errors.UserError, match=f"{directory} is an export.*then export again"):
+        run(calibrate.calibrate, "validation")
+    assert (directory / "model.json").read_bytes() == before
+
+
 def test_evaluation_and_inference_take_the_factors(run, directory, tmp_path, caplog):
     def evaluate():
         metrics = run(eval_script.evaluate, "test", output_dir=str(tmp_path), baseline_fns=())

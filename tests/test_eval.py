@@ -1,5 +1,6 @@
 """Evaluation with a model that answers from the labels, so that no network is compiled."""
 
+import dataclasses
 import json
 import types
 
@@ -51,9 +52,8 @@ def evaluate(tmp_path, monkeypatch, synthetic_data_dir):
             model=None,
             checkpoint_path="",
             output_dir=str(tmp_path),
-            dataset_cfg=CONFIG,
             partitioner=partitioning.PjitPartitioner(devices=jax.devices()[:1]),
-            **kwargs,
+            **{"dataset_cfg": CONFIG, **kwargs},
         )
         (path,) = tmp_path.rglob("7/predictions.jsonl")
         return metrics, [json.loads(line) for line in path.read_text().splitlines()], trainer.seen
@@ -81,6 +81,17 @@ def test_constrained_keywords_have_probabilities(evaluate):
     # Rows that only fill the batch end at once.
     assert batches[1]["keyword_pieces"][:3].any()
     assert not batches[1]["keyword_pieces"][3:].any()
+
+
+def test_corrupted_captions_are_measured_by_what_is_labelled(evaluate):
+    task = dataclasses.replace(
+        CONFIG, mixture_or_task_name="synthetic_corrupted_captions", split="validation"
+    )
+    metrics, records, _ = evaluate(dataset_cfg=task, constrained_keywords=False)
+    assert metrics["num_examples"] == len(records) == 8
+    assert metrics["keywords/f1"] == 1
+    assert metrics[f"score/plcc/{feedback.ALIGNMENT}"] == pytest.approx(1)
+    assert not [name for name in metrics if "heatmap" in name or feedback.PLAUSIBILITY in name]
 
 
 def test_metrics_of_a_part_of_the_split_are_no_metrics(evaluate, monkeypatch, tmp_path):

@@ -1,8 +1,10 @@
 """The import rules of the architecture (who may import whom, TensorFlow, jax, gin), and where names stand."""
 
 import ast
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -181,7 +183,7 @@ def broken_rules(name: str, imports: set[str]) -> list[str]:
 def test_imports_follow_the_table(path):
     imports = imported(ast.parse(path.read_text()))
     if path == ROOT / "richhf_jax/__init__.py":
-        assert imports == {"importlib", "typing.Any"}
+        assert imports == {"importlib", "sys", "typing.Any"}
     else:
         assert broken_rules(room(path), imports) == []
 
@@ -238,6 +240,17 @@ def test_the_package_itself_imports_nothing_heavy():
         "import importlib, sys, typing; before = set(sys.modules); import richhf_jax\n"
         "assert set(sys.modules) - before <= {'richhf_jax'}, set(sys.modules) - before"
     )
+
+
+@pytest.mark.parametrize("module", ["train", "datasets", "predict", "benchmarks.steps"])
+def test_ctrl_c_during_the_imports_is_a_line(module, tmp_path):
+    for name in ("jax", "tensorflow_datasets", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", f"richhf_jax.{module}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.stderr == "interrupted\n"
+    assert result.returncode == -signal.SIGINT
 
 
 def test_the_core_imports_without_the_train_extra():

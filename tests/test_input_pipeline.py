@@ -155,6 +155,29 @@ def test_quotas_are_whole_and_rounded_fairly():
         input_pipeline._quotas(rare, rare.tasks)
 
 
+def test_a_task_of_rate_0_is_left_out():
+    for kind in ("corrupted", "flawed"):
+        gin.bind_parameter(f"tasks.providers.{kind}_caption_rate.rate", 0.0)
+    left, plain = (
+        input_pipeline.example_names(config(f"synthetic_pretrain{plus}", batch_size=40), 1)
+        for plus in ("_plus", "")
+    )
+    assert left == plain
+    gin.bind_parameter("tasks.providers.caption_rate.rate", 0.0)
+    alone = input_pipeline.example_names(config("synthetic_pretrain"), 1)
+    assert alone == input_pipeline.example_names(config(), 1)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [((0, 0), "mixed: the rates of all its tasks are 0"), ((1, -1), "the rate of .* must be 0 or more")],
+)
+def test_rates_that_make_no_sense(rates, message):
+    mixture = seqio.Mixture("mixed", list(zip(["synthetic_captions", TASK], rates, strict=True)))
+    with pytest.raises(errors.UserError, match=message):
+        input_pipeline._tasks(mixture)
+
+
 def test_evaluation_takes_each_record_once_and_fills_up_the_last_batch():
     cfg = config(split="test", batch_size=3)
     batches = list(input_pipeline.evaluation_batches(cfg, ONE_HOST))

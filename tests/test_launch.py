@@ -79,7 +79,8 @@ def test_quickstart_runs_its_parts_in_order(venv):
         " --gin.BATCH_SIZE=2",
     ]
     assert use.split(" --then ") == [
-        "-m launch.in_turn richhf_jax.predict 5/6 prediction richhf_jax.predict"
+        "-m launch.in_turn richhf_jax.predict.pipeline,richhf_jax.export.program"
+        " 5/6 prediction richhf_jax.predict"
         f" --checkpoint={out}/finetune --out={out}/predictions --overlay"
         " docs/example.png --prompt=two large blue crosses and a green star",
         f"6/6 export richhf_jax.export --checkpoint={out}/finetune --to=stablehlo --out={out}/exported",

@@ -30,11 +30,10 @@ from absl import logging
 
 from richhf_jax import errors, model_description, writing
 from richhf_jax.convert import own
-from richhf_jax.export import card, program, stablehlo, weights
+from richhf_jax.export import CHECKSUMS, card, program, stablehlo, weights
 from richhf_jax.predict import forward, predictor
 
 INTERFACE = "interface.json"
-CHECKSUMS = "SHA256SUMS"
 _HERE = pathlib.Path(__file__).parent
 
 

@@ -51,8 +51,10 @@ def run(options: argparse.Namespace) -> int:
     for note in (predictor.description.not_calibrated, predictor.fit(predictor.batch_size)):
         if note:
             print(f"predict: {note}", file=sys.stderr)
+    calibration = predictor.description.calibration
     arguments = {
         "checkpoint": path,
+        "calibration": dict(calibration.deviation_factors) if calibration else None,
         "model": f"{forward.params_checksum(path)} {predictor.description.checksum()}",
         "inputs": [os.path.abspath(place) for place in options.inputs],
         "names_and_files": given.fingerprint(),

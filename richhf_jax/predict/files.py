@@ -138,8 +138,8 @@ class PredictionFiles:
         # The default depends on the free memory.
         sized = f", with --batch-size={size}" if size != self._arguments.get("batch_size") else ""
         fix = f"Give {again} to continue{sized}, or another --out"
-        # Older versions recorded the model's path alone.
-        known = {"model": self._arguments.get("model")} | arguments
+        # Older versions recorded the model's path alone, or no calibration beside the checksum.
+        known = {name: self._arguments.get(name) for name in ("model", "calibration")} | arguments
         writing.check_same_run(self._out, known, self._arguments, fix)
         if self._heatmaps == "npz" and not saves[-1].done and saves[-1].predictions_crc32c == UNKNOWN:
             raise errors.UserError(

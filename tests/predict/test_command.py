@@ -746,4 +746,4 @@ def test_uncertainties(make_model_dir, table, tmp_path, capsys):
     for line in found:
         assert all(f"± {value:.2f}" in page for value in line["uncertainty"].values())
     # What is calibrated otherwise is no continuation.
-    run(tmp_path / "raw", "holds a run with other arguments: model was")
+    run(tmp_path / "raw", "other arguments: calibration was None, now it is .*'overall': 4.*; model was")

@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--words",
         choices=("english", "synthetic"),
-        help="table of words for --corrupted; default: synthetic for synthetic data sets, english for others",
+        help="built-in table of words for --corrupted, without changes by gin files; default: synthetic for"
+        " synthetic data sets, english for others",
     )
     return parser
 
