@@ -368,8 +368,8 @@ def corrupted_rich_feedback(
 
     The example's `preprocessors.SEED` draws what is wrong. What was said of the picture alone still holds:
     plausibility, aesthetics and the implausibility heatmap. Keywords have the labels of `corrupt`, alignment
-    the value `wrong_alignment`; overall and the misalignment heatmap have no weight. Prompts with marked words,
-    and those in which nothing can be exchanged, are as in `preprocessors.rich_feedback`.
+    the value `wrong_alignment`; overall and the misalignment heatmap have no weight. A prompt with marked
+    words, or in which nothing can be exchanged, is as in `preprocessors.rich_feedback`.
 
     Captions are of good pictures. Only these examples show that a damaged square is still one.
 

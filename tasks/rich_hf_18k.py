@@ -6,7 +6,7 @@
     rich_hf_18k_plus_...                               mixtures: rich feedback as it is, and with such prompts
     rahf_pretrain, rahf_pretrain_augmented_prompt      captions of the web, and RichHF-18K's keywords
     rahf_pretrain_coco, ...                            the same with COCO's captions
-    rahf_pretrain_plus, ...                            rahf_pretrain's, painted flaws, corrupted captions and feedback
+    rahf_pretrain_plus, ...                            rahf_pretrain's, and all corrupted and flawed tasks
 
 The mixtures have `providers.caption_rate.rate` captions for each record of RichHF-18K. The paper mixed WebLI
 into its pretraining (section 4.1.2); it doesn't give the rate.

@@ -9,7 +9,7 @@
     synthetic_corrupted_captions, ...                        captions, half of them made wrong, with labels
     synthetic_flawed_captions, ...                           the same images with painted flaws, see `flaws`
     synthetic_pretrain, synthetic_pretrain_augmented_prompt  mixtures: captions and rich feedback
-    synthetic_pretrain_plus, ...                             the same, painted flaws, corrupted captions, feedback
+    synthetic_pretrain_plus, ...                             the same, and all corrupted and flawed tasks
 
 A caption's heatmap and score slots have weight 0. If TASK_FEATURE_LENGTHS has no such slots, pretraining uses
 texts only: captions, and the keywords of rich feedback.
