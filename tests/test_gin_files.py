@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "rich_hf_18k": (BASE, ALL_SLOTS, None),
     "rich_hf_18k_augmented_prompt": (BASE, AUGMENTED_PROMPT_SLOTS, None),
     "synthetic": (TINY, ALL_SLOTS, FASTER),
+    "synthetic_pretrain_plus": (TINY, ALL_SLOTS, {"relpos_bias": 30.0, "token_embedder": 10.0}),
     "synthetic_pretrain": (TINY, ALL_SLOTS, {"relpos_bias": 30.0, "token_embedder": 10.0}),
 }
 
