@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import errno
+import functools
 import io
 import math
 import pathlib
@@ -50,13 +51,18 @@ def point_heatmap(points: Sequence[ratings.Point], height: int, width: int, radi
       bool [height, width].
     """
     heatmap = np.zeros((height, width), bool)
-    all_rows, all_columns = np.ogrid[:height, :width]
-    for x, y in points:
+    if not points:
+        return heatmap
+    # Squared distances along each axis, [points, columns] and [points, rows].
+    across, down = (
+        (np.arange(size) - middles[:, None]) ** 2
+        for size, middles in zip((width, height), np.array(points, float).T, strict=True)
+    )
+    for (x, y), columns, rows in zip(points, across, down, strict=True):
         top, bottom = max(0, math.ceil(y - radius)), math.floor(y + radius) + 1
         left, right = max(0, math.ceil(x - radius)), math.floor(x + radius) + 1
         window = heatmap[top:bottom, left:right]
-        rows, columns = all_rows[top:bottom], all_columns[:, left:right]
-        window |= (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+        window |= rows[top:bottom, None] + columns[left:right] <= radius**2
     return heatmap
 
 
@@ -87,6 +93,11 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+@functools.lru_cache(maxsize=8)  # Half of all heatmaps are empty.
+def _encode_empty(shape: tuple[int, int]) -> bytes:
+    return encode_png(np.zeros(shape, np.uint8))
+
+
 def consolidate(image_ratings: Sequence[ratings.Rating]) -> dict[str, str | float | bytes]:
     """Makes a record with RichHF-18K's eight fields from all ratings of one image.
 
@@ -102,7 +113,8 @@ def consolidate(image_ratings: Sequence[ratings.Rating]) -> dict[str, str | floa
         record[field] = float(np.mean([feedback.standardise_rating(r.ratings[kind]) for r in image_ratings]))
     for kind, field in feedback.HEATMAP_FIELDS.items():
         heatmaps = (point_heatmap(r.points[kind], r.height, r.width, radius) for r in image_ratings)
-        record[field] = encode_png(mean_heatmap(heatmaps))
+        mean = mean_heatmap(heatmaps)
+        record[field] = encode_png(mean) if mean.any() else _encode_empty(mean.shape)
     labels = majority_labels([r.token_labels for r in image_ratings])
     record[feedback.KEYWORDS_FIELD] = feedback.format_labels(labels)
     return record

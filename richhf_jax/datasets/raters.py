@@ -84,18 +84,18 @@ def clicks(region: np.ndarray, rng: np.random.Generator) -> list[ratings.Point]:
     Returns:
       (x, y) in pixels; x to the right, y down.
     """
-    rows, columns = np.nonzero(region)
-    if not len(rows):
+    if not region.any():
         return []
     height, width = region.shape
     radius = feedback.POINT_RADIUS * height
     spacing = CLICK_SPACING * radius
     start_x, start_y = rng.uniform(0, spacing, 2)
-    xs, ys = np.meshgrid(np.arange(start_x, width, spacing), np.arange(start_y, height, spacing))
-    hit = region[ys.astype(int), xs.astype(int)]
-    points = np.stack([xs[hit], ys[hit]], axis=-1)
+    xs, ys = np.arange(start_x, width, spacing), np.arange(start_y, height, spacing)
+    rows, columns = np.nonzero(region[np.ix_(ys.astype(int), xs.astype(int))])
+    points = np.stack([xs[columns], ys[rows]], axis=-1)
     points = points[rng.random(len(points)) >= P_CLICK_LEFT_OUT]
     if not len(points):
+        rows, columns = np.nonzero(region)
         pick = rng.integers(len(rows))
         points = np.array([[columns[pick], rows[pick]]], float)
     points = points + rng.normal(0, CLICK_JITTER * radius, points.shape)
