@@ -59,19 +59,22 @@ def in_box(pixels: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
 
 def prediction(
     example: Mapping[str, Any],
-    heatmaps: np.ndarray,
-    scores: np.ndarray,
-    tokens: Sequence[feedback.Token],
+    heatmaps: np.ndarray | Sequence[np.ndarray],
+    scores: np.ndarray | Sequence[float],
+    tokens: Sequence[feedback.Token] | None,
     deviations: np.ndarray | None = None,
+    outputs: feedback.Outputs = feedback.ALL_OUTPUTS,
 ) -> feedback.RichFeedback:
     """Makes feedback of a model's outputs for a task example.
 
     Args:
       example: the task example; its name, prompt and letterbox are used.
-      heatmaps: float32 [heatmaps, height, width], in the order of `feedback.HEATMAPS`.
-      scores: float32 [scores], in the order of `feedback.SCORES`.
-      tokens: the prompt's tokens with labels, from `keywords.tokens` or `written_tokens`.
+      heatmaps: float32 [heatmaps, height, width], in the order of `outputs.heatmaps`; () if it has none.
+      scores: float32 [scores], in the order of `outputs.scores`; () if it has none.
+      tokens: the prompt's tokens with labels, from `keywords.tokens` or `written_tokens`; None without
+        `outputs.keywords`.
       deviations: float32 [scores], the scores' standard deviations; None: the model gives none.
+      outputs: the kinds that the model predicts.
 
     Raises:
       errors.NotFiniteError: an output isn't finite.
@@ -84,6 +87,7 @@ def prediction(
         [in_box(np.asarray(heatmap, np.float32), example) for heatmap in heatmaps],
         tokens,
         deviations,
+        outputs,
     )
 
 

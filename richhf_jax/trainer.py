@@ -87,12 +87,12 @@ class Trainer:
                 self._train, (state, batch), (state, everywhere), donate_argnums=(0,)
             ),
             "eval": partitioner.partition(
-                lambda state, batch: model.eval_fn(state.params, batch, **_mutables(state))[1],
+                lambda state, batch: model.eval_fn(state.params, batch, **state.mutables())[1],
                 (inference, batch),
                 everywhere,
             ),
             "predict": partitioner.partition(
-                lambda state, batch: model.predict_batch(state.params, batch, **_mutables(state)),
+                lambda state, batch: model.predict_batch(state.params, batch, **state.mutables()),
                 (inference, batch),
                 everywhere,
             ),
@@ -249,11 +249,6 @@ def _explained_refusal() -> Iterator[None]:
         if pathlib.Path(frame.f_code.co_filename).parent != _NETWORK:
             raise
         raise errors.UserError(f"the model's settings don't fit each other or the data: {error}") from error
-
-
-def _mutables(state: InferenceState) -> dict[str, Any]:
-    """Returns the keyword argument with the mutable collections; none if the model has no collections."""
-    return {"flax_mutables": state.flax_mutables} if state.flax_mutables else {}
 
 
 def axes_by_param(params_axes: Mapping[str, Any]) -> dict[str, Any]:

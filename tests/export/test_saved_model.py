@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from richhf_jax import feedback, model_description
 from richhf_jax.export import saved_model
-from richhf_jax.predict import forward
 from tasks import vocabulary
 
 # One character for each special case of SentencePiece, and neighbours to combine them with.
@@ -117,7 +116,7 @@ def test_ids_are_those_of_sentencepiece(description, tmp_path):
     served = tf.saved_model.load(str(tmp_path / "saved"))
     prompts = [*PROMPTS, *random_texts(1000)]
     tokens, (pieces, piece_numbers) = served.encode(tf.constant(prompts))
-    encoder = forward.PromptEncoder(description)
+    encoder = description.encoder
     tasks = feedback.task_prompts(description.network.variant, "")
     most_cut = 0
     for i, prompt in enumerate(prompts):
