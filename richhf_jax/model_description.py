@@ -212,12 +212,8 @@ def _rahf(description: ModelDescription) -> models.RahfModel:
 
 
 def _rahf_encoder(description: ModelDescription) -> prompt_encoders.SentencePieceEncoder:
-    return prompt_encoders.SentencePieceEncoder(
-        description.vocabulary,
-        description.network.t5_config.vocab_size,
-        description.feature_lengths["inputs"],
-        description.feature_lengths["targets"],
-    )
+    rows = description.network.t5_config.vocab_size
+    return prompt_encoders.SentencePieceEncoder(description.vocabulary, rows)
 
 
 SYSTEMS = {

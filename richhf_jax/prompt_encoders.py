@@ -18,12 +18,18 @@ _SPACES = re.compile(r"[ \t\n\v\f\r]+")
 class PromptEncoder(Protocol):
     """Turns prompts into tokens."""
 
-    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "prompts length"], int]:
+    def encode(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[Int32[np.ndarray, "texts length"], Int32[np.ndarray, " texts"]]:
         """Encodes prompts.
 
+        Args:
+          texts: the prompts, with a task string if the variant has any.
+          length: number of tokens of each.
+
         Returns:
-          The tokens, 0 = padding; and of the prompt that lost most, the number of words that are missing,
-          wholly or partly.
+          The tokens, 0 behind a text's end; and of each text the number of words that are missing, wholly or
+          partly.
         """
         ...
 
@@ -36,20 +42,17 @@ class SentencePieceEncoder:
       suffix: the suffix of a misaligned word, in the vocabulary's pieces.
     """
 
-    def __init__(self, vocabulary: bytes | None, rows: int, length: int, target_length: int):
+    def __init__(self, vocabulary: bytes | None, rows: int):
         """Loads a vocabulary.
 
         Args:
           vocabulary: a SentencePiece model.
           rows: number of token ids in the network's table.
-          length: number of tokens of a prompt.
-          target_length: most pieces that the decoder writes.
 
         Raises:
           errors.UserError: the vocabulary is missing or damaged, is another model's, or can't mark keywords.
         """
         self._vocabulary = load_sentencepiece(vocabulary)
-        self._length, self._target_length = length, target_length
         pieces = self._vocabulary.vocab_size()
         if pieces > rows:
             raise errors.UserError(
@@ -58,18 +61,19 @@ class SentencePieceEncoder:
         self.eos_id: int = self._vocabulary.eos_id()
         self.suffix = keywords.suffix_pieces(self._vocabulary.encode)
 
-    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "prompts length"], int]:
+    def encode(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[Int32[np.ndarray, "texts length"], Int32[np.ndarray, " texts"]]:
         """Encodes prompts as `preprocessors.encode` does; see `PromptEncoder.encode`."""
-        result = np.zeros((len(texts), self._length), np.int32)
-        most = 0
+        result = np.zeros((len(texts), length), np.int32)
+        words_cut = np.zeros(len(texts), np.int32)
         for row, text in enumerate(texts):
-            pieces, cut = self._vocabulary.encode(text), 0
-            if len(pieces) > self._length - 1:
-                text, cut = self._cut_at_word(text, self._length - 1)
-                pieces = self._vocabulary.encode(text)[: self._length - 1]
+            pieces = self._vocabulary.encode(text)
+            if len(pieces) > length - 1:
+                text, words_cut[row] = self._cut_at_word(text, length - 1)
+                pieces = self._vocabulary.encode(text)[: length - 1]
             result[row, : len(pieces) + 1] = [*pieces, self.eos_id]
-            most = max(most, cut)
-        return result, most
+        return result, words_cut
 
     def _cut_at_word(self, text: str, room: int) -> tuple[str, int]:
         """Returns the words that fit into `room` pieces (at least one), and the number of words cut."""
@@ -80,9 +84,9 @@ class SentencePieceEncoder:
         # A text that is too long loses something, whatever its words alone come to.
         return " ".join(words[:kept]) if kept < len(words) else text, max(len(words) - fitting, 1)
 
-    def keyword_pieces(self, prompt: str) -> keywords.KeywordPieces:
-        """Returns a prompt's words for the decoder."""
-        return keywords.keyword_pieces(prompt, self._vocabulary.encode, self._target_length)
+    def keyword_pieces(self, prompt: str, length: int) -> keywords.KeywordPieces:
+        """Returns a prompt's words for the decoder, which writes at most so many pieces."""
+        return keywords.keyword_pieces(prompt, self._vocabulary.encode, length)
 
 
 def load_sentencepiece(model: bytes | None) -> sentencepiece.SentencePieceProcessor:

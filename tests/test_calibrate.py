@@ -37,7 +37,7 @@ WHERE = "synthetic_rich_hf_multi_head, validation"
 class Answers:
     """A trainer whose model is wrong by `error` in every score."""
 
-    model = types.SimpleNamespace(outputs=feedback.ALL_OUTPUTS)
+    model = types.SimpleNamespace(outputs=feedback.ALL_OUTPUTS, vocab_size=448)
 
     def __init__(self, error: float):
         self._error = error
@@ -75,7 +75,9 @@ def run(directory, monkeypatch):
     def start(function, split, error=ERROR, has_uncertainty=True, **kwargs):
         monkeypatch.setattr(split_predictions, "load", lambda *args: (Answers(error), {}, 7))
         return function(
-            model=types.SimpleNamespace(has_uncertainty=has_uncertainty, describe=lambda *args: {}),
+            model=types.SimpleNamespace(
+                has_uncertainty=has_uncertainty, vocab_size=448, describe=lambda *args: {}
+            ),
             checkpoint_path=str(directory),
             dataset_cfg=config(split),
             partitioner=partitioning.PjitPartitioner(devices=jax.devices()[:1]),

@@ -286,11 +286,12 @@ class RahfPredictor:
                 f"the image has {width} x {height} pixels; {MIN_SIDE} x {MIN_SIDE} are the least"
             )
         square, box = pixels.square(image, self.description.feature_lengths["image"], self.description.fit)
-        encoder, inputs, cut, words = self.description.encoder, None, 0, None
-        if encoder:
-            inputs, cut = encoder.encode(feedback.task_prompts(self.description.model.variant, prompt))
+        inputs, cut, words = None, 0, None
+        if self.description.encoder:
+            inputs, cut = self.encode(feedback.task_prompts(self.description.model.variant, prompt))
         if self.outputs.keywords:
-            words = encoder.keyword_pieces(prompt)
+            length = self.description.feature_lengths["targets"]
+            words = self.description.encoder.keyword_pieces(prompt, length)
         return Prepared(image, image.shape[:2], prompt, square, box, inputs, words, cut)
 
     def dispatch(self, prepared: Sequence[Prepared], rows: int | None = None) -> Outputs:
@@ -400,14 +401,19 @@ class RahfPredictor:
         return rewards.encode_for(self.description, kind, prompts)
 
     def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "prompts length"], int]:
-        """Encodes prompts, see `prompt_encoders.PromptEncoder.encode`.
+        """Encodes prompts.
+
+        Returns:
+          The tokens, see `prompt_encoders.PromptEncoder.encode`; and of the prompt that lost most, the number
+          of words that are missing, wholly or partly.
 
         Raises:
           errors.UserError: the system reads no text.
         """
         if self.description.encoder is None:
             raise errors.UserError(f"{self.description.system} reads no text: there is nothing to encode")
-        return self.description.encoder.encode(texts)
+        tokens, words_cut = self.description.encoder.encode(texts, self.description.feature_lengths["inputs"])
+        return tokens, int(words_cut.max(initial=0))
 
     def read(self, picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
         """Reads an image; see `__call__` for its forms.

@@ -74,7 +74,7 @@ def encode_for(
         return np.zeros((len(prompts), 0), np.int32)
     if description.model.variant == feedback.AUGMENTED_PROMPT:
         prompts = [f"{feedback.SCORE_TASK_STRINGS[kind]} {prompt}" for prompt in prompts]
-    return description.encoder.encode(prompts)[0]
+    return description.encoder.encode(prompts, description.feature_lengths["inputs"])[0]
 
 
 def _shown(images: jax.Array, side: int, fit: str) -> tuple[jax.Array, jax.Array | None]:
