@@ -212,9 +212,8 @@ class RahfModel(BaseModel):
         """Draws the image, the true and the predicted first heatmap side by side."""
         if not batch["heatmap_weights"].size:
             return {}
-        maps = batch["heatmap_targets"][:, 0], 255 * predict(_without_other_slots)["heatmaps"][:, 0]
-        grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in maps]
-        return {"image_truth_prediction": np.concatenate([batch["image"], *grey], axis=2)}
+        predicted = predict(_without_other_slots)["heatmaps"][:, 0]
+        return beside_its_heatmaps(batch["image"], batch["heatmap_targets"][:, 0], predicted)
 
     def progress_metrics(self, scalars):
         """Names the losses by their kinds, and leaves out the shares of cut texts that are 0."""
@@ -493,6 +492,16 @@ def describe_rahf(
         "fit": fit,
         "misalignment_threshold": misalignment_threshold,
     }
+
+
+def beside_its_heatmaps(
+    image: UInt8[np.ndarray, "images height width 3"],
+    truth: UInt8[np.ndarray, "images height width"],
+    predicted: Float32[np.ndarray, "images height width"],
+) -> dict[str, UInt8[np.ndarray, "images height three_widths 3"]]:
+    """Draws images, their true and their predicted heatmaps side by side, for `BaseModel.summary_images`."""
+    grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in (truth, 255 * predicted)]
+    return {"image_truth_prediction": np.concatenate([image, *grey], axis=2)}
 
 
 def _without_other_slots(batch: Images) -> Images:

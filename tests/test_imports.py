@@ -46,6 +46,7 @@ datasets           | tensorflow torch | corruption foreign_text inputs locking r
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
+baselines          | jax            | losses models shapes
 model_description  |                | allowed_values checksums models network reading writing
 optimizers         | jax            |
 pages              |                | writing

@@ -1,7 +1,7 @@
 """Reads ResNet v1.5 with bottleneck blocks: Hugging Face's `ResNetModel`, torchvision's and timm's.
 
-A source has the parameters of the network up to its last feature map, and its batch statistics as
-"batch_stats/...". Classifiers are left unused.
+A source has the parameters and batch statistics of the network up to its last feature map. Classifiers are left
+unused.
 
     Hugging Face          a directory with config.json and weights
     torchvision, timm     a state dict, .pth or .safetensors; of timm also a directory with config.json
@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from richhf_jax.convert import huggingface, safetensors_files, torch_files
-from richhf_jax.convert.source import MAX_LAYERS, ConvertError, Source, State, Tensor, read_json
+from richhf_jax.convert.source import (
+    MAX_LAYERS,
+    MUTABLES,
+    ConvertError,
+    Source,
+    State,
+    Tensor,
+    read_json,
+)
 
 # A name that state dicts of torchvision and timm have, and no other model that we read.
 _MARK = "layer1.0.conv1.weight"
@@ -128,7 +136,8 @@ def _names(depths: Sequence[int], modules: Any) -> dict[str, str]:
         names[f"{ours}/kernel"] = f"{conv}.weight"
         names |= {f"{ours}/norm/{part}": f"{norm}.{theirs}" for part, theirs in _NORM.items()}
         names |= {
-            f"batch_stats/{ours}/norm/{part}": f"{norm}.{theirs}" for part, theirs in _STATISTICS.items()
+            f"{MUTABLES}/batch_stats/{ours}/norm/{part}": f"{norm}.{theirs}"
+            for part, theirs in _STATISTICS.items()
         }
     return names
 

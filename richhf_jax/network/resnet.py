@@ -277,6 +277,11 @@ class ResNetFeedback(nn.Module):
         configs = ("resnet_config", "heads_config")
         return {name: description.settings(getattr(self, name)) for name in configs}
 
+    def with_attention_kernel(self, kernel: str) -> "ResNetFeedback":
+        """Returns the same network, which has no attention."""
+        del kernel
+        return self
+
     def __call__(
         self, image: Real[Array, "batch height width 3"], *, train: bool = False
     ) -> dict[str, Float32[Array, "batch ..."]]:

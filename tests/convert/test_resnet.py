@@ -128,7 +128,9 @@ def in_our_names(kind, named_arrays, depths):
     modules = {"huggingface": converter._huggingface_modules}.get(kind, converter._torchvision_modules)
     state = {name: array.detach().numpy().copy() for name, array in named_arrays}
     tensors = {
-        ours: converter.huggingface.from_torch(ours, Tensor(theirs, array.shape, array.dtype, lambda a=array: a))
+        ours: converter.huggingface.from_torch(
+            ours, Tensor(theirs, array.shape, array.dtype, lambda a=array: a)
+        )
         for ours, theirs in converter._names(depths, modules).items()
         if (array := state.get(theirs)) is not None
     }
@@ -175,5 +177,7 @@ def test_features_gradients_and_statistics_are_torchs(kind, rng, tmp_path):
     assert_close({"features": ours}, {"features": theirs.detach().numpy().transpose(0, 2, 3, 1)}, 1e-5)
     grads = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     assert_close(gradient, in_our_names(kind, grads, config.depths), 1e-4)
-    expected = {n: a for n, a in in_our_names(kind, after.items(), config.depths).items() if "batch_stats" in n}
+    expected = {
+        n: a for n, a in in_our_names(kind, after.items(), config.depths).items() if "batch_stats" in n
+    }
     assert_close({"batch_stats": statistics}, expected, 1e-6)
