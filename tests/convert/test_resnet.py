@@ -4,9 +4,6 @@ The models are small and random; one of their stages has two blocks.
 """
 
 import functools
-import json
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +15,7 @@ import transformers
 from flax import traverse_util
 
 from richhf_jax.convert import resnet as converter
-from richhf_jax.convert.source import ConvertError, Tensor
+from richhf_jax.convert.source import Tensor
 from richhf_jax.network import resnet
 
 torch.set_num_threads(1)

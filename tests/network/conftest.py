@@ -22,22 +22,28 @@ def random_params(random_values):
     return make
 
 
-def described(variables):
-    """Name -> "float32 (96, 512) embed vocab", of parameters and, as "batch_stats/...", of other collections."""
-    found = {}
-    for collection, tree in variables.items():
-        if collection.endswith("_axes"):
-            continue
-        prefix = "" if collection == "params" else f"{collection}/"
-        axes = traverse_util.flatten_dict(variables[f"{collection}_axes"], sep="/")
-        for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
-            of_leaf = " ".join(map(str, axes[f"{name}_axes"].names))
-            found[prefix + name] = f"{leaf.dtype} {leaf.shape} {of_leaf}"
-    return dict(sorted(found.items()))
+@pytest.fixture(scope="session")
+def described():
+    """Lists the arrays of a model's variables: name -> "float32 (96, 512) embed vocab".
+
+    Those of collections beside the parameters are called "batch_stats/...".
+    """
+
+    def describe(variables):
+        found = {}
+        for collection in [name for name in variables if not name.endswith("_axes")]:
+            prefix = "" if collection == "params" else f"{collection}/"
+            axes = traverse_util.flatten_dict(variables[f"{collection}_axes"], sep="/")
+            for name, leaf in traverse_util.flatten_dict(variables[collection], sep="/").items():
+                of_leaf = " ".join(map(str, axes[f"{name}_axes"].names))
+                found[prefix + name] = f"{leaf.dtype} {leaf.shape} {of_leaf}"
+        return dict(sorted(found.items()))
+
+    return describe
 
 
 @pytest.fixture(scope="session")
-def check_golden():
+def check_golden(described):
     """Compares the variables of a preset with those in golden/NAME.json; UPDATE_GOLDEN writes the file."""
 
     def check(name, variables):

@@ -465,10 +465,10 @@ def test_scores_with_variances(make_model, random_values, rng, variant, count):
         np.testing.assert_allclose(one, found[0]["scores"][:, i], rtol=1e-5)
 
 
-def test_the_variance_adds_one_layer_to_each_head(shipped):
+def test_the_variance_adds_one_layer_to_each_head(shipped, described):
     """What a checkpoint without it has keeps its name and shape."""
     without, with_variance = (
-        parameters(shipped("rahf_tiny", "multi_head", f"SCORE_UNCERTAINTY = {on}")[1]) for on in (False, True)
+        described(shipped("rahf_tiny", "multi_head", f"SCORE_UNCERTAINTY = {on}")[1]) for on in (False, True)
     )
     assert without.items() <= with_variance.items()
     added = [
