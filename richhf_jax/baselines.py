@@ -19,9 +19,9 @@ RESNET_SCORES, RESNET_HEATMAPS = "resnet50_scores", "resnet50_heatmaps"
 class ResNetModel(models.BaseModel):
     """Losses and predictions of `network.resnet.ResNetFeedback`, which gin injects as `module`.
 
-    The losses are RAHF's: the scores' mean squared error and the heatmaps' pixel-wise mean squared error, each a
-    mean over the slots that have labels. Batches are those of the multi-head variant. They have a slot for each
-    kind, and those of the network's kinds count.
+    The losses are RAHF's: the scores' mean squared error and the heatmaps' pixel-wise one, each a mean over
+    the slots that have labels. Batches are those of the multi-head variant. They have a slot for
+    each kind, and those of the network's kinds count.
 
     In training, images are normalised by the mean and the variance of their microbatch, which also move the
     running statistics. The losses of evaluations, and predictions, use the running statistics.
@@ -44,11 +44,34 @@ class ResNetModel(models.BaseModel):
         heads = self.module.heads_config
         return feedback.Outputs(tuple(heads.score_kinds), tuple(heads.heatmap_kinds), keywords=False)
 
+    @property
+    def system(self) -> str:
+        """The name of what the network predicts; with heads for both, that of heatmaps."""
+        return RESNET_HEATMAPS if self.outputs.heatmaps else RESNET_SCORES
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """An image of one cell."""
+        side = self.module.resnet_config.stride
+        return {"image": (1, side, side, 3)}
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Checks that heatmaps come back to the image's size.
+
+        Raises:
+          errors.UserError: they don't.
+        """
+        stride = self.module.resnet_config.stride
+        if self.outputs.heatmaps and (height % stride or width % stride):
+            raise errors.UserError(
+                f"IMAGE_SIDE: images have {height}x{width} pixels, but heatmaps are made of cells of {stride}"
+                " (4 times 2 for each stage but the first, ResNetConfig.depths): give a multiple"
+            )
+
     def describe(self, feature_lengths, batch_shapes):
         """Describes the model: see `models.describe_system`."""
-        system = RESNET_HEATMAPS if self.outputs.heatmaps else RESNET_SCORES
         fit = "letterbox" if "image_box" in batch_shapes else "resize"
-        return models.describe_system(system, self.module, {"image": feature_lengths["image"]}, fit)
+        return models.describe_system(self.system, self.module, {"image": feature_lengths["image"]}, fit)
 
     def summary_images(
         self, batch: Images, predict: Callable[..., Images]
@@ -64,8 +87,13 @@ class ResNetModel(models.BaseModel):
         return {name.removeprefix("loss/"): value for name, value in scalars.items()}
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
-        """Makes variables, which fit images of any size."""
+        """Makes variables, which fit images of any size.
+
+        Raises:
+          errors.UserError: see `check_image_size`.
+        """
         del input_types  # The network's input has one type.
+        self.check_image_size(*input_shapes["image"][1:3])
         return self.module.init(rng, jnp.zeros((1, *input_shapes["image"][1:]), jnp.uint8))
 
     def loss_weights(self, batch: Batch) -> dict[str, Float[Array, ""]]:

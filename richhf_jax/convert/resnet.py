@@ -1,7 +1,7 @@
 """Reads ResNet v1.5 with bottleneck blocks: Hugging Face's `ResNetModel`, torchvision's and timm's.
 
-A source has the parameters and batch statistics of the network up to its last feature map. Classifiers are left
-unused.
+A source has the parameters and batch statistics of the network up to its last feature map. Classifiers are
+left unused.
 
     Hugging Face          a directory with config.json and weights
     torchvision, timm     a state dict, .pth or .safetensors; of timm also a directory with config.json
@@ -122,8 +122,8 @@ def _names(depths: Sequence[int], modules: Any) -> dict[str, str]:
 
     Args:
       depths: number of blocks in each stage.
-      modules: gives (convolution, norm), their names of one of our convolutions: its stage, block and name; of
-        the stem, none of the first two.
+      modules: maps stage, block and name of one of our convolutions (the stem has neither stage nor block) to
+        their names of it and of its norm.
     """
     places = [("resnet/stem", modules(None, None, "stem"))]
     for stage, depth in enumerate(depths):

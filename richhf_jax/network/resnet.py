@@ -1,13 +1,14 @@
-"""ResNet-50 v1.5 with heads for scores or heatmaps: the paper's two image-only baselines (section 5.1).
+"""ResNet-50 v1.5 with heads for scores or heatmaps: the paper's two image-only baselines (section 4.2.1).
 
     image ── stem ── stages of bottleneck blocks ── feature map ┬ mean ── dense layers ──── scores
                                                                 └ deconvolutions ────────── heatmaps
 
-The paper says no more than "two ResNet-50 models, with multiple fully connected layers and deconvolution heads
-to predict the scores and heatmaps". The rest is chosen here: version 1.5, whose weights are the ones published
-(stride in the 3x3 convolution, https://arxiv.org/abs/1512.03385 has it in the first 1x1); dense layers as wide
-as those of RAHF's score heads; deconvolutions of 256 filters as in Xiao et al., "Simple Baselines for Human Pose
-Estimation" (https://arxiv.org/abs/1804.06208), and as many as it takes to reach the image's size.
+The paper says no more than "two ResNet-50 models, with multiple fully connected layers and deconvolution
+heads to predict the scores and heatmaps". The rest is chosen here: version 1.5, the one of the published
+weights (its stride is in the 3x3 convolution; https://arxiv.org/abs/1512.03385 has it in the first 1x1);
+dense layers as wide as those of RAHF's score heads; deconvolutions of 256 filters as in Xiao et al., "Simple
+Baselines for Human Pose Estimation" (https://arxiv.org/abs/1804.06208), and further ones, with fewer filters,
+up to the image's size.
 
 The network sees no prompt. Padding, initialisation and batch statistics are torch's, so that weights from
 there give the same features, gradients and statistics.
@@ -128,7 +129,7 @@ class ConvNorm(nn.Module):
     Attributes:
       filters: output channels.
       kernel_size: side of the kernel, odd.
-      stride: its stride. As many zeros lie before the map as after it, whatever the stride: `kernel_size` // 2.
+      stride: its stride. Whatever it is, `kernel_size` // 2 zeros lie before the map, and as many after it.
       dtype: type of the computation.
       input_axis: logical axis of the input channels.
     """

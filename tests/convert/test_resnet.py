@@ -1,9 +1,11 @@
-"""Compares ResNets, as our converter reads them, with torch's: of transformers, and as torchvision defines it.
+"""Compares ResNets, as our converter reads them, with those of transformers and torchvision.
 
 The models are small and random; one of their stages has two blocks.
 """
 
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import transformers
 from flax import traverse_util
 
 from richhf_jax.convert import resnet as converter
-from richhf_jax.convert.source import Tensor
+from richhf_jax.convert.source import ConvertError, Tensor
 from richhf_jax.network import resnet
 
 torch.set_num_threads(1)
@@ -117,7 +119,7 @@ def variables(tensors):
         arrays[name] = array = tensor.read()
         assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), name
     tree = traverse_util.unflatten_dict(arrays, sep="/")
-    return {"params": tree["resnet"], "batch_stats": tree["batch_stats"]["resnet"]}
+    return {"params": tree["resnet"], "batch_stats": tree["flax_mutables"]["batch_stats"]["resnet"]}
 
 
 def in_our_names(kind, named_arrays, depths):
@@ -131,7 +133,10 @@ def in_our_names(kind, named_arrays, depths):
         for ours, theirs in converter._names(depths, modules).items()
         if (array := state.get(theirs)) is not None
     }
-    return {name.replace("resnet/", ""): tensor.read() for name, tensor in tensors.items()}
+    return {
+        name.replace("resnet/", "").removeprefix("flax_mutables/"): tensor.read()
+        for name, tensor in tensors.items()
+    }
 
 
 def assert_close(ours, theirs, tolerance):
@@ -178,3 +183,102 @@ def test_features_gradients_and_statistics_are_torchs(kind, rng, tmp_path):
         n: a for n, a in in_our_names(kind, after.items(), config.depths).items() if "batch_stats" in n
     }
     assert_close({"batch_stats": statistics}, expected, 1e-6)
+
+
+def test_names_of_trainers_are_taken_off(tmp_path):
+    state = {f"module.{name}": array for name, array in torch_model("torchvision").state_dict().items()}
+    torch.save({"model": state, "epoch": 7}, tmp_path / "checkpoint.pth")
+    source = converter.open_resnet(str(tmp_path / "checkpoint.pth"))
+    assert source.description == "ResNet of torchvision or timm, 1+2+1+1 blocks"
+    assert [*source.unused] == ["module.fc.weight", "module.fc.bias"]
+    assert "'module.'" in source.note
+
+
+def test_a_classifier_of_hugging_face(tmp_path):
+    model = transformers.ResNetForImageClassification(HUGGINGFACE)
+    model.save_pretrained(tmp_path)
+    source = converter.open_resnet(str(tmp_path))
+    assert source.description == "Hugging Face ResNet, 1+2+1 blocks"
+    assert sorted(source.unused) == ["classifier.1.bias", "classifier.1.weight"]
+    kernel = source.tensors["resnet/stage_1_block_1/conv_1/kernel"].read()
+    theirs = model.resnet.encoder.stages[1].layers[1].layer[1].convolution.weight.detach().numpy()
+    np.testing.assert_array_equal(kernel, theirs.transpose(2, 3, 1, 0))
+
+
+def saved_state(directory, state):
+    torch.save(state, directory / "resnet.pth")
+    return str(directory / "resnet.pth")
+
+
+def without(state, *names):
+    return {name: array for name, array in state.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: without(s, "layer2.1.bn2.running_var"),
+            "lack 1 of the 100 arrays .*layer2.1.bn2.running_var",
+        ),
+        (lambda s: without(s, "conv1.weight"), "lack 1 of the 100 arrays .*: conv1.weight"),
+        (
+            lambda s: s | {"layer1.0.se.fc1.weight": s["fc.weight"]},
+            "1 arrays .*hasn't.*layer1.0.se.fc1.weight",
+        ),
+        (
+            lambda s: {name: array for name, array in s.items() if not name.startswith("layer2.0.")},
+            r"a stage has the blocks \[1\], not all from 0 on",
+        ),
+        (
+            lambda s: {name: array for name, array in s.items() if not name.startswith("layer4.")},
+            r"no whole ResNet: the numbers of blocks of its stages are \[1, 2, 1, 0\]",
+        ),
+        # ResNet-18 and -34 have blocks of two convolutions.
+        (
+            lambda s: {n: a for n, a in s.items() if not re.search(r"\.(conv|bn)3\.", n)},
+            "lack 25 of the 100 arrays of a ResNet v1.5 with bottleneck blocks",
+        ),
+    ],
+)
+def test_weights_of_other_networks(change, message, tmp_path):
+    path = saved_state(tmp_path, change(torch_model("torchvision").state_dict()))
+    assert converter.is_resnet(path)
+    with pytest.raises(ConvertError, match=message):
+        converter.open_resnet(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layer_type": "basic"}, "layer_type is 'basic'; our ResNet has 'bottleneck' only"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; our ResNet has 'relu' only"),
+        ({"downsample_in_bottleneck": True}, "downsample_in_bottleneck is True; our ResNet has False only"),
+        ({"downsample_in_first_stage": True}, "downsample_in_first_stage is True"),
+        ({"depths": [1, 3, 1]}, r"stages of \(1, 2, 1\) blocks, its config.json says \[1, 3, 1\]"),
+        ({"depths": "many"}, "config.json makes no sense: depths is 'many'"),
+        ({"depths": [1, 2]}, "20 arrays that a ResNet v1.5 hasn't, .*encoder.stages.2"),
+    ],
+)
+def test_configurations_that_are_not_ours(changed, message, tmp_path):
+    torch_model("huggingface").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changed), "utf-8")
+    with pytest.raises(ConvertError, match=message):
+        converter.open_resnet(str(tmp_path))
+
+
+def test_a_directory_of_timm(tmp_path):
+    safetensors.torch.save_file(torch_model("torchvision").state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50", "num_classes": 10}))
+    assert converter.is_resnet(str(tmp_path))
+    assert converter.open_resnet(str(tmp_path)).settings == {"resnet_config.depths": DEPTHS}
+
+
+def test_other_files_are_no_resnets(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit/config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "text.txt").write_text("text")
+    for name in ("other.pt", "vit", "text.txt", "none"):
+        assert not converter.is_resnet(str(tmp_path / name))
