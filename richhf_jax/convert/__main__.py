@@ -16,7 +16,6 @@ predictions model.json and vocabulary.model.
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,11 +181,13 @@ def describe(
     place = _small_vocabulary() if vocabulary is None else pathlib.Path(vocabulary)
     network, system = model.module, SYSTEMS[model.system]
     if unstacked:
-        configs = {
-            name: config for name, config in _configs(network).items() if hasattr(config, "scan_layers")
-        }
+        configs = {name: getattr(network, name) for name in system.configs}
         network = network.clone(
-            **{name: config.replace(scan_layers=False) for name, config in configs.items()}
+            **{
+                name: config.replace(scan_layers=False)
+                for name, config in configs.items()
+                if hasattr(config, "scan_layers")
+            }
         )
     return ModelDescription(
         network,
@@ -197,12 +198,6 @@ def describe(
         place.read_bytes() if system.vocabulary_file and place.is_file() else None,
         system=model.system,
     )
-
-
-def _configs(network: Any) -> dict[str, Any]:
-    """Returns the configurations of a network, by name."""
-    names = (field.name for field in dataclasses.fields(network))
-    return {name: getattr(network, name) for name in names if name.endswith("_config")}
 
 
 def _small_vocabulary() -> pathlib.Path:
@@ -242,7 +237,7 @@ def convert(
     writing.check_is_new(to, "--to")
     own.check_outside_checkpoints(to, "--to")
     sources = [open_weights(path) for path in paths]
-    configs = _configs(model.module)
+    configs = {name: getattr(model.module, name) for name in SYSTEMS[model.system].configs}
     shapes = model_shapes(model)
     if output != "orbax":  # The names of the other formats do not depend on how we compile a stack.
         shapes = unstacked_shapes(shapes)
