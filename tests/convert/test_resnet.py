@@ -16,6 +16,9 @@ import torch
 import transformers
 from flax import traverse_util
 
+from richhf_jax import baselines, checkpoints, feedback, train_state
+from richhf_jax.convert import __main__ as command
+from richhf_jax.convert import own
 from richhf_jax.convert import resnet as converter
 from richhf_jax.convert.source import ConvertError, Tensor
 from richhf_jax.network import resnet
@@ -282,3 +285,65 @@ def test_other_files_are_no_resnets(tmp_path):
     (tmp_path / "text.txt").write_text("text")
     for name in ("other.pt", "vit", "text.txt", "none"):
         assert not converter.is_resnet(str(tmp_path / name))
+
+
+def our_model(config):
+    heads = resnet.HeadsConfig(score_kinds=feedback.SCORES, score_dense_layers=(4,))
+    return baselines.ResNetModel(resnet.ResNetFeedback(config, heads), None)
+
+
+def test_a_conversion_is_a_checkpoint_with_statistics(tmp_path):
+    path, config = saved("torchvision", tmp_path)
+    model = our_model(config)
+    command.convert(model, [str(path)], str(tmp_path / "to"))
+    expected = {name: tensor.read() for name, tensor in converter.open_resnet(str(path)).tensors.items()}
+    shapes = command.model_shapes(model)
+    # The head alone is left to training.
+    assert {name.split("/")[0] for name in shapes.keys() - expected.keys()} == {"scores_head"}
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = traverse_util.unflatten_dict(
+        {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for n, leaf in shapes.items()},
+        sep="/",
+    )
+    wanted = train_state.InferenceState(wanted, wanted.pop("flax_mutables"))
+    params, mutables = checkpoints.restore_matching(str(tmp_path / "to"), wanted)
+    found = {"/".join(name): array for name, array in params.items()}
+    found |= {"/".join(("flax_mutables", *name)): array for name, array in mutables.items()}
+    again = {
+        name: tensor.read() for name, tensor in own.open_checkpoint(str(tmp_path / "to")).tensors.items()
+    }
+    for arrays in (found, again):
+        assert arrays.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"depths": (1, 1, 1, 1)},
+            r"depths is \(1, 1, 1, 1\) in the model, \(1, 2, 1, 1\) in .*ResNetConfig",
+        ),
+        ({"depths": (1, 2, 2, 1)}, r"depths is \(1, 2, 2, 1\) in the model"),
+        (
+            {"widths": (16, 32, 40, 64)},
+            r"(?s)these shapes do not fit the model:.*stage_3_block_0/conv_0/kernel",
+        ),
+    ],
+)
+def test_a_model_of_another_size(changed, message, tmp_path):
+    path, config = saved("torchvision", tmp_path)
+    with pytest.raises(ConvertError, match=message):
+        command.convert(our_model(config.replace(**changed)), [str(path)], str(tmp_path / "to"))
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_text_only_checkpoint(tmp_path):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    _, config = saved("torchvision", tmp_path)
+    message = r"t5 \(Hugging Face T5, relu, .*\): no parameter in common with the model"
+    with pytest.raises(ConvertError, match=message):
+        command.convert(our_model(config), [str(tmp_path / "t5")], str(tmp_path / "to"))
