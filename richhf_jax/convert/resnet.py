@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from richhf_jax.convert import huggingface, safetensors_files, torch_files
+from richhf_jax.convert import huggingface, own, safetensors_files, torch_files
 from richhf_jax.convert.source import (
     MAX_LAYERS,
     MUTABLES,
@@ -95,9 +95,10 @@ def _stages(depths: Any, place: pathlib.Path) -> list[str]:
 
 
 def _read(file: pathlib.Path) -> State:
-    """Reads a state dict; one of no array, if the file doesn't begin like any."""
+    """Reads a state dict; one of no array, if the file doesn't begin like any, or is ours."""
     if file.suffix == ".safetensors":
-        return State(safetensors_files.read_safetensors(file))
+        ours = own.SAFETENSORS_METADATA.items() <= safetensors_files.read_metadata(file).items()
+        return State({} if ours else safetensors_files.read_safetensors(file))
     with file.open("rb") as opened:
         if not torch_files.is_torch_start(opened.read(64)):
             return State({})
