@@ -5,9 +5,11 @@ import json
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from PIL import Image
 
 from richhf_jax import baselines, errors, feedback, gin_utils, model_description, partitioning
@@ -43,51 +45,50 @@ def batch(rng):
 
 
 @pytest.fixture(scope="module")
-def variables():
+def variables(random_values):
+    """Makes random parameters and statistics."""
     shapes = {"image": (BATCH, PIXELS, PIXELS, 3)}
-    return make_model().get_initial_variables(jax.random.key(0), shapes)
-
-
-def split(variables):
-    return variables["params"], {"batch_stats": variables["batch_stats"]}
+    made = jax.eval_shape(lambda: make_model().get_initial_variables(jax.random.key(0), shapes))
+    statistics = jax.tree.map(lambda leaf: 0.5 + np.abs(leaf), random_values(made["batch_stats"]))
+    return random_values(made["params"]), {"batch_stats": statistics}
 
 
 def test_the_loss_by_numpy(batch, variables):
     model = make_model(heatmap_loss_weight=3.0, score_loss_weight=2.0)
-    params, mutables = split(variables)
-    predictions = model.predict_batch(params, batch, flax_mutables=mutables)
-    errors_ = {
+    params, mutables = variables
+    predictions = jax.jit(model.predict_batch)(params, batch, flax_mutables=mutables)
+    squares = {
         "score": (predictions["scores"] - batch["score_targets"][:, 1:3]) ** 2,
         "heatmap": ((predictions["heatmaps"] - batch["heatmap_targets"][:, 1:] / 255) ** 2).mean((2, 3)),
     }
     weights = {"score": batch["score_weights"][:, 1:3], "heatmap": batch["heatmap_weights"][:, 1:]}
-    means = {name: float((weights[name] * e).sum() / weights[name].sum()) for name, e in errors_.items()}
-    loss, (metrics, after) = model.loss_fn(params, batch, None, flax_mutables=mutables)
+    means = {name: float((weights[name] * e).sum() / weights[name].sum()) for name, e in squares.items()}
+
+    @jax.jit
+    def evaluate(batch, normalizers):
+        return model.loss_fn(params, batch, None, normalizers, flax_mutables=mutables)
+
+    whole = model.loss_weights(batch)
+    loss, (metrics, after) = evaluate(batch, whole)
     assert float(loss) == pytest.approx(2 * means["score"] + 3 * means["heatmap"], rel=1e-5)
     for name, mean in means.items():
         assert float(metrics[f"loss/{name}"].compute()) == pytest.approx(mean, rel=1e-5)
     # An evaluation moves no statistics.
     jax.tree.map(np.testing.assert_array_equal, after, mutables)
     # Microbatches' losses add up.
-    halves = [{name: value[i::2] for name, value in batch.items()} for i in range(2)]
-    whole = model.loss_weights(batch)
-    parts = [model.loss_fn(params, half, None, whole, flax_mutables=mutables)[0] for half in halves]
+    parts = [evaluate({name: value[i::2] for name, value in batch.items()}, whole)[0] for i in range(2)]
     assert float(sum(parts)) == pytest.approx(float(loss), rel=1e-5)
-
-
-def test_a_batch_without_labels_has_no_loss(batch, variables):
-    params, mutables = split(variables)
+    # A batch without labels has no loss.
     empty = batch | {name: np.zeros_like(batch[name]) for name in ("heatmap_weights", "score_weights")}
-    assert make_model().loss_fn(params, empty, None, flax_mutables=mutables)[0] == 0
+    assert evaluate(empty, model.loss_weights(empty))[0] == 0
 
 
 @pytest.mark.parametrize("name", ["heatmap", "score"])
-def test_a_batch_without_slots_for_the_networks_kinds_is_refused(name, batch, variables):
-    params, mutables = split(variables)
-    less = {f"{name}_{part}": batch[f"{name}_{part}"][:, :0] for part in ("targets", "weights")}
+def test_a_batch_without_slots_for_the_networks_kinds_is_refused(name, batch):
+    less = batch | {f"{name}_{part}": batch[f"{name}_{part}"][:, :0] for part in ("targets", "weights")}
     count = {"heatmap": 2, "score": 4}[name]
     with pytest.raises(errors.UserError, match=f"NUM_{name.upper()}S is 0, but the .* set it to {count}"):
-        make_model().loss_fn(params, batch | less, None, flax_mutables=mutables)
+        make_model().loss_weights(less)
 
 
 def test_images_of_a_size_that_heatmaps_cannot_have_are_refused():
@@ -106,20 +107,30 @@ def test_the_summary_shows_the_networks_first_kind(batch):
     assert make_model(HEADS.replace(heatmap_kinds=())).summary_images(batch, pytest.fail) == {}
 
 
-def test_every_mesh_trains_alike(batch):
-    """Statistics are those of the whole batch, wherever its examples and a layer's channels lie."""
+def test_every_mesh_trains_alike(batch, variables):
+    """Statistics are those of the whole batch, wherever its examples lie."""
+    given = [
+        {name: jnp.asarray(array) for name, array in traverse_util.flatten_dict(tree).items()}
+        for tree in variables
+    ]
     states = []
-    for devices, partitions in ((1, 1), (2, 1), (2, 2)):
-        partitioner = partitioning.PjitPartitioner(partitions, devices=jax.devices()[:devices])
+    for devices in (1, 2):
+        partitioner = partitioning.PjitPartitioner(devices=jax.devices()[:devices])
         trainer = trainer_lib.Trainer(make_model(), partitioner, batch)
-        state, metrics = trainer.train_step(trainer.init_state(), batch)
-        states.append((jax.device_get((state.params, state.flax_mutables)), metrics["loss"].compute()))
-        if partitions == 2:
-            kernel = state.params["resnet"]["stage_0_block_0"]["conv_1"]["kernel"]
-            mean = state.flax_mutables["batch_stats"]["resnet"]["stage_0_block_0"]["conv_1"]["norm"]["mean"]
-            assert kernel.sharding.spec[-1] == mean.sharding.spec[0] == "model"
-    for other in states[1:]:
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, states[0])
+        state, metrics = trainer.train_step(trainer.init_state(*given), batch)
+        states.append(jax.device_get((state.params, state.flax_mutables, metrics["loss"].compute())))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *states)
+    assert not np.array_equal(
+        states[0][1]["batch_stats"]["resnet"]["stem"]["norm"]["mean"],
+        variables[1]["batch_stats"]["resnet"]["stem"]["norm"]["mean"],
+    )
+
+
+def test_tensor_parallelism_splits_channels_with_their_statistics(batch):
+    state = trainer_lib.Trainer(make_model(), partitioning.PjitPartitioner(2), batch).abstract_state
+    kernel = state.params["resnet"]["stage_0_block_0"]["conv_1"]["kernel"]
+    mean = state.flax_mutables["batch_stats"]["resnet"]["stage_0_block_0"]["conv_1"]["norm"]["mean"]
+    assert kernel.sharding.spec[-1] == mean.sharding.spec[0] == "model"
 
 
 # What the shipped files of the tiny ResNets become, so that XLA compiles for seconds.
