@@ -49,10 +49,10 @@ _PARAMETERS = {
         " num_partitions num_cpu_devices ici_mesh_shape dcn_mesh_shape"
     ),
     # A model's sizes have upper limits, because a damaged or foreign model.json could ask for any.
-    Range(1, 1000): "num_layers num_encoder_layers num_decoder_layers",
+    Range(1, 1000): "num_layers num_encoder_layers num_decoder_layers depths",
     Range(1, 2**20): (
         "patch_size grid emb_dim num_heads head_dim mlp_dim vocab_size stem_filters heatmap_layers"
-        " heatmap_output_layer score_conv_layers score_dense_layers row_strips"
+        " heatmap_output_layer score_conv_layers score_dense_layers row_strips widths stem_width"
     ),
     Range(1, 2**13): "task_feature_lengths[image]",
     # One token of a text is its end.
@@ -85,6 +85,8 @@ CHOICES = {
     "attention_kernel": ("auto", "xla", "cudnn"),
     "image_positions": ("running", "after_text", "one_point"),
     "norm": ("layer", "rms"),
+    "score_kinds": feedback.SCORES,
+    "heatmap_kinds": feedback.HEATMAPS,
     "deconv_padding": ("SAME", "torch"),
     "fit": ("resize", "letterbox"),
     "to": ("image", "prompt"),

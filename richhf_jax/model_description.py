@@ -35,6 +35,7 @@ from etils import epath
 
 from richhf_jax import (
     allowed_values,
+    baselines,
     checksums,
     errors,
     feedback,
@@ -43,7 +44,7 @@ from richhf_jax import (
     reading,
     writing,
 )
-from richhf_jax.network import rahf, t5, vit
+from richhf_jax.network import rahf, resnet, t5, vit
 
 FILE = "model.json"
 VOCABULARY_FILE = prompt_encoders.SENTENCEPIECE_FILE
@@ -216,6 +217,16 @@ def _rahf_encoder(description: ModelDescription) -> prompt_encoders.SentencePiec
     return prompt_encoders.SentencePieceEncoder(description.vocabulary, rows)
 
 
+def _resnet(description: ModelDescription) -> baselines.ResNetModel:
+    return baselines.ResNetModel(description.network, optimizer_def=None)
+
+
+_RESNET = System(
+    network=resnet.ResNetFeedback,
+    configs={"resnet_config": resnet.ResNetConfig, "heads_config": resnet.HeadsConfig},
+    model=_resnet,
+)
+
 SYSTEMS = {
     models.RAHF: System(
         network=rahf.Rahf,
@@ -226,6 +237,8 @@ SYSTEMS = {
         encoder=_rahf_encoder,
         marks_words=True,
     ),
+    baselines.RESNET_SCORES: _RESNET,
+    baselines.RESNET_HEATMAPS: _RESNET,
 }
 
 

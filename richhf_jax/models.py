@@ -40,6 +40,8 @@ class BaseModel(abc.ABC):
         [batch, scores], and "heatmaps", float32 [batch, heatmaps, height, width], where there are any kinds.
       has_uncertainty: whether predictions have "score_deviations".
       variant: one of `feedback.VARIANTS`; how many prompts an image has.
+      system: name in `model_description.SYSTEMS`.
+      input_shapes: feature -> shape of an example that the network takes, for `get_initial_variables`.
     """
 
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
@@ -47,6 +49,8 @@ class BaseModel(abc.ABC):
     outputs: feedback.Outputs = feedback.ALL_OUTPUTS
     has_uncertainty: bool = False
     variant: str = feedback.MULTI_HEAD
+    system: str = RAHF
+    input_shapes: Mapping[str, tuple[int, ...]]
 
     def __init__(self, optimizer_def: optax.GradientTransformation | None):
         self.optimizer_def: Any = optimizer_def
@@ -132,6 +136,14 @@ class BaseModel(abc.ABC):
         shapes = {name: jnp.zeros((rows, count)) for name, count in slots.items()}
         scores = self.predict_batch(params, {**batch, **shapes}, **mutables)["scores"]
         return scores[:, self.outputs.scores.index(kind)]
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Checks that the network takes images of this size, in pixels.
+
+        Raises:
+          errors.UserError: it doesn't.
+        """
+        del height, width
 
     # Descriptions of the model, for a training loop that knows no particular model.
 
@@ -227,7 +239,7 @@ class RahfModel(BaseModel):
         """Describes the model: see `describe_system`."""
         fit = "letterbox" if "image_box" in batch_shapes else "resize"
         lengths = {name: feature_lengths[name] for name in ("image", "inputs", "targets")}
-        return describe_system(RAHF, self.module, lengths, fit, self._misalignment_threshold)
+        return describe_system(self.system, self.module, lengths, fit, self._misalignment_threshold)
 
     def summary_images(
         self, batch: Images, predict: Callable[..., Images]
@@ -235,9 +247,8 @@ class RahfModel(BaseModel):
         """Draws the image, the true and the predicted first heatmap side by side."""
         if not batch["heatmap_weights"].size:
             return {}
-        maps = batch["heatmap_targets"][:, 0], 255 * predict(_without_other_slots)["heatmaps"][:, 0]
-        grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in maps]
-        return {"image_truth_prediction": np.concatenate([batch["image"], *grey], axis=2)}
+        predicted = predict(_without_other_slots)["heatmaps"][:, 0]
+        return beside_its_heatmaps(batch["image"], batch["heatmap_targets"][:, 0], predicted)
 
     def progress_metrics(self, scalars):
         """Names the losses by their kinds, and leaves out the shares of cut texts that are 0."""
@@ -261,6 +272,13 @@ class RahfModel(BaseModel):
     def variant(self) -> str:
         """The network's variant."""
         return self.module.variant
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """An image of the ViT's position table, with texts, which may be of any length."""
+        config = self.module.vit_config
+        shapes = {"image": (1, *(side * config.patch_size for side in config.grid), 3)}
+        return shapes | dict.fromkeys(("encoder_input_tokens", "decoder_input_tokens"), (1, 1, 8))
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task.
@@ -546,6 +564,16 @@ def describe_system(
         "fit": fit,
         **({} if misalignment_threshold is None else {"misalignment_threshold": misalignment_threshold}),
     }
+
+
+def beside_its_heatmaps(
+    image: UInt8[np.ndarray, "images height width 3"],
+    truth: UInt8[np.ndarray, "images height width"],
+    predicted: Float32[np.ndarray, "images height width"],
+) -> dict[str, UInt8[np.ndarray, "images height three_widths 3"]]:
+    """Draws images, their true and their predicted heatmaps side by side, for `BaseModel.summary_images`."""
+    grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in (truth, 255 * predicted)]
+    return {"image_truth_prediction": np.concatenate([image, *grey], axis=2)}
 
 
 def _without_other_slots(batch: Images) -> Images:

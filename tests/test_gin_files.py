@@ -84,7 +84,7 @@ def test_the_images_of_a_preset_fit_its_vit(preset):
 
 def test_the_lengths_are_put_together_once():
     for name in ("TASK_FEATURE_LENGTHS", "EVAL_FEATURE_LENGTHS"):
-        assert files_that_match(rf"^{name} =") == ["models/rahf.gin"]
+        assert files_that_match(rf"^{name} = {{") == ["models/common.gin"]
 
 
 def test_sizes_hold_no_settings_of_optimizers():

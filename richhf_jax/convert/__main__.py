@@ -2,10 +2,11 @@ r"""Converts weights that others published to a checkpoint of ours, and back.
 
     python -m richhf_jax.convert --from=t5-v1_1-base --from=B_16.npz --to=pretrained
 
-It reads checkpoints of T5X; directories of Hugging Face's T5, mT5 and ViT; .npz of the vision_transformer and
-big_vision line; rahf_model.pt, the PyTorch release of RAHF's authors; and our own checkpoints and
-.safetensors. The gin files say what the model is. Without any it is models/rahf_base.gin, or for that release
-models/rahf_pytorch_release.gin.
+It reads checkpoints of T5X; directories of Hugging Face's T5, mT5, ViT and ResNet; .npz of the
+vision_transformer and big_vision line; ResNets of torchvision and timm; rahf_model.pt, the PyTorch release of
+RAHF's authors; and our own checkpoints and .safetensors. The gin files say what the model is. Without any it
+is models/rahf_base.gin; for that release it is models/rahf_pytorch_release.gin, and for a ResNet
+models/resnet50_scores.gin.
 
 Prints what becomes of every array: it is loaded; or resampled to the model's grid of positions; or
 initialised (no source has it, so training starts it fresh); or unused (the model has no place for it). A
@@ -25,10 +26,10 @@ import safetensors
 from absl import flags
 from flax import traverse_util
 
-from richhf_jax import errors, gin_utils, reading, writing
-from richhf_jax.convert import huggingface, layers, mapping, own, rahf_pytorch, t5x, vit_npz, writers
-from richhf_jax.convert.source import ConvertError, Source
-from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
+from richhf_jax import errors, gin_utils, reading, train_state, writing
+from richhf_jax.convert import huggingface, layers, mapping, own, rahf_pytorch, resnet, t5x, vit_npz, writers
+from richhf_jax.convert.source import MUTABLES, ConvertError, Source
+from richhf_jax.model_description import SYSTEMS, VOCABULARY_FILE, ModelDescription
 
 _FROM = flags.DEFINE_multi_string(
     "from",
@@ -70,10 +71,12 @@ class Format(NamedTuple):
     open: Callable[[str], Source]
 
 
+RESNET = Format("a ResNet of Hugging Face, torchvision or timm", resnet.is_resnet, resnet.open_resnet)
 RELEASE = Format("the PyTorch release of RAHF", rahf_pytorch.is_rahf_pytorch, rahf_pytorch.open_rahf_pytorch)
 FORMATS = (
     Format("a checkpoint of T5X", t5x.is_t5x, t5x.open_t5x),
     Format("a checkpoint of ours", own.is_checkpoint, own.open_checkpoint),
+    RESNET,
     Format(
         "a directory of Hugging Face's T5 or ViT", huggingface.is_huggingface, huggingface.open_huggingface
     ),
@@ -139,24 +142,18 @@ def _explained(path: str) -> Iterator[None]:
 
 def default_gin_file(paths: Sequence[str]) -> str:
     """Returns the gin file of the model for weights whose user names no model."""
-    if [find_format(path) for path in paths] == [RELEASE]:
-        return "models/rahf_pytorch_release.gin"
-    return "models/rahf_base.gin"
+    files = {RELEASE: "models/rahf_pytorch_release.gin", RESNET: "models/resnet50_scores.gin"}
+    formats = [find_format(path) for path in paths]
+    return files.get(formats[0], "models/rahf_base.gin") if len(formats) == 1 else "models/rahf_base.gin"
 
 
 def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns name -> shape and dtype of each parameter, at the image size of the ViT's position table."""
-    vit_config = model.module.vit_config
-    height, width = (side * vit_config.patch_size for side in vit_config.grid)
-    shapes = {
-        "image": (1, height, width, 3),
-        # Texts may be of any length.
-        "encoder_input_tokens": (1, 1, 8),
-        "decoder_input_tokens": (1, 1, 8),
-    }
+    """Returns name -> shape and dtype of each parameter, and of each array of mutable collections."""
+    shapes = model.input_shapes
     variables = jax.eval_shape(lambda rng: model.get_initial_variables(rng, shapes), jax.random.key(0))
-    parameters: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
-    return parameters
+    tree = variables["params"] | {MUTABLES: train_state.mutable_collections(variables)}
+    arrays: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+    return arrays
 
 
 def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -174,26 +171,32 @@ def describe(
     """Describes the model for predictions.
 
     Args:
-      model: a `models.RahfModel`.
+      model: a `models.BaseModel` of a system.
       paths: where the parameters came from.
-      lengths: the model's feature lengths: "image" in pixels, "inputs" and "targets" in tokens.
+      lengths: feature lengths, of which the system's are taken: "image" in pixels, "inputs" and "targets" in
+        tokens.
       vocabulary: path of a SentencePiece model; only a local one is read. None: the small one of `tasks/`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
     """
     place = _small_vocabulary() if vocabulary is None else pathlib.Path(vocabulary)
-    network = model.module
+    network, system = model.module, SYSTEMS[model.system]
     if unstacked:
-        configs = {name: getattr(network, name) for name in ("t5_config", "vit_config", "heads_config")}
+        configs = {name: getattr(network, name) for name in system.configs}
         network = network.clone(
-            **{name: config.replace(scan_layers=False) for name, config in configs.items()}
+            **{
+                name: config.replace(scan_layers=False)
+                for name, config in configs.items()
+                if hasattr(config, "scan_layers")
+            }
         )
     return ModelDescription(
         network,
-        lengths,
+        {name: lengths[name] for name in system.lengths},
         "resize",
-        model.misalignment_threshold,
+        model.misalignment_threshold if system.marks_words else None,
         {"converted_from": ", ".join(paths)},
-        place.read_bytes() if place.is_file() else None,
+        place.read_bytes() if system.vocabulary_file and place.is_file() else None,
+        system=model.system,
     )
 
 
@@ -217,7 +220,7 @@ def convert(
     """Converts weights, writes the result, and prints the table.
 
     Args:
-      model: the model for the weights, a `models.RahfModel`.
+      model: the model for the weights, a `models.BaseModel` of a system.
       paths: the weights to read, each in one of `FORMATS`.
       to: a directory that doesn't exist yet, or is empty.
       output: "orbax", "safetensors" or "huggingface".
@@ -234,7 +237,7 @@ def convert(
     writing.check_is_new(to, "--to")
     own.check_outside_checkpoints(to, "--to")
     sources = [open_weights(path) for path in paths]
-    configs = {name: getattr(model.module, name) for name in ("t5_config", "vit_config")}
+    configs = {name: getattr(model.module, name) for name in SYSTEMS[model.system].configs}
     shapes = model_shapes(model)
     if output != "orbax":  # The names of the other formats do not depend on how we compile a stack.
         shapes = unstacked_shapes(shapes)
@@ -253,7 +256,7 @@ def convert(
         gin_utils.write_operative_config(directory / "config.gin")
         if description and output != "huggingface":
             description.write(directory)
-            if description.vocabulary is None:
+            if description.vocabulary is None and SYSTEMS[description.system].vocabulary_file:
                 print(f"for predictions, copy the SentencePiece model to {to}/{VOCABULARY_FILE}")
     return table
 

@@ -20,7 +20,11 @@ _MAX_POSITIONS = 2**16
 # Settings that change a network's outputs by a thousandth or less.
 _OF_LITTLE_WEIGHT = ("layer_norm_epsilon", "approximate_gelu")
 # Where gin sets the network's configurations, for messages.
-_GIN_NAMES = {"t5_config": "t5.T5Config", "vit_config": "vit.ViTConfig"}
+_GIN_NAMES = {
+    "t5_config": "t5.T5Config",
+    "vit_config": "vit.ViTConfig",
+    "resnet_config": "resnet.ResNetConfig",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,10 @@ def make_plan(
             + "\nGive the gin files of the right size, or --allow_mismatched_shapes to leave these out"
         )
     if not tensors:
-        raise ConvertError(f"{', '.join(s.path for s in sources)}: no parameter in common with the model")
+        given = ", ".join(f"{s.path} ({s.description})" for s in sources)
+        raise ConvertError(
+            f"{given}: no parameter in common with the model. Name the model of these weights with --gin_file"
+        )
     rows += [Row(UNUSED, name, t.shape, _origin(number, t)) for name, (number, t) in left.items()]
     rows += [
         Row(UNUSED, name, shape, f"[{number}]")
@@ -217,7 +224,8 @@ def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> lis
     """Compares settings that shapes can't show: heads, activations, tied logits, the norms' epsilon.
 
     Args:
-      configs: the model's configurations: {"t5_config": T5Config, "vit_config": ViTConfig}.
+      configs: the model's configurations: {"t5_config": T5Config, "vit_config": ViTConfig}, for instance.
+        Settings of others aren't compared.
       sources: the opened checkpoints.
 
     Returns:
@@ -230,6 +238,8 @@ def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> lis
     for source in sources:
         for setting, theirs in source.settings.items():
             config, name = setting.split(".")
+            if config not in configs:  # No parameter of it is loaded.
+                continue
             ours = getattr(configs[config], name)
             if (tuple(ours) if isinstance(theirs, tuple) else ours) == theirs:
                 continue

@@ -12,7 +12,7 @@ from etils import epath
 
 from richhf_jax import checkpoints, errors, sealing, train_state, weights_file
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
-from richhf_jax.convert.source import ConvertError, Source, Tensor
+from richhf_jax.convert.source import MUTABLES, ConvertError, Source, Tensor
 
 # Metadata of our .safetensors files.
 SAFETENSORS_METADATA = {"format": "richhf_jax"}
@@ -42,12 +42,12 @@ def open_checkpoint(path: str) -> Source:
         raise ConvertError(f"{directory} is damaged: it lacks state/{index.name}")
     found = zarr_arrays.orbax_names(index)
     part = train_state.inference_part([name[0] for name in found])
-    names = [name for name in found if name[0] == part]
+    names = [name for name in found if name[0] in (part, MUTABLES)]
     arrays = zarr_arrays.ZarrArrays(index)
     checksums = sealing.read(epath.Path(directory), "state") or {}
     tensors = {}
     for name in names:
-        tensor = arrays.tensor(".".join(name), "/".join(name[1:]))
+        tensor = arrays.tensor(".".join(name), "/".join(name[name[0] != MUTABLES :]))
         if not jnp.issubdtype(tensor.dtype, jnp.floating):  # Checksums are of bytes, and don't say the type.
             raise ConvertError(f"{directory} is damaged: {tensor.origin} can't be of type {tensor.dtype}")
         tensors[tensor.origin] = _checked(tensor, "/".join(name), directory, checksums)

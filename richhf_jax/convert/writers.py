@@ -58,14 +58,17 @@ def write_huggingface(
     Args:
       directory: the folder for t5/ and vit/.
       tensors: our names -> the parameters, with layers not scanned.
-      configs: the model's configurations, {"t5_config": T5Config, "vit_config": ViTConfig}.
+      configs: the model's configurations, {"t5_config": T5Config, "vit_config": ViTConfig} and others.
 
     Returns:
       Lines for the user, which say what is left out, and why.
 
     Raises:
-      ConvertError: a part is not whole, or Hugging Face's T5 doesn't know the activations.
+      ConvertError: the model isn't RAHF, a part is not whole, or Hugging Face's T5 doesn't know the
+        activations.
     """
+    if not {"t5_config", "vit_config"} <= configs.keys():
+        raise ConvertError("--format=huggingface writes RAHF's T5 and ViT: choose another format")
     t5_config, vit_config = configs["t5_config"], configs["vit_config"]
     lines = []
     depths = t5_config.num_encoder_layers, t5_config.num_decoder_layers
