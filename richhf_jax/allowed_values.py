@@ -59,11 +59,11 @@ _PARAMETERS = {
     Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets]",
     Range(0): (
         "num_microbatches gallery_size task_feature_lengths shard_id topk step_offset heatmap_loss_weight"
-        " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers"
+        " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers rate"
         " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
         " plausibility_weight count_weights least_change"
     ),
-    Range(0, is_open=True): "norm_epsilon layer_norm_epsilon max_grad_norm rate deviation_factors",
+    Range(0, is_open=True): "norm_epsilon layer_norm_epsilon max_grad_norm deviation_factors",
     Range(-1): "eos_id",  # -1: no token ends a text.
     Range(0, 1): (
         "misalignment_threshold crop_probability crop_shares jitter_probability grey_probability"
