@@ -167,9 +167,9 @@ class PredictionFiles:
         heatmaps = {kind: f"heatmaps/{file_name(line['id'])}.{kind}.png" for kind in peaks}
         places = []
         if self._heatmaps == "png":
-            heatmaps = line.get("heatmaps", {})
+            heatmaps = line["heatmaps"]
             places += heatmaps.values()
-        elif self._heatmaps == "npz" and heatmaps:
+        elif self._heatmaps == "npz":
             places.append(_part(position))
         if self._overlays:
             places += [_overlay(place) for place in heatmaps.values()]
@@ -214,7 +214,7 @@ class PredictionFiles:
                 places[kind] = f"{HEATMAPS_FILE}#{name}/{kind}"
             if self._overlays and image is not None:
                 self._save(_overlay(place), overlay.png(overlay.draw(image, heatmap)))
-        if self._heatmaps == "npz" and prediction.heatmaps:
+        if self._heatmaps == "npz":
             halves = {f"{name}/{kind}": np.float16(heat) for kind, heat in prediction.heatmaps.items()}
             np.savez(self._place(_part(position)), **cast(Any, halves))
         if has_card and image is not None:

@@ -118,7 +118,7 @@ class RahfPredictor:
           errors.UserError: the vocabulary doesn't fit the model.
         """
         self.description = description
-        self.outputs = description.model.outputs
+        self.outputs, self._encoder = description.model.outputs, description.encoder
         self._partitioner = partitioning.PjitPartitioner(devices=jax.local_devices())
         with device_memory.explained(batch_sizes.FIX):
             state = train_state.InferenceState(params, flax_mutables or {})
@@ -287,11 +287,11 @@ class RahfPredictor:
             )
         square, box = pixels.square(image, self.description.feature_lengths["image"], self.description.fit)
         inputs, cut, words = None, 0, None
-        if self.description.encoder:
+        if self._encoder:
             inputs, cut = self.encode(feedback.task_prompts(self.description.model.variant, prompt))
         if self.outputs.keywords:
             length = self.description.feature_lengths["targets"]
-            words = self.description.encoder.keyword_pieces(prompt, length)
+            words = self._encoder.keyword_pieces(prompt, length)
         return Prepared(image, image.shape[:2], prompt, square, box, inputs, words, cut)
 
     def dispatch(self, prepared: Sequence[Prepared], rows: int | None = None) -> Outputs:
@@ -410,9 +410,9 @@ class RahfPredictor:
         Raises:
           errors.UserError: the system reads no text.
         """
-        if self.description.encoder is None:
+        if self._encoder is None:
             raise errors.UserError(f"{self.description.system} reads no text: there is nothing to encode")
-        tokens, words_cut = self.description.encoder.encode(texts, self.description.feature_lengths["inputs"])
+        tokens, words_cut = self._encoder.encode(texts, self.description.feature_lengths["inputs"])
         return tokens, int(words_cut.max(initial=0))
 
     def read(self, picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
