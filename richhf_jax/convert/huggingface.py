@@ -63,17 +63,22 @@ def open_huggingface(path: str) -> Source:
     kind = config.get("model_type")
     if kind not in (*T5_TYPES, "vit"):
         raise ConvertError(
-            f"{directory / 'config.json'}: the model is {kind!r}, none of {', '.join(T5_TYPES)}, vit"
+            f"{directory / 'config.json'}: the model is {kind!r}, none of {', '.join(T5_TYPES)}, vit, clip"
         )
-    state = _read_weights(directory)
+    state = read_weights(directory)
     try:
         source = (_open_vit if kind == "vit" else _open_t5)(path, config, state.tensors)
-    except KeyError as error:
-        raise ConvertError(f"{directory / 'config.json'} has no value for {error}") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConvertError(f"{directory / 'config.json'} makes no sense: {error}") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise senseless(directory, error) from error
     notes = [state.note, _pixel_note(directory) if kind == "vit" else ""]
     return dataclasses.replace(source, note="; ".join(filter(None, notes)))
+
+
+def senseless(directory: pathlib.Path, error: Exception) -> ConvertError:
+    """Explains an error that the values of a config.json led to."""
+    if isinstance(error, KeyError):
+        return ConvertError(f"{directory / 'config.json'} has no value for {error}")
+    return ConvertError(f"{directory / 'config.json'} makes no sense: {error}")
 
 
 def _open_t5(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Source:
@@ -92,7 +97,7 @@ def _open_t5(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     if not any(name.startswith("decoder.block.") for name in state):
         depths = depths[0], 0
     tensors = t5_tensors(state, tied=tied)
-    _check_complete(path, t5_names(*depths, ACTIVATIONS[feed_forward], tied), tensors)
+    check_complete(path, t5_names(*depths, ACTIVATIONS[feed_forward], tied), tensors)
     settings = {
         "t5_config.num_heads": config["num_heads"],
         "t5_config.head_dim": config["d_kv"],
@@ -126,7 +131,7 @@ def _open_vit(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor])
         names = {
             ours: theirs for ours, theirs in names.items() if not re.search("(query|key|value)/bias", ours)
         }
-    _check_complete(path, names, tensors)
+    check_complete(path, names, tensors)
     return Source(
         path=path,
         description=f"Hugging Face ViT, {config['num_hidden_layers']} layers, {height}x{width} pixels",
@@ -221,7 +226,7 @@ def t5_tensors(state: Mapping[str, Tensor], prefix: str = "", tied: bool = True)
     table = next((prefix + name for name in _SHARED if prefix + name in state), prefix + _SHARED[0])
     head = f"{prefix}lm_head.weight"
     renamed = {prefix + _SHARED[0]: table, head: head if head in state else table}
-    depths = _depth(state, f"{prefix}encoder.block."), _depth(state, f"{prefix}decoder.block.")
+    depths = depth(state, f"{prefix}encoder.block."), depth(state, f"{prefix}decoder.block.")
     tensors = {}
     # Each kind of feed-forward block has names of its own, so the names of all kinds can be tried.
     for activations in ACTIVATIONS.values():
@@ -247,7 +252,7 @@ def vit_tensors(
     """
     tensors = {}
     for dialect, layers in enumerate(_VIT_LAYERS):
-        names = vit_names(_depth(state, f"{prefix}{layers}."), dialect)
+        names = vit_names(depth(state, f"{prefix}{layers}."), dialect)
         for ours, theirs in names.items():
             if prefix + theirs in state:
                 tensors[ours] = from_torch(ours, state[prefix + theirs])
@@ -257,7 +262,7 @@ def vit_tensors(
 
 
 def split_positions(
-    positions: Tensor, class_token: Tensor, grid: tuple[int, int] | None = None
+    positions: Tensor, class_token: Tensor, grid: tuple[int, int] | None = None, stack: str = "vit"
 ) -> dict[str, Tensor]:
     """Converts positions and class token to our parameters.
 
@@ -265,6 +270,7 @@ def split_positions(
       positions: [1, 1 + patches, embed]; the class token's position comes first.
       class_token: [1, 1, embed].
       grid: see `vit_tensors`.
+      stack: the beginning of our names.
 
     Raises:
       ConvertError: the number of rows doesn't fit the grid.
@@ -287,7 +293,7 @@ def split_positions(
         class_token.dtype,
         lambda: class_token.read()[0, 0] + positions.read()[0, 0],
     )
-    return {"vit/position_embedding/embedding": table, "vit/class_token": token}
+    return {f"{stack}/position_embedding/embedding": table, f"{stack}/class_token": token}
 
 
 def from_torch(name: str, tensor: Tensor) -> Tensor:
@@ -311,7 +317,7 @@ def _torch_axes(name: str, ndim: int) -> tuple[int, ...]:
     return (1, 0) if ndim == 2 and name.endswith(("/kernel", "/rel_embedding")) else tuple(range(ndim))
 
 
-def _depth(state: Iterable[str], prefix: str) -> int:
+def depth(state: Iterable[str], prefix: str) -> int:
     """Returns 1 + the highest N, below MAX_LAYERS, of the names "PREFIXN.…"; 0 without such names."""
     numbers = (name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix))
     depths = (int(number) + 1 for number in numbers if re.fullmatch(r"\d{1,4}", number, re.ASCII))
@@ -341,7 +347,7 @@ def unused(
     return {t.origin: t.shape for t in state.values() if t.origin not in used and t.origin not in copies}
 
 
-def _check_complete(path: str, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+def check_complete(path: str, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Raises ConvertError where the weights lack a parameter of the configuration."""
     if absent := [theirs for ours, theirs in names.items() if ours not in tensors]:
         raise ConvertError(
@@ -364,7 +370,7 @@ def _pixel_note(directory: pathlib.Path) -> str:
     )
 
 
-def _read_weights(directory: pathlib.Path) -> State:
+def read_weights(directory: pathlib.Path) -> State:
     """Reads the weights of a directory; safetensors go before torch's own files."""
     readers = {
         "model.safetensors": lambda path: State(safetensors_files.read_safetensors(path)),

@@ -7,7 +7,6 @@
 One example is one image with several prompts. The ViT runs once for an image, the encoder once for a prompt.
 """
 
-import dataclasses
 from typing import Any, no_type_check
 
 import jax
@@ -17,7 +16,7 @@ from flax import struct
 from jaxtyping import Bool, Float, Float32, Int, Real
 
 from richhf_jax import feedback
-from richhf_jax.network import heads, layers, t5, vit
+from richhf_jax.network import description, heads, layers, t5, vit
 from richhf_jax.shapes import Array
 
 
@@ -155,7 +154,7 @@ class Rahf(nn.Module):
         return {
             "variant": self.variant,
             "decoder_sees_image": self.decoder_sees_image,
-            **{name: _fields(getattr(self, name)) for name in configs},
+            **{name: description.settings(getattr(self, name)) for name in configs},
         }
 
     def with_attention_kernel(self, kernel: str) -> "Rahf":
@@ -361,20 +360,6 @@ class Rahf(nn.Module):
             )
             outputs["logits"] = logits.reshape(batch, texts, target_length, -1)
         return outputs
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    # These are no settings of the model: the kernel changes no output, and another device may not have it;
-    # stochastic depth is of training alone.
-    for name in ("attention_kernel", "stochastic_depth_rate"):
-        fields.pop(name, None)
-    # Without it, a description is that of the versions which had no such setting.
-    if not fields.get("score_variance", True):
-        del fields["score_variance"]
-    if "dtype" in fields:  # A name, or a type of numpy or jax.
-        fields["dtype"] = jnp.dtype(fields["dtype"]).name
-    return fields
 
 
 def _patches_in(box: Array, grid: tuple[int, int], patch_size: int) -> Array:

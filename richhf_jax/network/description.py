@@ -1,0 +1,21 @@
+"""The settings of a network, for `model.json`."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Names every setting of a network's configuration; JSON-able."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    # These are no settings of the model: the kernel changes no output, and another device may not have it;
+    # stochastic depth is of training alone.
+    for name in ("attention_kernel", "stochastic_depth_rate"):
+        fields.pop(name, None)
+    # Without it, a description is that of the versions which had no such setting.
+    if not fields.get("score_variance", True):
+        del fields["score_variance"]
+    if "dtype" in fields:  # A name, or a type of numpy or jax.
+        fields["dtype"] = jnp.dtype(fields["dtype"]).name
+    return fields
