@@ -33,6 +33,7 @@ decoding           | jax            | shapes
 keywords           |                |
 pixels             |                |
 reading            |                |
+clip_tokens        |                | reading
 inputs             |                | reading
 weights_file       |                | checksums foreign_text reading
 writing            |                | foreign_text
@@ -53,7 +54,7 @@ partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
 feature_converters | tensorflow     | preprocessors
 input_pipeline     | tensorflow     | datasets feature_converters foreign_text preprocessors
-tasks              | tensorflow     | corruption datasets input_pipeline metrics postprocessors
+tasks              | tensorflow     | clip_tokens corruption datasets input_pipeline metrics postprocessors
                                       preprocessors writing
 torch_twin         | torch          | network
 train_state        | jax            |

@@ -1,14 +1,14 @@
 """Reads CLIP: Hugging Face's `CLIPModel`, and open_clip's state dicts.
 
-OpenAI's, laion's and PickScore's weights have these layouts. In both, the class token and its position are two
-parameters of the image tower; here they are one, their sum. open_clip has one array for query, key and value.
+OpenAI's, laion's and PickScore's weights have these layouts. In both, the class token and its position are
+two parameters of the image tower; here they are one, their sum. In open_clip's, query, key and value are one
+array.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
-
 
 from richhf_jax.convert import huggingface, safetensors_files, torch_files
 from richhf_jax.convert.source import ConvertError, Source, State, Tensor, read_json
@@ -161,7 +161,9 @@ def _open_clip_names(text_layers: int, vision_layers: int) -> dict[str, str]:
     for stack, prefix, depth in (("text", "", text_layers), ("vision", "visual.", vision_layers)):
         for i in range(depth):
             theirs = f"{prefix}transformer.resblocks.{i}"
-            modules |= {f"{stack}/layers_{i}/{name}": f"{theirs}.{other}" for name, (_, other) in _LAYER.items()}
+            modules |= {
+                f"{stack}/layers_{i}/{name}": f"{theirs}.{other}" for name, (_, other) in _LAYER.items()
+            }
     return names | _parameters(modules)
 
 
@@ -210,7 +212,7 @@ def open_open_clip(path: str) -> Source:
         raise ConvertError(f"{file}: the model is {_NO_CLIP['siglip']}")
     if any(name.startswith("text.") for name in state):
         raise ConvertError(
-            f"{file}: its text tower is a CustomTextCLIP's (its names begin with 'text.'), which our CLIP isn't"
+            f"{file}: its text tower is that of a CustomTextCLIP (its names begin with 'text.'): unlike CLIP's"
         )
     if "token_embedding.weight" not in state:
         raise ConvertError(f"{file}: the weights hold no text tower: the similarity needs both towers")
@@ -225,7 +227,9 @@ def open_open_clip(path: str) -> Source:
     }
     for (stack, prefix), count in zip(stacks.items(), depths, strict=True):
         for i in range(count):
-            tensors |= _split_attention(file, state, f"{prefix}{i}.attn.in_proj_", f"{stack}/layers_{i}/attention")
+            tensors |= _split_attention(
+                file, state, f"{prefix}{i}.attn.in_proj_", f"{stack}/layers_{i}/attention"
+            )
     for name in ("visual.positional_embedding", "visual.class_embedding"):
         if name not in state:
             raise ConvertError(f"{file}: the weights lack {name}")
@@ -245,7 +249,7 @@ def open_open_clip(path: str) -> Source:
 def _split_attention(
     file: pathlib.Path, state: Mapping[str, Tensor], prefix: str, attention: str
 ) -> dict[str, Tensor]:
-    """Splits query, key and value: [3 * embed, embed] -> three [embed, embed], transposed; and their biases."""
+    """Splits query, key and value: [3 * embed, embed] -> three transposed [embed, embed]; and biases."""
     tensors = {}
     for parameter, name in (("kernel", f"{prefix}weight"), ("bias", f"{prefix}bias")):
         if name not in state:
@@ -261,9 +265,7 @@ def _split_attention(
     return tensors
 
 
-def _open_clip_settings(
-    file: pathlib.Path, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], str]:
+def _open_clip_settings(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
     """Reads what open_clip's configuration says; without one, the end's id alone is known. With a note."""
     # open_clip always takes the highest id.
     settings: dict[str, Any] = {"text_config.end_id": None}

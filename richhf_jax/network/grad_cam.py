@@ -70,7 +70,9 @@ def grad_cam(
     return _scaled(jnp.maximum(maps, 0)).reshape(-1, *grid)
 
 
-def disagreement(maps: Float32[Array, "batch rows columns"], side: int) -> Float32[Array, "batch {side} {side}"]:
+def disagreement(
+    maps: Float32[Array, "batch rows columns"], side: int
+) -> Float32[Array, "batch {side} {side}"]:
     """Makes heatmaps of `grad_cam`'s maps: hot (1) where nothing agrees with the text, 0 where the most does.
 
     They are resized bilinearly, so their values stay in [0, 1].
