@@ -86,7 +86,7 @@ CHOICES = {
     "image_positions": ("running", "after_text", "one_point"),
     "norm": ("layer", "rms"),
     "deconv_padding": ("SAME", "torch"),
-    "fit": ("resize", "letterbox"),
+    "fit": ("resize", "letterbox", "centre_crop"),
     "to": ("image", "prompt"),
     "metric_mode": ("min", "max"),
     "dtype": ("float32", "bfloat16", "float16"),

@@ -212,7 +212,7 @@ def open_open_clip(path: str) -> Source:
         raise ConvertError(f"{file}: the model is {_NO_CLIP['siglip']}")
     if any(name.startswith("text.") for name in state):
         raise ConvertError(
-            f"{file}: its text tower is that of a CustomTextCLIP (its names begin with 'text.'): unlike CLIP's"
+            f"{file}: its text tower is that of a CustomTextCLIP (its names begin with 'text.')"
         )
     if "token_embedding.weight" not in state:
         raise ConvertError(f"{file}: the weights hold no text tower: the similarity needs both towers")
