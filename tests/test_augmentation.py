@@ -96,12 +96,12 @@ def test_the_middle_of_image_and_heatmap_is_cropped(size, monkeypatch):
     image = np.full((*size, 3), 200, np.uint8)
     middle = tuple(slice(length // 2 - SIDE, length // 2 + SIDE) for length in size)
     image[middle] = 90
-    shown = show(image, [image[..., :1]], WHOLE, monkeypatch, fit="centre_crop")
+    shown = show(image, [image[..., 0]], WHOLE, monkeypatch, fit="centre_crop")
     assert shown.keys() == {"image", "heatmaps"}
     # The filter reaches beyond the border by two pixels.
     assert (shown["image"].numpy()[2:-2, 2:-2] == 90).all()
     assert (shown["heatmaps"].numpy()[0, 2:-2, 2:-2] == 90).all()
-    part = show(image, [image[..., :1]], PART, monkeypatch, fit="centre_crop")
+    part = show(image, [image[..., 0]], PART, monkeypatch, fit="centre_crop")
     assert (part["image"].numpy() == 90).all()
 
 

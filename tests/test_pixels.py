@@ -9,7 +9,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from richhf_jax import augmentation, pixels
 
-
 SIZES = pytest.mark.parametrize(
     ("size", "side"),
     [
