@@ -52,13 +52,13 @@ _PARAMETERS = {
     Range(1, 1000): "num_layers num_encoder_layers num_decoder_layers",
     Range(1, 2**20): (
         "patch_size grid emb_dim num_heads head_dim mlp_dim vocab_size stem_filters heatmap_layers"
-        " heatmap_output_layer score_conv_layers score_dense_layers row_strips"
+        " heatmap_output_layer score_conv_layers score_dense_layers row_strips projection_dim"
     ),
     Range(1, 2**13): "task_feature_lengths[image]",
     # One token of a text is its end.
-    Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets]",
+    Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets] max_length",
     Range(0): (
-        "num_microbatches gallery_size task_feature_lengths shard_id topk step_offset heatmap_loss_weight"
+        "end_id num_microbatches gallery_size task_feature_lengths shard_id topk step_offset heatmap_loss_weight"
         " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers"
         " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
         " plausibility_weight count_weights least_change"
@@ -85,6 +85,7 @@ CHOICES = {
     "attention_kernel": ("auto", "xla", "cudnn"),
     "image_positions": ("running", "after_text", "one_point"),
     "norm": ("layer", "rms"),
+    "head": ("cosine", "preference", "dense", "gradient"),
     "deconv_padding": ("SAME", "torch"),
     "fit": ("resize", "letterbox", "centre_crop"),
     "to": ("image", "prompt"),

@@ -72,6 +72,24 @@ class Slots(NamedTuple):
 ALL_SLOTS = Slots(len(HEATMAPS), len(SCORES), 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """The kinds that a system predicts.
+
+    Attributes:
+      scores: kinds of `SCORES`, in the order of its array of scores.
+      heatmaps: kinds of `HEATMAPS`, in the order of its array of heatmaps.
+      keywords: whether it says which words of the prompt are misaligned.
+    """
+
+    scores: tuple[str, ...]
+    heatmaps: tuple[str, ...]
+    keywords: bool
+
+
+ALL_OUTPUTS = Outputs(SCORES, HEATMAPS, True)
+
+
 def task_prompts(variant: str, prompt: str) -> list[str]:
     """Returns the prompts of an example that has `ALL_SLOTS`, in the order of its slots.
 

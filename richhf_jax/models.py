@@ -218,11 +218,7 @@ class RahfModel(BaseModel):
 
     def progress_metrics(self, scalars):
         """Names the losses by their kinds, and leaves out the shares of cut texts that are 0."""
-        return {
-            name.removeprefix("loss/"): value
-            for name, value in scalars.items()
-            if value or not name.startswith("data/")
-        }
+        return named_by_kind(scalars)
 
     @property
     def vocab_size(self) -> int:
@@ -277,6 +273,15 @@ class RahfModel(BaseModel):
                 f"VARIANT is {variant!r}, which takes {wanted} prompts an image, but the data have {given}:"
                 " set MIXTURE_OR_TASK_NAME to a task of this variant, or VARIANT to the task's"
             )
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a batch that `get_initial_variables` takes, at the size of the ViT's position table."""
+        config = self.module.vit_config
+        height, width = (count * config.patch_size for count in config.grid)
+        # Texts may be of any length.
+        tokens = dict.fromkeys(("encoder_input_tokens", "decoder_input_tokens"), (1, 1, 8))
+        return {"image": (1, height, width, 3), **tokens}
 
     def check_image_size(self, height: int, width: int) -> None:
         """Checks that the ViT takes images of this size, in pixels.
@@ -358,13 +363,7 @@ class RahfModel(BaseModel):
         for kind, total in sums.items():
             loss += self._loss_weights[kind] * total / normalizers[kind]
         metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
-        for name in ("encoder_words_cut", "decoder_words_cut"):
-            if name in batch:  # Becomes the share of texts that were too long.
-                cut = batch[name] > 0
-                metrics[f"data/{name}"] = losses.WeightedMean(
-                    jnp.sum(cut, dtype=jnp.float32), jnp.full((), cut.size, jnp.float32)
-                )
-        return loss, metrics
+        return loss, metrics | shares_cut(batch)
 
     def predict_batch_with_aux(
         self, params: Any, batch: Batch, rng: PRNGKeyArray | None = None
@@ -493,6 +492,27 @@ def describe_rahf(
         "fit": fit,
         "misalignment_threshold": misalignment_threshold,
     }
+
+
+def named_by_kind(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Names losses by their kinds, and leaves out the shares of cut texts that are 0."""
+    return {
+        name.removeprefix("loss/"): value
+        for name, value in scalars.items()
+        if value or not name.startswith("data/")
+    }
+
+
+def shares_cut(batch: Batch) -> Metrics:
+    """Counts the texts that were too long; each metric becomes their share."""
+    metrics = {}
+    for name in ("encoder_words_cut", "decoder_words_cut"):
+        if name in batch:
+            cut = batch[name] > 0
+            metrics[f"data/{name}"] = losses.WeightedMean(
+                jnp.sum(cut, dtype=jnp.float32), jnp.full((), cut.size, jnp.float32)
+            )
+    return metrics
 
 
 def _without_other_slots(batch: Images) -> Images:

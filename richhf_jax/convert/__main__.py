@@ -26,7 +26,7 @@ from absl import flags
 from flax import traverse_util
 
 from richhf_jax import errors, gin_utils, reading, writing
-from richhf_jax.convert import huggingface, layers, mapping, own, rahf_pytorch, t5x, vit_npz, writers
+from richhf_jax.convert import clip, huggingface, layers, mapping, own, rahf_pytorch, t5x, vit_npz, writers
 from richhf_jax.convert.source import ConvertError, Source
 from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
 
@@ -74,9 +74,11 @@ RELEASE = Format("the PyTorch release of RAHF", rahf_pytorch.is_rahf_pytorch, ra
 FORMATS = (
     Format("a checkpoint of T5X", t5x.is_t5x, t5x.open_t5x),
     Format("a checkpoint of ours", own.is_checkpoint, own.open_checkpoint),
+    Format("a directory of Hugging Face's CLIP", clip.is_huggingface, clip.open_huggingface),
     Format(
         "a directory of Hugging Face's T5 or ViT", huggingface.is_huggingface, huggingface.open_huggingface
     ),
+    Format("open_clip's weights", clip.is_open_clip, clip.open_open_clip),
     Format("our .safetensors", own.is_safetensors, own.open_safetensors),
     Format("a ViT's .npz", vit_npz.is_vit_npz, vit_npz.open_vit_npz),
     RELEASE,
@@ -145,15 +147,8 @@ def default_gin_file(paths: Sequence[str]) -> str:
 
 
 def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns name -> shape and dtype of each parameter, at the image size of the ViT's position table."""
-    vit_config = model.module.vit_config
-    height, width = (side * vit_config.patch_size for side in vit_config.grid)
-    shapes = {
-        "image": (1, height, width, 3),
-        # Texts may be of any length.
-        "encoder_input_tokens": (1, 1, 8),
-        "decoder_input_tokens": (1, 1, 8),
-    }
+    """Returns name -> shape and dtype of each parameter, at the model's own image size."""
+    shapes = model.input_shapes
     variables = jax.eval_shape(lambda rng: model.get_initial_variables(rng, shapes), jax.random.key(0))
     parameters: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
     return parameters

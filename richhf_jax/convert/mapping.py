@@ -20,7 +20,12 @@ _MAX_POSITIONS = 2**16
 # Settings that change a network's outputs by a thousandth or less.
 _OF_LITTLE_WEIGHT = ("layer_norm_epsilon", "approximate_gelu")
 # Where gin sets the network's configurations, for messages.
-_GIN_NAMES = {"t5_config": "t5.T5Config", "vit_config": "vit.ViTConfig"}
+_GIN_NAMES = {
+    "t5_config": "t5.T5Config",
+    "vit_config": "vit.ViTConfig",
+    "text_config": "clip.TextConfig",
+    "vision_config": "clip.VisionConfig",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +195,10 @@ def _take(
 
 
 def _can_be_resampled(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-    return theirs[2:] == ours[2:] and 0 < math.prod(theirs[:2]) <= _MAX_POSITIONS
+    # A text's table has one axis of positions, and is never resampled.
+    return (
+        len(theirs) == len(ours) == 3 and theirs[2] == ours[2] and 0 < math.prod(theirs[:2]) <= _MAX_POSITIONS
+    )
 
 
 def _resampled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -26,7 +26,6 @@ from richhf_jax.shapes import Array
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
-# What is made of both embeddings, see `Clip.head`.
 COSINE, PREFERENCE, DENSE, GRADIENT = HEADS = ("cosine", "preference", "dense", "gradient")
 # The scale of a new model's logits: a temperature of 0.07.
 _FIRST_LOGIT_SCALE = 2.6592
@@ -96,6 +95,23 @@ class TextConfig(TowerConfig):
     vocab_size: int = 49408
     max_length: int = 77
     end_id: int | None = None
+
+
+@struct.dataclass
+class HeadConfig:
+    """What is made of both embeddings.
+
+    Attributes:
+      head: "cosine": their cosine, for the alignment alone; "preference": their cosine, for each kind of score
+        (PickScore); "dense": four scores in [0, 1], by trained layers; "gradient": the heatmap of what
+        doesn't agree with the text, see `grad_cam`.
+      score_dense_layers: widths of the hidden layers of the head "dense"; a ReLU follows each.
+      dtype: type of these layers' activations.
+    """
+
+    head: str = COSINE
+    score_dense_layers: tuple[int, ...] = (512, 256)
+    dtype: Any = jnp.float32
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -195,19 +211,14 @@ class Clip(nn.Module):
 
     Attributes:
       text_config, vision_config: the towers.
+      head_config: what is made of both embeddings.
       projection_dim: width of the embeddings.
-      head: the outputs made of both embeddings.
-        "cosine": their cosine, for the alignment alone; "preference": their cosine, for each kind of score
-        (PickScore); "dense": four scores in [0, 1], by trained layers; "gradient": the heatmap of what
-        doesn't agree with the text, see `grad_cam`.
-      head_layers: widths of the hidden layers of the head "dense"; a ReLU follows each.
     """
 
     text_config: TextConfig
     vision_config: VisionConfig
+    head_config: HeadConfig = HeadConfig()
     projection_dim: int = 512
-    head: str = COSINE
-    head_layers: tuple[int, ...] = (512, 256)
 
     def setup(self):
         if self.head not in HEADS:
@@ -223,16 +234,31 @@ class Clip(nn.Module):
         init = nn.initializers.constant(_FIRST_LOGIT_SCALE)
         self.logit_scale = param_with_axes("logit_scale", init, (), jnp.float32, axes=())
         if self.head == DENSE:
-            self.score_head = ScoreHead(self.head_layers, self.vision_config.dtype)
+            self.score_head = ScoreHead(self.head_config.score_dense_layers, self.head_config.dtype)
+
+    @property
+    def head(self) -> str:
+        """One of `HEADS`."""
+        return self.head_config.head
+
+    @property
+    def outputs(self) -> feedback.Outputs:
+        """The kinds that the head predicts."""
+        scores = {COSINE: (feedback.ALIGNMENT,), GRADIENT: ()}.get(self.head, feedback.SCORES)
+        heatmaps = (feedback.MISALIGNMENT,) if self.head == GRADIENT else ()
+        return feedback.Outputs(scores, heatmaps, keywords=False)
+
+    def with_attention_kernel(self, kernel: str) -> "Clip":
+        """Returns the same network with another `attention_kernel`."""
+        configs = {"text_config": self.text_config, "vision_config": self.vision_config}
+        return self.clone(**{name: one.replace(attention_kernel=kernel) for name, one in configs.items()})
 
     def describe(self) -> dict[str, Any]:
         """Names every setting of the network; JSON-able. `model_description` reads it."""
+        configs = ("text_config", "vision_config", "head_config")
         return {
-            "head": self.head,
-            "head_layers": self.head_layers,
             "projection_dim": self.projection_dim,
-            "text_config": description.settings(self.text_config),
-            "vision_config": description.settings(self.vision_config),
+            **{name: description.settings(getattr(self, name)) for name in configs},
         }
 
     def encode_image(
@@ -260,8 +286,7 @@ class Clip(nn.Module):
         """Predicts what the head says, of embeddings; "gradient" has no scores."""
         if self.head == DENSE:
             return self.score_head(unit(image), unit(text))
-        count = {COSINE: 1, PREFERENCE: len(feedback.SCORES)}[self.head]
-        return jnp.repeat(self.similarity(image, text)[:, None], count, axis=1)
+        return jnp.repeat(self.similarity(image, text)[:, None], len(self.outputs.scores), axis=1)
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ from richhf_jax.network import clip, grad_cam
 
 TEXT = clip.TextConfig(emb_dim=16, num_layers=2, num_heads=2, mlp_dim=24, vocab_size=32, max_length=8)
 VISION = clip.VisionConfig(emb_dim=24, num_layers=2, num_heads=3, mlp_dim=32, patch_size=4, grid=(3, 3))
-NETWORK = clip.Clip(TEXT, VISION, projection_dim=12, head_layers=(8,))
+NETWORK = clip.Clip(TEXT, VISION, clip.HeadConfig(score_dense_layers=(8,)), projection_dim=12)
 END = 31
 
 
@@ -30,6 +30,10 @@ def inputs(rng):
 @pytest.fixture
 def params(inputs, random_params):
     return functools.partial(random_params, **dict(zip(("image", "tokens"), inputs, strict=True)))
+
+
+def with_head(head):
+    return NETWORK.clone(head_config=NETWORK.head_config.replace(head=head))
 
 
 @functools.cache
@@ -86,7 +90,7 @@ def test_batch_size_and_order_change_nothing(inputs, params):
 
 
 def test_heads(inputs, params):
-    networks = {head: NETWORK.clone(head=head) for head in clip.HEADS}
+    networks = {head: with_head(head) for head in clip.HEADS}
     variables = params(networks["dense"])
     outputs = {head: jitted(network)(variables, *inputs) for head, network in networks.items()}
     cosine = outputs["cosine"]["scores"]
@@ -101,7 +105,7 @@ def test_heads(inputs, params):
     assert np.unique(dense).size == 16
     assert "scores" not in outputs["gradient"]
     with pytest.raises(ValueError, match="head must be one of .* got 'none'"):
-        jax.eval_shape(NETWORK.clone(head="none").init, jax.random.key(0), *inputs)
+        jax.eval_shape(with_head("none").init, jax.random.key(0), *inputs)
 
 
 def test_scanned_layers_compute_the_same(inputs, params):
@@ -143,7 +147,7 @@ def test_the_heatmap_is_hot_where_nothing_agrees():
 
 
 def test_each_images_map_is_scaled_on_its_own(inputs, params):
-    network = NETWORK.clone(head="gradient")
+    network = with_head("gradient")
     variables = params(network)
     maps_of = jax.jit(functools.partial(grad_cam.grad_cam, network))
     maps = np.asarray(maps_of(variables["params"], *inputs))
