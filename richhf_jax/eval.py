@@ -76,7 +76,8 @@ def evaluate(
       model: the model as it was trained.
       checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR, whose newest checkpoint is taken.
       output_dir: the results go to inference_eval/<task>/<split>/<step> in this folder.
-      dataset_cfg: the data to evaluate on; its feature lengths must ask for every kind.
+      dataset_cfg: the data to evaluate on; its feature lengths must ask for every kind that the model
+        predicts.
       partitioner: splits states and batches over the mesh.
       baseline_fns: systems to compare with the model in the tables.
       constrained_keywords: True: the decoder can only copy the prompt and mark words, and gives each word a
@@ -99,7 +100,7 @@ def evaluate(
         batches = split_predictions.whole_split(
             trainer, state, dataset_cfg, partitioner, constrained_keywords
         )
-        images, targets, predictions = _collect(batches, dataset_cfg)
+        images, targets, predictions = _collect(batches, dataset_cfg, trainer.model.vocab_size is not None)
     if jax.process_index() > 0:
         return {}
     raw, factors = predictions, {}
@@ -131,7 +132,7 @@ def evaluate(
 
 
 def _collect(
-    batches: Iterable[Sequence[split_predictions.Pair]], cfg: input_pipeline.DatasetConfig
+    batches: Iterable[Sequence[split_predictions.Pair]], cfg: input_pipeline.DatasetConfig, reads_text: bool
 ) -> tuple[list[np.ndarray], list[RichFeedback], list[RichFeedback]]:
     """Collects images, targets and predictions of all examples.
 
@@ -148,7 +149,7 @@ def _collect(
             name = foreign_text.for_terminal(targets[-1].id)
             raise errors.UserError(f"{name}: {prediction}. Metrics need the predictions of all examples")
         predictions.append(prediction)
-    if cut:
+    if cut and reads_text:
         length = cfg.task_feature_lengths["inputs"]
         print(f"{cut} of {len(images)} prompts have more than {length} tokens and were cut at a word")
     return images, targets, predictions

@@ -210,12 +210,14 @@ class Token:
 class RichFeedback:
     """Rich feedback on one image and its prompt, from people or from a model.
 
+    What is unknown is absent. So a kind that a model doesn't predict has no value at all.
+
     Attributes:
       id: the image's name (RichHF-18K's `filename`).
       prompt: the text the image was generated from.
-      scores: kind -> [0, 1], higher is better. The kinds are those of `SCORES`; unknown scores are absent.
+      scores: kind -> [0, 1], higher is better. The kinds are those of `SCORES`.
       heatmaps: kind -> float32 [height, width] in [0, 1]. The kinds are those of `HEATMAPS`.
-      tokens: the prompt's tokens, labelled.
+      tokens: the prompt's tokens, labelled; None: nothing says which of them are misaligned.
       uncertainty: kind of score -> standard deviation of the score, in its own unit; {} if nothing tells.
     """
 
@@ -223,7 +225,7 @@ class RichFeedback:
     prompt: str
     scores: Mapping[str, float]
     heatmaps: Mapping[str, np.ndarray]
-    tokens: Sequence[Token]
+    tokens: Sequence[Token] | None
     uncertainty: Mapping[str, float] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @classmethod
@@ -231,28 +233,31 @@ class RichFeedback:
         cls,
         id: str,
         prompt: str,
-        scores: np.ndarray,
+        scores: np.ndarray | Sequence[float],
         heatmaps: Sequence[np.ndarray],
-        tokens: Sequence[Token],
+        tokens: Sequence[Token] | None,
         deviations: np.ndarray | None = None,
+        outputs: Outputs = ALL_OUTPUTS,
         **more: Any,
     ) -> Self:
         """Makes feedback from a model's outputs, which have no names.
 
         Args:
           id, prompt, tokens: as the attributes.
-          scores: float [scores], in the order of `SCORES`.
-          heatmaps: one float32 [height, width] each, in the order of `HEATMAPS`.
+          scores: float [scores], in the order of `outputs.scores`.
+          heatmaps: one float32 [height, width] each, in the order of `outputs.heatmaps`.
           deviations: the scores' standard deviations, in the same order; None: the model gives none.
+          outputs: the kinds that the model predicts.
           more: further attributes of a subclass.
         """
+        kinds = outputs.scores
         return cls(
             id=id,
             prompt=prompt,
-            scores=dict(zip(SCORES, map(float, scores), strict=True)),
-            heatmaps=dict(zip(HEATMAPS, heatmaps, strict=True)),
+            scores=dict(zip(kinds, map(float, scores), strict=True)),
+            heatmaps=dict(zip(outputs.heatmaps, heatmaps, strict=True)),
             tokens=tokens,
-            uncertainty={} if deviations is None else dict(zip(SCORES, map(float, deviations), strict=True)),
+            uncertainty={} if deviations is None else dict(zip(kinds, map(float, deviations), strict=True)),
             **more,
         )
 
@@ -263,22 +268,27 @@ class RichFeedback:
 
     @property
     def labels(self) -> list[int]:
-        """One label a token: 0 = misaligned, 1 = aligned."""
-        return [MISALIGNED if token.misaligned else ALIGNED for token in self.tokens]
+        """One label a token: 0 = misaligned, 1 = aligned; [] where there are no tokens."""
+        return [MISALIGNED if token.misaligned else ALIGNED for token in self.tokens or ()]
 
     def to_dict(self) -> dict:
-        """Returns the JSON form of `predictions.jsonl`, without the heatmaps' pixels."""
-        return {
-            "id": self.id,
-            "prompt": self.prompt,
-            "scores": {kind: float(value) for kind, value in self.scores.items()},
-            **({"uncertainty": dict(self.uncertainty)} if self.uncertainty else {}),
-            "tokens": [dataclasses.asdict(token) for token in self.tokens],
-        }
+        """Returns the JSON form of `predictions.jsonl`, without the heatmaps' pixels and what is absent."""
+        record: dict[str, Any] = {"id": self.id, "prompt": self.prompt}
+        if self.scores:
+            record["scores"] = {kind: float(value) for kind, value in self.scores.items()}
+        if self.uncertainty:
+            record["uncertainty"] = dict(self.uncertainty)
+        if self.tokens is not None:
+            record["tokens"] = [dataclasses.asdict(token) for token in self.tokens]
+        return record
 
 
-def check_finite(scores: np.ndarray, heatmaps: np.ndarray, deviations: np.ndarray | None = None) -> None:
-    """Checks a model's outputs, of any shape.
+def check_finite(
+    scores: np.ndarray | Sequence[float],
+    heatmaps: np.ndarray | Sequence[np.ndarray],
+    deviations: np.ndarray | None = None,
+) -> None:
+    """Checks a model's outputs, of any shape; () stands for those that it lacks.
 
     Raises:
       errors.NotFiniteError: one has a value that is NaN or infinite.

@@ -11,9 +11,10 @@ is
      "prediction": {"id": "test/1.png", "prompt": "a yellow cat", "scores": {kind: 0.71, ...},
                     "tokens": [{"text": "a", "misaligned": false, "probability": 0.02}, ...]}}
 
-A prediction may also have "uncertainty", the scores' standard deviations, if the model predicts them;
-"prompt_words_cut", the number of words that the model has no room for; and "heatmaps", {kind: path}: 8-bit
-greyscale PNG files; the paths are relative to the folder of the results.
+A prediction has what the model predicts: "scores" and "tokens" may be absent. It may also have "uncertainty",
+the scores' standard deviations, if the model predicts them; "prompt_words_cut", the number of words that the
+model has no room for; and "heatmaps", {kind: path}: 8-bit greyscale PNG files; the paths are relative to the
+folder of the results.
 
 A record whose outputs aren't finite has no line there, but one in `<task>-predict.errors.jsonl-...`:
 {"id", "reason"}. Then the command ends with exit code 1 when the other records are written.
@@ -90,12 +91,12 @@ def infer(
       checkpoint_path: a `checkpoint_<step>` directory, or a MODEL_DIR, whose newest checkpoint is taken.
       output_dir: folder of the results, which all processes share; None: `inference/<split>/<step>` beside
         the checkpoint.
-      dataset_cfg: the data to predict; its feature lengths must ask for every kind.
+      dataset_cfg: the data to predict; its feature lengths must ask for every kind that the model predicts.
       partitioner: splits states and batches over the mesh.
       checkpoint_period: number of batches between saves; a run that is killed loses at most so many.
       shard_id, num_shards: index of this job from 0, and number of jobs that share the split.
       constrained_keywords: as for `eval.evaluate`.
-      write_heatmaps: True writes heatmaps as PNG files.
+      write_heatmaps: True writes heatmaps as PNG files, if the model predicts any.
 
     Raises:
       errors.UserError: there is no checkpoint, or it doesn't fit the model; the data isn't built or lacks the
@@ -148,7 +149,10 @@ def infer(
             if not writes:
                 continue
             heatmaps = output.write_heatmaps(number, pairs) if write_heatmaps else [{}] * len(pairs)
-            lines += (_line(*pair, maps, factors) for pair, maps in zip(pairs, heatmaps, strict=True))
+            lines += (
+                _line(*pair, maps, factors, model.vocab_size is not None)
+                for pair, maps in zip(pairs, heatmaps, strict=True)
+            )
             if (number + 1) % checkpoint_period == 0:
                 output.write_chunk(number // checkpoint_period, lines)
                 lines = []
@@ -214,6 +218,7 @@ def _line(
     prediction: feedback.RichFeedback | errors.NotFiniteError,
     heatmaps: Mapping[str, str],
     factors: Mapping[str, float],
+    reads_text: bool,
 ) -> str:
     """Formats a line of the results or of the errors; see the top of this file."""
     if isinstance(prediction, errors.NotFiniteError):
@@ -221,7 +226,7 @@ def _line(
         return json.dumps({"id": name, "reason": str(prediction)}, allow_nan=False) + "\n"
     inputs = {name: value.decode() for name, value in example.items() if isinstance(value, bytes)}
     answer = prediction.calibrated(factors).to_dict()
-    if example["inputs_words_cut"]:
+    if reads_text and example["inputs_words_cut"]:
         answer["prompt_words_cut"] = int(example["inputs_words_cut"])
     if heatmaps:
         answer["heatmaps"] = heatmaps
@@ -393,6 +398,8 @@ class _Output:
             for of_image, heatmaps in zip(paths, every, strict=True)
             for kind, path in of_image.items()
         ]
+        if not files:
+            return [{} for _ in pairs]
         with self._writing(), concurrent.futures.ThreadPoolExecutor() as pool:
             writing.make_folder(folder)
             list(pool.map(_write_png, *zip(*files, strict=True)))

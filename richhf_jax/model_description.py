@@ -1,13 +1,18 @@
-"""The description of a model in its checkpoint directory: model.json and vocabulary.model.
+"""The description of a model in its checkpoint directory: model.json, and its vocabulary if it reads text.
 
 Training and conversion write both. Prediction needs nothing else beside the checkpoints, neither gin nor
 TensorFlow. The entries of model.json:
 
-    variant, decoder_sees_image          attributes of `network.rahf.Rahf`
-    t5_config, vit_config, heads_config  the fields of its configurations
-    feature_lengths                      {"image": side in pixels, "inputs": tokens, "targets": tokens}
+    system                               a name in `SYSTEMS`; absent: RAHF
+    <settings and configurations>        the network's: see the system's `System.settings` and `configs`;
+                                         RAHF's are variant, decoder_sees_image, t5_config, vit_config,
+                                         heads_config, see `network.rahf.Rahf`
+    feature_lengths                      {"image": side in pixels, "inputs": tokens, "targets": tokens};
+                                         "inputs" of a system that reads text, "targets" of one that marks
+                                         words
     fit                                  how pictures become square, see `pixels.square`
-    misalignment_threshold               words with a higher probability of being misaligned are marked
+    misalignment_threshold               words with a higher probability of being misaligned are marked; only
+                                         of a system that marks words
     calibration                          of the uncertainties, if there is one: see `Calibration`
     training                             facts about the training, for people: {"task", ...}
     checksums                            {"vocabulary.model": its checksum, "model.json": that of all
@@ -20,18 +25,28 @@ changes a file on purpose removes it.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from richhf_jax import allowed_values, checksums, errors, feedback, models, reading, writing
+from richhf_jax import (
+    allowed_values,
+    checksums,
+    errors,
+    feedback,
+    models,
+    prompt_encoders,
+    reading,
+    writing,
+)
 from richhf_jax.network import rahf, t5, vit
 
 FILE = "model.json"
-VOCABULARY_FILE = "vocabulary.model"
+VOCABULARY_FILE = prompt_encoders.SENTENCEPIECE_FILE
 
 _CHECKSUMS = "checksums"
 _LARGEST = 2**20  # bytes of model.json
@@ -46,15 +61,41 @@ NOT_CALIBRATED = (
 )
 _MEANT = f'if the change is meant, remove the entry "{_CHECKSUMS}" from {FILE}'
 
-# Entry -> its type.
-_ENTRIES = {
-    "variant": str,
-    "decoder_sees_image": bool,
-    "fit": str,
-    "misalignment_threshold": float,
-    "training": Mapping[str, Any],
-}
-_CONFIGS = {"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config": rahf.HeadsConfig}
+# Entries of every system -> their types.
+_ENTRIES = {"fit": str, "training": Mapping[str, Any]}
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A kind of model: how model.json describes it, and how it predicts.
+
+    Attributes:
+      network: makes the network of the settings and configurations, given by name. The network's `describe()`
+        returns them; its `with_attention_kernel(kernel)` returns the same network with another kernel.
+      configs: entry -> the dataclass of a configuration.
+      model: makes the model that predicts; it needs no optimizer.
+      settings: entry -> its type, of the network's other settings.
+      vocabulary_file: name of the vocabulary's file beside model.json; None: the system reads no text.
+      encoder: makes the encoder of prompts; None: the system reads no text.
+      marks_words: whether it says which words are misaligned.
+    """
+
+    network: Callable[..., Any]
+    configs: Mapping[str, type]
+    model: Callable[["ModelDescription"], models.BaseModel]
+    settings: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    vocabulary_file: str | None = None
+    encoder: Callable[["ModelDescription"], prompt_encoders.PromptEncoder] | None = None
+    marks_words: bool = False
+
+    @property
+    def lengths(self) -> tuple[str, ...]:
+        """The names of `ModelDescription.feature_lengths`."""
+        return (
+            "image",
+            *(("inputs",) if self.vocabulary_file else ()),
+            *(("targets",) if self.marks_words else ()),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +131,41 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """The entries of model.json, see the module; `vocabulary` is a SentencePiece model, None if unknown."""
+    """The entries of model.json, see the module.
 
-    network: rahf.Rahf
+    Attributes:
+      network, feature_lengths, fit, training, calibration, system: as there.
+      misalignment_threshold: as there; None: the system marks no words.
+      vocabulary: content of the vocabulary's file; None: unknown, or the system reads no text.
+    """
+
+    network: Any
     feature_lengths: Mapping[str, int]
     fit: str
-    misalignment_threshold: float
+    misalignment_threshold: float | None
     training: Mapping[str, Any]
     vocabulary: bytes | None
     calibration: Calibration | None = None
+    system: str = models.RAHF
+
+    @functools.cached_property
+    def model(self) -> models.BaseModel:
+        """The model for predictions.
+
+        Raises:
+          errors.UserError: as `encoder`.
+        """
+        return SYSTEMS[self.system].model(self)
+
+    @functools.cached_property
+    def encoder(self) -> Any:
+        """The encoder of prompts, a `prompt_encoders.PromptEncoder`; None: the system reads no text.
+
+        Raises:
+          errors.UserError: the vocabulary is missing, damaged, or another model's.
+        """
+        make = SYSTEMS[self.system].encoder
+        return make(self) if make else None
 
     def of_step(self, step: int) -> "ModelDescription":
         """Returns the description of the checkpoint of this step: no other one's calibration is its own."""
@@ -114,8 +181,7 @@ class ModelDescription:
     @property
     def not_calibrated(self) -> str:
         """A warning, if the model has uncertainties that aren't calibrated; else ""."""
-        has_any = self.network.heads_config.score_variance
-        return NOT_CALIBRATED if has_any and self.calibration is None else ""
+        return NOT_CALIBRATED if self.calibration is None and self.model.has_uncertainty else ""
 
     def write(self, directory: epath.PathLike) -> None:
         """Writes the files into an existing directory."""
@@ -127,12 +193,52 @@ class ModelDescription:
         return checksums.of_json(self._content() | {VOCABULARY_FILE: vocabulary})
 
     def _content(self) -> dict[str, Any]:
-        content = models.describe_rahf(
-            self.network, self.feature_lengths, self.fit, self.misalignment_threshold
+        content = models.describe_system(
+            self.system, self.network, self.feature_lengths, self.fit, self.misalignment_threshold
         )
         if self.calibration:
             content["calibration"] = dataclasses.asdict(self.calibration)
         return content
+
+
+def _rahf(description: ModelDescription) -> models.RahfModel:
+    return models.RahfModel(
+        description.network,
+        optimizer_def=None,
+        misalignment_threshold=typing.cast(float, description.misalignment_threshold),
+        resample_positions=True,  # Training checked the size.
+        eos_id=description.encoder.eos_id,
+    )
+
+
+def _rahf_encoder(description: ModelDescription) -> prompt_encoders.SentencePieceEncoder:
+    rows = description.network.t5_config.vocab_size
+    return prompt_encoders.SentencePieceEncoder(description.vocabulary, rows)
+
+
+SYSTEMS = {
+    models.RAHF: System(
+        network=rahf.Rahf,
+        configs={"t5_config": t5.T5Config, "vit_config": vit.ViTConfig, "heads_config": rahf.HeadsConfig},
+        model=_rahf,
+        settings={"variant": str, "decoder_sees_image": bool},
+        vocabulary_file=VOCABULARY_FILE,
+        encoder=_rahf_encoder,
+        marks_words=True,
+    ),
+}
+
+
+def system_of(content: Mapping[str, Any]) -> System:
+    """Returns the system that the entries of a model.json are of.
+
+    Raises:
+      ValueError: there is none of its name.
+    """
+    name = content.get("system", models.RAHF)
+    if name not in SYSTEMS:
+        raise ValueError(f"there is no system {name!r}, only {', '.join(SYSTEMS)}; it is of another version")
+    return SYSTEMS[name]
 
 
 def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: bytes | None) -> None:
@@ -141,14 +247,14 @@ def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: byt
     Args:
       directory: a MODEL_DIR, or an export.
       content: the result of `models.BaseModel.describe`, and "training".
-      vocabulary: a SentencePiece model; None writes no vocabulary.
+      vocabulary: content of the vocabulary's file; None writes none, nor does a system that reads no text.
     """
     directory = epath.Path(directory)
-    if vocabulary is not None:
-        writing.write(directory / VOCABULARY_FILE, vocabulary)
     entries = dict(content) | {_CHECKSUMS: {}}
-    if vocabulary is not None:
-        entries[_CHECKSUMS][VOCABULARY_FILE] = checksums.of_bytes(vocabulary)
+    file = system_of(content).vocabulary_file
+    if vocabulary is not None and file is not None:
+        writing.write(directory / file, vocabulary)
+        entries[_CHECKSUMS][file] = checksums.of_bytes(vocabulary)
     entries[_CHECKSUMS][FILE] = checksums.of_json(entries)
     writing.write(directory / FILE, json.dumps(entries, indent=2) + "\n")
 
@@ -164,21 +270,26 @@ def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescriptio
       errors.UserError: a file or an entry is missing, wrong or changed; the message says which.
     """
     directory = epath.Path(directory)
-    path, vocabulary = directory / FILE, directory / VOCABULARY_FILE
+    path = directory / FILE
     if not path.exists():
         raise errors.UserError(
             f"{directory} has no {FILE}, which says what its model is. Training writes it at its start: give"
             " the training's command again (a finished one ends at once), or name another directory"
         )
-    if not vocabulary.exists():
-        raise errors.UserError(
-            f"{directory} has no {VOCABULARY_FILE}: copy the SentencePiece model that the training used to it"
-        )
     with _explained(path):
         content = reading.parse_json(reading.read_bytes(path, _LARGEST))
-        model = reading.read_bytes(vocabulary)
-        _check(content, model, path, vocabulary)
-        return _parse(content, model, {"dtype": dtype} if dtype else {})
+        file = system_of(content).vocabulary_file
+        vocabulary = None if file is None else _read_vocabulary(directory / file)
+        _check(content, vocabulary, path)
+        return _parse(content, vocabulary, {"dtype": dtype} if dtype else {})
+
+
+def _read_vocabulary(path: epath.Path) -> bytes:
+    if not path.exists():
+        raise errors.UserError(
+            f"{path.parent} has no {path.name}: copy the vocabulary that the training used to it"
+        )
+    return reading.read_bytes(path)
 
 
 def recorded_training(directory: epath.PathLike) -> dict[str, Any]:
@@ -213,31 +324,38 @@ def check_vocabulary(directory: epath.PathLike, vocabulary: bytes | None, fix: s
 
     Args:
       directory: a MODEL_DIR.
-      vocabulary: the data's SentencePiece model; None: it isn't known.
+      vocabulary: content of the data's vocabulary file; None: it isn't known.
       fix: what to do; the end of the message.
 
     Raises:
       errors.UserError: they have another one.
     """
-    if vocabulary is not None and _trained_with(directory) not in (None, checksums.of_bytes(vocabulary)):
+    trained_with = _trained_with(directory)
+    if vocabulary is None or trained_with is None:
+        return
+    file, checksum = trained_with
+    if checksum != checksums.of_bytes(vocabulary):
         raise errors.UserError(
-            f"VOCABULARY: the data's vocabulary isn't {epath.Path(directory) / VOCABULARY_FILE}, with which"
+            f"VOCABULARY: the data's vocabulary isn't {epath.Path(directory) / file}, with which"
             f" the model was trained, so the model would read other words. {fix}"
         )
 
 
-def _trained_with(directory: epath.PathLike) -> str | None:
-    """Returns the checksum of a model's vocabulary; None: it isn't known."""
-    path = epath.Path(directory) / VOCABULARY_FILE
-    # First that in model.json, because vocabulary.model may be damaged.
+def _trained_with(directory: epath.PathLike) -> tuple[str, str] | None:
+    """Returns the file of a model's vocabulary and its checksum; None: there is none, or it isn't known."""
+    # First that in model.json, because the vocabulary's file may be damaged.
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError, errors.UserError):
         content = reading.read_json(epath.Path(directory) / FILE)
         if _is_whole(content):
-            return content[_CHECKSUMS][path.name]
-    return checksums.of_bytes(reading.read_bytes(path)) if path.exists() else None
+            file = system_of(content).vocabulary_file
+            return None if file is None else (file, content[_CHECKSUMS][file])
+    files = (system.vocabulary_file for system in SYSTEMS.values())
+    paths = [epath.Path(directory) / file for file in dict.fromkeys(files) if file]
+    found = next((path for path in paths if path.exists()), None)
+    return (found.name, checksums.of_bytes(reading.read_bytes(found))) if found else None
 
 
-def _check(content: dict[str, Any], model: bytes, path: epath.Path, vocabulary: epath.Path) -> None:
+def _check(content: dict[str, Any], vocabulary: bytes | None, path: epath.Path) -> None:
     """Checks the files' checksums, if there are any.
 
     Raises:
@@ -248,16 +366,20 @@ def _check(content: dict[str, Any], model: bytes, path: epath.Path, vocabulary: 
     own = {name: value for name, value in expected.items() if name != FILE}
     if not _is_whole(content):
         raise errors.UserError(f"{path} isn't as it was written: its checksum differs. {_FIX}; {_MEANT}")
-    if own.get(VOCABULARY_FILE) != checksums.of_bytes(model):
+    file = system_of(content).vocabulary_file
+    if vocabulary is not None and file and own.get(file) != checksums.of_bytes(vocabulary):
         raise errors.UserError(
-            f"{vocabulary} isn't the vocabulary that the model was trained with: its checksum is"
-            f" {checksums.of_bytes(model)}, {FILE} has {own.get(VOCABULARY_FILE)}. {_FIX}; {_MEANT}"
+            f"{path.parent / file} isn't the vocabulary that the model was trained with: its checksum is"
+            f" {checksums.of_bytes(vocabulary)}, {FILE} has {own.get(file)}. {_FIX}; {_MEANT}"
         )
 
 
-def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str, Any]) -> ModelDescription:
+def _parse(
+    content: Mapping[str, Any], vocabulary: bytes | None, overrides: Mapping[str, Any]
+) -> ModelDescription:
+    system = system_of(content)
     configs = {}
-    for name, config in _CONFIGS.items():
+    for name, config in system.configs.items():
         given = _tuples(content[name])
         hints = typing.get_type_hints(config)
         if unknown := given.keys() - hints.keys():
@@ -266,21 +388,24 @@ def _parse(content: Mapping[str, Any], vocabulary: bytes, overrides: Mapping[str
         for key, value in given.items():
             _check_value(key, value, str if key == "dtype" else hints[key], f"{name}.{key}")
         configs[name] = config(**given)
-    lengths = {name: content["feature_lengths"][name] for name in models.DESCRIBED_LENGTHS}
+    lengths = {name: content["feature_lengths"][name] for name in system.lengths}
     _check_value("task_feature_lengths", lengths, Mapping[str, int], "feature_lengths")
-    tokens = (lengths["image"] // configs["vit_config"].patch_size) ** 2 + lengths["inputs"]
+    grids = [lengths["image"] // size for c in configs.values() if (size := getattr(c, "patch_size", None))]
+    tokens = max(grids, default=0) ** 2 + lengths.get("inputs", 0)
     if tokens > _MOST_TOKENS:
         raise ValueError(f"an image and its text have {tokens:,} tokens; {_MOST_TOKENS:,} are the most")
-    for name, hint in _ENTRIES.items():
+    threshold = {"misalignment_threshold": float} if system.marks_words else {}
+    for name, hint in (system.settings | _ENTRIES | threshold).items():
         _check_value(name, content[name], hint)
     return ModelDescription(
-        rahf.Rahf(variant=content["variant"], decoder_sees_image=content["decoder_sees_image"], **configs),
+        system.network(**{name: content[name] for name in system.settings}, **configs),
         lengths,
         content["fit"],
-        float(content["misalignment_threshold"]),
+        float(content["misalignment_threshold"]) if threshold else None,
         content["training"],
         vocabulary,
         Calibration.parse(content["calibration"]) if "calibration" in content else None,
+        content.get("system", models.RAHF),
     )
 
 

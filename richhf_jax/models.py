@@ -18,8 +18,8 @@ from richhf_jax.shapes import Array
 # Features by name, as the feature converter makes them.
 Batch = Mapping[str, Shaped[Array, "batch ..."]]
 Metrics = dict[str, losses.WeightedMean]
-# The feature lengths that predictions need to know.
-DESCRIBED_LENGTHS = ("image", "inputs", "targets")
+# The system that a description without a name is of.
+RAHF = "rahf"
 # Features or predictions of the few examples that are drawn.
 Images = Mapping[str, Shaped[np.ndarray, "images ..."]]
 
@@ -36,12 +36,17 @@ class BaseModel(abc.ABC):
       FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
         the default of `input_pipeline`.
       vocab_size: number of token ids in the network's table; None: the network reads no text.
+      outputs: the kinds that predictions have, and their order. Predictions hold "scores", float32
+        [batch, scores], and "heatmaps", float32 [batch, heatmaps, height, width], where there are any kinds.
       has_uncertainty: whether predictions have "score_deviations".
+      variant: one of `feedback.VARIANTS`; how many prompts an image has.
     """
 
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
+    outputs: feedback.Outputs = feedback.ALL_OUTPUTS
     has_uncertainty: bool = False
+    variant: str = feedback.MULTI_HEAD
 
     def __init__(self, optimizer_def: optax.GradientTransformation | None):
         self.optimizer_def: Any = optimizer_def
@@ -111,6 +116,23 @@ class BaseModel(abc.ABC):
           input_types: feature -> type in a batch; None: the model knows them.
         """
 
+    def score_of_kind(
+        self, params: Any, batch: Batch, kind: str, **mutables: Any
+    ) -> Float32[Array, " batch"]:
+        """Computes one kind of score, differentiably: for guidance and rewards.
+
+        Args:
+          params: the network's parameters.
+          batch: the image, float from 0 to 255, and the features of its prompt for this kind.
+          kind: one of `outputs.scores`.
+          mutables: "flax_mutables", if the model has any.
+        """
+        slots = {"heatmap_weights": 0, "score_weights": len(self.outputs.scores)}
+        rows = batch["image"].shape[0]
+        shapes = {name: jnp.zeros((rows, count)) for name, count in slots.items()}
+        scores = self.predict_batch(params, {**batch, **shapes}, **mutables)["scores"]
+        return scores[:, self.outputs.scores.index(kind)]
+
     # Descriptions of the model, for a training loop that knows no particular model.
 
     def describe(
@@ -123,7 +145,7 @@ class BaseModel(abc.ABC):
           batch_shapes: feature -> shape and type in a batch.
 
         Returns:
-          A JSON-able description; None: nothing is written.
+          A JSON-able description, see `describe_system`; None: nothing is written.
         """
         del feature_lengths, batch_shapes
         return None
@@ -202,9 +224,10 @@ class RahfModel(BaseModel):
         return self._misalignment_threshold
 
     def describe(self, feature_lengths, batch_shapes):
-        """Describes the model: see `describe_rahf`."""
+        """Describes the model: see `describe_system`."""
         fit = "letterbox" if "image_box" in batch_shapes else "resize"
-        return describe_rahf(self.module, feature_lengths, fit, self._misalignment_threshold)
+        lengths = {name: feature_lengths[name] for name in ("image", "inputs", "targets")}
+        return describe_system(RAHF, self.module, lengths, fit, self._misalignment_threshold)
 
     def summary_images(
         self, batch: Images, predict: Callable[..., Images]
@@ -229,6 +252,11 @@ class RahfModel(BaseModel):
     def has_uncertainty(self) -> bool:
         """Whether predictions have "score_deviations"."""
         return self.module.heads_config.score_variance
+
+    @property
+    def variant(self) -> str:
+        """The network's variant."""
+        return self.module.variant
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task.
@@ -474,6 +502,15 @@ class RahfModel(BaseModel):
 
         return targets, variables["cache"], tokens_to_logits
 
+    def score_of_kind(
+        self, params: Any, batch: Batch, kind: str, **mutables: Any
+    ) -> Float32[Array, " batch"]:
+        """Computes one kind of score, and no other head; see the base class."""
+        apply = functools.partial(self.module.apply, {"params": params})
+        inputs = batch["image"], batch["encoder_input_tokens"], batch.get("image_box")
+        score: Any = apply(apply(*inputs, method="encode"), kind, method="score")
+        return score
+
     def score_batch(self, params: Any, batch: Batch) -> Float32[Array, "batch texts"]:
         """Computes the log-likelihood of each target text."""
         logits = self._outputs(params, batch, dropout_rng=None)["logits"]
@@ -482,15 +519,31 @@ class RahfModel(BaseModel):
         return jnp.sum(jnp.squeeze(chosen, axis=-1) * batch["decoder_loss_weights"], axis=-1)
 
 
-def describe_rahf(
-    module: nn.Module, feature_lengths: Mapping[str, int], fit: str, misalignment_threshold: float
+def describe_system(
+    system: str,
+    module: nn.Module,
+    feature_lengths: Mapping[str, int],
+    fit: str,
+    misalignment_threshold: float | None = None,
 ) -> dict[str, Any]:
-    """Describes a `network.rahf.Rahf` and its inputs, for `model_description`; JSON-able."""
+    """Describes a network and its inputs, for `model_description`; JSON-able.
+
+    Args:
+      system: its name in `model_description.SYSTEMS`.
+      module: the network; its `describe()` names every setting.
+      feature_lengths: {"image": side in pixels}; of a system that reads text, "inputs", its tokens; of one
+        that marks words, "targets", the decoder's.
+      fit: how pictures become square, see `pixels.square`.
+      misalignment_threshold: words with a higher probability of being misaligned are marked; None: the
+        system marks no words.
+    """
     return {
-        **module.describe(),
-        "feature_lengths": {name: feature_lengths[name] for name in DESCRIBED_LENGTHS},
+        # Older files name no system.
+        **({} if system == RAHF else {"system": system}),
+        **module.describe(),  # pyright: ignore[reportAttributeAccessIssue]
+        "feature_lengths": dict(feature_lengths),
         "fit": fit,
-        "misalignment_threshold": misalignment_threshold,
+        **({} if misalignment_threshold is None else {"misalignment_threshold": misalignment_threshold}),
     }
 
 

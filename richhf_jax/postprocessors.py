@@ -14,7 +14,7 @@ def rich_feedback(output: Any, example: Mapping[str, Any], is_target: bool) -> f
 
     Args:
       output: the model's RichFeedback on the example; unused for a target.
-      example: the task example (numpy), with a slot for each kind of heatmap and score.
+      example: the task example (numpy), with a slot for each kind of heatmap, or none; the same for scores.
       is_target: whether the target is wanted.
 
     Returns:
@@ -36,17 +36,23 @@ def target(example: Mapping[str, Any]) -> feedback.RichFeedback:
         shown = foreign_text.for_terminal(name)
         logging.warning("%s: %s; its keywords are left out", shown, error)
         tokens = ()
-    heatmaps = zip(feedback.HEATMAPS, example["heatmaps"], example["heatmap_weights"], strict=True)
-    scores = zip(feedback.SCORES, example["scores"], example["score_weights"], strict=True)
+    heatmaps = _by_kind(feedback.HEATMAPS, example["heatmaps"], example["heatmap_weights"])
+    scores = _by_kind(feedback.SCORES, example["scores"], example["score_weights"])
     return feedback.RichFeedback(
         id=name,
         prompt=prompt,
-        scores={kind: float(score) for kind, score, weight in scores if weight},
-        heatmaps={
-            kind: in_box(heat, example).astype(np.float32) / 255 for kind, heat, weight in heatmaps if weight
-        },
+        scores={kind: float(score) for kind, score in scores.items()},
+        heatmaps={kind: in_box(heat, example).astype(np.float32) / 255 for kind, heat in heatmaps.items()},
         tokens=tokens,
     )
+
+
+def _by_kind(kinds: Sequence[str], values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Names the values that have a weight. A task asks for every kind, or (for other systems) for none."""
+    if not len(weights):
+        return {}
+    rows = zip(kinds, values, weights, strict=True)
+    return {kind: value for kind, value, weight in rows if weight}
 
 
 def in_box(pixels: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
@@ -59,19 +65,22 @@ def in_box(pixels: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
 
 def prediction(
     example: Mapping[str, Any],
-    heatmaps: np.ndarray,
-    scores: np.ndarray,
-    tokens: Sequence[feedback.Token],
+    heatmaps: np.ndarray | Sequence[np.ndarray],
+    scores: np.ndarray | Sequence[float],
+    tokens: Sequence[feedback.Token] | None,
     deviations: np.ndarray | None = None,
+    outputs: feedback.Outputs = feedback.ALL_OUTPUTS,
 ) -> feedback.RichFeedback:
     """Makes feedback of a model's outputs for a task example.
 
     Args:
       example: the task example; its name, prompt and letterbox are used.
-      heatmaps: float32 [heatmaps, height, width], in the order of `feedback.HEATMAPS`.
-      scores: float32 [scores], in the order of `feedback.SCORES`.
-      tokens: the prompt's tokens with labels, from `keywords.tokens` or `written_tokens`.
+      heatmaps: float32 [heatmaps, height, width], in the order of `outputs.heatmaps`; () if it has none.
+      scores: float32 [scores], in the order of `outputs.scores`; () if it has none.
+      tokens: the prompt's tokens with labels, from `keywords.tokens` or `written_tokens`; None without
+        `outputs.keywords`.
       deviations: float32 [scores], the scores' standard deviations; None: the model gives none.
+      outputs: the kinds that the model predicts.
 
     Raises:
       errors.NotFiniteError: an output isn't finite.
@@ -84,6 +93,7 @@ def prediction(
         [in_box(np.asarray(heatmap, np.float32), example) for heatmap in heatmaps],
         tokens,
         deviations,
+        outputs,
     )
 
 

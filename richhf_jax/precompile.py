@@ -13,7 +13,7 @@ It takes the gin files of a training and reads no data. For each step it prints,
 Without --topology it compiles for the devices of this machine. If a step doesn't fit, it prints the largest
 buffers and exits with code 1.
 
-With --by_part it prints, and with --json writes, how long each part of the model takes to compile alone: ViT,
+With --by_part it prints, and with --json writes, how long each part of RAHF takes to compile alone: ViT,
 encoder, decoder, each head and each of its convolutions.
 """
 
@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from richhf_jax import errors, feature_converters, gin_utils, keywords, partitioning, writing
+from richhf_jax import errors, feature_converters, gin_utils, keywords, models, partitioning, writing
 from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import counter, parts, plan
 from tasks import vocabulary
@@ -115,7 +115,8 @@ def step_shapes(step: str) -> dict[str, np.ndarray]:
         variant=gin_utils.macro("VARIANT"),
         letterbox=gin.query_parameter("augmentation.show.fit") == "letterbox",
     )
-    if step == "predict" and gin_utils.macro("CONSTRAINED_KEYWORDS"):
+    marks_words = gin_utils.macro("MODEL").outputs.keywords
+    if step == "predict" and marks_words and gin_utils.macro("CONSTRAINED_KEYWORDS"):
         suffix = keywords.suffix_pieces(vocabulary.get_vocabulary().encode)
         batch |= keywords.features([], batch_size, lengths["targets"], suffix)
     return batch
@@ -142,7 +143,8 @@ def plan_step(name: str, devices: Sequence[partitioning.Device] | None) -> dict[
     logging.info("tracing the %s step", name)
     state, lowered = trainer.abstract_state, trainer.lower(name)
     state_parts = {"parameters": state.params, "optimizer": state.opt_state if name == "train" else ()}
-    state_parts |= {"average": state.ema_params} if state.ema_params else {}
+    more_parts = {"average": state.ema_params, "mutable collections": state.flax_mutables}
+    state_parts |= {part: tree for part, tree in more_parts.items() if tree}
     step = plan.Step(
         name,
         batch_images,
@@ -217,6 +219,8 @@ def parts_of_step(
     whole = step_shapes(step)
     trainer = make_trainer(step, partitioner, whole)
     model: Any = trainer.model
+    if not isinstance(model, models.RahfModel):
+        raise errors.UserError("--by_part knows the parts of RAHF alone: leave it out for other models")
     state = trainer.abstract_state
 
     def lowering(fn, *args):

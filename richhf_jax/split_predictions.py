@@ -114,13 +114,13 @@ def whole_split(
     Raises:
       errors.UserError: as `input_pipeline.evaluation_batches`; the vocabulary can't mark keywords.
     """
-    decoder = _Decoder(cfg, constrained_keywords)
+    answers = _Answers(trainer.model.outputs, cfg, constrained_keywords)
     own = partitioner.own_rows(cfg.batch_size)
 
     def dispatched():
         # Every process reads all examples, because process 0 needs them beside the predictions.
         for examples, batch in _progress(input_pipeline.evaluation_batches(cfg, seqio.ShardInfo(0, 1))):
-            pieces, batch = decoder.prepare(examples, batch)
+            pieces, batch = answers.prepare(examples, batch)
             yield (
                 examples,
                 pieces,
@@ -129,7 +129,7 @@ def whole_split(
 
     for examples, pieces, outputs in _one_ahead(dispatched()):
         outputs = jax.device_get(outputs)
-        yield decoder.finish(examples, pieces, outputs) if jax.process_index() == 0 else []
+        yield answers.finish(examples, pieces, outputs) if jax.process_index() == 0 else []
 
 
 def own_part(
@@ -157,7 +157,7 @@ def own_part(
     Raises:
       errors.UserError: as `whole_split`.
     """
-    decoder = _Decoder(cfg, constrained_keywords)
+    answers = _Answers(trainer.model.outputs, cfg, constrained_keywords)
     layout = partitioner.get_data_layout(cfg.batch_size)
     # The batches of all jobs together are one batch, which the processes of all jobs share.
     joined = dataclasses.replace(cfg, batch_size=cfg.batch_size * num_shards)
@@ -168,12 +168,12 @@ def own_part(
 
     def dispatched():
         for examples, batch in _progress(batches, start_step):
-            pieces, batch = decoder.prepare(examples, batch)
+            pieces, batch = answers.prepare(examples, batch)
             yield examples, pieces, trainer.predict(state, batch)
 
     for examples, pieces, outputs in _one_ahead(dispatched()):
         mine = {name: value[own] for name, value in jax.device_get(outputs).items()}
-        yield decoder.finish(examples, pieces, mine)
+        yield answers.finish(examples, pieces, mine)
 
 
 def _progress(batches: Iterator[Any], done: int = 0) -> Iterator[Any]:
@@ -193,8 +193,49 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
     yield from made
 
 
-class _Decoder:
+class _Answers:
     """Makes the decoder's features from task examples, and feedback from the model's outputs."""
+
+    def __init__(
+        self, outputs: feedback.Outputs, cfg: input_pipeline.DatasetConfig, constrained_keywords: bool
+    ):
+        self._outputs = outputs
+        self._words = _Words(cfg, constrained_keywords) if outputs.keywords else None
+
+    def prepare(
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, np.ndarray]
+    ) -> tuple[list[keywords.KeywordPieces], dict[str, np.ndarray]]:
+        """Returns the pieces of the examples' words ([] without a constraint), and the batch with them."""
+        return self._words.prepare(examples, batch) if self._words else ([], dict(batch))
+
+    def finish(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        pieces: Sequence[keywords.KeywordPieces],
+        outputs: Mapping[str, np.ndarray],
+    ) -> list[Pair]:
+        """Returns each example with its prediction, from row i of the outputs for example i."""
+        pairs: list[Pair] = []
+        for i, example in enumerate(examples):
+            row = {name: value[i] for name, value in outputs.items()}
+            try:
+                prompt = example[feedback.PROMPT_FIELD].decode()
+                answer = postprocessors.prediction(
+                    example,
+                    row["heatmaps"] if self._outputs.heatmaps else (),
+                    row["scores"] if self._outputs.scores else (),
+                    self._words.tokens(prompt, pieces[i : i + 1], row) if self._words else None,
+                    row.get("score_deviations"),
+                    self._outputs,
+                )
+            except errors.NotFiniteError as error:
+                answer = error
+            pairs.append((example, answer))
+        return pairs
+
+
+class _Words:
+    """Makes the decoder's features from prompts, and labelled words from its outputs."""
 
     def __init__(self, cfg: input_pipeline.DatasetConfig, constrained_keywords: bool):
         features = seqio.get_mixture_or_task(cfg.mixture_or_task_name).output_features
@@ -212,27 +253,7 @@ class _Decoder:
         pieces = [keywords.keyword_pieces(prompt, self._vocabulary.encode, length) for prompt in prompts]
         return pieces, dict(batch) | keywords.features(pieces, rows, length, self._suffix)
 
-    def finish(
-        self,
-        examples: Sequence[Mapping[str, Any]],
-        pieces: Sequence[keywords.KeywordPieces],
-        outputs: Mapping[str, np.ndarray],
-    ) -> list[Pair]:
-        """Returns each example with its prediction, from row i of the outputs for example i."""
-        pairs: list[Pair] = []
-        for i, example in enumerate(examples):
-            row = {name: value[i] for name, value in outputs.items()}
-            try:
-                tokens = self._tokens(example[feedback.PROMPT_FIELD].decode(), pieces[i : i + 1], row)
-                answer = postprocessors.prediction(
-                    example, row["heatmaps"], row["scores"], tokens, row.get("score_deviations")
-                )
-            except errors.NotFiniteError as error:
-                answer = error
-            pairs.append((example, answer))
-        return pairs
-
-    def _tokens(
+    def tokens(
         self, prompt: str, pieces: Sequence[keywords.KeywordPieces], row: Mapping[str, np.ndarray]
     ) -> Sequence[feedback.Token]:
         """Labels the prompt's tokens as an example's outputs say; `pieces` is [] for free decoding."""

@@ -96,6 +96,10 @@ def train(
     """
     if not model_dir:
         raise errors.UserError("MODEL_DIR is empty: name a directory with --gin.MODEL_DIR=DIR")
+    if model.optimizer_def is None:
+        raise errors.UserError(
+            "the model has no optimizer, because it only predicts: give it to eval or infer"
+        )
     schedule = _Schedule(total_steps, log_period, eval_period, checkpoint_cfg.save)
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
     input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)

@@ -30,6 +30,10 @@ class InferenceState:
         average = state.ema_params if isinstance(state, TrainState) else None
         return cls(average or state.params, state.flax_mutables)
 
+    def mutables(self) -> dict[str, Any]:
+        """Returns the mutable collections as a model's keyword argument; none if there are no collections."""
+        return {"flax_mutables": self.flax_mutables} if self.flax_mutables else {}
+
 
 @struct.dataclass
 class TrainState:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
@@ -69,8 +70,10 @@ class Trainer:
         self._partitioner = partitioner
         self.num_microbatches = num_microbatches or 1
         self.ema_decay = ema_decay
+        # A model that only predicts has no optimizer.
+        self._optimizer_def = model.optimizer_def or optax.identity()
         self._create = functools.partial(
-            TrainState.create, model.optimizer_def, average=ema_decay is not None
+            TrainState.create, self._optimizer_def, average=ema_decay is not None
         )
         self._rng_impl = "unsafe_rbg" if use_hardware_rng else "threefry2x32"
         init_rng, dropout_rng = jax.random.split(jax.random.key(random_seed, impl=self._rng_impl))
@@ -87,12 +90,12 @@ class Trainer:
                 self._train, (state, batch), (state, everywhere), donate_argnums=(0,)
             ),
             "eval": partitioner.partition(
-                lambda state, batch: model.eval_fn(state.params, batch, **_mutables(state))[1],
+                lambda state, batch: model.eval_fn(state.params, batch, **state.mutables())[1],
                 (inference, batch),
                 everywhere,
             ),
             "predict": partitioner.partition(
-                lambda state, batch: model.predict_batch(state.params, batch, **_mutables(state)),
+                lambda state, batch: model.predict_batch(state.params, batch, **state.mutables()),
                 (inference, batch),
                 everywhere,
             ),
@@ -106,14 +109,13 @@ class Trainer:
         """
         with _explained_refusal():
             variables = jax.eval_shape(self._init)
-        optimizer_def = self.model.optimizer_def
         mutables = train_state_lib.mutable_collections(variables)
         state = jax.eval_shape(self._create, variables["params"], mutables)
         params_axes = axes_by_param(variables["params_axes"])
         mutables_axes = {
             name: axes_by_param(variables[f"{name}_axes"]) for name in mutables if f"{name}_axes" in variables
         }
-        axes = train_state_lib.logical_axes(optimizer_def, params_axes, state, mutables_axes)
+        axes = train_state_lib.logical_axes(self._optimizer_def, params_axes, state, mutables_axes)
         shardings = self._partitioner.state_sharding(axes, state)
         abstract_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -196,7 +198,7 @@ class Trainer:
         grads, metrics, mutables = self._gradients(state, batch)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         metrics["gradient_norm"] = losses.WeightedMean(norm, jnp.ones(()))
-        return state.apply_gradient(self.model.optimizer_def, grads, mutables, self.ema_decay), metrics
+        return state.apply_gradient(self._optimizer_def, grads, mutables, self.ema_decay), metrics
 
     def _gradients(self, state: TrainState, batch: models.Batch) -> tuple[Any, Metrics, Any]:
         """Returns the gradients of the whole batch's loss, its metrics and the new mutable collections."""
@@ -249,11 +251,6 @@ def _explained_refusal() -> Iterator[None]:
         if pathlib.Path(frame.f_code.co_filename).parent != _NETWORK:
             raise
         raise errors.UserError(f"the model's settings don't fit each other or the data: {error}") from error
-
-
-def _mutables(state: InferenceState) -> dict[str, Any]:
-    """Returns the keyword argument with the mutable collections; none if the model has no collections."""
-    return {"flax_mutables": state.flax_mutables} if state.flax_mutables else {}
 
 
 def axes_by_param(params_axes: Mapping[str, Any]) -> dict[str, Any]:

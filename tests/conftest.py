@@ -296,7 +296,7 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
             {"task": "synthetic_rich_hf_multi_head", "batch_size": 16, "initial_checkpoint": None},
             vocabulary.get_vocabulary().sp_model,
         )
-        params = random_values(forward.abstract_params(description))
+        params = random_values(forward.abstract_state(description).params)
         checkpoints.save_params(str(directory), jax.tree.map(jnp.asarray, params))
         description.write(directory)
         return directory

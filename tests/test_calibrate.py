@@ -37,6 +37,8 @@ WHERE = "synthetic_rich_hf_multi_head, validation"
 class Answers:
     """A trainer whose model is wrong by `error` in every score."""
 
+    model = types.SimpleNamespace(outputs=feedback.ALL_OUTPUTS, vocab_size=448)
+
     def __init__(self, error: float):
         self._error = error
 
@@ -73,7 +75,9 @@ def run(directory, monkeypatch):
     def start(function, split, error=ERROR, has_uncertainty=True, **kwargs):
         monkeypatch.setattr(split_predictions, "load", lambda *args: (Answers(error), {}, 7))
         return function(
-            model=types.SimpleNamespace(has_uncertainty=has_uncertainty, describe=lambda *args: {}),
+            model=types.SimpleNamespace(
+                has_uncertainty=has_uncertainty, vocab_size=448, describe=lambda *args: {}
+            ),
             checkpoint_path=str(directory),
             dataset_cfg=config(split),
             partitioner=partitioning.PjitPartitioner(devices=jax.devices()[:1]),
@@ -157,7 +161,7 @@ def test_training_keeps_the_calibration_of_a_whole_file(run, directory, damaged)
     if damaged:
         file = directory / "model.json"
         file.write_text(file.read_text().replace('"step": 7', '"step": 8'))
-    content = models.describe_rahf(before.network, before.feature_lengths, before.fit, 0.5)
+    content = models.describe_system("rahf", before.network, before.feature_lengths, before.fit, 0.5)
     model = types.SimpleNamespace(has_uncertainty=True, describe=lambda *_: content)
     stream = types.SimpleNamespace(batch_shapes={})
     train._write_description(

@@ -32,6 +32,7 @@ losses             | jax            | shapes
 decoding           | jax            | shapes
 keywords           |                |
 pixels             |                |
+prompt_encoders    |                | keywords
 reading            |                |
 clip_tokens        |                | reading
 inputs             |                | reading
@@ -47,7 +48,8 @@ datasets           | tensorflow torch | corruption foreign_text inputs locking r
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
-model_description  |                | allowed_values checksums models network reading writing
+model_description  |                | allowed_values checksums models network prompt_encoders reading
+                                      writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            | device_memory
@@ -64,9 +66,10 @@ checkpoints        | jax            | saved_arrays sealing train_state writing
 convert            | jax            | checkpoints foreign_text reading sealing train_state weights_file
                                       writing
 predict            | jax            | checkpoints checksums compilation_cache costs device_memory
-                                      foreign_text inputs keywords locking model_description models
-                                      pages partitioning pixels sealing shapes weights_file writing
-export             | jax tensorflow | augmentation convert foreign_text keywords model_description
+                                      foreign_text inputs keywords locking model_description
+                                      pages partitioning pixels sealing shapes train_state weights_file
+                                      writing
+export             | jax tensorflow | augmentation convert foreign_text model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
 benchmarks         | jax tensorflow | costs datasets device_memory export keywords model_description

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from typing import Any, cast
 
 import gin
@@ -48,6 +49,8 @@ class Answers:
     `changed(call, outputs)` changes the outputs of a call.
     """
 
+    model = types.SimpleNamespace(outputs=feedback.ALL_OUTPUTS, vocab_size=448)
+
     def __init__(self, broken: int | None = None, changed=lambda call, outputs: outputs):
         self.calls = 0
         self.broken = broken
@@ -70,7 +73,7 @@ class Answers:
 class Described:
     """A model with a description."""
 
-    has_uncertainty = False
+    has_uncertainty, vocab_size = False, 448
 
     def __init__(self, name: str):
         self.describe = lambda lengths, shapes: {"name": name}

@@ -27,7 +27,7 @@ import sentencepiece
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors, gin_utils, inputs, model_description, writing
+from richhf_jax import errors, gin_utils, inputs, model_description, prompt_encoders, writing
 from richhf_jax.benchmarks import steps
 from richhf_jax.predict import forward, pipeline, predictor
 from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
@@ -58,7 +58,7 @@ def random_description(
 
 def vocabulary() -> sentencepiece.SentencePieceProcessor:
     """Loads the vocabulary shipped here."""
-    return forward.load_vocabulary(_VOCABULARY.read_bytes())
+    return prompt_encoders.load_sentencepiece(_VOCABULARY.read_bytes())
 
 
 class Case:
@@ -77,7 +77,7 @@ class Case:
           batch_size: images in a batch.
           folder: has the images of `write_images` in images/; predictions go there, too.
         """
-        params = steps.random_params(forward.abstract_params(description))
+        params = steps.random_params(forward.abstract_state(description).params)
         self.predictor = predictor.RahfPredictor(description, params, batch_size)
         self._folder = folder
         self._inputs = inputs.Inputs([str(folder / "images")])

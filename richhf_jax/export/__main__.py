@@ -39,7 +39,7 @@ _HERE = pathlib.Path(__file__).parent
 
 
 class Job(NamedTuple):
-    """The model to export: its description, its parameters by name, and the checkpoint's step."""
+    """The model to export: its description, its arrays as by `forward.flatten`, and the checkpoint's step."""
 
     description: model_description.ModelDescription
     params: program.Arrays
@@ -104,7 +104,7 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     own.check_outside_checkpoints(out, "--out")
     path = forward.checkpoint_path(checkpoint)
     loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
-    params = jax.device_get(program.flat(loaded.params))
+    params = jax.device_get(forward.flatten(loaded.state))
     step = re.search(r"checkpoint_(\d+)$", path)
     job = Job(loaded.description, params, int(step[1]) if step else 0)
     with writing.new_directory(out, "--out") as directory:

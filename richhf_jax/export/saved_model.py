@@ -23,7 +23,6 @@ from tensorflow.compiler.tf2xla.python import xla
 from richhf_jax import augmentation, feedback, preprocessors, writing
 from richhf_jax.export import program, stablehlo
 from richhf_jax.model_description import ModelDescription
-from richhf_jax.predict import forward
 
 FOLDER = "saved_model"
 # Packages that a program must install and import to load the model.
@@ -119,10 +118,9 @@ class PromptReader:
 
     def __init__(self, description: ModelDescription):
         self.resources = tensorflow_text.SentencepieceTokenizer(description.vocabulary)
-        eos_id = forward.load_vocabulary(description.vocabulary).eos_id()
-        self._vocabulary: Any = _Vocabulary(self.resources.tokenize, eos_id)
+        self._vocabulary: Any = _Vocabulary(self.resources.tokenize, description.encoder.eos_id)
         self._lengths = description.feature_lengths
-        self._tasks = feedback.task_prompts(description.network.variant, "")
+        self._tasks = feedback.task_prompts(description.model.variant, "")
 
     def tokens(self, prompts: tf.Tensor) -> tf.Tensor:
         """Encodes prompts, string [batch], to int32 [batch, prompts, length]."""

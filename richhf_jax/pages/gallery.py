@@ -58,8 +58,8 @@ class Card:
     """One image of a gallery with its prediction, all pictures as URIs.
 
     Attributes:
-      record: a line of predictions.jsonl (`RichFeedback.to_dict`): "id", "prompt", "scores", "tokens", and
-        where there is one, "uncertainty".
+      record: a line of predictions.jsonl (`RichFeedback.to_dict`): "id", "prompt", and where there are some,
+        "scores", "uncertainty" and "tokens".
       size: the image's width and height in pixels, which may be more than the shown picture's.
       image: a `data_uri`, or a path relative to the page's folder, percent-encoded.
       heatmaps: the pictures that lie over the image, with URIs of the same two forms.
@@ -199,14 +199,15 @@ def _embedded(heatmaps: Mapping[str, np.ndarray]) -> Heatmaps:
 def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
     """Returns the template's values for a card; without a target, only the prediction's."""
     record = card.record
-    truth = target.to_dict() if target else {"scores": {}, "tokens": []}
+    truth = target.to_dict() if target else {}
+    true_scores, scores = truth.get("scores", {}), record.get("scores", {})
     sides = [("ground truth", _embedded(target.heatmaps))] if target else []
     sides.append(("predicted", card.heatmaps))
-    values = {**record["scores"], **{_peak(kind): peak for kind, (peak, _) in card.heatmaps.items()}}
+    values = {**scores, **{_peak(kind): peak for kind, (peak, _) in card.heatmaps.items()}}
     return {
         "id": record["id"],
         "prompt": record["prompt"],
-        "pieces": _pieces(record["prompt"], truth["tokens"], record["tokens"]),
+        "pieces": _pieces(record["prompt"], truth.get("tokens", []), record.get("tokens", [])),
         "image": card.image,
         "uris": [card.image, *(uri for _, uri in card.heatmaps.values() if uri)],
         "size": card.size,
@@ -217,14 +218,9 @@ def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
             if any(kind in heatmaps for _, heatmaps in sides)
         ],
         "scores": [
-            (
-                kind,
-                truth["scores"].get(kind),
-                record["scores"].get(kind),
-                record.get("uncertainty", {}).get(kind),
-            )
+            (kind, true_scores.get(kind), scores.get(kind), record.get("uncertainty", {}).get(kind))
             for kind in feedback.SCORES
-            if kind in truth["scores"] or kind in record["scores"]
+            if kind in true_scores or kind in scores
         ],
         # JSON has no NaN.
         "values": {name: round(value, 4) for name, value in values.items() if not math.isnan(value)},

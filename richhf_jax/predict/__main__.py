@@ -48,6 +48,11 @@ def run(options: argparse.Namespace) -> int:
     predictor = RahfPredictor.from_checkpoint(
         path, batch_size=options.batch_size, dtype=options.dtype, convert=options.convert
     )
+    heatmaps = options.heatmaps if predictor.outputs.heatmaps else "none"
+    if options.overlay and not predictor.outputs.heatmaps:
+        raise errors.UserError(
+            f"--overlay: the model of {path} predicts no heatmaps to lay over images; leave it out"
+        )
     for note in (predictor.description.not_calibrated, predictor.fit(predictor.batch_size)):
         if note:
             print(f"predict: {note}", file=sys.stderr)
@@ -63,9 +68,7 @@ def run(options: argparse.Namespace) -> int:
         "dtype": options.dtype,
         "convert": options.convert,
     }
-    with PredictionFiles(
-        options.out, arguments, first, options.heatmaps, options.overlay, options.report
-    ) as files:
+    with PredictionFiles(options.out, arguments, first, heatmaps, options.overlay, options.report) as files:
         if files.progress.position < last:
             _score_rest(predictor, given, options, files, range(first, last))
             given.check_unchanged()
@@ -151,7 +154,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=HEATMAP_FORMATS,
         default="png",
         help="write heatmaps as 8-bit PNGs (255 = 1), as float16 in one heatmaps.npz, or not at all;"
-        " default %(default)s",
+        " default %(default)s; a model without heatmaps writes none",
     )
     add("--overlay", action="store_true", help="also write each image with each heatmap laid over it")
     add("--report", action="store_true", help="also write report.html, a gallery to sort, filter and search")

@@ -163,13 +163,13 @@ class PredictionFiles:
 
     def _has_pictures(self, number: int, line: Mapping[str, Any]) -> bool:
         """Tells whether the pictures of a line of predictions.jsonl are as they were written."""
-        position, peaks = line["position"], line["heatmap_peaks"]
+        position, peaks = line["position"], line.get("heatmap_peaks", {})
         heatmaps = {kind: f"heatmaps/{file_name(line['id'])}.{kind}.png" for kind in peaks}
         places = []
         if self._heatmaps == "png":
-            heatmaps = line["heatmaps"]
+            heatmaps = line.get("heatmaps", {})
             places += heatmaps.values()
-        elif self._heatmaps == "npz":
+        elif self._heatmaps == "npz" and heatmaps:
             places.append(_part(position))
         if self._overlays:
             places += [_overlay(place) for place in heatmaps.values()]
@@ -214,7 +214,7 @@ class PredictionFiles:
                 places[kind] = f"{HEATMAPS_FILE}#{name}/{kind}"
             if self._overlays and image is not None:
                 self._save(_overlay(place), overlay.png(overlay.draw(image, heatmap)))
-        if self._heatmaps == "npz":
+        if self._heatmaps == "npz" and prediction.heatmaps:
             halves = {f"{name}/{kind}": np.float16(heat) for kind, heat in prediction.heatmaps.items()}
             np.savez(self._place(_part(position)), **cast(Any, halves))
         if has_card and image is not None:
@@ -324,7 +324,8 @@ class PredictionFiles:
             return gallery.data_uri((self._out / place).read_bytes()) if place and embed else place
 
         stem = f"{_PICTURES}/{line['position']}"
-        heatmaps = {kind: (peak, uri(f"{stem}.{kind}.png")) for kind, peak in line["heatmap_peaks"].items()}
+        peaks = line.get("heatmap_peaks", {})
+        heatmaps = {kind: (peak, uri(f"{stem}.{kind}.png")) for kind, peak in peaks.items()}
         image = uri(f"{stem}.png", f"{stem}.jpg") or ""
         return gallery.Card(line, tuple(line["image_size"]), image, heatmaps)
 
@@ -359,11 +360,9 @@ def _is_whole(path: pathlib.Path) -> bool:
 
 def _line(position: int, prediction: Prediction, places: Mapping[str, str]) -> dict[str, Any]:
     """Returns a line of predictions.jsonl."""
-    height, width = next(iter(prediction.heatmaps.values())).shape
-    return {
-        **prediction.to_dict(),
-        "heatmaps": dict(places),
-        "heatmap_peaks": {kind: float(heatmap.max()) for kind, heatmap in prediction.heatmaps.items()},
-        "image_size": [width, height],
-        "position": position,
-    }
+    height, width = prediction.size
+    line = prediction.to_dict()
+    if prediction.heatmaps:
+        peaks = {kind: float(heatmap.max()) for kind, heatmap in prediction.heatmaps.items()}
+        line |= {"heatmaps": dict(places), "heatmap_peaks": peaks}
+    return {**line, "image_size": [width, height], "position": position}

@@ -1,4 +1,4 @@
-"""The model's forward pass for predictions: its features, its outputs, its parameters and vocabulary.
+"""A system's forward pass for predictions: its features, its outputs and its state.
 
 The predictor, the exports and the benchmarks share this module.
 """
@@ -12,8 +12,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import sentencepiece
 from etils import epath
 from flax import traverse_util
 from jaxtyping import Int32, Shaped, UInt8
@@ -24,8 +22,8 @@ from richhf_jax import (
     feedback,
     keywords,
     model_description,
-    models,
     sealing,
+    train_state,
     weights_file,
     writing,
 )
@@ -39,8 +37,8 @@ MAX_PROMPT_WORDS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
 # An image, or a function that reads it.
 Shown = UInt8[np.ndarray, "height width 3"] | Callable[[], UInt8[np.ndarray, "height width 3"]]
-# The characters that TensorFlow's `tf.strings.split`, and so the training, splits at.
-_SPACES = re.compile(r"[ \t\n\v\f\r]+")
+# The collections of a state beside its parameters, as the first part of their arrays' names in files.
+_MUTABLES = "flax_mutables"
 
 
 class PredictionError(ValueError):
@@ -57,8 +55,9 @@ class Prepared:
       prompt: the prompt as given.
       square: the image in the model's square, see `pixels.square`.
       box: the image's place in the square: its first row and column, and those after its last.
-      inputs: the tokens of each prompt of the image (the augmented-prompt variant has several).
-      words: the prompt's words, for the decoder.
+      inputs: the tokens of each prompt of the image (the augmented-prompt variant has several); None: the
+        system reads no text.
+      words: the prompt's words, for the decoder; None: the system marks no words.
       words_cut: number of words at the end of the longest prompt that the model has no room for.
     """
 
@@ -67,8 +66,8 @@ class Prepared:
     prompt: str
     square: UInt8[np.ndarray, "side side 3"]
     box: Int32[np.ndarray, " 4"]
-    inputs: Int32[np.ndarray, "prompts length"]
-    words: keywords.KeywordPieces
+    inputs: Int32[np.ndarray, "prompts length"] | None
+    words: keywords.KeywordPieces | None
     words_cut: int
 
     @property
@@ -105,68 +104,8 @@ def check_prompt(prompt: str) -> None:
         raise PredictionError("the prompt isn't valid Unicode: it has half of a surrogate pair") from error
 
 
-class PromptEncoder:
-    """Turns prompts into the model's tokens, as training does, but without TensorFlow.
-
-    Attributes:
-      suffix: the suffix of a misaligned word, in the vocabulary's pieces.
-    """
-
-    def __init__(self, description: model_description.ModelDescription):
-        """Loads the model's vocabulary.
-
-        Raises:
-          errors.UserError: the vocabulary is missing or damaged, is another model's, or can't mark keywords.
-        """
-        self._description = description
-        self._vocabulary = load_vocabulary(description.vocabulary)
-        pieces, rows = self._vocabulary.vocab_size(), description.network.t5_config.vocab_size
-        if pieces > rows:
-            raise errors.UserError(
-                f"{model_description.VOCABULARY_FILE} has {pieces} pieces, the model {rows}:"
-                " it is another model's"
-            )
-        self.suffix = keywords.suffix_pieces(self._vocabulary.encode)
-
-    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "prompts length"], int]:
-        """Encodes prompts as `preprocessors.encode` does, without TensorFlow.
-
-        Returns:
-          The tokens, 0 = padding; and of the prompt that lost most, the number of words that are missing,
-          wholly or partly.
-        """
-        length = self._description.feature_lengths["inputs"]
-        result = np.zeros((len(texts), length), np.int32)
-        most = 0
-        for row, text in enumerate(texts):
-            pieces, cut = self._vocabulary.encode(text), 0
-            if len(pieces) > length - 1:
-                text, cut = self._cut_at_word(text, length - 1)
-                pieces = self._vocabulary.encode(text)[: length - 1]
-            result[row, : len(pieces) + 1] = [*pieces, self._vocabulary.eos_id()]
-            most = max(most, cut)
-        return result, most
-
-    def _cut_at_word(self, text: str, room: int) -> tuple[str, int]:
-        """Returns the words that fit into `room` pieces (at least one), and the number of words cut."""
-        words = [word for word in _SPACES.split(text) if word]
-        ends = np.cumsum([len(pieces) for pieces in self._vocabulary.encode(words)])
-        fitting = int(np.sum(ends <= room))
-        kept = max(fitting, 1)
-        # A text that is too long loses something, whatever its words alone come to.
-        return " ".join(words[:kept]) if kept < len(words) else text, max(len(words) - fitting, 1)
-
-    def keyword_pieces(self, prompt: str) -> keywords.KeywordPieces:
-        """Returns a prompt's words for the decoder."""
-        length = self._description.feature_lengths["targets"]
-        return keywords.keyword_pieces(prompt, self._vocabulary.encode, length)
-
-
 def features(
-    prepared: Sequence[Prepared],
-    rows: int,
-    description: model_description.ModelDescription,
-    suffix: Sequence[int],
+    prepared: Sequence[Prepared], rows: int, description: model_description.ModelDescription
 ) -> dict[str, Shaped[np.ndarray, "{rows} ..."]]:
     """Makes the features of a batch for `predict_fn`.
 
@@ -174,15 +113,15 @@ def features(
       prepared: the images, at most `rows`.
       rows: rows of the batch; those behind the last image are padding.
       description: the model's description.
-      suffix: `PromptEncoder.suffix`.
     """
-    batch = {
-        "image": _stack([one.square for one in prepared], rows),
-        "encoder_input_tokens": _stack([one.inputs for one in prepared], rows),
-        **keywords.features(
-            [one.words for one in prepared], rows, description.feature_lengths["targets"], suffix
-        ),
-    }
+    batch = {"image": _stack([one.square for one in prepared], rows)}
+    if description.encoder:
+        inputs = [one.inputs for one in prepared if one.inputs is not None]
+        batch["encoder_input_tokens"] = _stack(inputs, rows)
+    if description.model.outputs.keywords:
+        words = [one.words for one in prepared if one.words is not None]
+        length = description.feature_lengths["targets"]
+        batch |= keywords.features(words, rows, length, description.encoder.suffix)
     if description.fit == "letterbox":
         batch["image_box"] = _stack([one.box for one in prepared], rows)
     return batch
@@ -197,65 +136,44 @@ def _stack(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
 
 
 def predict_fn(description: model_description.ModelDescription) -> Callable[..., Outputs]:
-    """Makes the function that computes all of RAHF's predictions for a batch.
+    """Makes the function that computes all predictions of a system for a batch.
 
     Returns:
-      A pure function of the parameters and of these features:
+      A pure function of the state (`train_state.InferenceState`) and of these features:
         image                 uint8 [batch, side, side, 3]
         image_box             int32 [batch, 4], only where the model letterboxes images, see `Prepared.box`
-        encoder_input_tokens  int32 [batch, prompts, length]
-        keyword_pieces, keyword_words, keyword_suffix   see `keywords.features`
-      Its outputs are:
-        scores                float32 [batch, 4], in the order of `feedback.SCORES`
-        score_deviations      float32 [batch, 4], the scores' standard deviations, of a model that predicts
-                              them; calibrated if the description has a calibration
-        heatmaps              float32 [batch, 2, side, side], in the order of `feedback.HEATMAPS`
+        encoder_input_tokens  int32 [batch, prompts, length], of a system that reads text
+        keyword_pieces, keyword_words, keyword_suffix   of one that marks words, see `keywords.features`
+      Its outputs are those of them that the system predicts:
+        scores                float32 [batch, scores], in the order of `BaseModel.outputs.scores`
+        score_deviations      float32 [batch, scores], the scores' standard deviations; calibrated if the
+                              description has a calibration
+        heatmaps              float32 [batch, heatmaps, side, side], in the order of `outputs.heatmaps`
         keyword_probability, keyword_misaligned   float32 and bool [batch, length], by number of the word
     """
-    model = _rahf_model(description)
-    slots = {"heatmap_weights": feedback.ALL_SLOTS.heatmaps, "score_weights": feedback.ALL_SLOTS.scores}
-    factors = np.array([description.deviation_factors[kind] for kind in feedback.SCORES], np.float32)
+    model = description.model
+    kinds = model.outputs
+    factors = np.array([description.deviation_factors[kind] for kind in kinds.scores], np.float32)
 
-    def predict(params: Any, features: Mapping[str, Shaped[jax.Array, "batch ..."]]) -> Outputs:
-        batch, _, length = features["keyword_pieces"].shape
+    def predict(
+        state: train_state.InferenceState, features: Mapping[str, Shaped[jax.Array, "batch ..."]]
+    ) -> Outputs:
+        batch = features["image"].shape[0]
+        slots = {"heatmap_weights": len(kinds.heatmaps), "score_weights": len(kinds.scores)}
         shapes = {name: jnp.zeros((batch, count)) for name, count in slots.items()}
-        shapes["decoder_input_tokens"] = jnp.zeros((batch, 1, length), jnp.int32)
-        outputs: Any = model.predict_batch(params, {**features, **shapes})
-        found = {name: outputs[name][:, 0] for name in ("keyword_probability", "keyword_misaligned")}
+        if kinds.keywords:
+            length = features["keyword_pieces"].shape[-1]
+            shapes["decoder_input_tokens"] = jnp.zeros((batch, 1, length), jnp.int32)
+        outputs: Any = model.predict_batch(state.params, {**features, **shapes}, **state.mutables())
+        found = {name: outputs[name] for name in ("scores", "heatmaps") if getattr(kinds, name)}
+        if kinds.keywords:
+            words = ("keyword_probability", "keyword_misaligned")
+            found |= {name: outputs[name][:, 0] for name in words}
         if "score_deviations" in outputs:
             found["score_deviations"] = outputs["score_deviations"] * factors[None]
-        return {"scores": outputs["scores"], "heatmaps": outputs["heatmaps"], **found}
+        return found
 
     return predict
-
-
-def _rahf_model(description: model_description.ModelDescription) -> models.RahfModel:
-    return models.RahfModel(
-        description.network,
-        optimizer_def=optax.identity(),  # It is never used.
-        misalignment_threshold=description.misalignment_threshold,
-        resample_positions=True,  # Training checked the size.
-        eos_id=load_vocabulary(description.vocabulary).eos_id(),
-    )
-
-
-def load_vocabulary(model: bytes | None) -> sentencepiece.SentencePieceProcessor:
-    """Loads a SentencePiece model from its bytes (`ModelDescription.vocabulary`).
-
-    Raises:
-      errors.UserError: there are no bytes, or they are no SentencePiece model.
-    """
-    if model is None:
-        raise errors.UserError(f"the model has no {model_description.VOCABULARY_FILE}: prediction needs it")
-    vocabulary = sentencepiece.SentencePieceProcessor()
-    try:
-        vocabulary.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        raise errors.UserError(
-            f"{model_description.VOCABULARY_FILE} beside {model_description.FILE} is damaged, or no"
-            " SentencePiece model: copy the one that the training used there"
-        ) from error
-    return vocabulary
 
 
 def checkpoint_path(path: str) -> str:
@@ -303,19 +221,19 @@ def params_checksum(place: str) -> str:
     return sealing.of_checkpoint(epath.Path(place))
 
 
-def load_params(place: str, description: model_description.ModelDescription) -> Any:
-    """Reads a model's parameters, onto the first local device or the host.
+def load_state(place: str, description: model_description.ModelDescription) -> train_state.InferenceState:
+    """Reads a model's parameters and mutable collections, onto the first local device or the host.
 
     Args:
       place: a path that `checkpoint_path` returned.
       description: the model's description.
 
     Raises:
-      errors.UserError: a parameter is missing or has another shape, the file can't be read, or the network
+      errors.UserError: an array is missing or has another shape, the file can't be read, or the network
         can't be built.
     """
     try:
-        wanted = abstract_params(description)
+        wanted = abstract_state(description)
     except errors.UserError:
         raise
     except Exception as error:  # Networks raise many kinds for sizes that don't go together.
@@ -324,34 +242,43 @@ def load_params(place: str, description: model_description.ModelDescription) -> 
             f"{path} describes no network that can be built: {writing.reason(error)}"
         ) from error
     if os.path.basename(place) == weights_file.FILE:
-        return _read_safetensors(epath.Path(place), wanted)
-    return checkpoints.restore_params(place, wanted)
+        return unflatten(_read_safetensors(epath.Path(place), flatten(wanted)))
+    return checkpoints.restore_inference_state(place, wanted)
 
 
-def abstract_params(description: model_description.ModelDescription) -> Any:
-    """Returns a `ShapeDtypeStruct` for each parameter, placed on the first local device."""
+def abstract_state(description: model_description.ModelDescription) -> train_state.InferenceState:
+    """Returns a `ShapeDtypeStruct` for each array of the state, placed on the first local device."""
     lengths = description.feature_lengths
-    side, target_length = lengths["image"], lengths["targets"]
-    shapes = {
-        "image": (1, side, side, 3),
-        "encoder_input_tokens": (1, 1, lengths["inputs"]),
-        "decoder_input_tokens": (1, 1, target_length),
-    }
-    model = _rahf_model(description)
-    variables = jax.eval_shape(lambda rng: model.get_initial_variables(rng, shapes), jax.random.key(0))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), variables["params"]
+    side = lengths["image"]
+    shapes: dict[str, tuple[int, ...]] = {"image": (1, side, side, 3)}
+    texts = {"encoder_input_tokens": "inputs", "decoder_input_tokens": "targets"}
+    shapes |= {name: (1, 1, lengths[length]) for name, length in texts.items() if length in lengths}
+    variables = jax.eval_shape(
+        lambda rng: description.model.get_initial_variables(rng, shapes), jax.random.key(0)
     )
+    state = train_state.InferenceState(variables["params"], train_state.mutable_collections(variables))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
 
-def _read_safetensors(path: epath.Path, wanted: Any) -> Any:
-    """Reads the wanted parameters and converts them to the wanted types."""
-    flat = cast(dict[str, jax.ShapeDtypeStruct], traverse_util.flatten_dict(wanted, sep="/"))
-    found = weights_file.read(path, flat)
-    for name, leaf in flat.items():
+def flatten(state: train_state.InferenceState) -> dict[str, Any]:
+    """Names the arrays of a state by their paths, joined by "/"; mutable ones are below "flax_mutables"."""
+    tree = state.params | ({_MUTABLES: state.flax_mutables} if state.flax_mutables else {})
+    return cast(dict[str, Any], traverse_util.flatten_dict(tree, sep="/"))
+
+
+def unflatten(arrays: Mapping[str, Any]) -> train_state.InferenceState:
+    """Makes a state of the arrays that `flatten` names."""
+    params = traverse_util.unflatten_dict(dict(arrays), sep="/")
+    mutables = params.pop(_MUTABLES, {})
+    return train_state.InferenceState(params, mutables)
+
+
+def _read_safetensors(path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """Reads the wanted arrays and converts them to the wanted types."""
+    found = weights_file.read(path, wanted)
+    for name, leaf in wanted.items():
         if name not in found or found[name].shape != leaf.shape:
             there = found[name].shape if name in found else "nothing"
             raise errors.UserError(f"{path}: {name} must be of shape {leaf.shape}, there is {there}")
-    params = {name: found[name].astype(leaf.dtype, copy=False) for name, leaf in flat.items()}
-    return traverse_util.unflatten_dict(params, sep="/")
+    return {name: found[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}

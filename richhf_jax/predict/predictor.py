@@ -1,4 +1,4 @@
-"""Predicts rich feedback on images and prompts: `RahfPredictor`. Needs neither TensorFlow, seqio nor gin.
+"""Predicts feedback on images and prompts: `RahfPredictor`. Needs neither TensorFlow, seqio nor gin.
 
 from richhf_jax import RahfPredictor
 
@@ -27,6 +27,7 @@ from richhf_jax import (
     model_description,
     partitioning,
     pixels,
+    train_state,
 )
 from richhf_jax.costs import plan
 from richhf_jax.inputs import images as image_files
@@ -50,11 +51,13 @@ class Prediction(feedback.RichFeedback):
     Attributes:
       heatmaps: kind -> a heatmap of the image's size, in [0, 1].
       picture: the image as given, or a function that reads it.
+      size: the image's height and width, in pixels.
       words_cut: number of words at the prompt's end that the model has no room for.
     """
 
     heatmaps: Mapping[str, Float32[np.ndarray, "height width"]]
     picture: forward.Shown
+    size: tuple[int, int]
     words_cut: int
 
     @property
@@ -68,7 +71,13 @@ class Prediction(feedback.RichFeedback):
         Args:
           kind: one of `feedback.HEATMAPS`; None: each pixel's greatest value of all heatmaps.
           opacity: see `pages.overlay.draw`.
+
+        Raises:
+          errors.UserError: the model predicts no such heatmap.
         """
+        if not self.heatmaps or (kind and kind not in self.heatmaps):
+            there = ", ".join(self.heatmaps) or "none"
+            raise errors.UserError(f"there is no heatmap {kind or 'to draw'}; the model predicts: {there}")
         heat = self.heatmaps[kind] if kind else np.max(list(self.heatmaps.values()), axis=0)
         return overlay.draw(self.image, heat, opacity)
 
@@ -79,11 +88,14 @@ class Prediction(feedback.RichFeedback):
 
 
 class RahfPredictor:
-    """Scores images. It is thread-safe, and all local devices share each batch.
+    """Scores images, by RAHF or another system. It is thread-safe, and all local devices share each batch.
+
+    A record has what the system predicts (`outputs`), and nothing in the place of the rest.
 
     Attributes:
       description: the model's description, from the checkpoint's directory.
-      params: the model's parameters, on every device.
+      outputs: the kinds that the model predicts.
+      state: the model's parameters and mutable collections, on every device.
     """
 
     def __init__(
@@ -92,6 +104,7 @@ class RahfPredictor:
         params: Any,
         batch_size: int | None = None,
         convert: bool = False,
+        flax_mutables: Any = None,
     ):
         """Makes a predictor of parameters in memory; `from_checkpoint` is the usual way.
 
@@ -99,17 +112,19 @@ class RahfPredictor:
           description: the model's description.
           params: the model's parameters.
           batch_size, convert: see `from_checkpoint`.
+          flax_mutables: the model's mutable collections, such as batch statistics; None: it has none.
 
         Raises:
           errors.UserError: the vocabulary doesn't fit the model.
         """
         self.description = description
+        self.outputs = description.model.outputs
         self._partitioner = partitioning.PjitPartitioner(devices=jax.local_devices())
         with device_memory.explained(batch_sizes.FIX):
-            self.params = jax.device_put(params, self._partitioner.replicated)
+            state = train_state.InferenceState(params, flax_mutables or {})
+            self.state = jax.device_put(state, self._partitioner.replicated)
         self._convert = convert
         self._sizes = batch_sizes.BatchSizes(batch_size, self._partitioner.num_data_shards)
-        self._encoder = forward.PromptEncoder(description)
         everywhere, batch = self._partitioner.replicated, self._partitioner.batch_sharding
         self._predict = self._partitioner.partition(
             forward.predict_fn(description), (everywhere, batch), batch
@@ -145,7 +160,13 @@ class RahfPredictor:
         description = forward.read_description(place, dtype)
         if description.not_calibrated:
             logging.warning("%s: %s", place, description.not_calibrated)
-        return cls(description, forward.load_params(place, description), batch_size, convert)
+        state = forward.load_state(place, description)
+        return cls(description, state.params, batch_size, convert, state.flax_mutables)
+
+    @property
+    def params(self) -> Any:
+        """The model's parameters, on every device."""
+        return self.state.params
 
     @property
     def batch_size(self) -> int:
@@ -235,7 +256,7 @@ class RahfPredictor:
         devices = self._partitioner.mesh.local_devices
         if self._sizes.fits(images) or (there := device_memory.limit(devices)) is None:
             return ""
-        jax.block_until_ready(self.params)
+        jax.block_until_ready(self.state)
         free = there - device_memory.in_use(devices)
         room = int(_SHARE * free) if self._sizes.is_default else free
         side = self.description.feature_lengths["image"]
@@ -243,8 +264,8 @@ class RahfPredictor:
 
         def check(rows: int) -> None:
             features = self._partitioner.shard_batch(self.features([blank], rows))
-            compiled = self._predict.lower(self.params, features).compile()
-            device_memory.check(compiled, devices[0], room, held=plan.bytes_per_chip(self.params))
+            compiled = self._predict.lower(self.state, features).compile()
+            device_memory.check(compiled, devices[0], room, held=plan.bytes_per_chip(self.state))
 
         with device_memory.explained(batch_sizes.FIX):
             return self._sizes.fit(images, room, check)
@@ -265,8 +286,12 @@ class RahfPredictor:
                 f"the image has {width} x {height} pixels; {MIN_SIDE} x {MIN_SIDE} are the least"
             )
         square, box = pixels.square(image, self.description.feature_lengths["image"], self.description.fit)
-        inputs, cut = self._encoder.encode(feedback.task_prompts(self.description.network.variant, prompt))
-        words = self._encoder.keyword_pieces(prompt)
+        inputs, cut, words = None, 0, None
+        if self.description.encoder:
+            inputs, cut = self.encode(feedback.task_prompts(self.description.model.variant, prompt))
+        if self.outputs.keywords:
+            length = self.description.feature_lengths["targets"]
+            words = self.description.encoder.keyword_pieces(prompt, length)
         return Prepared(image, image.shape[:2], prompt, square, box, inputs, words, cut)
 
     def dispatch(self, prepared: Sequence[Prepared], rows: int | None = None) -> Outputs:
@@ -284,7 +309,7 @@ class RahfPredictor:
     def run(self, features: Features) -> Outputs:
         """Calls the compiled `forward.predict_fn`, and doesn't wait for it."""
         with device_memory.explained(batch_sizes.FIX):
-            return self._predict(self.params, self._partitioner.shard_batch(features))
+            return self._predict(self.state, self._partitioner.shard_batch(features))
 
     def finish(self, prepared: Sequence[Prepared], outputs: Outputs, ids: Sequence[str]) -> list[Prediction]:
         """Waits for a batch's outputs and makes a record of each image.
@@ -321,17 +346,23 @@ class RahfPredictor:
           errors.NotFiniteError: the outputs aren't finite.
         """
         of_image = {key: value[row] for key, value in outputs.items()}
+        scores, heatmaps = (of_image.get(kind, ()) for kind in ("scores", "heatmaps"))
         deviations = of_image.get("score_deviations")
-        feedback.check_finite(of_image["scores"], of_image["heatmaps"], deviations)
-        decisions = of_image["keyword_probability"], of_image["keyword_misaligned"]
+        feedback.check_finite(scores, heatmaps, deviations)
+        tokens = None
+        if one.words is not None:
+            decisions = of_image["keyword_probability"], of_image["keyword_misaligned"]
+            tokens = keywords.tokens(one.prompt, one.words, *decisions)
         return Prediction.from_outputs(
             name,
             one.prompt,
-            of_image["scores"],
-            [_own_size(heatmap, one) for heatmap in of_image["heatmaps"]],
-            keywords.tokens(one.prompt, one.words, *decisions),
+            scores,
+            [_own_size(heatmap, one) for heatmap in heatmaps],
+            tokens,
             deviations,
+            self.outputs,
             picture=one.picture,
+            size=one.size,
             words_cut=one.words_cut,
         )
 
@@ -339,7 +370,7 @@ class RahfPredictor:
         self, prepared: Sequence[Prepared], rows: int
     ) -> dict[str, Shaped[np.ndarray, "{rows} ..."]]:
         """Makes the features of a batch, see `forward.features`."""
-        return forward.features(prepared, rows, self.description, self._encoder.suffix)
+        return forward.features(prepared, rows, self.description)
 
     def score_fn(self, kind: str) -> Callable[..., jax.Array]:
         """Returns a score as a pure, differentiable function of the image, for guidance and rewards.
@@ -347,7 +378,7 @@ class RahfPredictor:
             gradient = jax.grad(predictor.score_fn("aesthetics"))(image, "a yellow cat")
 
         Args:
-          kind: one of `feedback.SCORES`.
+          kind: one of `outputs.scores`.
 
         Returns:
           `score(images, prompts)`. It takes images, float [batch, height, width, 3] in [0, 1], with as many
@@ -358,17 +389,31 @@ class RahfPredictor:
           argument, and the parameters don't become constants of the program.
 
         Raises:
-          errors.UserError: there is no such kind.
+          errors.UserError: the model predicts no such kind.
         """
-        return rewards.score_fn(self.description, self.params, self._encoder, kind)
+        return rewards.score_fn(self.description, self.state, kind)
 
     def encode_for(self, kind: str, prompts: str | Sequence[str]) -> Int32[np.ndarray, "*batch length"]:
-        """Encodes prompts for `score_fn(kind)`: one prompt to [length], several to [batch, length]."""
-        return rewards.encode_for(self._encoder, self.description.network.variant, kind, prompts)
+        """Encodes prompts for `score_fn(kind)`: one prompt to [length], several to [batch, length].
+
+        The length is 0 of a system that reads no text.
+        """
+        return rewards.encode_for(self.description, kind, prompts)
 
     def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "prompts length"], int]:
-        """Encodes prompts, see `forward.PromptEncoder.encode`."""
-        return self._encoder.encode(texts)
+        """Encodes prompts.
+
+        Returns:
+          The tokens, see `prompt_encoders.PromptEncoder.encode`; and of the prompt that lost most, the number
+          of words that are missing, wholly or partly.
+
+        Raises:
+          errors.UserError: the system reads no text.
+        """
+        if self.description.encoder is None:
+            raise errors.UserError(f"{self.description.system} reads no text: there is nothing to encode")
+        tokens, words_cut = self.description.encoder.encode(texts, self.description.feature_lengths["inputs"])
+        return tokens, int(words_cut.max(initial=0))
 
     def read(self, picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
         """Reads an image; see `__call__` for its forms.

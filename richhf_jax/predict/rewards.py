@@ -1,51 +1,50 @@
 """Scores as pure, differentiable functions of the image, for guidance and rewards."""
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
-from richhf_jax import errors, feedback, model_description, pixels
+from richhf_jax import errors, feedback, model_description, pixels, train_state
 from richhf_jax.predict import forward
 from richhf_jax.shapes import Array
 
 
 def score_fn(
-    description: model_description.ModelDescription, params: Any, encoder: forward.PromptEncoder, kind: str
+    description: model_description.ModelDescription, state: train_state.InferenceState, kind: str
 ) -> Callable[..., jax.Array]:
     """Makes the function of an image that `RahfPredictor.score_fn` returns, and describes.
 
     Args:
       description: the model's description.
-      params: the model's parameters.
-      encoder: the encoder of prompts given as text.
-      kind: one of `feedback.SCORES`.
+      state: the model's parameters and mutable collections.
+      kind: one of the model's scores.
 
     Raises:
-      errors.UserError: there is no such kind.
+      errors.UserError: the model predicts no such kind.
     """
-    if kind not in feedback.SCORES:
-        raise errors.UserError(f"there is no score {kind!r}, only {', '.join(feedback.SCORES)}")
-    network, side = description.network, description.feature_lengths["image"]
+    model, side = description.model, description.feature_lengths["image"]
+    if kind not in model.outputs.scores:
+        there = ", ".join(model.outputs.scores) or "none"
+        raise errors.UserError(f"there is no score {kind!r}, only {there}")
 
     @jax.jit
-    def score_batch(params, images, tokens):
+    def score_batch(state, images, tokens):
         shown, box = _shown(images.astype(jnp.float32) * 255, side, description.fit)
-        apply = functools.partial(network.apply, {"params": params})
-        encoded = apply(shown, tokens[:, None], box, method="encode")
-        return apply(encoded, kind, method="score")
+        batch = {"image": shown, "encoder_input_tokens": tokens[:, None]}
+        if box is not None:
+            batch["image_box"] = box
+        return model.score_of_kind(state.params, batch, kind, **state.mutables())
 
     def score(
-        params: Any,
+        state: train_state.InferenceState,
         images: Float[Array, "*batch height width 3"],
         prompts: str | Sequence[str] | Int32[Array, "*batch length"],
     ) -> Float32[Array, "*batch"]:
         is_text = isinstance(prompts, str | Sequence)
-        tokens = encode_for(encoder, network.variant, kind, prompts) if is_text else prompts
+        tokens = encode_for(description, kind, prompts) if is_text else prompts
         if not jnp.issubdtype(images.dtype, jnp.floating) or images.shape[-1] != 3:
             raise forward.PredictionError(
                 f"images must be float [..., height, width, 3] in [0, 1], got {images.dtype} {images.shape}"
@@ -57,23 +56,25 @@ def score_fn(
                 " and one prompt, or as many prompts as images"
             )
         if images.ndim == 3:
-            return score_batch(params, images[None], tokens[None])[0]
-        return score_batch(params, images, tokens)
+            return score_batch(state, images[None], tokens[None])[0]
+        return score_batch(state, images, tokens)
 
-    return jax.tree_util.Partial(score, params)
+    return jax.tree_util.Partial(score, state)
 
 
 def encode_for(
-    encoder: forward.PromptEncoder, variant: str, kind: str, prompts: str | Sequence[str]
+    description: model_description.ModelDescription, kind: str, prompts: str | Sequence[str]
 ) -> Int32[np.ndarray, "*batch length"]:
     """Encodes prompts for a kind of score: one prompt to [length], several to [batch, length]."""
     if isinstance(prompts, str):
-        return encode_for(encoder, variant, kind, [prompts])[0]
+        return encode_for(description, kind, [prompts])[0]
     for prompt in prompts:
         forward.check_prompt(prompt)
-    if variant == feedback.AUGMENTED_PROMPT:
+    if description.encoder is None:
+        return np.zeros((len(prompts), 0), np.int32)
+    if description.model.variant == feedback.AUGMENTED_PROMPT:
         prompts = [f"{feedback.SCORE_TASK_STRINGS[kind]} {prompt}" for prompt in prompts]
-    return encoder.encode(prompts)[0]
+    return description.encoder.encode(prompts, description.feature_lengths["inputs"])[0]
 
 
 def _shown(images: jax.Array, side: int, fit: str) -> tuple[jax.Array, jax.Array | None]:

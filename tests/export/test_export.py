@@ -240,7 +240,7 @@ def test_an_export_is_a_checkpoint_for_the_predictor(case, name):
 
 
 def test_weights_are_bit_by_bit_the_checkpoints(case):
-    expected = program.flat(jax.device_get(case.predictor.params))
+    expected = forward.flatten(jax.device_get(case.predictor.state))
     found = safetensors.numpy.load_file(case.folder / "safetensors/model.safetensors")
     reader, path = ocp.PyTreeCheckpointer(), case.folder / "orbax/checkpoint_0/state"
     tree = reader.metadata(path).item_metadata.tree
@@ -423,7 +423,7 @@ def test_of_a_checkpoint_with_an_average_of_the_parameters_that_predicts_and_is_
     jax.tree.map(np.testing.assert_array_equal, found, average)
     export.export(str(tmp_path / "run"), "safetensors", str(tmp_path / "out"))
     exported = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
-    for name, array in program.flat(jax.device_get(average)).items():
+    for name, array in forward.flatten(train_state.InferenceState(jax.device_get(average))).items():
         np.testing.assert_array_equal(exported[name], array)
 
 
@@ -470,7 +470,7 @@ runpy.run_path('example.py', run_name='__main__')
 
 def test_a_gpus_kernel_is_no_part_of_the_program(make_model_dir, monkeypatch):
     description = model_description.read(make_model_dir(dtype="bfloat16"))
-    params = program.flat(forward.abstract_params(description))
+    params = forward.flatten(forward.abstract_state(description))
     gpu = attention_kernel.Device("gpu", (9, 0))
     monkeypatch.setattr(attention_kernel, "current_device", lambda: gpu)
     monkeypatch.setattr(attention_kernel, "flash", fail)

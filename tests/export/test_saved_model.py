@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from richhf_jax import feedback, model_description
 from richhf_jax.export import saved_model
-from richhf_jax.predict import forward
 from tasks import vocabulary
 
 # One character for each special case of SentencePiece, and neighbours to combine them with.
@@ -117,15 +116,15 @@ def test_ids_are_those_of_sentencepiece(description, tmp_path):
     served = tf.saved_model.load(str(tmp_path / "saved"))
     prompts = [*PROMPTS, *random_texts(1000)]
     tokens, (pieces, piece_numbers) = served.encode(tf.constant(prompts))
-    encoder = forward.PromptEncoder(description)
+    encoder = description.encoder
     tasks = feedback.task_prompts(description.network.variant, "")
     most_cut = 0
     for i, prompt in enumerate(prompts):
-        expected, cut = encoder.encode([task + prompt for task in tasks])
+        expected, cut = encoder.encode([task + prompt for task in tasks], 24)
         np.testing.assert_array_equal(tokens[i], expected, err_msg=repr(prompt))
-        words = encoder.keyword_pieces(prompt)
+        words = encoder.keyword_pieces(prompt, 24)
         np.testing.assert_array_equal(pieces[i], words.pieces, err_msg=repr(prompt))
         np.testing.assert_array_equal(piece_numbers[i], words.words, err_msg=repr(prompt))
-        most_cut = max(most_cut, cut)
+        most_cut = max(most_cut, *cut)
     assert most_cut > 10
     assert served.encode(tf.constant([], tf.string))[0].shape == (0, len(tasks), 24)

@@ -331,7 +331,7 @@ def test_the_image_is_seen_once_whatever_the_prompts(make_model_dir, variant):
     side, patch = 32, description.network.vit_config.patch_size
     mine = RahfPredictor.from_checkpoint(make_model_dir(variant), batch_size=3)
     prepared = [mine.prepare(np.zeros((9, 9, 3), np.uint8), PROMPT)] * 3
-    jaxpr = jax.make_jaxpr(forward.predict_fn(description))(mine.params, mine.features(prepared, 3))
+    jaxpr = jax.make_jaxpr(forward.predict_fn(description))(mine.state, mine.features(prepared, 3))
     # Only the patches' product has so wide an input. It is computed once, for 3 images.
     products = [p for p in _products(jaxpr.jaxpr) if p.invars[0].aval.shape[-1] == 3 * patch**2]
     assert [p.outvars[0].aval.shape[:3] for p in products] == [(3, side // patch, side // patch)]

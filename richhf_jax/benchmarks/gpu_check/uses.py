@@ -12,7 +12,7 @@ from richhf_jax.benchmarks import predict, steps
 from richhf_jax.benchmarks.gpu_check import model
 from richhf_jax.benchmarks.gpu_check.context import Context
 from richhf_jax.datasets import raters, scenes
-from richhf_jax.export import program, stablehlo
+from richhf_jax.export import stablehlo
 from richhf_jax.predict import forward
 
 _VOCABULARY = "VOCABULARY = None"
@@ -56,25 +56,25 @@ def _compile_prediction(
     partitioner = partitioning.PjitPartitioner(devices=[check.device])
     everywhere, split = partitioner.replicated, partitioner.batch_sharding
     run = partitioner.partition(forward.predict_fn(description), (everywhere, split), split)
-    lengths, suffix = description.feature_lengths, forward.PromptEncoder(description).suffix
-    prompts = len(feedback.task_prompts(description.network.variant, ""))
+    lengths, suffix = description.feature_lengths, description.encoder.suffix
+    prompts = len(feedback.task_prompts(description.model.variant, ""))
     features = {
         "image": np.zeros((batch_size, lengths["image"], lengths["image"], 3), np.uint8),
         "encoder_input_tokens": np.zeros((batch_size, prompts, lengths["inputs"]), np.int32),
         **keywords.features([], batch_size, lengths["targets"], suffix),
     }
-    arguments = forward.abstract_params(description), features
+    arguments = forward.abstract_state(description), features
     run.lower(*jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)).compile()
 
 
 def export(check: Context) -> None:
     """Runs the tiny model's StableHLO export, and compares its outputs with the predictor's."""
     description = predict.random_description("models/rahf_tiny.gin", [])
-    params = steps.random_params(forward.abstract_params(description))
+    params = forward.flatten(steps.random_params(forward.abstract_state(description)))
     with check.turn.device(), tempfile.TemporaryDirectory() as name, jax.default_matmul_precision("highest"):
         folder = pathlib.Path(name)
         with check.turn.span("export"):
-            stablehlo.write(folder, description, program.flat(params))
+            stablehlo.write(folder, description, params)
         predict.write_images(folder / "images", 4, description.feature_lengths["image"])
         case = predict.Case(description, 4, folder)
         expected = jax.device_get(case.predictor.run(case.batches[0]))
@@ -87,7 +87,7 @@ def export(check: Context) -> None:
             "word_numbers": features["keyword_words"][:, 0],
         }
         with check.compilation("compile and run the exported program"):
-            found = jax.device_get(jax.jit(exported.call)(program.flat(params), inputs))
+            found = jax.device_get(jax.jit(exported.call)(params, inputs))
     names = {"scores": "scores", "heatmaps": "heatmaps", "misaligned_probability": "keyword_probability"}
     for output, own in names.items():
         # Words that aren't there have NaN in both.
