@@ -58,7 +58,8 @@ _PARAMETERS = {
     # One token of a text is its end.
     Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets] max_length",
     Range(0): (
-        "end_id num_microbatches gallery_size task_feature_lengths shard_id topk step_offset heatmap_loss_weight"
+        "end_id num_microbatches gallery_size task_feature_lengths shard_id topk step_offset"
+        " heatmap_loss_weight"
         " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers"
         " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
         " plausibility_weight count_weights least_change"

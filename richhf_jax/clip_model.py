@@ -25,15 +25,15 @@ class ClipModel(models.BaseModel):
 
     Its head says what it predicts:
 
-        clip_score      "cosine": the alignment, as the cosine itself, in [-1, 1]. It ranks images; for a score
-                        in [0, 1] it would have to be calibrated. Correlations don't change by that.
-        pickscore       "preference": the same number for each kind of score. The published number is the cosine
-                        times the exponential of the logits' scale, which is one constant for all images.
+        clip_score      "cosine": the alignment, as the cosine itself, which is in [-1, 1]. It ranks images, and
+                        correlations with it mean something; errors of it as a score in [0, 1] don't.
+        pickscore       "preference": the cosine for each kind of score. The published number is the cosine
+                        times a constant, the exponential of the logits' scale.
         clip_finetuned  "dense": the four scores, in [0, 1]
         clip_gradient   "gradient": the misalignment heatmap, see `network.grad_cam`
 
     The loss of "dense" is the scores' mean squared error, as RAHF's. That of the others is CLIP's own
-    (`losses.contrastive`), over the images and prompts of the batch, or of a microbatch; the labels don't count.
+    (`losses.contrastive`), over the images and prompts of the batch, or of a microbatch; labels don't count.
 
     Attributes:
       module: the network.
@@ -102,8 +102,8 @@ class ClipModel(models.BaseModel):
         prompts, length = input_shapes["encoder_input_tokens"][1:]
         if prompts != 1:
             raise errors.UserError(
-                f"CLIP reads one prompt an image, but the data have {prompts}: set MIXTURE_OR_TASK_NAME to a task"
-                f" of the variant {feedback.MULTI_HEAD!r}"
+                f"CLIP reads one prompt an image, but the data have {prompts}: set MIXTURE_OR_TASK_NAME to a"
+                f" task of the variant {feedback.MULTI_HEAD!r}"
             )
         if length > (most := self.module.text_config.max_length):
             raise errors.UserError(

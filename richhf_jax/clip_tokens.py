@@ -45,6 +45,7 @@ class ClipTokens:
           errors.UserError: it is damaged, or not CLIP's.
         """
         self.content = content
+        self._name = name
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # The library raises no narrower one.
@@ -64,26 +65,36 @@ class ClipTokens:
         """Number of ids."""
         return self._tokenizer.get_vocab_size()
 
-    def encode(
-        self, texts: Sequence[str], length: int
-    ) -> tuple[Int32[np.ndarray, "texts length"], Int32[np.ndarray, " texts"]]:
+    def check_size(self, rows: int) -> None:
+        """Checks that the vocabulary is that of a network, whose table has this many rows.
+
+        Raises:
+          errors.UserError: it has another number of ids, so it belongs to another model.
+        """
+        if self.size != rows:
+            raise errors.UserError(
+                f"{self._name} has {self.size} tokens, the model {rows}: it is another model's vocabulary"
+            )
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[Int32[np.ndarray, "texts length"], int]:
         """Encodes texts as CLIP does.
 
         A longer text is cut after `length` - 2 tokens, wherever that is in a word. What follows the end is 0.
 
         Returns:
-          The tokens; and of each text the number of words, between spaces, that are cut off wholly or partly.
+          The tokens; and of the text that lost most, the number of words, between spaces, that are missing,
+          wholly or partly.
         """
         ids = np.zeros((len(texts), length), np.int32)
-        words_cut = np.zeros(len(texts), np.int32)
+        most = 0
         for row, text in enumerate(texts):
             encoded = self._tokenizer.encode(text, add_special_tokens=False)
             kept = [self.start_id, *encoded.ids[: length - 2], self.end_id]
             ids[row, : len(kept)] = kept
             if len(encoded.ids) > length - 2:
                 first_cut = encoded.offsets[length - 2][0]
-                words_cut[row] = len(text[_start_of_word(text, first_cut) :].split())
-        return ids, words_cut
+                most = max(most, len(text[_start_of_word(text, first_cut) :].split()))
+        return ids, most
 
     def pieces(self, text: str) -> list[int]:
         """Returns the ids of a text's pieces, without start and end."""

@@ -41,7 +41,7 @@ def contrastive(
     text: Float32[Array, "batch projection"],
     scale: Float[Array, ""],
 ) -> tuple[Float32[Array, " batch"], Bool[Array, " batch"]]:
-    """Computes CLIP's loss (InfoNCE): each image is to choose its own text among the batch's, and the reverse.
+    """Computes CLIP's loss (InfoNCE): an image has to find its own text in the batch, and a text its image.
 
     Where the batch is split over devices, each example has the whole batch's others against it.
 

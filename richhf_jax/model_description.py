@@ -36,6 +36,8 @@ from etils import epath
 from richhf_jax import (
     allowed_values,
     checksums,
+    clip_model,
+    clip_tokens,
     errors,
     feedback,
     models,
@@ -43,7 +45,7 @@ from richhf_jax import (
     reading,
     writing,
 )
-from richhf_jax.network import rahf, t5, vit
+from richhf_jax.network import clip, rahf, t5, vit
 
 FILE = "model.json"
 VOCABULARY_FILE = prompt_encoders.SENTENCEPIECE_FILE
@@ -216,6 +218,32 @@ def _rahf_encoder(description: ModelDescription) -> prompt_encoders.SentencePiec
     return prompt_encoders.SentencePieceEncoder(description.vocabulary, rows)
 
 
+def _clip(description: ModelDescription) -> clip_model.ClipModel:
+    return clip_model.ClipModel(description.network, None, description.fit)
+
+
+def _clip_encoder(description: ModelDescription) -> clip_tokens.ClipTokens:
+    if description.vocabulary is None:
+        raise errors.UserError(f"the model has no {clip_tokens.FILE}: prediction needs it")
+    tokens = clip_tokens.ClipTokens(description.vocabulary)
+    tokens.check_size(description.network.text_config.vocab_size)
+    return tokens
+
+
+_CLIP = System(
+    network=clip.Clip,
+    configs={
+        "text_config": clip.TextConfig,
+        "vision_config": clip.VisionConfig,
+        "head_config": clip.HeadConfig,
+    },
+    model=_clip,
+    settings={"projection_dim": int},
+    vocabulary_file=clip_tokens.FILE,
+    encoder=_clip_encoder,
+)
+
+
 SYSTEMS = {
     models.RAHF: System(
         network=rahf.Rahf,
@@ -226,6 +254,7 @@ SYSTEMS = {
         encoder=_rahf_encoder,
         marks_words=True,
     ),
+    **dict.fromkeys(clip_model.SYSTEMS.values(), _CLIP),
 }
 
 

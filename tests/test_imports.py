@@ -48,8 +48,9 @@ datasets           | tensorflow torch | corruption foreign_text inputs locking r
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 models             | jax            | decoding losses shapes
-model_description  |                | allowed_values checksums models network prompt_encoders reading
-                                      writing
+clip_model         | jax            | losses models network shapes
+model_description  |                | allowed_values checksums clip_model clip_tokens models network
+                                      prompt_encoders reading writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            | device_memory

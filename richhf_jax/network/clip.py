@@ -102,8 +102,8 @@ class HeadConfig:
     """What is made of both embeddings.
 
     Attributes:
-      head: "cosine": their cosine, for the alignment alone; "preference": their cosine, for each kind of score
-        (PickScore); "dense": four scores in [0, 1], by trained layers; "gradient": the heatmap of what
+      head: "cosine": their cosine, for the alignment alone; "preference": their cosine, for each kind of
+        score (PickScore); "dense": four scores in [0, 1], by trained layers; "gradient": the heatmap of what
         doesn't agree with the text, see `grad_cam`.
       score_dense_layers: widths of the hidden layers of the head "dense"; a ReLU follows each.
       dtype: type of these layers' activations.
