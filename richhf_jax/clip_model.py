@@ -25,8 +25,8 @@ class ClipModel(models.BaseModel):
 
     Its head says what it predicts:
 
-        clip_score      "cosine": the alignment, as the cosine itself, which is in [-1, 1]. It ranks images, and
-                        correlations with it mean something; errors of it as a score in [0, 1] don't.
+        clip_score      "cosine": the alignment, as the cosine itself, which is in [-1, 1]. It ranks images:
+                        correlations with it mean something, but errors of it as a score in [0, 1] don't.
         pickscore       "preference": the cosine for each kind of score. The published number is the cosine
                         times a constant, the exponential of the logits' scale.
         clip_finetuned  "dense": the four scores, in [0, 1]
@@ -37,6 +37,7 @@ class ClipModel(models.BaseModel):
 
     Attributes:
       module: the network.
+      system: the system's name.
     """
 
     def __init__(

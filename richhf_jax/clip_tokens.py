@@ -117,6 +117,12 @@ def _start_of_word(text: str, place: int) -> int:
     return place
 
 
+def is_in(folder: epath.PathLike) -> bool:
+    """Tells whether a directory has the files that `read` takes."""
+    place = epath.Path(folder)
+    return (place / FILE).exists() or all((place / name).exists() for name in _OLDER_FILES)
+
+
 def read(path: epath.PathLike) -> ClipTokens:
     """Reads a tokenizer.json; or in a directory, that file, or vocab.json and merges.txt.
 
@@ -129,7 +135,7 @@ def read(path: epath.PathLike) -> ClipTokens:
     if (place / FILE).exists():
         return ClipTokens(_read(place / FILE), str(place / FILE))
     vocabulary, merges = (place / name for name in _OLDER_FILES)
-    if not (vocabulary.exists() and merges.exists()):
+    if not is_in(place):
         raise errors.UserError(f"{place} has no {FILE}, nor {' and '.join(_OLDER_FILES)}")
     lines = _read(merges).decode(errors="replace").splitlines()
     rules = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]

@@ -38,6 +38,7 @@ class BaseModel(abc.ABC):
       vocab_size: number of token ids in the network's table; None: the network reads no text.
       outputs: the kinds that predictions have, and their order. Predictions hold "scores", float32
         [batch, scores], and "heatmaps", float32 [batch, heatmaps, height, width], where there are any kinds.
+      system: its name in `model_description.SYSTEMS`.
       has_uncertainty: whether predictions have "score_deviations".
       variant: one of `feedback.VARIANTS`; how many prompts an image has.
     """
@@ -45,6 +46,7 @@ class BaseModel(abc.ABC):
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
     outputs: feedback.Outputs = feedback.ALL_OUTPUTS
+    system: str = RAHF
     has_uncertainty: bool = False
     variant: str = feedback.MULTI_HEAD
 

@@ -2,16 +2,16 @@ r"""Converts weights that others published to a checkpoint of ours, and back.
 
     python -m richhf_jax.convert --from=t5-v1_1-base --from=B_16.npz --to=pretrained
 
-It reads checkpoints of T5X; directories of Hugging Face's T5, mT5 and ViT; .npz of the vision_transformer and
-big_vision line; rahf_model.pt, the PyTorch release of RAHF's authors; and our own checkpoints and
-.safetensors. The gin files say what the model is. Without any it is models/rahf_base.gin, or for that release
-models/rahf_pytorch_release.gin.
+It reads checkpoints of T5X; directories of Hugging Face's T5, mT5, ViT and CLIP; open_clip's weights; .npz of
+the vision_transformer and big_vision line; rahf_model.pt, the PyTorch release of RAHF's authors; and our own
+checkpoints and .safetensors. The gin files say what the model is. Without any it is models/rahf_base.gin; for
+that release models/rahf_pytorch_release.gin, for CLIP models/clip_score.gin.
 
 Prints what becomes of every array: it is loaded; or resampled to the model's grid of positions; or
 initialised (no source has it, so training starts it fresh); or unused (the model has no place for it). A
 shape that does not fit is an error. The result goes to the new directory --to: `checkpoint_0`, for
 INITIAL_CHECKPOINT_PATH; the printed table as conversion.txt; the model's configuration as config.gin; and for
-predictions model.json and vocabulary.model.
+predictions model.json and the vocabulary: vocabulary.model, or CLIP's tokenizer.json.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ import safetensors
 from absl import flags
 from flax import traverse_util
 
-from richhf_jax import errors, gin_utils, reading, writing
+from richhf_jax import clip_tokens, errors, gin_utils, reading, writing
 from richhf_jax.convert import clip, huggingface, layers, mapping, own, rahf_pytorch, t5x, vit_npz, writers
 from richhf_jax.convert.source import ConvertError, Source
-from richhf_jax.model_description import VOCABULARY_FILE, ModelDescription
+from richhf_jax.model_description import SYSTEMS, VOCABULARY_FILE, ModelDescription
 
 _FROM = flags.DEFINE_multi_string(
     "from",
@@ -71,14 +71,17 @@ class Format(NamedTuple):
 
 
 RELEASE = Format("the PyTorch release of RAHF", rahf_pytorch.is_rahf_pytorch, rahf_pytorch.open_rahf_pytorch)
+CLIP = (
+    Format("a directory of Hugging Face's CLIP", clip.is_huggingface, clip.open_huggingface),
+    Format("open_clip's weights", clip.is_open_clip, clip.open_open_clip),
+)
 FORMATS = (
     Format("a checkpoint of T5X", t5x.is_t5x, t5x.open_t5x),
     Format("a checkpoint of ours", own.is_checkpoint, own.open_checkpoint),
-    Format("a directory of Hugging Face's CLIP", clip.is_huggingface, clip.open_huggingface),
+    *CLIP,
     Format(
         "a directory of Hugging Face's T5 or ViT", huggingface.is_huggingface, huggingface.open_huggingface
     ),
-    Format("open_clip's weights", clip.is_open_clip, clip.open_open_clip),
     Format("our .safetensors", own.is_safetensors, own.open_safetensors),
     Format("a ViT's .npz", vit_npz.is_vit_npz, vit_npz.open_vit_npz),
     RELEASE,
@@ -141,8 +144,11 @@ def _explained(path: str) -> Iterator[None]:
 
 def default_gin_file(paths: Sequence[str]) -> str:
     """Returns the gin file of the model for weights whose user names no model."""
-    if [find_format(path) for path in paths] == [RELEASE]:
+    formats = [find_format(path) for path in paths]
+    if formats == [RELEASE]:
         return "models/rahf_pytorch_release.gin"
+    if formats and formats[0] in CLIP:
+        return "models/clip_score.gin"
     return "models/rahf_base.gin"
 
 
@@ -169,27 +175,56 @@ def describe(
     """Describes the model for predictions.
 
     Args:
-      model: a `models.RahfModel`.
+      model: a `models.RahfModel` or another system's.
       paths: where the parameters came from.
       lengths: the model's feature lengths: "image" in pixels, "inputs" and "targets" in tokens.
       vocabulary: path of a SentencePiece model; only a local one is read. None: the small one of `tasks/`.
+        For CLIP, path of a tokenizer.json; None: that of `paths`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
+
+    Raises:
+      errors.UserError: CLIP's vocabulary is damaged, or another model's.
     """
-    place = _small_vocabulary() if vocabulary is None else pathlib.Path(vocabulary)
+    system = SYSTEMS[model.system]
     network = model.module
     if unstacked:
-        configs = {name: getattr(network, name) for name in ("t5_config", "vit_config", "heads_config")}
+        configs = {name: getattr(network, name) for name in system.configs}
         network = network.clone(
-            **{name: config.replace(scan_layers=False) for name, config in configs.items()}
+            **{
+                name: config.replace(scan_layers=False)
+                for name, config in configs.items()
+                if hasattr(config, "scan_layers")
+            }
         )
+    read = _clip_vocabulary if system.vocabulary_file == clip_tokens.FILE else _sentencepiece
     return ModelDescription(
         network,
-        lengths,
-        "resize",
-        model.misalignment_threshold,
+        {name: lengths[name] for name in system.lengths},
+        model.describe(lengths, {})["fit"],
+        model.misalignment_threshold if system.marks_words else None,
         {"converted_from": ", ".join(paths)},
-        place.read_bytes() if place.is_file() else None,
+        read(model, paths, vocabulary) if system.vocabulary_file else None,
+        system=model.system,
     )
+
+
+def _sentencepiece(model: Any, paths: Sequence[str], path: str | None) -> bytes | None:
+    """Reads the SentencePiece model at a local path; None: the small one."""
+    del model, paths
+    place = _small_vocabulary() if path is None else pathlib.Path(path)
+    return place.read_bytes() if place.is_file() else None
+
+
+def _clip_vocabulary(model: Any, paths: Sequence[str], path: str | None) -> bytes | None:
+    """Reads CLIP's vocabulary at a path, or else the one that lies beside weights; None: there is none."""
+    folders = [pathlib.Path(one) for one in paths]
+    folders = [one if one.is_dir() else one.parent for one in folders]
+    places = [path] if path else [one for one in folders if clip_tokens.is_in(one)]
+    if not places:
+        return None
+    tokens = clip_tokens.read(places[0])
+    tokens.check_size(model.vocab_size)
+    return tokens.content
 
 
 def _small_vocabulary() -> pathlib.Path:
@@ -212,7 +247,7 @@ def convert(
     """Converts weights, writes the result, and prints the table.
 
     Args:
-      model: the model for the weights, a `models.RahfModel`.
+      model: the model for the weights, a `models.RahfModel` or another system's.
       paths: the weights to read, each in one of `FORMATS`.
       to: a directory that doesn't exist yet, or is empty.
       output: "orbax", "safetensors" or "huggingface".
@@ -229,7 +264,7 @@ def convert(
     writing.check_is_new(to, "--to")
     own.check_outside_checkpoints(to, "--to")
     sources = [open_weights(path) for path in paths]
-    configs = {name: getattr(model.module, name) for name in ("t5_config", "vit_config")}
+    configs = {name: getattr(model.module, name) for name in SYSTEMS[model.system].configs}
     shapes = model_shapes(model)
     if output != "orbax":  # The names of the other formats do not depend on how we compile a stack.
         shapes = unstacked_shapes(shapes)
@@ -248,8 +283,10 @@ def convert(
         gin_utils.write_operative_config(directory / "config.gin")
         if description and output != "huggingface":
             description.write(directory)
-            if description.vocabulary is None:
-                print(f"for predictions, copy the SentencePiece model to {to}/{VOCABULARY_FILE}")
+            file = SYSTEMS[description.system].vocabulary_file
+            if file and description.vocabulary is None:
+                kind = "SentencePiece model" if file == VOCABULARY_FILE else "vocabulary"
+                print(f"for predictions, copy the {kind} to {to}/{file}")
     return table
 
 
