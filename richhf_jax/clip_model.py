@@ -37,36 +37,20 @@ class ClipModel(models.BaseModel):
 
     Attributes:
       module: the network.
-      system: the system's name.
     """
+
+    # The end of a text is found by its id.
+    exact_vocabulary = True
 
     def __init__(
         self,
         module: nn.Module,
         optimizer_def: optax.GradientTransformation | None,
-        fit: str = "centre_crop",
         score_loss_weight: float = 1.0,
     ):
-        """Makes the model.
-
-        Args:
-          module: a `network.clip.Clip`.
-          optimizer_def: the optimizer; None in a model that only predicts.
-          fit: how the data's pictures become square, see `pixels.square`; for the description.
-          score_loss_weight: factor of the scores' loss.
-
-        Raises:
-          errors.UserError: a heatmap is wanted of cropped pictures.
-        """
         super().__init__(optimizer_def)
         self.module: Any = module
-        self._fit = fit
         self._score_loss_weight = score_loss_weight
-        if self.outputs.heatmaps and fit == "centre_crop":
-            raise errors.UserError(
-                "ClipModel.fit is 'centre_crop', so a heatmap wouldn't show what is cropped off: give"
-                " --gin.FIT=\"'resize'\""
-            )
 
     @property
     def outputs(self) -> feedback.Outputs:
@@ -85,9 +69,9 @@ class ClipModel(models.BaseModel):
 
     def describe(self, feature_lengths, batch_shapes):
         """Describes the model: see `models.describe_system`."""
-        del batch_shapes
+        fit = "letterbox" if "image_box" in batch_shapes else "resize"
         lengths = {name: feature_lengths[name] for name in ("image", "inputs")}
-        return models.describe_system(self.system, self.module, lengths, self._fit)
+        return models.describe_system(self.system, self.module, lengths, fit)
 
     def progress_metrics(self, scalars):
         """Names the losses by their kinds, and leaves out the shares of cut texts that are 0."""

@@ -219,7 +219,12 @@ def _rahf_encoder(description: ModelDescription) -> prompt_encoders.SentencePiec
 
 
 def _clip(description: ModelDescription) -> clip_model.ClipModel:
-    return clip_model.ClipModel(description.network, None, description.fit)
+    if description.network.outputs.heatmaps and description.fit == "centre_crop":
+        raise errors.UserError(
+            f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): nothing is known"
+            " of what is cropped off. Convert the weights with --gin.augmentation.show.fit=\"'resize'\""
+        )
+    return clip_model.ClipModel(description.network, None)
 
 
 def _clip_encoder(description: ModelDescription) -> clip_tokens.ClipTokens:

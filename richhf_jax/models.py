@@ -36,6 +36,7 @@ class BaseModel(abc.ABC):
       FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
         the default of `input_pipeline`.
       vocab_size: number of token ids in the network's table; None: the network reads no text.
+      exact_vocabulary: whether the data's vocabulary must have exactly `vocab_size` ids, and not fewer.
       outputs: the kinds that predictions have, and their order. Predictions hold "scores", float32
         [batch, scores], and "heatmaps", float32 [batch, heatmaps, height, width], where there are any kinds.
       system: its name in `model_description.SYSTEMS`.
@@ -45,6 +46,7 @@ class BaseModel(abc.ABC):
 
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
+    exact_vocabulary: bool = False
     outputs: feedback.Outputs = feedback.ALL_OUTPUTS
     system: str = RAHF
     has_uncertainty: bool = False

@@ -25,6 +25,8 @@ from richhf_jax import clip_tokens, errors
 # CLIP's kind, for VOCABULARY.
 SMALL_CLIP = str(pathlib.Path(__file__).parent / "clip_small.json")
 SMALL_MODEL = str(pathlib.Path(__file__).parent / "sentencepiece_small.model")
+# Names of shipped vocabularies, in place of a path.
+_NAMES = {"clip_small": SMALL_CLIP}
 
 
 @gin.configurable
@@ -32,13 +34,14 @@ def get_vocabulary(path: str | None = None) -> "seqio.SentencePieceVocabulary | 
     """Loads a vocabulary, once per file.
 
     Args:
-      path: local or gs://; None: the small SentencePiece model shipped here.
+      path: local or gs://; None: the small SentencePiece model shipped here; "clip_small": CLIP's kind, also
+        shipped here.
 
     Raises:
       errors.UserError: the file can't be read, or is no SentencePiece model; or if it ends in .json, is no
         vocabulary of CLIP's.
     """
-    return _load(path or SMALL_MODEL)
+    return _load(_NAMES.get(path, path or SMALL_MODEL))
 
 
 @functools.lru_cache

@@ -289,7 +289,8 @@ def test_the_box_alone_has_colours(rng):
 
 
 def test_shipped_values_are_the_defaults():
-    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["augmentation/default.gin"], [])
+    files = ["models/common.gin", "augmentation/default.gin"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, [])
     for function in (augmentation.show, augmentation.draw_window, augmentation.recolour, augmentation.move):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:

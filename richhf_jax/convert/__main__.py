@@ -20,6 +20,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import gin
 import jax
 import safetensors
 from absl import flags
@@ -171,7 +172,12 @@ def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
 
 def describe(
-    model: Any, paths: Sequence[str], lengths: Mapping[str, int], vocabulary: str | None, unstacked: bool
+    model: Any,
+    paths: Sequence[str],
+    lengths: Mapping[str, int],
+    vocabulary: str | None,
+    unstacked: bool,
+    fit: str = "resize",
 ) -> ModelDescription:
     """Describes the model for predictions.
 
@@ -182,6 +188,7 @@ def describe(
       vocabulary: path of a SentencePiece model; only a local one is read. None: the small one of `tasks/`.
         For CLIP, path of a tokenizer.json; None: that of `paths`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
+      fit: how pictures become square, see `pixels.square`.
 
     Raises:
       errors.UserError: CLIP's vocabulary is damaged, or another model's.
@@ -201,7 +208,7 @@ def describe(
     return ModelDescription(
         network,
         {name: lengths[name] for name in system.lengths},
-        model.describe(lengths, {})["fit"],
+        fit,
         model.misalignment_threshold if system.marks_words else None,
         {"converted_from": ", ".join(paths)},
         read(model, paths, vocabulary) if system.vocabulary_file else None,
@@ -212,7 +219,7 @@ def describe(
 def _sentencepiece(model: Any, paths: Sequence[str], path: str | None) -> bytes | None:
     """Reads the SentencePiece model at a local path; None: the small one."""
     del model, paths
-    place = _small_vocabulary() if path is None else pathlib.Path(path)
+    place = _small_vocabulary("sentencepiece_small.model") if path is None else pathlib.Path(path)
     return place.read_bytes() if place.is_file() else None
 
 
@@ -220,6 +227,8 @@ def _clip_vocabulary(model: Any, paths: Sequence[str], path: str | None) -> byte
     """Reads CLIP's vocabulary at a path, or else the one that lies beside weights; None: there is none."""
     folders = [pathlib.Path(one) for one in paths]
     folders = [one if one.is_dir() else one.parent for one in folders]
+    if path == "clip_small":
+        path = str(_small_vocabulary("clip_small.json"))
     places = [path] if path else [one for one in folders if clip_tokens.is_in(one)]
     if not places:
         return None
@@ -228,13 +237,13 @@ def _clip_vocabulary(model: Any, paths: Sequence[str], path: str | None) -> byte
     return tokens.content
 
 
-def _small_vocabulary() -> pathlib.Path:
+def _small_vocabulary(name: str) -> pathlib.Path:
     """Finds the vocabulary beside `tasks`, without importing `tasks` and so TensorFlow."""
     tasks = importlib.util.find_spec("tasks")
     # `tasks` is installed with this package.
     assert tasks is not None
     assert tasks.origin is not None
-    return pathlib.Path(tasks.origin).parent / "sentencepiece_small.model"
+    return pathlib.Path(tasks.origin).parent / name
 
 
 def convert(
@@ -306,7 +315,10 @@ def main() -> None:
         "targets": _TEXT_LENGTH.value or gin_utils.macro("TARGET_LENGTH"),
     }
     model.check_image_size(lengths["image"], lengths["image"])
-    description = describe(model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax")
+    fit = gin.query_parameter("augmentation.show.fit")
+    description = describe(
+        model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
+    )
     convert(model, paths, to, _FORMAT.value, _ALLOW_MISMATCHED_SHAPES.value, description)
     print(f"written to {to}")
 

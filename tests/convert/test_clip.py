@@ -264,7 +264,8 @@ def configure(preset="clip_score", *bindings):
 def convert(folder, to, preset="clip_score", *bindings):
     made = configure(preset, *bindings)
     lengths = {"image": SIDE, "inputs": LENGTH, "targets": 8}
-    description = command.describe(made, [str(folder)], lengths, gin_utils.macro("VOCABULARY"), False)
+    fit = gin.query_parameter("augmentation.show.fit")
+    description = command.describe(made, [str(folder)], lengths, gin_utils.macro("VOCABULARY"), False, fit)
     command.convert(made, [str(folder)], str(to), description=description)
     return made
 
