@@ -179,7 +179,10 @@ def check_vocabulary(cfg: DatasetConfig, vocab_size: int | None, exact: bool = F
 
 def fit() -> str:
     """Returns the way in which pictures become square, see `augmentation.show`."""
-    return gin.query_parameter("augmentation.show.fit")
+    try:
+        return gin.query_parameter("augmentation.show.fit")
+    except ValueError:  # Nothing is bound to it.
+        return "resize"
 
 
 def vocabulary_model(cfg: DatasetConfig) -> bytes | None:

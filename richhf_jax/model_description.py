@@ -221,8 +221,8 @@ def _rahf_encoder(description: ModelDescription) -> prompt_encoders.SentencePiec
 def _clip(description: ModelDescription) -> clip_model.ClipModel:
     if description.network.outputs.heatmaps and description.fit == "centre_crop":
         raise errors.UserError(
-            f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): nothing is known"
-            " of what is cropped off. Convert the weights with --gin.augmentation.show.fit=\"'resize'\""
+            f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): it would know"
+            " nothing of what is cropped off. Convert with --gin.augmentation.show.fit=\"'resize'\""
         )
     return clip_model.ClipModel(description.network, None)
 

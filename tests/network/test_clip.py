@@ -5,12 +5,18 @@ The golden files hold every parameter of a preset. To write them anew:
 """
 
 import functools
+import json
+import math
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from richhf_jax import gin_utils
 from richhf_jax.convert import layers as stacks
 from richhf_jax.network import clip, grad_cam
 
@@ -156,3 +162,45 @@ def test_each_images_map_is_scaled_on_its_own(inputs, params):
     np.testing.assert_allclose(maps.max(axis=(1, 2)), 1, atol=1e-3)
     one = maps_of(variables["params"], inputs[0][1:2], inputs[1][1:2])
     np.testing.assert_allclose(one[0], maps[1], atol=1e-5)
+
+
+PRESETS = {
+    "clip_score": ("clip_b32", "clip_b16", "clip_l14", "clip_l14_336", "clip_h14", "clip_tiny"),
+    "pickscore": ("clip_h14",),
+    "clip_finetuned": ("clip_b32", "clip_tiny"),
+    "clip_gradient": ("clip_b32",),
+}
+# Parameters of the published models. There the class token is a parameter beside its position.
+PUBLISHED = {
+    "clip_b32": 151_277_313,
+    "clip_b16": 149_620_737,
+    "clip_l14": 427_616_513,
+    "clip_l14_336": 427_944_193,
+    "clip_h14": 986_109_441,
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"), [(preset, size) for preset, sizes in PRESETS.items() for size in sizes]
+)
+def test_golden_parameters_of_the_presets(preset, size):
+    files = [f"models/{preset}.gin", f"sizes/{size}.gin"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, ["SCAN_LAYERS = True"])
+    model = gin_utils.macro("MODEL")
+    init = functools.partial(model.get_initial_variables, input_shapes=model.input_shapes)
+    variables = jax.eval_shape(init, jax.random.key(0))
+    axes = traverse_util.flatten_dict(variables["params_axes"], sep="/")
+    found = {
+        name: f"{leaf.dtype} {leaf.shape} {' '.join(map(str, axes[f'{name}_axes'].names))}"
+        for name, leaf in sorted(traverse_util.flatten_dict(variables["params"], sep="/").items())
+    }
+    file = pathlib.Path(__file__).parent / f"golden/{preset}_{size}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == json.loads(file.read_text())
+    if size in PUBLISHED and preset != "clip_finetuned":
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+        assert count + model.module.vision_config.emb_dim == PUBLISHED[size]
+    for name, described in found.items():
+        named = [axis for axis in described.rpartition(")")[2].split() if axis != "None"]
+        assert len(named) == len(set(named)), f"{name}: {described}"
