@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from richhf_jax import checkpoints, weights_file, writing
 from richhf_jax.convert import huggingface, layers, own
-from richhf_jax.convert.source import ConvertError, Tensor
+from richhf_jax.convert.source import MUTABLES, ConvertError, Tensor
 
 _POSITIONS = "vit/position_embedding/embedding"
 
@@ -28,7 +28,7 @@ def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], con
 
 
 def save_checkpoint(directory: pathlib.Path, params: Mapping[str, jax.Array], step: int) -> None:
-    """Writes checkpoint_<step> without optimizer state.
+    """Writes checkpoint_<step> without optimizer state, with the mutable collections among `params`.
 
     Raises:
       errors.UserError: it can't be written.
@@ -38,7 +38,9 @@ def save_checkpoint(directory: pathlib.Path, params: Mapping[str, jax.Array], st
         # Looking first leaves out the messages of Orbax's threads, which nobody catches.
         if sum(array.nbytes for array in params.values()) > shutil.disk_usage(directory).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(directory))
-        checkpoints.save_params(str(directory), traverse_util.unflatten_dict(dict(params), sep="/"), step)
+        tree = traverse_util.unflatten_dict(dict(params), sep="/")
+        mutables = tree.pop(MUTABLES, None)
+        checkpoints.save_params(str(directory), tree, step, mutables)
 
 
 def write_safetensors(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:

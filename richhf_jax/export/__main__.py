@@ -35,6 +35,7 @@ from richhf_jax.predict import forward, predictor
 
 INTERFACE = "interface.json"
 CHECKSUMS = "SHA256SUMS"
+_EXAMPLE = "example.py"
 _HERE = pathlib.Path(__file__).parent
 
 
@@ -50,7 +51,9 @@ def _write_stablehlo(directory: pathlib.Path, job: Job) -> None:
     stablehlo.write(directory, job.description, job.params)
     weights.write_safetensors(directory, job.params)
     interface = program.interface(job.description) | {"requires": [f"jax>={jax.__version__}"]}
-    _write_guide(directory, interface, "example_stablehlo.py")
+    _write_guide(directory, interface)
+    if _reads_sentencepiece_or_nothing(job.description):
+        shutil.copyfile(_HERE / "example_stablehlo.py", directory / _EXAMPLE)
 
 
 def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
@@ -59,15 +62,25 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
         saved_model = importlib.import_module("richhf_jax.export.saved_model")
     except ModuleNotFoundError as error:
         raise errors.UserError(f"a SavedModel needs {error.name}: pip install -e '.[export]'") from error
+    if not _reads_sentencepiece_or_nothing(job.description):
+        raise errors.UserError(
+            f"--to=savedmodel: TensorFlow has no operations for the vocabulary of {job.description.system};"
+            " give another --to"
+        )
     saved_model.write(directory, job.description, job.params)
     interface = program.interface(job.description) | {"requires": list(saved_model.REQUIRES)}
-    _write_guide(directory, interface, "example_saved_model.py")
+    _write_guide(directory, interface)
+    shutil.copyfile(_HERE / "example_saved_model.py", directory / _EXAMPLE)
 
 
-def _write_guide(directory: pathlib.Path, interface: dict[str, Any], example: str) -> None:
-    """Writes interface.json, for programs that call the export, and example.py, for their authors."""
+def _reads_sentencepiece_or_nothing(description: model_description.ModelDescription) -> bool:
+    vocabulary = model_description.SYSTEMS[description.system].vocabulary_file
+    return vocabulary in (None, model_description.VOCABULARY_FILE)
+
+
+def _write_guide(directory: pathlib.Path, interface: dict[str, Any]) -> None:
+    """Writes interface.json, for programs that call the export; example.py is for their authors."""
     writing.write(directory / INTERFACE, json.dumps(interface, indent=2) + "\n")
-    shutil.copyfile(_HERE / example, directory / "example.py")
 
 
 def _write_checksums(directory: pathlib.Path) -> None:

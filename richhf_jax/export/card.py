@@ -8,8 +8,8 @@ import jinja2
 from etils import epath
 
 import richhf_jax
-from richhf_jax import feedback, foreign_text, reading, writing
-from richhf_jax.model_description import ModelDescription
+from richhf_jax import foreign_text, reading, writing
+from richhf_jax.model_description import SYSTEMS, ModelDescription
 
 FILE = "MODEL_CARD.md"
 
@@ -41,13 +41,14 @@ def write(
         keep_trailing_newline=True,
     )
     card = environment.get_template(FILE).render(
-        title="RAHF",
         version=richhf_jax.__version__,
-        scores=feedback.SCORES,
-        heatmaps=feedback.HEATMAPS,
+        model=description.model,
+        arrays=[f"`{name}`" for name in ("scores", "heatmaps") if getattr(description.model.outputs, name)],
+        vocabulary_file=SYSTEMS[description.system].vocabulary_file,
+        has_example=(directory / "example.py").exists(),
         checkpoint=_shown(checkpoint),
         description=description,
-        dtype=_shown(description.network.t5_config.dtype),
+        dtype=_shown(_dtype(description)),
         lengths=description.feature_lengths,
         num_parameters=num_parameters,
         training={
@@ -61,6 +62,12 @@ def write(
         step=step,
     )
     writing.write(directory / FILE, card)
+
+
+def _dtype(description: ModelDescription) -> str | None:
+    """Returns the type of the network's activations, by the first of its configurations that has one."""
+    parts = (part for part in description.network.describe().values() if isinstance(part, Mapping))
+    return next((part["dtype"] for part in parts if "dtype" in part), None)
 
 
 def _shown(fact: Any) -> str:

@@ -24,24 +24,28 @@ def check():
 
 
 def main(path, prompt):
-    """Prints the scores, the heatmaps' peaks and the words."""
+    """Prints the scores, the heatmaps' peaks and the words; it leaves out what the model lacks."""
     check()
     model = tf.saved_model.load(str(here / "saved_model"))
+    serve = model.signatures["serving_default"]
+    inputs = {"image_bytes": tf.constant([pathlib.Path(path).read_bytes()])}
+    if "prompts" in serve.structured_input_signature[1]:  # A model may read no text.
+        inputs["prompts"] = tf.constant([prompt])
     try:
-        outputs = model.signatures["serving_default"](
-            image_bytes=tf.constant([pathlib.Path(path).read_bytes()]), prompts=tf.constant([prompt])
-        )
+        outputs = serve(**inputs)
     except (OSError, tf.errors.InvalidArgumentError) as error:
         sys.exit(f"{path} is no image that can be read: {error}".splitlines()[0])
     numbers = outputs.keys() & {"scores", "heatmaps", "uncertainty"}
     if not all(np.isfinite(outputs[name]).all() for name in numbers):
         sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
-    print("scores", outputs["scores"][0].numpy().tolist())
-    if "uncertainty" in outputs:
-        print("uncertainty", outputs["uncertainty"][0].numpy().tolist())
-    print("peaks", tf.reduce_max(outputs["heatmaps"][0], [1, 2]).numpy().tolist())
-    for word, probability in zip(outputs["words"][0], outputs["misaligned_probability"][0], strict=True):
-        print(f"{float(probability):.3f} {word.numpy().decode()}")
+    for name in ("scores", "uncertainty"):
+        if name in outputs:
+            print(name, outputs[name][0].numpy().tolist())
+    if "heatmaps" in outputs:
+        print("peaks", tf.reduce_max(outputs["heatmaps"][0], [1, 2]).numpy().tolist())
+    if "words" in outputs:
+        for word, probability in zip(outputs["words"][0], outputs["misaligned_probability"][0], strict=True):
+            print(f"{float(probability):.3f} {word.numpy().decode()}")
 
 
 if __name__ == "__main__":

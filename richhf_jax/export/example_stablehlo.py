@@ -29,8 +29,11 @@ def checked(name):
 
 
 interface = json.loads(checked("interface.json"))
-vocabulary = sentencepiece.SentencePieceProcessor(model_proto=checked("vocabulary.model"))
-side, length, target_length = (interface[name] for name in ("image_side", "inputs_length", "targets_length"))
+side, length, target_length = (
+    interface.get(name) for name in ("image_side", "inputs_length", "targets_length")
+)
+# A model that reads no text has no vocabulary.
+vocabulary = length and sentencepiece.SentencePieceProcessor(model_proto=checked("vocabulary.model"))
 
 
 def tokens(text):
@@ -65,16 +68,15 @@ def square_of(path):
 
 
 def main(path, prompt):
-    """Prints scores and words; writes the heatmaps to heatmaps.npy."""
+    """Prints scores and words; writes the heatmaps to heatmaps.npy. It leaves out what the model lacks."""
     image, box = square_of(path)
-    words, pieces, numbers = words_of(prompt)
-    prompts = [tokens(form.replace("{prompt}", prompt)) for form in interface["prompts"]]
-    inputs = {
-        "image": image[None],
-        "encoder_input_tokens": np.array([prompts], np.int32),
-        "word_pieces": pieces[None],
-        "word_numbers": numbers[None],
-    }
+    inputs = {"image": image[None]}
+    if length:
+        prompts = [tokens(form.replace("{prompt}", prompt)) for form in interface["prompts"]]
+        inputs["encoder_input_tokens"] = np.array([prompts], np.int32)
+    if target_length:
+        words, pieces, numbers = words_of(prompt)
+        inputs |= {"word_pieces": pieces[None], "word_numbers": numbers[None]}
     if interface["fit"] == "letterbox":
         inputs["image_box"] = box[None]
     program = jax.export.deserialize(bytearray(checked("rahf.stablehlo")))
@@ -88,20 +90,22 @@ def main(path, prompt):
     numbers = outputs.keys() & {"scores", "heatmaps", "uncertainty"}
     if not all(np.isfinite(outputs[name]).all() for name in numbers):
         sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
-    # Nothing is known of words for which the decoder has no room.
-    probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
-    marks = [*outputs["misaligned"][0].tolist(), *[False] * len(words)]
-    found = {
-        "scores": dict(zip(interface["scores"], outputs["scores"][0].tolist(), strict=True)),
-        "words": [
+    found = {}
+    if "scores" in outputs:
+        found["scores"] = dict(zip(interface["scores"], outputs["scores"][0].tolist(), strict=True))
+    if target_length:
+        # Nothing is known of words for which the decoder has no room.
+        probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
+        marks = [*outputs["misaligned"][0].tolist(), *[False] * len(words)]
+        found["words"] = [
             {"text": text, "misaligned": mark, "probability": None if p != p else p}
             for text, mark, p in zip(words, marks, probabilities, strict=False)
-        ],
-    }
+        ]
     if "uncertainty" in outputs:
         found["uncertainty"] = dict(zip(interface["scores"], outputs["uncertainty"][0].tolist(), strict=True))
     print(json.dumps(found, indent=2, allow_nan=False))
-    np.save("heatmaps.npy", outputs["heatmaps"][0])
+    if "heatmaps" in outputs:
+        np.save("heatmaps.npy", outputs["heatmaps"][0])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Writes a TensorFlow SavedModel with two signatures.
 
-serving_default   takes image bytes and prompts; the graph decodes and encodes them as training does
+serving_default   takes image bytes and prompts; the graph decodes and encodes them as training does. A system
+                  that reads no text takes image bytes alone
 arrays            takes the arrays of `program.input_shapes`
 
 tensorflow-text's operations encode the prompts. TensorFlow Serving links them; in Python the model loads only
@@ -31,14 +32,18 @@ REQUIRES = ("tensorflow", "tensorflow-text")
 
 def write(directory: pathlib.Path, description: ModelDescription, params: program.Arrays) -> None:
     """Writes the SavedModel into a folder of the directory. Its variables are the parameters."""
-    reader = PromptReader(description)
+    reader = PromptReader(description) if description.encoder else None
     model = tf.Module()
     model.parameters = {
         name: tf.Variable(value, trainable=False, name=name) for name, value in params.items()
     }
-    model.resources = reader.resources
     predict = _of_arrays(description, stablehlo.export(description, params), model.parameters)
-    signatures = {"arrays": predict, "serving_default": _of_strings(description, reader, predict)}
+    if reader:
+        model.resources = reader.resources
+        serve = _of_strings(description, reader, predict)
+    else:
+        serve = _of_images(description, predict)
+    signatures = {"arrays": predict, "serving_default": serve}
     with writing.explained_disk_errors(directory, also=(tf.errors.OpError,)):
         tf.saved_model.save(model, str(directory / FOLDER), signatures)
 
@@ -174,6 +179,16 @@ def _of_strings(description: ModelDescription, reader: PromptReader, predict: Ca
             "misaligned_probability": tf.where(known, probability, float("nan")),
             "misaligned": known & misaligned,
         }
+
+    return serve
+
+
+def _of_images(description: ModelDescription, predict: Callable) -> Callable:
+    """Returns a function of image bytes alone, of a system that reads no text."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    def serve(image_bytes):
+        return dict(predict(_read_images(image_bytes, description)))
 
     return serve
 

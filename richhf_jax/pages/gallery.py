@@ -212,6 +212,7 @@ def _view(card: Card, target: RichFeedback | None = None) -> dict[str, Any]:
         "uris": [card.image, *(uri for _, uri in card.heatmaps.values() if uri)],
         "size": card.size,
         "compared": target is not None,
+        "marked": "tokens" in record,
         "heatmaps": [
             (kind, [(name, *heatmaps.get(kind, (None, None))) for name, heatmaps in sides])
             for kind in feedback.HEATMAPS

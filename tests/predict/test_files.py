@@ -27,6 +27,7 @@ def prediction(position: int) -> predictor.Prediction:
         heatmaps={kind: rng.random((16, 20), np.float32) for kind in feedback.HEATMAPS},
         tokens=(feedback.Token("a", False, 0.25), feedback.Token("cat", True)),
         picture=rng.integers(0, 256, (16, 20, 3)).astype(np.uint8),
+        size=(16, 20),
         words_cut=0,
     )
 

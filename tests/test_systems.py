@@ -1,0 +1,362 @@
+"""Systems that predict only some outputs go through the same programs, from training to export."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import seqio
+from flax import linen as nn
+from flax import struct, traverse_util
+from flax.linen import partitioning as partitioning_axes
+from PIL import Image
+
+import tasks  # noqa: F401 (registers them)
+from richhf_jax import (
+    RahfPredictor,
+    checkpoints,
+    errors,
+    feedback,
+    infer,
+    input_pipeline,
+    losses,
+    model_description,
+    models,
+    partitioning,
+    train,
+)
+from richhf_jax import eval as eval_script
+from richhf_jax.export import __main__ as export
+from richhf_jax.predict import __main__ as predict
+
+TASK = "synthetic_rich_hf_multi_head"
+SIDE = 64  # That of the scenes.
+LENGTHS = {"image": SIDE, "inputs": 8, "targets": 8, "heatmaps": 2, "scores": 4, "texts": 0}
+STATISTICS = ("batch_stats", "norm", "mean")
+
+
+@struct.dataclass
+class TinyConfig:
+    """The kinds of outputs."""
+
+    score_kinds: tuple[str, ...] = ()
+    heatmap_kinds: tuple[str, ...] = ()
+
+
+class Tiny(nn.Module):
+    """Batch-normalised pixels, and a linear layer for each kind of output."""
+
+    tiny_config: TinyConfig
+
+    def describe(self) -> dict[str, Any]:
+        return {"tiny_config": dataclasses.asdict(self.tiny_config)}
+
+    def with_attention_kernel(self, kernel):
+        return self
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        pixels = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(image / 255.0)
+        outputs = {}
+        if kinds := self.tiny_config.score_kinds:
+            means = jnp.mean(pixels, axis=(1, 2))
+            outputs["scores"] = nn.sigmoid(nn.Dense(len(kinds), name="scores")(means))
+        if kinds := self.tiny_config.heatmap_kinds:
+            maps = nn.sigmoid(nn.Dense(len(kinds), name="heatmaps")(pixels))
+            outputs["heatmaps"] = jnp.moveaxis(maps, -1, 1)
+        return outputs
+
+
+class TinyModel(models.BaseModel):
+    """The squared error of `Tiny`'s outputs."""
+
+    def __init__(self, module: Tiny, optimizer_def=None):
+        super().__init__(optimizer_def)
+        self.module = module
+        config = module.tiny_config
+        self.outputs = feedback.Outputs(config.score_kinds, config.heatmap_kinds, keywords=False)
+
+    def describe(self, feature_lengths, batch_shapes):
+        return models.describe_system("tiny", self.module, {"image": feature_lengths["image"]}, "resize")
+
+    def get_initial_variables(self, rng, input_shapes, input_types=None):
+        variables = self.module.init(rng, jnp.zeros(input_shapes["image"], jnp.uint8))
+        axes = {
+            (*path[:-1], f"{path[-1]}_axes"): partitioning_axes.AxisMetadata((None,) * leaf.ndim)
+            for path, leaf in traverse_util.flatten_dict(variables["params"]).items()
+        }
+        return {**variables, "params_axes": traverse_util.unflatten_dict(axes)}
+
+    def loss_weights(self, batch):
+        return {"loss": jnp.float32(batch["image"].shape[0])}
+
+    def loss_fn(self, params, batch, dropout_rng, normalizers=None, *, flax_mutables):
+        outputs, mutables = self.module.apply(
+            {"params": params, **flax_mutables},
+            batch["image"],
+            train=dropout_rng is not None,
+            mutable=["batch_stats"],
+        )
+        total = 0.0
+        for name, kinds, known in (
+            ("score", self.outputs.scores, feedback.SCORES),
+            ("heatmap", self.outputs.heatmaps, feedback.HEATMAPS),
+        ):
+            if kinds:
+                targets = jnp.stack([batch[f"{name}_targets"][:, known.index(kind)] for kind in kinds], 1)
+                targets /= 255 if name == "heatmap" else 1
+                total += jnp.sum(jnp.square(outputs[f"{name}s"] - targets))
+        loss = total / (normalizers or self.loss_weights(batch))["loss"]
+        return loss, ({"loss": losses.WeightedMean(loss, jnp.ones(()))}, dict(mutables))
+
+    def predict_batch_with_aux(self, params, batch, rng=None, *, flax_mutables):
+        return self.module.apply({"params": params, **flax_mutables}, batch["image"]), {}
+
+    def score_batch(self, params, batch):
+        raise NotImplementedError
+
+
+TINY = model_description.System(
+    network=Tiny,
+    configs={"tiny_config": TinyConfig},
+    model=lambda description: TinyModel(description.network),
+)
+SCORES = {"score_kinds": ("alignment", "overall")}
+ONE_SCORE = {"score_kinds": ("alignment",)}
+HEATMAPS = {"heatmap_kinds": ("misalignment",)}
+PARTITIONER = partitioning.PjitPartitioner(devices=jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def tiny_system(monkeypatch):
+    monkeypatch.setitem(model_description.SYSTEMS, "tiny", TINY)
+
+
+@pytest.fixture
+def make_dir(tmp_path):
+    """Makes a MODEL_DIR of random parameters and statistics."""
+
+    def make(**kinds) -> pathlib.Path:
+        directory = tmp_path / "_".join(kinds)
+        directory.mkdir()
+        model = TinyModel(Tiny(TinyConfig(**kinds)))
+        shapes = {"image": (1, SIDE, SIDE, 3)}
+        variables = model.get_initial_variables(jax.random.key(0), shapes)
+        statistics = jax.tree.map(lambda leaf: leaf + 0.25, variables["batch_stats"])
+        checkpoints.save_params(
+            str(directory), variables["params"], flax_mutables={"batch_stats": statistics}
+        )
+        content = model.describe(LENGTHS, shapes)
+        model_description.write(directory, content | {"training": {"task": "none"}}, b"not its own")
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, synthetic_data_dir):
+    """Trains a model of two scores for a few steps."""
+    seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
+    directory = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_description.SYSTEMS, "tiny", TINY)
+        train.train(
+            model=TinyModel(Tiny(TinyConfig(**SCORES)), optax.sgd(0.5)),
+            model_dir=str(directory),
+            train_dataset_cfg=config("train"),
+            train_eval_dataset_cfg=config("validation"),
+            partitioner=PARTITIONER,
+            checkpoint_cfg=checkpoints.CheckpointConfig(checkpoints.SaveCheckpointConfig(period=2), None),
+            total_steps=3,
+            eval_steps=1,
+        )
+    return directory
+
+
+def config(split: str) -> input_pipeline.DatasetConfig:
+    return input_pipeline.DatasetConfig(TASK, LENGTHS, split, batch_size=4, shuffle=False)
+
+
+def lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_model_of_two_scores_is_trained_evaluated_and_predicts(trained, tmp_path):
+    assert not (trained / "vocabulary.model").exists()  # It reads no text.
+    model = TinyModel(Tiny(TinyConfig(**SCORES)))  # Evaluation needs no optimizer.
+    given = {"model": model, "checkpoint_path": str(trained), "partitioner": PARTITIONER}
+    metrics = eval_script.evaluate(
+        **given, dataset_cfg=config("test"), output_dir=str(tmp_path), baseline_fns=()
+    )
+    kinds = {name.rpartition("/")[2] for name in metrics if name.startswith("score/mse")}
+    assert kinds == {"alignment", "overall"}
+    assert not [name for name in metrics if name.startswith(("heatmap/", "keywords/", "synthetic/"))]
+    (written,) = tmp_path.rglob("predictions.jsonl")
+    assert all(line.keys() == {"id", "prompt", "scores"} for line in lines(written))
+
+    infer.infer(**given, dataset_cfg=config("test"), output_dir=str(tmp_path / "infer"), write_heatmaps=True)
+    (inferred,) = (tmp_path / "infer").glob("*-predict.jsonl-*")
+    assert [line["prediction"] for line in lines(inferred)] == lines(written)
+
+    # The predictor has the trained statistics, and so the same scores.
+    predictor = RahfPredictor.from_checkpoint(trained)
+    statistics = traverse_util.flatten_dict(jax.device_get(predictor.state.flax_mutables))[STATISTICS]
+    assert np.abs(statistics).min() > 0.01
+    examples, _ = next(input_pipeline.evaluation_batches(config("test"), seqio.ShardInfo(0, 1)))
+    for example, line in zip(examples, lines(written), strict=False):
+        record = predictor(example["image"], example["prompt"].decode())
+        assert record.scores == pytest.approx(line["scores"], abs=1e-6)
+        assert (record.tokens, record.heatmaps) == (None, {})
+
+
+def test_a_training_of_a_model_without_an_optimizer_is_refused(tmp_path):
+    with pytest.raises(errors.UserError, match="the model has no optimizer, because it only predicts"):
+        train.train(
+            model=TinyModel(Tiny(TinyConfig())),
+            model_dir=str(tmp_path),
+            train_dataset_cfg=config("train"),
+            train_eval_dataset_cfg=None,
+            partitioner=PARTITIONER,
+            checkpoint_cfg=checkpoints.CheckpointConfig(None, None),
+            total_steps=1,
+        )
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+def run(*arguments: Any) -> int | str:
+    """Returns the exit code, or the message that ends the command."""
+    with pytest.raises(SystemExit) as exit_info:
+        predict.main([*map(str, arguments), "--prompt", "a cat", "--no-compilation-cache"])
+    return exit_info.value.code
+
+
+@pytest.mark.parametrize("heatmaps", ["png", "npz"])
+@pytest.mark.parametrize("kinds", [SCORES, ONE_SCORE, HEATMAPS], ids=["scores", "one", "heatmaps"])
+def test_the_command_leaves_out_what_a_system_lacks(make_dir, image, tmp_path, kinds, heatmaps):
+    directory, out = make_dir(**kinds), tmp_path / "out"
+    flags = ("--checkpoint", directory, "--out", out, image, "--report", "--heatmaps", heatmaps)
+    assert run(*flags) == 0
+    (line,) = lines(out / "predictions.jsonl")
+    assert line["image_size"] == [30, 20]
+    if "score_kinds" in kinds:
+        assert list(line["scores"]) == list(kinds["score_kinds"])
+        assert line.keys() == {"id", "prompt", "scores", "image_size", "position"}
+        files = {"predictions.jsonl", "errors.jsonl", "run.json", "report.html"}
+        assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == files
+    else:
+        assert line.keys() == {*("id", "prompt", "heatmaps", "heatmap_peaks", "image_size", "position")}
+        assert list(line["heatmap_peaks"]) == ["misalignment"]
+    page = (out / "report.html").read_text()
+    assert "implausibility" not in page
+    assert "predicted misaligned" not in page  # It would mean that no word is.
+    assert run(*flags) == 0  # A run that is done is known as such.
+
+
+def test_what_a_system_lacks_is_named(make_dir, image, tmp_path):
+    scores, heatmaps = make_dir(**SCORES), make_dir(**HEATMAPS)
+    message = run("--checkpoint", scores, "--out", tmp_path / "out", image, "--overlay")
+    assert f"--overlay: the model of {scores}/checkpoint_0 predicts no heatmaps" in str(message)
+    assert not (tmp_path / "out").exists()
+    predictor = RahfPredictor.from_checkpoint(scores)
+    with pytest.raises(errors.UserError, match="there is no heatmap to draw; the model predicts: none"):
+        predictor(image, "a cat").overlay()
+    with pytest.raises(errors.UserError, match="tiny reads no text"):
+        predictor.encode(["a cat"])
+    with pytest.raises(errors.UserError, match="no score 'aesthetics', only alignment, overall"):
+        predictor.score_fn("aesthetics")
+    predictor = RahfPredictor.from_checkpoint(heatmaps)
+    with pytest.raises(errors.UserError, match="no score 'overall', only none"):
+        predictor.score_fn("overall")
+    with pytest.raises(errors.UserError, match="no heatmap implausibility; the model predicts: misalignment"):
+        predictor(image, "a cat").overlay("implausibility")
+    assert predictor(image, "a cat").overlay().size == (30, 20)
+
+
+def test_a_score_is_a_function_of_the_image(make_dir):
+    predictor = RahfPredictor.from_checkpoint(make_dir(**SCORES))
+    given = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3)).astype(np.uint8)
+    expected = [record.scores["overall"] for record in predictor(given, ["a cat", "a dog"])]
+    score = predictor.score_fn("overall")
+    np.testing.assert_allclose(score(given / np.float32(255), ["a cat", "a dog"]), expected, atol=1e-6)
+    gradient = jax.grad(lambda image: score(image, "a cat"))(given[0] / np.float32(255))
+    assert np.abs(gradient).max() > 0
+
+
+def test_a_description_names_its_system(make_dir, tmp_path):
+    directory = make_dir(**SCORES)
+    path = directory / "model.json"
+    content = json.loads(path.read_text())
+    assert content["system"] == "tiny"
+    assert content["feature_lengths"] == {"image": SIDE}
+    assert content["checksums"].keys() == {"model.json"}
+    found = model_description.read(directory)
+    found.write(tmp_path)
+    assert (tmp_path / "model.json").read_text() == path.read_text()
+    for change, message in (
+        ({"system": "huge"}, "there is no system 'huge', only rahf, .*tiny"),
+        ({"system": ["tiny"]}, "makes no sense"),
+        ({"tiny_config": {"depth": 3}}, "tiny_config has an unknown 'depth'"),
+        ({"tiny_config": {"score_kinds": 3}}, "tiny_config.score_kinds must be a tuple"),
+    ):
+        path.write_text(json.dumps({**content, **change, "checksums": None}))
+        with pytest.raises(errors.UserError, match=message):
+            model_description.read(directory)
+
+
+def test_data_of_any_vocabulary_go_with_a_system_that_reads_no_text(make_dir):
+    model_description.check_vocabulary(make_dir(**SCORES), b"any", "no fix")
+
+
+@pytest.fixture
+def square(tmp_path):
+    """Makes a picture of the model's size: examples resize by Pillow, which rounds differently."""
+    path = tmp_path / "square.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kinds", [SCORES, HEATMAPS], ids=["scores", "heatmaps"])
+@pytest.mark.parametrize("to", ["safetensors", "orbax", "stablehlo"])
+def test_an_export_predicts_the_same(make_dir, square, tmp_path, to, kinds):
+    directory, new = make_dir(**kinds), tmp_path / "new"
+    export.export(str(directory), to, str(new))
+    expected = RahfPredictor.from_checkpoint(directory)(square, "a cat")
+    found = RahfPredictor.from_checkpoint(new)(square, "a cat")
+    assert found.to_dict() == expected.to_dict()
+    card = (new / "MODEL_CARD.md").read_text()
+    assert card.startswith("# tiny\n")
+    assert ("misalignment" in card, "overall" in card) == (kinds is HEATMAPS, kinds is SCORES)
+    assert "words" not in card
+    assert "vocabulary" not in card
+    if to == "stablehlo":
+        command = [sys.executable, "example.py", str(square), "a cat"]
+        printed = subprocess.run(command, cwd=new, capture_output=True, text=True, check=True).stdout
+        assert json.loads(printed) == (
+            {} if kinds is HEATMAPS else {"scores": pytest.approx(found.scores, abs=1e-6)}
+        )
+        assert (new / "heatmaps.npy").exists() == (kinds is HEATMAPS)
+
+
+def test_a_saved_model_of_a_system_that_reads_no_text(make_dir, square, tmp_path):
+    directory = make_dir(**SCORES)
+    export.export(str(directory), "savedmodel", str(tmp_path / "new"))
+    expected = RahfPredictor.from_checkpoint(directory)(square, "a cat").scores
+    command = [sys.executable, "example.py", str(square), "a cat"]
+    printed = subprocess.run(command, cwd=tmp_path / "new", capture_output=True, text=True, check=True).stdout
+    name, scores = printed.split(maxsplit=1)
+    assert name == "scores"
+    assert json.loads(scores) == pytest.approx(list(expected.values()), abs=1e-5)
