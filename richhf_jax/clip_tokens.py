@@ -76,25 +76,26 @@ class ClipTokens:
                 f"{self._name} has {self.size} tokens, the model {rows}: it is another model's vocabulary"
             )
 
-    def encode(self, texts: Sequence[str], length: int) -> tuple[Int32[np.ndarray, "texts length"], int]:
+    def encode(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[Int32[np.ndarray, "texts length"], Int32[np.ndarray, " texts"]]:
         """Encodes texts as CLIP does.
 
         A longer text is cut after `length` - 2 tokens, wherever that is in a word. What follows the end is 0.
 
         Returns:
-          The tokens; and of the text that lost most, the number of words, between spaces, that are missing,
-          wholly or partly.
+          The tokens; and of each text the number of words, between spaces, that are cut off, wholly or partly.
         """
         ids = np.zeros((len(texts), length), np.int32)
-        most = 0
+        words_cut = np.zeros(len(texts), np.int32)
         for row, text in enumerate(texts):
             encoded = self._tokenizer.encode(text, add_special_tokens=False)
             kept = [self.start_id, *encoded.ids[: length - 2], self.end_id]
             ids[row, : len(kept)] = kept
             if len(encoded.ids) > length - 2:
                 first_cut = encoded.offsets[length - 2][0]
-                most = max(most, len(text[_start_of_word(text, first_cut) :].split()))
-        return ids, most
+                words_cut[row] = len(text[_start_of_word(text, first_cut) :].split())
+        return ids, words_cut
 
     def pieces(self, text: str) -> list[int]:
         """Returns the ids of a text's pieces, without start and end."""

@@ -92,7 +92,7 @@ class ClipVocabulary(seqio.Vocabulary):
 
         def encode(texts):
             ids, words_cut = self._tokens.encode([text.decode() for text in texts], length)
-            return ids, np.int32(words_cut)
+            return ids, words_cut.max(initial=0)
 
         ids, words_cut = tf.numpy_function(encode, [texts], (tf.int32, tf.int32), stateful=False)
         return tf.ensure_shape(ids, [texts.shape[0], length]), tf.ensure_shape(words_cut, [])

@@ -129,9 +129,8 @@ def test_tokens_are_those_of_transformers(files, prompts):
     older = clip_tokens.read(files)
     ids, words_cut = older.encode(prompts, LENGTH)
     np.testing.assert_array_equal(ids, expected)
-    assert 200 < words_cut <= 300
-    too_long = [len(row) > LENGTH for row in theirs(prompts[:300])["input_ids"]]
-    assert [older.encode([prompt], LENGTH)[1] > 0 for prompt in prompts[:300]] == too_long
+    too_long = [len(row) > LENGTH for row in theirs(prompts)["input_ids"]]
+    assert (words_cut > 0).tolist() == too_long
     assert all(too_long[::100])
 
 
@@ -168,7 +167,7 @@ def test_truncation_and_padding_in_the_file_are_left_out(files):
 def test_words_that_are_cut(text, length, pieces, cut):
     tokens = clip_tokens.read(vocabulary.SMALL_CLIP)
     ids, words_cut = tokens.encode([text], length)
-    assert (words_cut, ids[0, 0], ids[0, pieces + 1]) == (cut, tokens.start_id, tokens.end_id)
+    assert (words_cut.tolist(), ids[0, 0], ids[0, pieces + 1]) == ([cut], tokens.start_id, tokens.end_id)
     assert not ids[0, pieces + 2 :].any()
 
 
@@ -224,7 +223,7 @@ def test_tasks_give_clips_tokens_where_gin_names_its_file(prompts):
     ((ids, words_cut),) = dataset.map(lambda texts: preprocessors.encode(texts, 20, configured))
     expected, cut = tokens.encode(prompts[:3], 20)
     np.testing.assert_array_equal(ids, expected)
-    assert (words_cut, ids.dtype, words_cut.dtype) == (cut, tf.int32, tf.int32)
+    assert (words_cut, ids.dtype, words_cut.dtype) == (cut.max(), tf.int32, tf.int32)
     encoded = configured.encode("a red star")
     assert configured.encode_tf(tf.constant("a red star")).numpy().tolist() == encoded
     assert (
