@@ -36,6 +36,8 @@ CORE = [
     "scipy>=1.14",
     "sentencepiece>=0.2",
     "tensorstore>=0.1.74",
+    # CLIP's tokens.
+    "tokenizers>=0.21",
     "tqdm>=4.66",
 ]
 
@@ -99,7 +101,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["richhf_jax*", "tasks*"]),
-    package_data={"richhf_jax": ["**/*.html", "**/*.md"], "tasks": ["**/*.model"]},
+    package_data={"richhf_jax": ["**/*.html", "**/*.md"], "tasks": ["**/*.json", "**/*.model"]},
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

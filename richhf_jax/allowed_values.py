@@ -53,13 +53,15 @@ _PARAMETERS = {
     Range(1, 2**20): (
         "patch_size grid emb_dim num_heads head_dim mlp_dim vocab_size stem_filters heatmap_layers"
         " heatmap_output_layer score_conv_layers score_dense_layers row_strips widths stem_width"
+        " projection_dim"
     ),
     Range(1, 2**13): "task_feature_lengths[image]",
     # One token of a text is its end.
-    Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets]",
+    Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets] max_length",
     Range(0): (
-        "num_microbatches gallery_size task_feature_lengths shard_id topk step_offset heatmap_loss_weight"
-        " score_loss_weight keywords_loss_weight z_loss weight_decay learning_rate_multipliers rate"
+        "end_id num_microbatches gallery_size task_feature_lengths shard_id topk step_offset"
+        " heatmap_loss_weight score_loss_weight keywords_loss_weight z_loss weight_decay"
+        " learning_rate_multipliers rate"
         " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
         " plausibility_weight count_weights least_change"
     ),
@@ -87,8 +89,9 @@ CHOICES = {
     "norm": ("layer", "rms"),
     "score_kinds": feedback.SCORES,
     "heatmap_kinds": feedback.HEATMAPS,
+    "head": ("cosine", "preference", "dense", "gradient"),
     "deconv_padding": ("SAME", "torch"),
-    "fit": ("resize", "letterbox"),
+    "fit": ("resize", "letterbox", "centre_crop"),
     "to": ("image", "prompt"),
     "metric_mode": ("min", "max"),
     "dtype": ("float32", "bfloat16", "float16"),

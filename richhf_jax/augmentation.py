@@ -18,6 +18,9 @@ import tensorflow as tf
 
 from richhf_jax import errors
 
+FITS = ("resize", "letterbox", "centre_crop")
+# The longer side of a picture that is cropped, in units of its shorter one; its ends are cut off first.
+_LONGEST = 256
 # Luma of red, green and blue: ITU-R BT.601.
 _LUMA = (0.299, 0.587, 0.114)
 # Pixels per row of the matrix product that mixes colours: few enough that the zeros in it cost little.
@@ -56,7 +59,8 @@ def show(
       seed: int64 [2].
       augment: whether the image may be cropped, recoloured and moved, as the seed says.
       may_flip: bool [], whether the mirrored picture fits its prompt as well.
-      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it.
+      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect, with black beside it;
+        'centre_crop' keeps its aspect and takes the middle, see `centre_crop`.
 
     Returns:
       image      uint8 [side, side, 3]
@@ -67,9 +71,14 @@ def show(
     Raises:
       errors.UserError: `fit` has another value.
     """
-    if fit not in ("resize", "letterbox"):
-        raise errors.UserError(f"augmentation.show.fit must be 'resize' or 'letterbox', got {fit!r}")
-    pixels = decode(image, 3)
+    if fit not in FITS:
+        raise errors.UserError(f"augmentation.show.fit must be one of {', '.join(FITS)}, got {fit!r}")
+
+    def read(data, channels):
+        decoded = decode(data, channels)
+        return centre_crop(decoded, side) if fit == "centre_crop" else decoded
+
+    pixels = read(image, 3)
     window = draw_window(seed, side) if augment else None
     box = letterbox(tf.shape(pixels)[:2], side) if fit == "letterbox" else None
     shown = place(pixels, window, side, box)
@@ -78,7 +87,7 @@ def show(
         "heatmaps": tf.zeros([0, side, side], tf.uint8),
     }
     if heatmaps:
-        maps = [place(decode(heatmap, 1), window, side, box) for heatmap in heatmaps]
+        maps = [place(read(heatmap, 1), window, side, box) for heatmap in heatmaps]
         features["heatmaps"] = tf.stack([tf.squeeze(heatmap, 2) for heatmap in maps])
     if augment:
         features |= move(features["image"], features["heatmaps"], seed, may_flip, box)
@@ -120,6 +129,44 @@ def letterbox(size: tf.Tensor, side: int) -> tf.Tensor:
     sizes = tf.maximum(tf.cast(tf.round(size * side / tf.reduce_max(size)), tf.int32), 1)
     starts = (side - sizes) // 2
     return tf.concat([starts, starts + sizes], 0)
+
+
+def centre_crop(image: tf.Tensor, side: int) -> tf.Tensor:
+    """Resizes a picture's shorter side to `side`, cubically, and takes the middle, as `pixels.centre_crop`.
+
+    Args:
+      image: uint8 [height, width, channels].
+      side: the square's side, in pixels.
+
+    Returns:
+      uint8 [side, side, channels]; the pixels are untouched if the picture has this size already.
+    """
+    size = tf.shape(image)[:2]
+    ends = tf.maximum(size - _LONGEST * tf.reduce_min(size), 0) // 2
+    image = image[ends[0] : size[0] - ends[0], ends[1] : size[1] - ends[1]]
+    size = tf.cast(size - 2 * ends, tf.float64)
+    resized = tf.floor(side * size / tf.reduce_min(size))
+    scale = tf.cast(resized / size, tf.float32)
+    start = tf.cast((resized - side) // 2, tf.float32)
+
+    def crop():
+        pixels = image
+        # As Pillow, which rounds after the columns and after the rows.
+        for axis in (1, 0):
+            along = tf.one_hot(axis, 2)
+            shape = tf.tensor_scatter_nd_update(tf.shape(pixels)[:2], [[axis]], [side])
+            resized = tf.raw_ops.ScaleAndTranslate(
+                images=pixels[None],
+                size=shape,
+                scale=tf.where(along > 0, scale, 1.0),
+                translation=-start * along,
+                kernel_type="keyscubic",
+            )
+            pixels = tf.cast(tf.clip_by_value(tf.round(resized[0]), 0, 255), tf.uint8)
+        return pixels
+
+    fits = tf.reduce_all(tf.shape(image)[:2] == side)
+    return tf.ensure_shape(tf.cond(fits, lambda: image, crop), [side, side, image.shape[2]])
 
 
 def place(image: tf.Tensor, window: tf.Tensor | None, side: int, box: tf.Tensor | None = None) -> tf.Tensor:

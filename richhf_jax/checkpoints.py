@@ -661,4 +661,4 @@ def _explained_damage(directory: epath.Path) -> Iterator[None]:
 
 def _describe(name: tuple[str, ...], leaf: Any | None, saved: Mapping) -> str:
     there = f"{tuple(saved[name].shape)} in the checkpoint" if name in saved else "not in the checkpoint"
-    return f"{'/'.join(name)} {tuple(leaf.shape) if leaf else '(not in the model)'}: {there}"
+    return f"{'/'.join(name)} {tuple(leaf.shape) if leaf is not None else '(not in the model)'}: {there}"

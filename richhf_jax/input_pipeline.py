@@ -150,25 +150,39 @@ def data_shapes(
     }
 
 
-def check_vocabulary(cfg: DatasetConfig, vocab_size: int | None) -> None:
+def check_vocabulary(cfg: DatasetConfig, vocab_size: int | None, exact: bool = False) -> None:
     """Checks that the model knows every token id of the data: an unknown id would be read as another token.
 
     Args:
       cfg: what is read.
       vocab_size: number of tokens of the model; None: it reads no text.
+      exact: whether the data's vocabulary must have as many, see `models.BaseModel.exact_vocabulary`.
 
     Raises:
-      errors.UserError: the data's vocabulary is larger than the model's.
+      errors.UserError: the data's vocabulary is larger than the model's, or of another size.
     """
     features = task_or_mixture(cfg.mixture_or_task_name).output_features
     if vocab_size is None:
         return
     size = features["inputs"].vocabulary.vocab_size
-    if size > vocab_size:
+    if size > vocab_size and not exact:
         raise errors.UserError(
             f"{cfg.mixture_or_task_name}: its vocabulary has {size} tokens, the model {vocab_size}; set"
             " VOCABULARY to the model's SentencePiece file, or T5Config.vocab_size"
         )
+    if exact and size != vocab_size:
+        raise errors.UserError(
+            f"{cfg.mixture_or_task_name}: its vocabulary has {size} tokens, the model {vocab_size}; set"
+            " VOCABULARY to the model's tokenizer.json"
+        )
+
+
+def fit() -> str:
+    """Returns the way in which pictures become square, see `augmentation.show`."""
+    try:
+        return gin.query_parameter("augmentation.show.fit")
+    except ValueError:  # Nothing is bound to it.
+        return "resize"
 
 
 def vocabulary_model(cfg: DatasetConfig) -> bytes | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 from flax import struct
-from jaxtyping import Float, Float32, Int, Real, ScalarLike
+from jaxtyping import Bool, Float, Float32, Int, Real, ScalarLike
 
 from richhf_jax.shapes import Array
 
@@ -34,6 +34,29 @@ class WeightedMean(clu_metrics.Metric):
     def compute(self) -> Float[Array, ""]:
         """Returns the mean; NaN where the weights sum to 0."""
         return self.total / self.weight
+
+
+def contrastive(
+    image: Float32[Array, "batch projection"],
+    text: Float32[Array, "batch projection"],
+    scale: Float[Array, ""],
+) -> tuple[Float32[Array, " batch"], Bool[Array, " batch"]]:
+    """Computes CLIP's loss (InfoNCE): an image has to find its own text in the batch, and a text its image.
+
+    Where the batch is split over devices, each example has the whole batch's others against it.
+
+    Args:
+      image, text: embeddings of length 1; those of one row belong together.
+      scale: factor of the cosines; at most 100 of it counts.
+
+    Returns:
+      Each example's loss, the mean of both choices' cross entropies; and whether the image chose right.
+    """
+    # The published training keeps the factor's logarithm below ln 100.
+    logits = jnp.minimum(scale, 100.0) * jnp.dot(image, text.T, precision="highest")
+    own = jnp.diagonal(logits)
+    losses = [jax.nn.logsumexp(logits, axis=axis) - own for axis in (0, 1)]
+    return (losses[0] + losses[1]) / 2, jnp.argmax(logits, axis=1) == jnp.arange(len(own))
 
 
 @jax.custom_vjp

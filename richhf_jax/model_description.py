@@ -37,6 +37,8 @@ from richhf_jax import (
     allowed_values,
     baselines,
     checksums,
+    clip_model,
+    clip_tokens,
     errors,
     feedback,
     models,
@@ -44,7 +46,7 @@ from richhf_jax import (
     reading,
     writing,
 )
-from richhf_jax.network import rahf, resnet, t5, vit
+from richhf_jax.network import clip, rahf, resnet, t5, vit
 
 FILE = "model.json"
 VOCABULARY_FILE = prompt_encoders.SENTENCEPIECE_FILE
@@ -227,6 +229,38 @@ _RESNET = System(
     model=_resnet,
 )
 
+
+def _clip(description: ModelDescription) -> clip_model.ClipModel:
+    if description.network.outputs.heatmaps and description.fit == "centre_crop":
+        raise errors.UserError(
+            f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): it would know"
+            " nothing of what is cropped off. Convert with --gin.augmentation.show.fit=\"'resize'\""
+        )
+    return clip_model.ClipModel(description.network, None)
+
+
+def _clip_encoder(description: ModelDescription) -> clip_tokens.ClipTokens:
+    if description.vocabulary is None:
+        raise errors.UserError(f"the model has no {clip_tokens.FILE}: prediction needs it")
+    tokens = clip_tokens.ClipTokens(description.vocabulary)
+    tokens.check_size(description.network.text_config.vocab_size)
+    return tokens
+
+
+_CLIP = System(
+    network=clip.Clip,
+    configs={
+        "text_config": clip.TextConfig,
+        "vision_config": clip.VisionConfig,
+        "head_config": clip.HeadConfig,
+    },
+    model=_clip,
+    settings={"projection_dim": int},
+    vocabulary_file=clip_tokens.FILE,
+    encoder=_clip_encoder,
+)
+
+
 SYSTEMS = {
     models.RAHF: System(
         network=rahf.Rahf,
@@ -239,6 +273,7 @@ SYSTEMS = {
     ),
     baselines.RESNET_SCORES: _RESNET,
     baselines.RESNET_HEATMAPS: _RESNET,
+    **dict.fromkeys(clip_model.SYSTEMS.values(), _CLIP),
 }
 
 

@@ -36,6 +36,7 @@ class BaseModel(abc.ABC):
       FEATURE_CONVERTER_CLS: the seqio feature converter that makes the model's batches (T5X's name); None:
         the default of `input_pipeline`.
       vocab_size: number of token ids in the network's table; None: the network reads no text.
+      exact_vocabulary: whether the data's vocabulary must have exactly `vocab_size` ids, and not fewer.
       outputs: the kinds that predictions have, and their order. Predictions hold "scores", float32
         [batch, scores], and "heatmaps", float32 [batch, heatmaps, height, width], where there are any kinds.
       has_uncertainty: whether predictions have "score_deviations".
@@ -46,6 +47,7 @@ class BaseModel(abc.ABC):
 
     FEATURE_CONVERTER_CLS: Callable[..., Any] | None = None
     vocab_size: int | None = None
+    exact_vocabulary: bool = False
     outputs: feedback.Outputs = feedback.ALL_OUTPUTS
     has_uncertainty: bool = False
     variant: str = feedback.MULTI_HEAD
@@ -252,11 +254,7 @@ class RahfModel(BaseModel):
 
     def progress_metrics(self, scalars):
         """Names the losses by their kinds, and leaves out the shares of cut texts that are 0."""
-        return {
-            name.removeprefix("loss/"): value
-            for name, value in scalars.items()
-            if value or not name.startswith("data/")
-        }
+        return named_by_kind(scalars)
 
     @property
     def vocab_size(self) -> int:
@@ -272,13 +270,6 @@ class RahfModel(BaseModel):
     def variant(self) -> str:
         """The network's variant."""
         return self.module.variant
-
-    @property
-    def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """An image of the ViT's position table, with texts, which may be of any length."""
-        config = self.module.vit_config
-        shapes = {"image": (1, *(side * config.patch_size for side in config.grid), 3)}
-        return shapes | dict.fromkeys(("encoder_input_tokens", "decoder_input_tokens"), (1, 1, 8))
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Variables for all heads, whatever slots the batch has: one checkpoint then fits every task.
@@ -323,6 +314,15 @@ class RahfModel(BaseModel):
                 f"VARIANT is {variant!r}, which takes {wanted} prompts an image, but the data have {given}:"
                 " set MIXTURE_OR_TASK_NAME to a task of this variant, or VARIANT to the task's"
             )
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a batch that `get_initial_variables` takes, at the size of the ViT's position table."""
+        config = self.module.vit_config
+        height, width = (count * config.patch_size for count in config.grid)
+        # Texts may be of any length.
+        tokens = dict.fromkeys(("encoder_input_tokens", "decoder_input_tokens"), (1, 1, 8))
+        return {"image": (1, height, width, 3), **tokens}
 
     def check_image_size(self, height: int, width: int) -> None:
         """Checks that the ViT takes images of this size, in pixels.
@@ -404,13 +404,7 @@ class RahfModel(BaseModel):
         for kind, total in sums.items():
             loss += self._loss_weights[kind] * total / normalizers[kind]
         metrics["loss"] = losses.WeightedMean(loss, jnp.ones(()))
-        for name in ("encoder_words_cut", "decoder_words_cut"):
-            if name in batch:  # Becomes the share of texts that were too long.
-                cut = batch[name] > 0
-                metrics[f"data/{name}"] = losses.WeightedMean(
-                    jnp.sum(cut, dtype=jnp.float32), jnp.full((), cut.size, jnp.float32)
-                )
-        return loss, metrics
+        return loss, metrics | shares_cut(batch)
 
     def predict_batch_with_aux(
         self, params: Any, batch: Batch, rng: PRNGKeyArray | None = None
@@ -548,7 +542,6 @@ def describe_system(
     """Describes a network and its inputs, for `model_description`; JSON-able.
 
     Args:
-      system: its name in `model_description.SYSTEMS`.
       module: the network; its `describe()` names every setting.
       feature_lengths: {"image": side in pixels}; of a system that reads text, "inputs", its tokens; of one
         that marks words, "targets", the decoder's.
@@ -574,6 +567,27 @@ def beside_its_heatmaps(
     """Draws images, their true and their predicted heatmaps side by side, for `BaseModel.summary_images`."""
     grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in (truth, 255 * predicted)]
     return {"image_truth_prediction": np.concatenate([image, *grey], axis=2)}
+
+
+def named_by_kind(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Names losses by their kinds, and leaves out the shares of cut texts that are 0."""
+    return {
+        name.removeprefix("loss/"): value
+        for name, value in scalars.items()
+        if value or not name.startswith("data/")
+    }
+
+
+def shares_cut(batch: Batch) -> Metrics:
+    """Counts the texts that were too long; each metric becomes their share."""
+    metrics = {}
+    for name in ("encoder_words_cut", "decoder_words_cut"):
+        if name in batch:
+            cut = batch[name] > 0
+            metrics[f"data/{name}"] = losses.WeightedMean(
+                jnp.sum(cut, dtype=jnp.float32), jnp.full((), cut.size, jnp.float32)
+            )
+    return metrics
 
 
 def _without_other_slots(batch: Images) -> Images:

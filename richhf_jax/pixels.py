@@ -1,12 +1,15 @@
 """Resizing of pictures to the model's square, without TensorFlow.
 
-The pixels equal those of `augmentation.show` in training without augmentation.
+The pixels equal those of `augmentation.show` in training without augmentation; in 'centre_crop' to one level.
 """
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
+from PIL import Image
 
-FITS = ("resize", "letterbox")
+FITS = ("resize", "letterbox", "centre_crop")
+# The longer side of a picture that is cropped, in units of its shorter one.
+_LONGEST = 256
 
 
 def square(
@@ -17,11 +20,14 @@ def square(
     Args:
       image: the picture.
       side: side of the square, in pixels.
-      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect and pads with black.
+      fit: 'resize' squeezes the picture into the square; 'letterbox' keeps its aspect and pads with black;
+        'centre_crop' keeps its aspect and cuts off what is beside the middle, as CLIP's does.
 
     Returns:
       The square, and the picture's place in it: its first row and column, and those after its last.
     """
+    if fit == "centre_crop":
+        return centre_crop(image, side), np.array([0, 0, side, side], np.int32)
     size = np.array(image.shape[:2])
     box = np.array([0, 0, side, side], np.int32) if fit == "resize" else letterbox(size, side)
     top, left, bottom, right = box.tolist()
@@ -29,6 +35,35 @@ def square(
     if fit == "resize":
         return shown, box
     return np.pad(shown, ((top, side - bottom), (left, side - right), (0, 0))), box
+
+
+def centre_crop(
+    image: UInt8[np.ndarray, "height width 3"], side: int
+) -> UInt8[np.ndarray, "{side} {side} 3"]:
+    """Resizes a picture's shorter side to `side`, by Pillow's cubic filter, and takes the middle.
+
+    So do CLIP's image processors.
+    """
+    if image.shape[:2] == (side, side):
+        return image
+    # Resizing all of a long strip would fill the memory. Its ends are out of the filter's reach.
+    for axis in (0, 1):
+        extra = image.shape[axis] - _LONGEST * min(image.shape[:2])
+        if extra > 0:
+            image = image.swapaxes(0, axis)[extra // 2 : image.shape[axis] - extra // 2].swapaxes(0, axis)
+    (height, width), (top, left) = cropped(image.shape[:2], side)
+    shown = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(shown)[top : top + side, left : left + side]
+
+
+def cropped(size: tuple[int, ...], side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns a picture's height and width before it is cropped, and the first row and column of the square.
+
+    >>> cropped((100, 250), 64)
+    ((64, 160), (0, 48))
+    """
+    height, width = (int(side * length / min(size)) for length in size)
+    return (height, width), ((height - side) // 2, (width - side) // 2)
 
 
 def letterbox(size: Int[np.ndarray, " 2"], side: int) -> Int32[np.ndarray, " 4"]:

@@ -146,7 +146,7 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     Args:
       texts: string [texts].
       length: tokens of each row.
-      vocabulary: encodes the texts.
+      vocabulary: encodes the texts; one with `encode_rows` (CLIP's) also cuts and ends them in its own way.
 
     Returns:
       int32 [texts, length], and int32 [], the largest number of words cut off one text.
@@ -154,6 +154,9 @@ def encode(texts: tf.Tensor, length: int, vocabulary: seqio.Vocabulary) -> tuple
     count = texts.shape[0]
     if count == 0:
         return tf.zeros([0, length], tf.int32), tf.zeros([], tf.int32)
+    encode_rows = getattr(vocabulary, "encode_rows", None)
+    if encode_rows is not None:
+        return encode_rows(texts, length)
 
     # Cutting takes longer than encoding, and is seldom needed.
     too_long = vocabulary.encode_tf(texts).row_lengths() > length - 1

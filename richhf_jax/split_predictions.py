@@ -56,7 +56,7 @@ def load(
         # With several processes jax handles SIGTERM, for training to save a checkpoint. Here it shall end us.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     directory, step = checkpoints.find_checkpoint(checkpoint_path)
-    input_pipeline.check_vocabulary(cfg, model.vocab_size)
+    input_pipeline.check_vocabulary(cfg, model.vocab_size, model.exact_vocabulary)
     model_description.check_vocabulary(
         os.path.dirname(directory), input_pipeline.vocabulary_model(cfg), "Set VOCABULARY to that file"
     )

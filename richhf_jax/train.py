@@ -102,7 +102,7 @@ def train(
         )
     schedule = _Schedule(total_steps, log_period, eval_period, checkpoint_cfg.save)
     schedule.check(evaluates=train_eval_dataset_cfg is not None)
-    input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size)
+    input_pipeline.check_vocabulary(train_dataset_cfg, model.vocab_size, model.exact_vocabulary)
     with contextlib.ExitStack() as stack:
         stack.enter_context(device_memory.explained(plan.LESS_MEMORY["train"]))
         stack.enter_context(
@@ -319,6 +319,7 @@ def _write_description(
     content = model.describe(cfg.task_feature_lengths, stream.batch_shapes)
     if content is None:
         return
+    content["fit"] = input_pipeline.fit()
     initial = checkpoint_cfg.restore.path if checkpoint_cfg.restore else None
     training = {
         "task": cfg.mixture_or_task_name,

@@ -1,20 +1,25 @@
-"""Trains the small SentencePiece model that the tasks use by default.
+"""Trains the small vocabularies: the SentencePiece model that the tasks use by default, and one for CLIP.
 
     python -m tasks.train_vocabulary [OUT.model]
+    python -m tasks.train_vocabulary --clip [OUT.json]
 
-writes `tasks/sentencepiece_small.model` again, with the same pieces on every machine. Every word of the
-synthetic prompts and of the task strings is one piece, and so is the misaligned suffix `_0`. Text without a
-piece is spelled in characters or bytes, so that any text (other scripts, emoji) comes back exactly.
+write `tasks/sentencepiece_small.model` or `tasks/clip_small.json` again, with the same pieces on every
+machine. Every word of the synthetic prompts and of the task strings is one piece, and so is, for
+SentencePiece, the misaligned suffix `_0`. Text without a piece is spelled in characters or bytes, so that any
+text (other scripts, emoji) has tokens.
 """
 
 import argparse
 import io
+import json
 import tempfile
 from collections.abc import Sequence
 
 import sentencepiece
+import tokenizers
+from tokenizers import pre_tokenizers, trainers
 
-from richhf_jax import errors, feedback, preprocessors, writing
+from richhf_jax import clip_tokens, errors, feedback, preprocessors, writing
 from richhf_jax.datasets import prompts
 from tasks import vocabulary
 
@@ -58,6 +63,25 @@ def train() -> bytes:
     return model.getvalue()
 
 
+def train_clip() -> bytes:
+    """Trains CLIP's kind of vocabulary on the same words, each one piece; returns a tokenizer.json.
+
+    The pieces of one byte come first, then those that end a word, then the merged ones; as in OpenAI's.
+    """
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Given so, the first pieces have the same ids in every run, and ids decide between equal counts.
+    first = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2**16, special_tokens=first, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted({word.lower() for word in words()}), trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    pieces = [*first, *map("".join, merges), clip_tokens.START, clip_tokens.END]
+    return clip_tokens.build({piece: i for i, piece in enumerate(pieces)}, merges)
+
+
 def _train(corpus: list[str], model: io.BytesIO, rules_path: str) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus),
@@ -83,10 +107,12 @@ def _train(corpus: list[str], model: io.BytesIO, rules_path: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the model to the given path, or over the shipped one."""
     parser = argparse.ArgumentParser(prog="python -m tasks.train_vocabulary")
-    parser.add_argument("out", nargs="?", default=vocabulary.SMALL_MODEL, metavar="OUT.model")
-    path = parser.parse_args(arguments).out
+    parser.add_argument("out", nargs="?", metavar="OUT")
+    parser.add_argument("--clip", action="store_true", help="CLIP's vocabulary, a tokenizer.json")
+    given = parser.parse_args(arguments)
+    path = given.out or (vocabulary.SMALL_CLIP if given.clip else vocabulary.SMALL_MODEL)
     with writing.explained_disk_errors(path):
-        writing.write(path, train())
+        writing.write(path, train_clip() if given.clip else train())
     print(f"wrote {path}")
 
 

@@ -91,6 +91,20 @@ def test_what_fits_is_untouched(rng, monkeypatch):
     assert not wide["image"][48:].any()
 
 
+@pytest.mark.parametrize("size", [(2 * SIDE, 4 * SIDE), (4 * SIDE, 2 * SIDE)])
+def test_the_middle_of_image_and_heatmap_is_cropped(size, monkeypatch):
+    image = np.full((*size, 3), 200, np.uint8)
+    middle = tuple(slice(length // 2 - SIDE, length // 2 + SIDE) for length in size)
+    image[middle] = 90
+    shown = show(image, [image[..., 0]], WHOLE, monkeypatch, fit="centre_crop")
+    assert shown.keys() == {"image", "heatmaps"}
+    # The filter reaches beyond the border by two pixels.
+    assert (shown["image"][2:-2, 2:-2] == 90).all()
+    assert (shown["heatmaps"][0, 2:-2, 2:-2] == 90).all()
+    part = show(image, [image[..., 0]], PART, monkeypatch, fit="centre_crop")
+    assert (part["image"] == 90).all()
+
+
 def test_without_heatmaps_and_with_another_fit(rng, monkeypatch):
     image = rng.integers(0, 256, (8, 8, 3), np.uint8)
     shown = show(image, [], WHOLE, monkeypatch)
@@ -275,7 +289,8 @@ def test_the_box_alone_has_colours(rng):
 
 
 def test_shipped_values_are_the_defaults():
-    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["augmentation/default.gin"], [])
+    files = ["models/common.gin", "augmentation/default.gin"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, [])
     for function in (augmentation.show, augmentation.draw_window, augmentation.recolour, augmentation.move):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:

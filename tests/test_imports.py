@@ -36,6 +36,7 @@ keywords           |                |
 pixels             |                |
 prompt_encoders    |                | keywords
 reading            |                |
+clip_tokens        |                | reading
 inputs             |                | reading
 weights_file       |                | checksums foreign_text reading
 writing            |                | foreign_text
@@ -52,15 +53,16 @@ gin_utils          | tensorflow     | compilation_cache foreign_text gin_values 
 metrics            |                |
 models             | jax            | decoding losses shapes
 baselines          | jax            | losses models shapes
-model_description  |                | allowed_values baselines checksums models network prompt_encoders
-                                      reading writing
+clip_model         | jax            | losses models network shapes
+model_description  |                | allowed_values baselines checksums clip_model clip_tokens models
+                                      network prompt_encoders reading writing
 optimizers         | jax            |
 pages              |                | writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
 feature_converters | tensorflow     | preprocessors
 input_pipeline     | tensorflow     | datasets feature_converters foreign_text preprocessors
-tasks              | tensorflow     | corruption datasets input_pipeline metrics postprocessors
+tasks              | tensorflow     | clip_tokens corruption datasets input_pipeline metrics postprocessors
                                       preprocessors word_table writing
 torch_twin         | torch          | network
 train_state        | jax            |

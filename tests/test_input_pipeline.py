@@ -159,7 +159,8 @@ def test_a_task_of_rate_0_is_left_out():
     for task in ("corrupted_caption", "corrupted_feedback", "flawed_caption"):
         gin.bind_parameter(f"tasks.providers.{task}_rate.rate", 0.0)
     left, plain = (
-        input_pipeline._tasks(seqio.MixtureRegistry.get(f"synthetic_pretrain{plus}")) for plus in ("_plus", "")
+        input_pipeline._tasks(seqio.MixtureRegistry.get(f"synthetic_pretrain{plus}"))
+        for plus in ("_plus", "")
     )
     assert left == plain
 

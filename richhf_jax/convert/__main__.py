@@ -2,17 +2,17 @@ r"""Converts weights that others published to a checkpoint of ours, and back.
 
     python -m richhf_jax.convert --from=t5-v1_1-base --from=B_16.npz --to=pretrained
 
-It reads checkpoints of T5X; directories of Hugging Face's T5, mT5, ViT and ResNet; .npz of the
-vision_transformer and big_vision line; ResNets of torchvision and timm; rahf_model.pt, the PyTorch release of
-RAHF's authors; and our own checkpoints and .safetensors. The gin files say what the model is. Without any it
-is models/rahf_base.gin; for that release it is models/rahf_pytorch_release.gin, and for a ResNet
-models/resnet50_scores.gin.
+It reads checkpoints of T5X; directories of Hugging Face's T5, mT5, ViT, ResNet and CLIP; open_clip's weights;
+.npz of the vision_transformer and big_vision line; ResNets of torchvision and timm; rahf_model.pt, the
+PyTorch release of RAHF's authors; and our own checkpoints and .safetensors. The gin files say what the model
+is. Without any it is models/rahf_base.gin; for that release models/rahf_pytorch_release.gin, for a ResNet
+models/resnet50_scores.gin, for CLIP models/clip_score.gin.
 
 Prints what becomes of every array: it is loaded; or resampled to the model's grid of positions; or
 initialised (no source has it, so training starts it fresh); or unused (the model has no place for it). A
 shape that does not fit is an error. The result goes to the new directory --to: `checkpoint_0`, for
 INITIAL_CHECKPOINT_PATH; the printed table as conversion.txt; the model's configuration as config.gin; and for
-predictions model.json and vocabulary.model.
+predictions model.json and the vocabulary: vocabulary.model, or CLIP's tokenizer.json.
 """
 
 import contextlib
@@ -21,13 +21,25 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import gin
 import jax
 import safetensors
 from absl import flags
 from flax import traverse_util
 
-from richhf_jax import errors, gin_utils, reading, train_state, writing
-from richhf_jax.convert import huggingface, layers, mapping, own, rahf_pytorch, resnet, t5x, vit_npz, writers
+from richhf_jax import clip_tokens, errors, gin_utils, reading, train_state, writing
+from richhf_jax.convert import (
+    clip,
+    huggingface,
+    layers,
+    mapping,
+    own,
+    rahf_pytorch,
+    resnet,
+    t5x,
+    vit_npz,
+    writers,
+)
 from richhf_jax.convert.source import MUTABLES, ConvertError, Source
 from richhf_jax.model_description import SYSTEMS, VOCABULARY_FILE, ModelDescription
 
@@ -73,15 +85,21 @@ class Format(NamedTuple):
 
 RESNET = Format("a ResNet of Hugging Face, torchvision or timm", resnet.is_resnet, resnet.open_resnet)
 RELEASE = Format("the PyTorch release of RAHF", rahf_pytorch.is_rahf_pytorch, rahf_pytorch.open_rahf_pytorch)
+CLIP = (
+    Format("a directory of Hugging Face's CLIP", clip.is_huggingface, clip.open_huggingface),
+    Format("open_clip's weights", clip.is_open_clip, clip.open_open_clip),
+)
 FORMATS = (
     Format("a checkpoint of T5X", t5x.is_t5x, t5x.open_t5x),
     Format("a checkpoint of ours", own.is_checkpoint, own.open_checkpoint),
     RESNET,
+    CLIP[0],
     Format(
         "a directory of Hugging Face's T5 or ViT", huggingface.is_huggingface, huggingface.open_huggingface
     ),
-    Format("our .safetensors", own.is_safetensors, own.open_safetensors),
     Format("a ViT's .npz", vit_npz.is_vit_npz, vit_npz.open_vit_npz),
+    CLIP[1],
+    Format("our .safetensors", own.is_safetensors, own.open_safetensors),
     RELEASE,
 )
 _WRITERS = {
@@ -143,12 +161,16 @@ def _explained(path: str) -> Iterator[None]:
 def default_gin_file(paths: Sequence[str]) -> str:
     """Returns the gin file of the model for weights whose user names no model."""
     files = {RELEASE: "models/rahf_pytorch_release.gin", RESNET: "models/resnet50_scores.gin"}
+    files |= dict.fromkeys(CLIP, "models/clip_score.gin")
     formats = [find_format(path) for path in paths]
     return files.get(formats[0], "models/rahf_base.gin") if len(formats) == 1 else "models/rahf_base.gin"
 
 
 def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns name -> shape and dtype of each parameter, and of each array of mutable collections."""
+    """Returns name -> shape and dtype of each parameter, and of each array of mutable collections.
+
+    The shapes are those at the model's own image size.
+    """
     shapes = model.input_shapes
     variables = jax.eval_shape(lambda rng: model.get_initial_variables(rng, shapes), jax.random.key(0))
     tree = variables["params"] | {MUTABLES: train_state.mutable_collections(variables)}
@@ -166,7 +188,12 @@ def unstacked_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
 
 def describe(
-    model: Any, paths: Sequence[str], lengths: Mapping[str, int], vocabulary: str | None, unstacked: bool
+    model: Any,
+    paths: Sequence[str],
+    lengths: Mapping[str, int],
+    vocabulary: str | None,
+    unstacked: bool,
+    fit: str = "resize",
 ) -> ModelDescription:
     """Describes the model for predictions.
 
@@ -176,10 +203,15 @@ def describe(
       lengths: feature lengths, of which the system's are taken: "image" in pixels, "inputs" and "targets" in
         tokens.
       vocabulary: path of a SentencePiece model; only a local one is read. None: the small one of `tasks/`.
+        For CLIP, path of a tokenizer.json; None: that of `paths`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
+      fit: how pictures become square, see `pixels.square`.
+
+    Raises:
+      errors.UserError: CLIP's vocabulary is damaged, or another model's.
     """
-    place = _small_vocabulary() if vocabulary is None else pathlib.Path(vocabulary)
-    network, system = model.module, SYSTEMS[model.system]
+    system = SYSTEMS[model.system]
+    network = model.module
     if unstacked:
         configs = {name: getattr(network, name) for name in system.configs}
         network = network.clone(
@@ -189,24 +221,46 @@ def describe(
                 if hasattr(config, "scan_layers")
             }
         )
+    read = _clip_vocabulary if system.vocabulary_file == clip_tokens.FILE else _sentencepiece
     return ModelDescription(
         network,
         {name: lengths[name] for name in system.lengths},
-        "resize",
+        fit,
         model.misalignment_threshold if system.marks_words else None,
         {"converted_from": ", ".join(paths)},
-        place.read_bytes() if system.vocabulary_file and place.is_file() else None,
+        read(model, paths, vocabulary) if system.vocabulary_file else None,
         system=model.system,
     )
 
 
-def _small_vocabulary() -> pathlib.Path:
+def _sentencepiece(model: Any, paths: Sequence[str], path: str | None) -> bytes | None:
+    """Reads the SentencePiece model at a local path; None: the small one."""
+    del model, paths
+    place = _small_vocabulary("sentencepiece_small.model") if path is None else pathlib.Path(path)
+    return place.read_bytes() if place.is_file() else None
+
+
+def _clip_vocabulary(model: Any, paths: Sequence[str], path: str | None) -> bytes | None:
+    """Reads CLIP's vocabulary at a path, or else the one that lies beside weights; None: there is none."""
+    folders = [pathlib.Path(one) for one in paths]
+    folders = [one if one.is_dir() else one.parent for one in folders]
+    if path == "clip_small":
+        path = str(_small_vocabulary("clip_small.json"))
+    places = [path] if path else [one for one in folders if clip_tokens.is_in(one)]
+    if not places:
+        return None
+    tokens = clip_tokens.read(places[0])
+    tokens.check_size(model.vocab_size)
+    return tokens.content
+
+
+def _small_vocabulary(name: str) -> pathlib.Path:
     """Finds the vocabulary beside `tasks`, without importing `tasks` and so TensorFlow."""
     tasks = importlib.util.find_spec("tasks")
     # `tasks` is installed with this package.
     assert tasks is not None
     assert tasks.origin is not None
-    return pathlib.Path(tasks.origin).parent / "sentencepiece_small.model"
+    return pathlib.Path(tasks.origin).parent / name
 
 
 def convert(
@@ -256,8 +310,10 @@ def convert(
         gin_utils.write_operative_config(directory / "config.gin")
         if description and output != "huggingface":
             description.write(directory)
-            if description.vocabulary is None and SYSTEMS[description.system].vocabulary_file:
-                print(f"for predictions, copy the SentencePiece model to {to}/{VOCABULARY_FILE}")
+            file = SYSTEMS[description.system].vocabulary_file
+            if file and description.vocabulary is None:
+                kind = "SentencePiece model" if file == VOCABULARY_FILE else "vocabulary"
+                print(f"for predictions, copy the {kind} to {to}/{file}")
     return table
 
 
@@ -276,7 +332,10 @@ def main() -> None:
         "targets": _TEXT_LENGTH.value or gin_utils.macro("TARGET_LENGTH"),
     }
     model.check_image_size(lengths["image"], lengths["image"])
-    description = describe(model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax")
+    fit = gin.query_parameter("augmentation.show.fit")
+    description = describe(
+        model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
+    )
     convert(model, paths, to, _FORMAT.value, _ALLOW_MISMATCHED_SHAPES.value, description)
     print(f"written to {to}")
 

@@ -24,6 +24,8 @@ _GIN_NAMES = {
     "t5_config": "t5.T5Config",
     "vit_config": "vit.ViTConfig",
     "resnet_config": "resnet.ResNetConfig",
+    "text_config": "clip.TextConfig",
+    "vision_config": "clip.VisionConfig",
 }
 
 
@@ -197,7 +199,10 @@ def _take(
 
 
 def _can_be_resampled(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-    return theirs[2:] == ours[2:] and 0 < math.prod(theirs[:2]) <= _MAX_POSITIONS
+    # A text's table has one axis of positions, and is never resampled.
+    return (
+        len(theirs) == len(ours) == 3 and theirs[2] == ours[2] and 0 < math.prod(theirs[:2]) <= _MAX_POSITIONS
+    )
 
 
 def _resampled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -113,7 +113,8 @@ def _read(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and values in the order of the source, so that layers stacked there are read once."""
     for name in sorted(tensors, key=lambda name: layers.natural_order(tensors[name].origin)):
         # A view would keep the whole array in memory, and safetensors writes memory without its strides.
-        yield name, np.ascontiguousarray(tensors[name].read())
+        # (`ascontiguousarray` would give a single number an axis.)
+        yield name, np.asarray(tensors[name].read(), order="C")
 
 
 def _to_torch(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

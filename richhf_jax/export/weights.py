@@ -12,7 +12,7 @@ from richhf_jax.export.program import Arrays
 
 def write_safetensors(directory: pathlib.Path, params: Arrays) -> None:
     """Writes model.safetensors, with the names of `forward.flatten`."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in params.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in params.items()}
     weights_file.write(directory / weights_file.FILE, arrays, own.SAFETENSORS_METADATA)
 
 

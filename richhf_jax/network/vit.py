@@ -70,6 +70,11 @@ class ViTConfig:
     stem_filters: tuple[int, ...] = ()
     attention_kernel: str = "auto"
 
+    @property
+    def activation(self) -> layers.Activation:
+        """The function between a feed-forward block's two layers."""
+        return functools.partial(nn.gelu, approximate=self.approximate_gelu)
+
 
 class StemLayer(nn.Module):
     """A 3x3 convolution with stride 2, a layer norm over the channels, a GELU."""
@@ -106,6 +111,7 @@ class PatchEmbedding(nn.Module):
     patch_size: int
     features: int
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -127,13 +133,17 @@ class PatchEmbedding(nn.Module):
             jnp.float32,
             axes=("height", "width", "image_channels", "embed"),
         )
-        bias = param_with_axes("bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=("embed",))
-        kernel, bias = jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
+        kernel = jnp.asarray(kernel, self.dtype)
         kernel = layers.gathered(kernel, ("height", "width", "image_channels", "embed"))
 
         patches = jnp.asarray(images, self.dtype).reshape(batch, height // p, p, width // p, p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
-        return jnp.dot(patches, kernel.reshape(-1, self.features)) + bias[None, None, None]
+        x = jnp.dot(patches, kernel.reshape(-1, self.features))
+        if self.use_bias:
+            zeros = nn.initializers.zeros
+            bias = param_with_axes("bias", zeros, (self.features,), jnp.float32, axes=("embed",))
+            x = x + jnp.asarray(bias, self.dtype)[None, None, None]
+        return x
 
 
 class PositionEmbedding(nn.Module):
@@ -155,20 +165,33 @@ class PositionEmbedding(nn.Module):
         return x + table.astype(x.dtype)[None]
 
 
-def _norm(cfg: ViTConfig, name: str) -> layers.CenteredLayerNorm:
+def norm(cfg: Any, name: str) -> layers.CenteredLayerNorm:
+    """Makes a layer norm of a configuration's type and epsilon."""
     return layers.CenteredLayerNorm(epsilon=cfg.layer_norm_epsilon, dtype=cfg.dtype, name=name)
 
 
-class Attention(nn.Module):
-    """Self-attention with biases; divides the logits by sqrt(head width)."""
+def with_class_token(x: Float[Array, "batch patches embed"]) -> Float[Array, "batch tokens embed"]:
+    """Puts a learned token before the patches, as the parameter "class_token" of the calling module."""
+    init = nn.initializers.normal(1 / math.sqrt(x.shape[-1]))
+    token = param_with_axes("class_token", init, x.shape[-1:], jnp.float32, axes=("embed",))
+    token = jnp.broadcast_to(token.astype(x.dtype)[None, None], (x.shape[0], 1, x.shape[-1]))
+    return jnp.concatenate([token, x], axis=1)
 
-    config: ViTConfig
+
+class Attention(nn.Module):
+    """Self-attention with biases; divides the logits by sqrt(head width).
+
+    Attributes:
+      config: a `ViTConfig`, or a `clip.TowerConfig`.
+    """
+
+    config: Any
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch length embed"],
-        mask: Shaped[Array, "batch 1 1 length"] | None = None,
+        mask: Shaped[Array, "#batch 1 #length length"] | None = None,
         *,
         deterministic: bool,
     ) -> Float[Array, "batch length embed"]:
@@ -201,32 +224,34 @@ class Attention(nn.Module):
 
 
 class ViTLayer(nn.Module):
-    """Self-attention and feed-forward block, each with a norm before and a residual connection around it."""
+    """Self-attention and feed-forward block, each with a norm before and a residual connection around it.
 
-    config: ViTConfig
+    Attributes:
+      config: a `ViTConfig`, or a `clip.TowerConfig`.
+    """
+
+    config: Any
 
     @nn.compact
     def __call__(
         self,
         inputs: Float[Array, "batch length embed"],
-        mask: Shaped[Array, "batch 1 1 length"] | None = None,
+        mask: Shaped[Array, "#batch 1 #length length"] | None = None,
         drop_rate: Float[Array, ""] | float | None = None,
         *,
         deterministic: bool,
     ) -> Float[Array, "batch length embed"]:
         """Applies the layer; `mask` as for `Attention`, `drop_rate` as for `stack.StochasticDepth`."""
         cfg = self.config
-        norm = functools.partial(_norm, cfg)
-
-        x = norm("pre_attention_layer_norm")(inputs)
+        x = norm(cfg, "pre_attention_layer_norm")(inputs)
         x = Attention(cfg, name="attention")(x, mask, deterministic=deterministic)
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
         x = inputs + stack.StochasticDepth()(x, drop_rate)
 
-        y = norm("pre_mlp_layer_norm")(x)
+        y = norm(cfg, "pre_mlp_layer_norm")(x)
         y = layers.MlpBlock(
             intermediate_dim=cfg.mlp_dim,
-            activations=(functools.partial(nn.gelu, approximate=cfg.approximate_gelu),),
+            activations=(cfg.activation,),
             intermediate_dropout_rate=cfg.dropout_rate,
             dtype=cfg.dtype,
             use_bias=True,
@@ -279,7 +304,9 @@ class ViT(nn.Module):
         # [batch, height, width, embed] -> [batch, patches, embed]
         x = x.reshape(x.shape[0], -1, cfg.emb_dim)
         if cfg.class_token:
-            x, patch_mask = self._with_class_token(x, patch_mask)
+            x = with_class_token(x)
+            if patch_mask is not None:
+                patch_mask = jnp.pad(patch_mask, ((0, 0), (1, 0)), constant_values=True)
         mask = None if patch_mask is None else patch_mask[:, None, None, :]
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
 
@@ -288,13 +315,4 @@ class ViT(nn.Module):
 
         drop_rate = 0.0 if deterministic else cfg.stochastic_depth_rate
         x = stack.apply_layers(ViTLayer, cfg, cfg.num_layers, call, x, drop_rate)
-        return _norm(cfg, "encoder_norm")(x)
-
-    def _with_class_token(self, x: Array, patch_mask: Array | None) -> tuple[Array, Array | None]:
-        """Puts the class token before the patches, and a True before their mask."""
-        init = nn.initializers.normal(1 / math.sqrt(x.shape[-1]))
-        token = param_with_axes("class_token", init, x.shape[-1:], jnp.float32, axes=("embed",))
-        token = jnp.broadcast_to(token.astype(x.dtype)[None, None], (x.shape[0], 1, x.shape[-1]))
-        if patch_mask is not None:
-            patch_mask = jnp.pad(patch_mask, ((0, 0), (1, 0)), constant_values=True)
-        return jnp.concatenate([token, x], axis=1), patch_mask
+        return norm(cfg, "encoder_norm")(x)

@@ -84,6 +84,12 @@ def _shown(images: jax.Array, side: int, fit: str) -> tuple[jax.Array, jax.Array
       [batch, side, side, 3], and the boxes, int [batch, 4]; None where the model takes no boxes.
     """
     batch, height, width, _ = images.shape
+    if fit == "centre_crop":
+        (rows, columns), start = pixels.cropped((height, width), side)
+        scale = jnp.array([rows / height, columns / width])
+        shape, offset = (batch, side, side, 3), -jnp.array(start, jnp.float32)
+        shown = jax.image.scale_and_translate(images, shape, (1, 2), scale, offset, "cubic")
+        return jnp.clip(shown, 0, 255), None
     box = np.array([0, 0, side, side], np.int32)
     if fit == "letterbox":
         box = pixels.letterbox(np.array([height, width]), side)

@@ -1,0 +1,176 @@
+"""CLIP's tokens: byte-pair encoding by the `tokenizers` library, from the files of a checkpoint.
+
+'A red STAR' -> [start, a</w>, red</w>, star</w>, end, 0, ...]
+
+A text is made lower case, composed (NFC), and its spaces are joined; a regular expression splits it into
+words, numbers and signs; and each of them, as bytes, is merged by the vocabulary's rules. These steps are in
+tokenizer.json. An older checkpoint has only vocab.json and merges.txt, of which the same steps are made here.
+What else OpenAI's code does before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't
+either.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Int32
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from richhf_jax import errors, reading
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+FILE = "tokenizer.json"
+_OLDER_FILES = ("vocab.json", "merges.txt")
+_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+class ClipTokens:
+    """CLIP's vocabulary.
+
+    Attributes:
+      content: a tokenizer.json.
+      start_id, end_id: ids of the two tokens around a text.
+    """
+
+    def __init__(self, content: bytes, name: str = FILE):
+        """Loads a tokenizer.json.
+
+        Args:
+          content: what is in the file.
+          name: its path, for messages.
+
+        Raises:
+          errors.UserError: it is damaged, or not CLIP's.
+        """
+        self.content = content
+        self._name = name
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # The library raises no narrower one.
+            raise errors.UserError(
+                f"{name} is damaged, or no file of the tokenizers library: {error}"
+            ) from error
+        # Settings of whoever wrote the file.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = [self._tokenizer.token_to_id(token) for token in (START, END)]
+        if None in ids:
+            raise errors.UserError(f"{name} isn't CLIP's: its vocabulary has no {START} or no {END}")
+        self.start_id, self.end_id = map(int, ids)
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self._tokenizer.get_vocab_size()
+
+    def check_size(self, rows: int) -> None:
+        """Checks that the vocabulary is that of a network, whose table has this many rows.
+
+        Raises:
+          errors.UserError: it has another number of ids, so it belongs to another model.
+        """
+        if self.size != rows:
+            raise errors.UserError(
+                f"{self._name} has {self.size} tokens, the model {rows}: it is another model's vocabulary"
+            )
+
+    def encode(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[Int32[np.ndarray, "texts length"], Int32[np.ndarray, " texts"]]:
+        """Encodes texts as CLIP does.
+
+        A longer text is cut after `length` - 2 tokens, wherever that is in a word. What follows the end is 0.
+
+        Returns:
+          The tokens; and of each text the number of words, between spaces, that are cut off at least partly.
+        """
+        ids = np.zeros((len(texts), length), np.int32)
+        words_cut = np.zeros(len(texts), np.int32)
+        for row, text in enumerate(texts):
+            encoded = self._tokenizer.encode(text, add_special_tokens=False)
+            kept = [self.start_id, *encoded.ids[: length - 2], self.end_id]
+            ids[row, : len(kept)] = kept
+            if len(encoded.ids) > length - 2:
+                first_cut = encoded.offsets[length - 2][0]
+                words_cut[row] = len(text[_start_of_word(text, first_cut) :].split())
+        return ids, words_cut
+
+    def pieces(self, text: str) -> list[int]:
+        """Returns the ids of a text's pieces, without start and end."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens up to their end, as CLIP reads it: lower case, in parts."""
+        pieces = []
+        for i in itertools.takewhile(lambda i: i != self.end_id, ids):
+            if i != self.start_id:
+                # A byte's own sign stands for a space.
+                pieces.append((self._tokenizer.id_to_token(i) or "").replace("</w>", "Ġ"))
+        return decoders.ByteLevel().decode(pieces).strip()
+
+
+def _start_of_word(text: str, place: int) -> int:
+    """Returns the first character of the word, between spaces, that holds this one."""
+    while place and not text[place - 1].isspace():
+        place -= 1
+    return place
+
+
+def is_in(folder: epath.PathLike) -> bool:
+    """Tells whether a directory has the files that `read` takes."""
+    place = epath.Path(folder)
+    return (place / FILE).exists() or all((place / name).exists() for name in _OLDER_FILES)
+
+
+def read(path: epath.PathLike) -> ClipTokens:
+    """Reads a tokenizer.json; or in a directory, that file, or vocab.json and merges.txt.
+
+    Raises:
+      errors.UserError: there is none, it is damaged, or not CLIP's.
+    """
+    place = epath.Path(path)
+    if not place.is_dir():
+        return ClipTokens(_read(place), str(place))
+    if (place / FILE).exists():
+        return ClipTokens(_read(place / FILE), str(place / FILE))
+    vocabulary, merges = (place / name for name in _OLDER_FILES)
+    if not is_in(place):
+        raise errors.UserError(f"{place} has no {FILE}, nor {' and '.join(_OLDER_FILES)}")
+    lines = _read(merges).decode(errors="replace").splitlines()
+    rules = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    try:
+        content = build(reading.read_json(vocabulary), rules)
+    except Exception as error:  # The library raises no narrower one.
+        raise errors.UserError(
+            f"{merges} is damaged, or doesn't belong to {vocabulary.name}: {error}"
+        ) from error
+    return ClipTokens(content, str(vocabulary))
+
+
+def _read(path: epath.Path) -> bytes:
+    try:
+        return reading.read_bytes(path)
+    except OSError as error:
+        raise errors.UserError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> bytes:
+    """Makes a tokenizer.json of a vocabulary, piece -> id, and the pairs of pieces that become one, in order.
+
+    Raises:
+      Exception: a merge has a piece that isn't in the vocabulary.
+    """
+    model = models.BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>", unk_token=END)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token in (START, END) if token in vocabulary])
+    return tokenizer.to_str().encode()

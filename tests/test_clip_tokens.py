@@ -1,0 +1,238 @@
+"""CLIP's tokens equal those of transformers, from either form of its files."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import transformers
+
+from richhf_jax import clip_tokens, errors, preprocessors
+from richhf_jax.clip_tokens import END, START
+from tasks import train_vocabulary, vocabulary
+
+LENGTH = 77
+# Split at "|": scripts, joined and composed characters, spaces, contractions, CLIP's own tokens.
+SIGNS = [
+    "😀",
+    "👩\u200d👩\u200d👧",
+    "🏳️\u200d🌈",
+    "✨",
+    "…",
+    "™",
+    "½",
+    "²³",
+    "№",
+    "€",
+    "¿",
+    "«",
+    "—",
+    "\u200b",
+    "\xad",
+    "\ufeff",
+    "\x00",
+    "\x07",
+    "\u2028",
+    "\u3000",
+    "\xa0",
+    "\t",
+    "\n",
+    "\r\n",
+    "猫",
+    "日本語",
+    "한국어",
+    "ｆｕｌｌ",
+    "ＷＩＤＴＨ",
+    "①",
+    "ﬁ",
+    "İstanbul",
+    "ẞ",
+    "straße",
+    "ΑΣ",
+    "naïve",
+    "naïve",
+    "é",
+    "ʼn",
+    "हिन्दी",
+    "العربية",
+    "ไทย",
+    "it's",
+    "don't",
+    "we're",
+    "I've",
+    "I'm",
+    "she'll",
+    "he'd",
+    "IT'S",
+    "Don'T",
+    "''s",
+    "'s",
+    "'",
+    "12",
+    "3.14",
+    "1,000",
+    "10th",
+    "_0",
+    "a_b",
+    "x-y",
+    "(!)",
+    "!!!",
+    "...",
+    "#",
+    "&amp;",
+    "</w>",
+    "\ud7ff",
+    "𝔘𝔫𝔦",
+    "𓀀",
+]
+SIGNS += [START, END, START.upper(), "<|end", "of|>", "text|>"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Writes the shipped small vocabulary as vocab.json and merges.txt."""
+    folder = tmp_path_factory.mktemp("clip")
+    content = json.loads(train_vocabulary.train_clip())
+    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Draws 10,000 prompts of words, signs and any characters; every hundredth has 300 words."""
+    drawn, words = random.Random(0), train_vocabulary.words()
+
+    def part():
+        kind = drawn.random()
+        if kind < 0.5:
+            return drawn.choice([str, str.upper, str.title])(drawn.choice(words))
+        if kind < 0.9:
+            return drawn.choice(SIGNS)
+        return "".join(
+            chr(drawn.choice([drawn.randrange(0x300), drawn.randrange(0xE000, 0x30000)])) for _ in range(3)
+        )
+
+    def prompt(i):
+        count = 300 if i % 100 == 0 else drawn.randrange(12)
+        return "".join(part() + drawn.choice([" ", " ", " ", "", "  ", ","]) for _ in range(count))
+
+    return [prompt(i) for i in range(10_000)]
+
+
+def test_tokens_are_those_of_transformers(files, prompts):
+    theirs = transformers.CLIPTokenizer.from_pretrained(files)
+    rows = theirs(prompts, truncation=True, max_length=LENGTH)["input_ids"]
+    expected = np.array([row + [0] * (LENGTH - len(row)) for row in rows])
+    older = clip_tokens.read(files)
+    ids, words_cut = older.encode(prompts, LENGTH)
+    np.testing.assert_array_equal(ids, expected)
+    too_long = [len(row) > LENGTH for row in theirs(prompts)["input_ids"]]
+    assert (words_cut > 0).tolist() == too_long
+    assert all(too_long[::100])
+
+
+def test_both_forms_of_the_files_are_one(files, prompts, tmp_path):
+    theirs = transformers.CLIPTokenizer.from_pretrained(files)
+    theirs.save_pretrained(tmp_path)
+    older, newer = clip_tokens.read(files), clip_tokens.read(tmp_path)
+    assert newer.content == (tmp_path / "tokenizer.json").read_bytes()
+    ids = older.encode(prompts[:1000], LENGTH)[0]
+    np.testing.assert_array_equal(newer.encode(prompts[:1000], LENGTH)[0], ids)
+    again = clip_tokens.ClipTokens(older.content)
+    np.testing.assert_array_equal(again.encode(prompts[:1000], LENGTH)[0], ids)
+
+
+def test_truncation_and_padding_in_the_file_are_left_out(files):
+    content = json.loads(clip_tokens.read(files).content)
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tokens = clip_tokens.ClipTokens(json.dumps(content).encode())
+    assert np.count_nonzero(tokens.encode(["a red star"], 8)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "pieces", "cut"),
+    [
+        ("a red star", 5, 3, 0),
+        ("a red star", 4, 2, 1),
+        ("a red-star", 4, 2, 1),  # a, red: the word is cut in its middle
+        ("red-star a", 4, 2, 2),
+        ("", 4, 0, 0),
+        ("  a  ", 3, 1, 0),
+        ("red 猫", 4, 2, 1),  # two of three bytes would be no character
+    ],
+)
+def test_words_that_are_cut(text, length, pieces, cut):
+    tokens = clip_tokens.read(vocabulary.SMALL_CLIP)
+    ids, words_cut = tokens.encode([text], length)
+    assert (words_cut.tolist(), ids[0, 0], ids[0, pieces + 1]) == ([cut], tokens.start_id, tokens.end_id)
+    assert not ids[0, pieces + 2 :].any()
+
+
+def test_decoding_gives_what_clip_reads():
+    tokens = clip_tokens.read(vocabulary.SMALL_CLIP)
+    ids = tokens.encode(["Two RED circles, left of naïve 猫 it's"], LENGTH)[0][0]
+    assert tokens.decode(ids.tolist()) == "two red circles , left of naïve 猫 it 's"
+
+
+def test_the_shipped_vocabulary_is_what_the_script_trains(tmp_path):
+    train_vocabulary.main(["--clip", str(tmp_path / "again.json")])
+    tokens = clip_tokens.read(tmp_path / "again.json")
+    assert tokens.content == clip_tokens.read(vocabulary.SMALL_CLIP).content
+    ids = tokens.encode(train_vocabulary.words(), LENGTH)[0]
+    assert (np.count_nonzero(ids, axis=1) == 3).all()
+    # The end's is the highest id, as in OpenAI's: a text tower without `end_id` finds it.
+    assert tokens.size == tokens.end_id + 1 == tokens.start_id + 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"tokenizer.json": "{}"}, "tokenizer.json is damaged, or no file of the tokenizers library"),
+        ({"tokenizer.json": None}, "has no tokenizer.json, nor vocab.json and merges.txt"),
+        ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json is no JSON object"),
+        (
+            {"vocab.json": '{"a": 0}', "merges.txt": "a b"},
+            "merges.txt is damaged, or doesn't belong to vocab.json",
+        ),
+        (
+            {"vocab.json": '{"a": 0}', "merges.txt": ""},
+            r"vocab.json isn't CLIP's: its vocabulary has no <\|start",
+        ),
+    ],
+)
+def test_damaged_files(tmp_path, damage, message):
+    for name, content in damage.items():
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(errors.UserError, match=message):
+        clip_tokens.read(tmp_path)
+
+
+def test_tasks_give_clips_tokens_where_gin_names_its_file(prompts):
+    import gin
+
+    configured = vocabulary.ConfiguredVocabulary()
+    gin.bind_parameter("tasks.vocabulary.get_vocabulary.path", vocabulary.SMALL_CLIP)
+    tokens = clip_tokens.read(vocabulary.SMALL_CLIP)
+    assert configured.vocab_size == tokens.size
+    assert configured.sp_model == tokens.content
+    dataset = tf.data.Dataset.from_tensors(tf.constant(prompts[:3]))
+    ((ids, words_cut),) = dataset.map(lambda texts: preprocessors.encode(texts, 20, configured))
+    expected, cut = tokens.encode(prompts[:3], 20)
+    np.testing.assert_array_equal(ids, expected)
+    assert (words_cut, ids.dtype, words_cut.dtype) == (cut.max(), tf.int32, tf.int32)
+    encoded = configured.encode("a red star")
+    assert configured.encode_tf(tf.constant("a red star")).numpy().tolist() == encoded
+    assert (
+        configured.decode(encoded)
+        == configured.decode_tf(tf.constant(encoded)).numpy().decode()
+        == "a red star"
+    )
+
+
+def test_a_file_that_is_missing():
+    with pytest.raises(errors.UserError, match="nowhere.json can't be read: No such file"):
+        vocabulary.get_vocabulary("nowhere.json")
