@@ -129,7 +129,7 @@ _SALIENCY_METRICS = {"cc": cc, "kld": kld, "sim": sim, "nss": nss, "auc_judd": a
 
 
 def rich_feedback_metrics(
-    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback], values: Columns | None = None
 ) -> dict[str, float]:
     """Computes every metric of the protocol over a split: `aggregate` of the images' values.
 
@@ -141,6 +141,7 @@ def rich_feedback_metrics(
       targets: the feedback of people (or of the builder's simulated raters).
       predictions: feedback for the same images in the same order; heatmaps have the targets' sizes. All
         predictions hold the same kinds.
+      values: their `image_values`, if these are known.
 
     Returns:
       "score/{plcc,srcc,mse}/<kind>", the results of `uncertainty_metrics`,
@@ -151,7 +152,7 @@ def rich_feedback_metrics(
       ValueError: targets and predictions do not pair up, predictions differ in what they hold, or a value is
         negative or not finite; the message names the record.
     """
-    values = image_values(targets, predictions)
+    values = image_values(targets, predictions) if values is None else values
     return aggregate(target_values(targets), values) | {"num_examples": len(targets)}
 
 
