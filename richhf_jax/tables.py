@@ -38,8 +38,8 @@ def find(directory: str) -> epath.Path:
     found = list((path / "inference_eval").glob("*/*/*/metrics.json"))
     if not found:
         raise errors.UserError(
-            f"{directory} has neither metrics.json nor inference_eval/<task>/<split>/<step>/metrics.json: name a"
-            " folder of results, or a MODEL_DIR that python -m richhf_jax.eval has evaluated"
+            f"{directory} has neither metrics.json nor inference_eval/<task>/<split>/<step>/metrics.json:"
+            " name a folder of results, or a MODEL_DIR that python -m richhf_jax.eval has evaluated"
         )
     return max(found, key=lambda file: (file.stat().mtime, str(file))).parent
 
@@ -53,12 +53,13 @@ def read(directory: epath.Path) -> ImageValues:
     values = image_values.read(directory)
     written = reading.read_json(directory / "metrics.json")
     found = metrics.aggregate(values.targets, next(iter(values.systems.values())))
+    found |= {"num_examples": len(values.ids)}
     for name, value in found.items():
         other = written.get(name)
         if not isinstance(other, float | int) or not math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-9):
             raise errors.UserError(
-                f"{directory}: {name} is {other} in metrics.json but {value} by {image_values.FILE}: the files are"
-                " of different evaluations. Evaluate again"
+                f"{directory}: {name} is {other} in metrics.json but {value} by {image_values.FILE}: the"
+                " files are of different evaluations. Evaluate again"
             )
     return values
 
@@ -71,28 +72,45 @@ def aligned(first: ImageValues, other: ImageValues, names: tuple[str, str]) -> I
       names: their names, for the message.
 
     Raises:
-      errors.UserError: they are of different images or targets.
+      errors.UserError: they are of different images, or have different targets.
     """
-    where = f"{names[1]} ({other.task}, {other.split}) and {names[0]} ({first.task}, {first.split})"
-    for one, two, name in ((first, other, names[1]), (other, first, names[0])):
-        if missing := [image for image in one.ids if image not in set(two.ids)]:
+    where = " and ".join(
+        foreign_text.for_terminal(f"{name} ({one.task}, {one.split})")
+        for name, one in zip(names, (first, other), strict=True)
+    )
+    for name, lacking in zip(names, (set(first.ids), set(other.ids)), strict=True):
+        if missing := [image for image in (*first.ids, *other.ids) if image not in lacking]:
             raise errors.UserError(
-                f"{where} are of different images: {name} lacks {len(missing)}, such as {missing[0]!r}. Evaluate"
-                " both on the same split"
+                f"{where} are of different images: {name} lacks {len(missing)}, such as {missing[0]!r}."
+                " Evaluate both on the same split"
             )
     if list(other.ids) != list(first.ids):
         other = _in_order(other, first.ids, where)
-    for key in sorted({*first.targets, *other.targets}):
-        absent = np.full(len(first.ids), np.nan)
-        wanted, given = first.targets.get(key, absent), other.targets.get(key, absent)
+    for key in _compared(first, other):
+        wanted, given = first.targets[key], other.targets[key]
         differs = ~((wanted == given) | (np.isnan(wanted) & np.isnan(given)))
         if differs.any():
             i = int(np.argmax(differs))
             raise errors.UserError(
-                f"{where} have different targets: {key} of {first.ids[i]!r} is {given[i]:g}, not {wanted[i]:g}."
-                " Evaluate both on the same data, at the same size of image"
+                f"{where} have different targets: {key} of {first.ids[i]!r} is {wanted[i]:g} and"
+                f" {given[i]:g}. Evaluate both on the same data, at the same image size"
             )
     return other
+
+
+def _compared(first: ImageValues, other: ImageValues) -> list[str]:
+    """Returns the names of the targets' values that both models are measured on.
+
+    Targets of an evaluation may lack what its model doesn't predict, or have it in another size.
+    """
+    one, two = ({_output(name) for name in next(iter(e.systems.values()))} for e in (first, other))
+    return [key for key in first.targets if key in other.targets and _output(key) in one & two]
+
+
+def _output(name: str) -> tuple[str, str]:
+    """Returns what a value is of: "heatmap/mse/<kind>" -> ("heatmap", <kind>); words are ("keywords", "")."""
+    group, *_, kind = name.split("/")
+    return group, "" if group == "keywords" else kind
 
 
 def _in_order(values: ImageValues, ids: Sequence[str], where: str) -> ImageValues:
@@ -109,32 +127,28 @@ def _in_order(values: ImageValues, ids: Sequence[str], where: str) -> ImageValue
     return dataclasses.replace(values, ids=ids, targets=taken(values.targets), systems=systems)
 
 
-def with_intervals(
-    rows: Sequence[Row],
-    targets: metrics.Columns,
-    systems: Sequence[metrics.Columns],
-    resamples: int,
-    seed: int,
-) -> list[Row]:
+def with_intervals(rows: Sequence[Row], samples: Sequence[bootstrap.Samples]) -> list[Row]:
     """Returns the rows with 95 % intervals, and with what differs from the first row.
 
     Args:
       rows: one for each system.
-      targets, systems: as for `bootstrap.samples`.
-      resamples, seed: number of resamples, and the seed of their draw.
+      samples: `bootstrap.samples` of the systems.
     """
-    images = len(next(iter(targets.values())))
-    first, *_ = found = bootstrap.samples(targets, systems, images, resamples, seed)
+    first = samples[0]
     results = []
-    for row, samples in zip(rows, found, strict=True):
-        intervals = {key: bootstrap.interval(values) for key, values in samples.items()}
-        shared = first.keys() & samples.keys() if samples is not first else ()
-        differences = {key: bootstrap.interval(samples[key] - first[key]) for key in shared}
+    for row, own in zip(rows, samples, strict=True):
+        shared = first.keys() & own.keys() if own is not first else ()
+        intervals = {key: bootstrap.interval(values) for key, values in own.items()}
+        differences = {key: bootstrap.interval(own[key] - first[key]) for key in shared}
         results.append(
             dataclasses.replace(
                 row,
                 intervals={key: ends for key, ends in intervals.items() if not math.isnan(ends[0])},
-                differs={k: not a <= 0 <= b for k, (a, b) in differences.items() if not math.isnan(a)},
+                differs={
+                    key: not low <= 0 <= high
+                    for key, (low, high) in differences.items()
+                    if not math.isnan(low)
+                },
             )
         )
     return results
@@ -161,21 +175,24 @@ def make(
     Raises:
       errors.UserError: as `find`, `read` and `aligned`.
     """
-    folders = [find(directory) for directory in directories]
-    first, *others = [read(folder) for folder in folders]
-    evaluations = [first]
-    for directory, other in zip(directories[1:], others, strict=True):
-        evaluations.append(aligned(first, other, (directories[0], directory)))
-    systems: list[tuple[str, metrics.Columns]] = []
-    for i, evaluation in enumerate(evaluations):
-        (title, model), *more = evaluation.systems.items()
-        systems.append((names[i] if names else title, model))
+    evaluations: list[ImageValues] = []
+    for directory in directories:
+        evaluation = read(find(directory))
+        for earlier, name in zip(evaluations, directories, strict=False):
+            evaluation = aligned(earlier, evaluation, (name, directory))
+        evaluations.append(evaluation)
+    first, *_ = evaluations
+    systems = [next(iter(evaluation.systems.items())) for evaluation in evaluations]
+    systems = [(name, values) for name, (_, values) in zip(names, systems, strict=True)] if names else systems
     if baselines:
         systems += list(first.systems.items())[1:]
-    rows = [Row(name, metrics.aggregate(first.targets, values)) for name, values in systems]
+    # The first evaluation's targets may lack what its model doesn't predict.
+    targets = {name: column for one in evaluations for name, column in one.targets.items()}
+    rows = [Row(name, metrics.aggregate(targets, values)) for name, values in systems]
     notes = [f"{len(first.ids):,} images of {first.task}, {first.split}."]
     if resamples:
-        rows = with_intervals(rows, first.targets, [values for _, values in systems], resamples, seed)
+        samples = bootstrap.samples(targets, [v for _, v in systems], len(first.ids), resamples, seed)
+        rows = with_intervals(rows, samples)
         notes.append(f"Brackets: 95 % intervals over the images, {resamples:,} resamples.")
     if with_published:
         rows += published.ROWS

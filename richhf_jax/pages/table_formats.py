@@ -284,9 +284,18 @@ def _markdown_cell(cell: Cell) -> str:
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     # A bracket after a line's end would be taken for its argument.
-    "[": "{[}", "]": "{]}", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    '"': r"\textquotedbl{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$", ABSENT: "--",
+    "[": "{[}",
+    "]": "{]}",
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    ABSENT: "--",
     ALIKE: r"$\approx$",
 }
 
