@@ -2,8 +2,9 @@ r"""Evaluates a checkpoint by the paper's protocol and writes a report.
 
     python -m richhf_jax.eval --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=runs/mine
 
-Writes metrics.json, predictions.jsonl and report.html to
-MODEL_DIR/inference_eval/<task>/<split>/<step>, and prints the paper's tables.
+Writes metrics.json, image_values.npz, predictions.jsonl and report.html to
+MODEL_DIR/inference_eval/<task>/<split>/<step>, and prints the paper's tables. `python -m richhf_jax.tables`
+puts several evaluations side by side.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from richhf_jax import (
     errors,
     foreign_text,
     gin_utils,
+    image_values,
     input_pipeline,
     locking,
     metrics,
@@ -109,7 +111,8 @@ def evaluate(
         predictions = [prediction.calibrated(factors) for prediction in raw]
     systems = [(title, predictions), *(fn(dataset_cfg, images, targets) for fn in baseline_fns)]
     task = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
-    rows = [report.Row(name, _measure(task, targets, answers)) for name, answers in systems]
+    values = {name: metrics.image_values(targets, answers) for name, answers in systems}
+    rows = [report.Row(name, _measure(task, targets, answers, values[name])) for name, answers in systems]
     if factors:
         rows.append(report.Row(f"{title}, not calibrated", metrics.uncertainty_metrics(targets, raw)))
     place = ("inference_eval", dataset_cfg.mixture_or_task_name, dataset_cfg.split, str(step))
@@ -120,10 +123,15 @@ def evaluate(
         for item in itertools.islice(zip(images, targets, predictions, strict=True), gallery_size)
     ]
     curves = {stage: _read_curves(path) for stage, path in (curve_dirs or {}).items() if path}
+    measured = image_values.ImageValues(
+        *(task.name, dataset_cfg.split, step),
+        *([target.id for target in targets], metrics.target_values(targets), values),
+    )
     details = {"task": task.name, "split": dataset_cfg.split, "step": step, "images": len(targets)}
     with writing.explained_disk_errors(directory), locking.held(directory, "--gin.EVAL_OUTPUT_DIR=DIR"):
         _write_json(directory / "metrics.json", rows[0].metrics)
         _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
+        measured.write(directory)
         writing.write(directory / "predictions.jsonl", "".join(lines))
         report.write_report(directory / "report.html", title, rows, curves, gallery, details)
     print(report.format_tables(rows))
@@ -155,10 +163,13 @@ def _collect(
     return images, targets, predictions
 
 
-def _measure(task, targets, predictions) -> dict[str, float]:
+def _measure(task, targets, predictions, values: metrics.Columns) -> dict[str, float]:
+    """Returns the task's metrics of a system whose `metrics.image_values` are known."""
     results: dict[str, float] = {}
     for metric_fn in task.metric_fns:
-        results |= metric_fn(targets, predictions)
+        # Heatmaps take long to measure, so once is enough.
+        known = {"values": values} if metric_fn is metrics.rich_feedback_metrics else {}
+        results |= metric_fn(targets, predictions, **known)
     return results
 
 

@@ -11,11 +11,11 @@ No metric is ever NaN. Where a formula is undefined, these rules hold:
 - a constant map or a constant list of scores orders nothing: CC, NSS, PLCC and SRCC are 0, AUC-Judd is 0.5;
 - a map that is 0 everywhere prefers no place: KLD and SIM take it as the uniform distribution;
 - 0/0 in precision, recall and F1 is 0;
-- a metric without any sample (`mse_empty` where no ground truth is empty, a score that no prediction has) is
-  left out of the result.
+- a metric without any sample (`mse_empty` where no ground truth is empty, a kind that the predictions lack)
+  is left out of the result.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,6 +30,8 @@ KLD_EPSILON = 2.2204e-16
 
 Scores = Sequence[float] | Real[np.ndarray, " examples"]
 Heatmap = Real[np.ndarray, "height width"]
+# Name of a value -> float64 [images], NaN where an image has no such value.
+Columns = Mapping[str, Real[np.ndarray, " images"]]
 
 
 @runtime_checkable
@@ -127,17 +129,19 @@ _SALIENCY_METRICS = {"cc": cc, "kld": kld, "sim": sim, "nss": nss, "auc_judd": a
 
 
 def rich_feedback_metrics(
-    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback], values: Columns | None = None
 ) -> dict[str, float]:
-    """Computes every metric of the protocol over a split.
+    """Computes every metric of the protocol over a split: `aggregate` of the images' values.
 
-    A kind is measured on the records whose target has it; a kind that no prediction has is left out. A
+    A kind is measured on the records whose target has it; a kind that the predictions lack is left out. A
     heatmap's MSE is taken over all records, `mse_empty` over those with an empty ground truth, and the other
     metrics over the rest.
 
     Args:
       targets: the feedback of people (or of the builder's simulated raters).
-      predictions: feedback for the same images in the same order; heatmaps have the targets' sizes.
+      predictions: feedback for the same images in the same order; heatmaps have the targets' sizes. All
+        predictions hold the same kinds.
+      values: their `image_values`, if these are known.
 
     Returns:
       "score/{plcc,srcc,mse}/<kind>", the results of `uncertainty_metrics`,
@@ -145,18 +149,94 @@ def rich_feedback_metrics(
       "keywords/{precision,recall,f1}" as shares in [0, 1], and "num_examples".
 
     Raises:
-      ValueError: targets and predictions do not pair up, or a value is negative or not finite; the message
-        names the record.
+      ValueError: targets and predictions do not pair up, predictions differ in what they hold, or a value is
+        negative or not finite; the message names the record.
+    """
+    values = image_values(targets, predictions) if values is None else values
+    return aggregate(target_values(targets), values) | {"num_examples": len(targets)}
+
+
+def target_values(targets: Sequence[RichFeedback]) -> dict[str, np.ndarray]:
+    """Returns the images' own values.
+
+    Returns:
+      "score/<kind>"; "heatmap/{pixels,fixated}/<kind>", numbers of pixels; and "keywords/{words,misaligned}",
+      numbers of words.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for i, target in enumerate(targets):
+        row: dict[str, float] = {f"score/{kind}": score for kind, score in target.scores.items()}
+        for kind, heatmap in target.heatmaps.items():
+            row[f"heatmap/pixels/{kind}"] = heatmap.size
+            row[f"heatmap/fixated/{kind}"] = np.count_nonzero(heatmap > 0)
+        if target.tokens:
+            row["keywords/words"] = len(target.tokens)
+            row["keywords/misaligned"] = target.labels.count(feedback.MISALIGNED)
+        for name, value in row.items():
+            found.setdefault(name, {})[i] = value
+    return _columns(found, len(targets))
+
+
+def image_values(
+    targets: Sequence[RichFeedback], predictions: Sequence[RichFeedback]
+) -> dict[str, np.ndarray]:
+    """Measures each image: all that `aggregate` needs of a system.
+
+    Args:
+      targets, predictions: as for `rich_feedback_metrics`.
+
+    Returns:
+      "score/<kind>" and "uncertainty/<kind>" as predicted, "heatmap/<metric>/<kind>", and
+      "keywords/{tp,fp,fn}", numbers of words that are rightly flagged, wrongly flagged and missed. An image
+      has no value where its target lacks the kind, and where the metric leaves it out. A name without any
+      value is left out.
+
+    Raises:
+      ValueError: as `rich_feedback_metrics`.
     """
     _check_pairs(targets, predictions)
+    found = _score_values(targets, predictions)
+    for kind in feedback.HEATMAPS:
+        for i, target, prediction in _pairs("heatmaps", kind, targets, predictions):
+            for name, value in _heatmap_values(target, prediction).items():
+                found.setdefault(f"heatmap/{name}/{kind}", {})[i] = value
+    found |= _keyword_values(targets, predictions)
+    return _columns(found, len(targets))
+
+
+def aggregate(targets: Columns, values: Columns) -> dict[str, float]:
+    """Computes the metrics of a split from its images' values.
+
+    Args:
+      targets: `target_values`.
+      values: `image_values` of the same images in the same order.
+
+    Returns:
+      As `rich_feedback_metrics`, without "num_examples".
+    """
     results: dict[str, float] = {}
     for kind in feedback.SCORES:
-        results |= _score_metrics(kind, targets, predictions)
-    results |= uncertainty_metrics(targets, predictions)
-    for kind in feedback.HEATMAPS:
-        results |= _heatmap_metrics(kind, targets, predictions)
-    results |= _keyword_metrics(targets, predictions)
-    return results | {"num_examples": len(targets)}
+        if f"score/{kind}" in values:
+            truth, predicted = _measured(targets[f"score/{kind}"], values[f"score/{kind}"])
+            results |= {f"score/{f.__name__}/{kind}": f(truth, predicted) for f in (plcc, srcc, mse)}
+    results |= _uncertainty_metrics(targets, values)
+    for name, column in values.items():
+        if name.startswith("heatmap/"):
+            results[name] = float(np.mean(*_measured(column)))
+    if "keywords/tp" in values:
+        counts = (values[f"keywords/{name}"] for name in ("tp", "fp", "fn"))
+        rates = keyword_rates(*(np.sum(*_measured(column)) for column in counts))
+        results |= {f"keywords/{name}": float(rate) for name, rate in rates.items()}
+    return results
+
+
+def keyword_rates(tp: Any, fp: Any, fn: Any) -> dict[str, Any]:
+    """Returns precision, recall and F1 of numbers of words, or of arrays of such numbers."""
+    return {
+        "precision": tp / np.maximum(tp + fp, 1),
+        "recall": tp / np.maximum(tp + fn, 1),
+        "f1": 2 * tp / np.maximum(2 * tp + fp + fn, 1),
+    }
 
 
 def uncertainty_metrics(
@@ -174,8 +254,14 @@ def uncertainty_metrics(
     Raises:
       ValueError: targets and predictions do not pair up; the record is named.
     """
+    _check_pairs(targets, predictions)
+    values = _columns(_score_values(targets, predictions), len(targets))
+    return _uncertainty_metrics(target_values(targets), values)
+
+
+def _uncertainty_metrics(targets: Columns, values: Columns) -> dict[str, float]:
     results = {}
-    for kind, (errors, deviations) in _errors_and_deviations(targets, predictions).items():
+    for kind, (errors, deviations) in _errors_and_deviations(targets, values).items():
         z = np.abs(errors / deviations)
         for share in (0.68, 0.95):
             inside = z <= stats.norm.ppf((1 + share) / 2)
@@ -195,27 +281,23 @@ def deviation_factors(
     Raises:
       ValueError: as `uncertainty_metrics`.
     """
+    _check_pairs(targets, predictions)
+    values = _columns(_score_values(targets, predictions), len(targets))
     return {
         kind: float(np.sqrt(np.mean(np.square(errors / deviations))))
-        for kind, (errors, deviations) in _errors_and_deviations(targets, predictions).items()
+        for kind, (errors, deviations) in _errors_and_deviations(target_values(targets), values).items()
     }
 
 
-def _errors_and_deviations(targets, predictions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _errors_and_deviations(targets: Columns, values: Columns) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns for each kind with an uncertainty the errors of its scores, and their standard deviations."""
-    _check_pairs(targets, predictions)
     found = {}
     for kind in feedback.SCORES:
-        pairs = _pairs("scores", kind, targets, predictions)
-        if not pairs or not any(kind in prediction.uncertainty for prediction in predictions):
-            continue
-        deviations = [predictions[i].uncertainty.get(kind, 0) for i, _, _ in pairs]
-        for (i, _, _), deviation in zip(pairs, deviations, strict=True):
-            if not 0 < deviation < np.inf:
-                raise ValueError(
-                    f"record {targets[i].id!r}: the uncertainty of {kind} must be above 0, got {deviation}"
-                )
-        found[kind] = np.array([target - score for _, target, score in pairs]), np.array(deviations)
+        if f"uncertainty/{kind}" in values:
+            truth, predicted, deviations = _measured(
+                targets[f"score/{kind}"], values[f"score/{kind}"], values[f"uncertainty/{kind}"]
+            )
+            found[kind] = truth - predicted, deviations
     return found
 
 
@@ -297,7 +379,7 @@ def trivial_baseline(
                 kind: _stretch(mean, t.heatmaps[kind].shape if kind in t.heatmaps else mean.shape)
                 for kind, mean in heatmaps.items()
             },
-            [feedback.Token(token.text, False) for token in t.tokens],
+            [feedback.Token(token.text, False) for token in t.tokens or ()],
         )
         for t in targets
     ]
@@ -335,7 +417,7 @@ def training_free_baseline(
                 feedback.IMPLAUSIBILITY: _high_frequency_energy(image),
                 feedback.MISALIGNMENT: truth.object_mask.astype(np.float32),
             },
-            (),
+            None,
         )
         for image, t, truth in zip(images, targets, truths, strict=True)
     ]
@@ -354,47 +436,59 @@ def _high_frequency_energy(image: np.ndarray) -> np.ndarray:
     return np.minimum(energy, 1)
 
 
-def _score_metrics(kind, targets, predictions) -> dict[str, float]:
-    pairs = _pairs("scores", kind, targets, predictions)
-    if not pairs:
-        return {}
-    truth, predicted = [t for _, t, _ in pairs], [p for _, _, p in pairs]
-    return {f"score/{f.__name__}/{kind}": f(truth, predicted) for f in (plcc, srcc, mse)}
+def _columns(found: Mapping[str, Mapping[int, float]], size: int) -> dict[str, np.ndarray]:
+    """Returns name -> float64 [size] of values by the image's index, NaN where there is none."""
+    columns = {}
+    for name, values in found.items():
+        columns[name] = np.full(size, np.nan)
+        columns[name][list(values)] = list(values.values())
+    return columns
 
 
-def _heatmap_metrics(kind, targets, predictions) -> dict[str, float]:
-    samples: dict[str, list[float]] = {name: [] for name in ("mse", "mse_empty", *_SALIENCY_METRICS)}
-    for _, target, prediction in _pairs("heatmaps", kind, targets, predictions):
-        error = mse(target, prediction)
-        samples["mse"].append(error)
-        if not target.any():
-            samples["mse_empty"].append(error)
+def _measured(*columns: np.ndarray) -> list[np.ndarray]:
+    """Returns the values of the images that have one in the last column."""
+    return [column[~np.isnan(columns[-1])] for column in columns]
+
+
+def _score_values(targets, predictions) -> dict[str, dict[int, float]]:
+    found = {}
+    for kind in feedback.SCORES:
+        if not (pairs := _pairs("scores", kind, targets, predictions)):
             continue
-        for name, metric in _SALIENCY_METRICS.items():
-            samples[name].append(metric(target, prediction))
-    return {f"heatmap/{name}/{kind}": float(np.mean(values)) for name, values in samples.items() if values}
+        found[f"score/{kind}"] = {i: score for i, _, score in pairs}
+        if not any(kind in prediction.uncertainty for prediction in predictions):
+            continue
+        deviations = {i: predictions[i].uncertainty.get(kind, 0) for i, _, _ in pairs}
+        for i, deviation in deviations.items():
+            if not 0 < deviation < np.inf:
+                raise ValueError(
+                    f"record {targets[i].id!r}: the uncertainty of {kind} must be above 0, got {deviation}"
+                )
+        found[f"uncertainty/{kind}"] = deviations
+    return found
 
 
-def _keyword_metrics(targets, predictions) -> dict[str, float]:
-    if not any(prediction.tokens for prediction in predictions):
-        return {}
-    hits = flagged = misaligned = 0
-    for target, prediction in zip(targets, predictions, strict=True):
+def _heatmap_values(target: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
+    error = mse(target, prediction)
+    if not target.any():
+        return {"mse": error, "mse_empty": error}
+    return {"mse": error} | {name: metric(target, prediction) for name, metric in _SALIENCY_METRICS.items()}
+
+
+def _keyword_values(targets, predictions) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for i, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
         # Records whose labels are unknown have no tokens.
-        if not target.tokens:
+        if prediction.tokens is None or not target.tokens:
             continue
         if [t.text for t in target.tokens] != [t.text for t in prediction.tokens]:
             raise ValueError(f"record {target.id!r}: the prediction's tokens are not the target's")
         truth = np.array([t.misaligned for t in target.tokens])
         predicted = np.array([t.misaligned for t in prediction.tokens])
-        hits += int(np.sum(truth & predicted))
-        flagged += int(np.sum(predicted))
-        misaligned += int(np.sum(truth))
-    return {
-        "keywords/precision": hits / max(flagged, 1),
-        "keywords/recall": hits / max(misaligned, 1),
-        "keywords/f1": 2 * hits / max(flagged + misaligned, 1),
-    }
+        counts = {"tp": truth & predicted, "fp": ~truth & predicted, "fn": truth & ~predicted}
+        for name, words in counts.items():
+            found.setdefault(f"keywords/{name}", {})[i] = int(np.sum(words))
+    return found
 
 
 def _wrong_object_metrics(pairs) -> dict[str, float]:
@@ -423,20 +517,34 @@ def _check_pairs(targets: Sequence[RichFeedback], predictions: Sequence[RichFeed
             raise ValueError(
                 f"record {i}: the target is {target.id!r} but the prediction is {prediction.id!r}"
             )
+    _check_same_outputs(predictions)
+
+
+def _check_same_outputs(predictions: Sequence[RichFeedback]) -> None:
+    """Raises a ValueError if a prediction lacks what another one of the same system has."""
+
+    def held(prediction: RichFeedback) -> list[str]:
+        kinds = [
+            f"{kind} in {field}" for field in ("scores", "heatmaps") for kind in getattr(prediction, field)
+        ]
+        return kinds if prediction.tokens is None else [*kinds, "words"]
+
+    every = dict.fromkeys(name for prediction in predictions for name in held(prediction))
+    for prediction in predictions:
+        if missing := [name for name in every if name not in held(prediction)]:
+            raise ValueError(
+                f"record {prediction.id!r}, {missing[0]}: other records have a prediction, this one has none"
+            )
 
 
 def _pairs(field: str, kind: str, targets, predictions) -> list[tuple[int, Any, Any]]:
     """Returns (index, target's value, predicted value) of the records whose target has the kind."""
-    if not any(kind in getattr(prediction, field) for prediction in predictions):
-        return []
     pairs = []
     for i, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
         wanted, given = getattr(target, field), getattr(prediction, field)
-        if kind not in wanted:
+        if kind not in wanted or kind not in given:
             continue
         where = f"record {target.id!r}, {kind} in {field}"
-        if kind not in given:
-            raise ValueError(f"{where}: other records have a prediction, this one has none")
         if np.shape(wanted[kind]) != np.shape(given[kind]):
             raise ValueError(f"{where}: predicted {np.shape(given[kind])}, target {np.shape(wanted[kind])}")
         for value in (wanted[kind], given[kind]):

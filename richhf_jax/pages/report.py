@@ -1,10 +1,9 @@
 """Reports an evaluation as tables in the paper's layout, and as an HTML page with curves and a gallery.
 
-The page's layout is `templates/report.html`. This module computes its figures and training curves, and
-`gallery` its cards.
+The page's layout is `templates/report.html`. This module computes its figures and training curves,
+`table_formats` its tables, and `gallery` its cards.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,119 +13,7 @@ from etils import epath
 
 from richhf_jax import feedback, writing
 from richhf_jax.pages.gallery import GalleryItem, item_view, render
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One system in the tables: its name and the flat metrics of `metrics.rich_feedback_metrics`."""
-
-    name: str
-    metrics: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """One metric of a table.
-
-    Attributes:
-      key: the metric's name in `Row.metrics`.
-      label: the heading.
-      format: the format specification of its values.
-      higher_is_better: whether high values are good; None: neither high nor low ones are.
-      group: heading over this and neighbouring columns; '' = none.
-    """
-
-    key: str
-    label: str
-    format: str = "z.3f"
-    higher_is_better: bool | None = True
-    group: str = ""
-
-    @property
-    def heading(self) -> str:
-        """The label with an arrow towards the better values."""
-        return self.label + {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """One table of the report."""
-
-    title: str
-    note: str
-    columns: Sequence[Column]
-
-
-def _heatmap_columns(kind: str) -> list[Column]:
-    return [
-        Column(f"heatmap/mse/{kind}", "MSE, all", ".5f", False),
-        Column(f"heatmap/mse_empty/{kind}", "MSE, GT=0", ".5f", False),
-        Column(f"heatmap/cc/{kind}", "CC"),
-        Column(f"heatmap/kld/{kind}", "KLD", higher_is_better=False),
-        Column(f"heatmap/sim/{kind}", "SIM"),
-        Column(f"heatmap/nss/{kind}", "NSS"),
-        Column(f"heatmap/auc_judd/{kind}", "AUC-Judd"),
-    ]
-
-
-_HEATMAP_NOTE = (
-    "GT=0: samples whose ground truth is empty. The metrics from CC on are means over the other samples; "
-    "every pixel above 0 is a fixation."
-)
-
-TABLES = (
-    Table(
-        "Scores",
-        "Correlation with the ground-truth scores over the split: PLCC is Pearson's, SRCC Spearman's.",
-        [
-            Column(f"score/{metric}/{kind}", metric.upper(), form, higher, kind.capitalize())
-            for kind in feedback.SCORES
-            for metric, form, higher in (
-                ("plcc", "z.3f", True),
-                ("srcc", "z.3f", True),
-                ("mse", ".4f", False),
-            )
-        ],
-    ),
-    Table(
-        "Uncertainty of the scores",
-        "Share of ground-truth scores inside the predicted central intervals of 68 % and 95 %: less is "
-        "overconfident, more is too careful. NLL: mean negative log-likelihood, in nats.",
-        [
-            Column(f"score/{metric}/{kind}", label, form, higher, kind.capitalize())
-            for kind in feedback.SCORES
-            for metric, label, form, higher in (
-                ("coverage68", "in 68 %", ".1%", None),
-                ("coverage95", "in 95 %", ".1%", None),
-                ("nll", "NLL", "z.3f", False),
-            )
-        ],
-    ),
-    *(
-        Table(f"{kind.capitalize()} heatmap", _HEATMAP_NOTE, _heatmap_columns(kind))
-        for kind in feedback.HEATMAPS
-    ),
-    Table(
-        "Misaligned keywords",
-        "Precision, recall and F1 of the misaligned words, pooled over the tokens of all samples.",
-        [Column(f"keywords/{name}", name.capitalize(), ".1%") for name in ("precision", "recall", "f1")],
-    ),
-    Table(
-        "Checks against the synthetic truth",
-        "Detection: does a heatmap's maximum tell flawed images from clean ones? Wrong-object test: in "
-        "images with several objects, one of them misaligned, how often does that object get more "
-        "predicted misalignment than every other?",
-        [
-            *(
-                Column(f"synthetic/detection_auc/{kind}", kind.capitalize(), group="Detection, ROC AUC")
-                for kind in feedback.HEATMAPS
-            ),
-            Column("synthetic/wrong_object/accuracy", "Passed", ".1%", group="Wrong-object test"),
-            Column("synthetic/wrong_object/chance", "By chance", ".1%", None, "Wrong-object test"),
-            Column("synthetic/wrong_object/num_images", "Images", "d", None, "Wrong-object test"),
-        ],
-    ),
-)
+from richhf_jax.pages.table_formats import TABLES, Row, format_terminal, table_views
 
 # The figures at the top of the page: title, name of the metric, its key, key of its reference in the same row
 # (None: the first other system's value is the reference).
@@ -140,7 +27,7 @@ _HEADLINES = (
 
 def format_tables(rows: Sequence[Row]) -> str:
     """Formats the tables as plain text. A missing figure is a dash; an empty table is left out."""
-    return "\n\n".join(_format_table(table, rows) for table in TABLES if _rows_of(table, rows))
+    return format_terminal(TABLES, rows)
 
 
 def write_report(
@@ -170,66 +57,14 @@ def write_report(
         [item_view(item) for item in gallery],
         title=title,
         headlines=_headlines(rows),
-        tables=[_table_cells(table, rows) for table in TABLES if _rows_of(table, rows)],
+        tables=table_views(TABLES, rows),
         stages={stage: charts for stage, lines in curves.items() if (charts := _charts(lines))},
         details=details,
     )
     writing.write(path, page)
 
 
-# Tables.
-
-
-def _rows_of(table: Table, rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if any(column.key in row.metrics for column in table.columns)]
-
-
-def _cell(column: Column, row: Row) -> str:
-    return format(row.metrics[column.key], column.format) if column.key in row.metrics else "–"
-
-
-def _groups(table: Table) -> list[tuple[str, int]]:
-    """Returns (heading of a group, number of its columns) from left to right; [] without groups."""
-    names = [column.group for column in table.columns]
-    return [(name, names.count(name)) for name in dict.fromkeys(names)] if any(names) else []
-
-
-def _format_table(table: Table, rows: Sequence[Row]) -> str:
-    rows = _rows_of(table, rows)
-    columns = [[c.heading, *(_cell(c, row) for row in rows)] for c in table.columns]
-    widths = [max(map(len, cells)) for cells in columns]
-    names = ["", *(row.name for row in rows)]
-    name_width = max(map(len, names))
-    lines = [table.title]
-    spans, start = [], 0
-    for name, count in _groups(table):
-        # A group's heading is centred over its columns and the two spaces between them.
-        spans.append(name.center(sum(widths[start : start + count]) + 2 * (count - 1)))
-        start += count
-    if spans:
-        lines.append("  ".join([" " * name_width, *spans]).rstrip())
-    for i, name in enumerate(names):
-        cells = (cells[i].rjust(width) for cells, width in zip(columns, widths, strict=True))
-        lines.append("  ".join([name.ljust(name_width), *cells]))
-    return "\n".join(lines)
-
-
-def _table_cells(table: Table, rows: Sequence[Row]) -> dict[str, Any]:
-    rows = _rows_of(table, rows)
-    lines = []
-    for row in rows:
-        cells = [(_cell(column, row), _is_best(column, row, rows)) for column in table.columns]
-        lines.append({"name": row.name, "cells": cells})
-    groups = [column.group for column in table.columns]
-    starts = [i for i, group in enumerate(groups) if i and group != groups[i - 1]]
-    return {"table": table, "groups": _groups(table), "group_starts": starts, "rows": lines}
-
-
-def _is_best(column: Column, row: Row, rows: Sequence[Row]) -> bool:
-    values = [r.metrics[column.key] for r in rows if column.key in r.metrics]
-    if column.higher_is_better is None or len(values) < 2 or column.key not in row.metrics:
-        return False
-    return row.metrics[column.key] == (max(values) if column.higher_is_better else min(values))
+# Headlines.
 
 
 def _headlines(rows: Sequence[Row]) -> list[dict[str, Any]]:
