@@ -392,7 +392,8 @@ def corrupted_rich_feedback(
         _, fits = preprocessors.mark_misaligned(text, labels)
         is_marked = tf.strings.regex_full_match(labels, f".*{feedback.MISALIGNED}.*")
         wrong = drawn.wrong & fits & ~is_marked
-        changed = drawn.fields | {
+        changed = {
+            **drawn.fields,
             scores[feedback.ALIGNMENT]: tf.minimum(example[scores[feedback.ALIGNMENT]], wrong_alignment),
             scores[feedback.OVERALL]: tf.constant(np.nan, tf.float32),
             heatmaps[feedback.MISALIGNMENT]: tf.constant(""),

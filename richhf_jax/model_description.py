@@ -443,7 +443,7 @@ def _parse(
     if tokens > _MOST_TOKENS:
         raise ValueError(f"an image and its text have {tokens:,} tokens; {_MOST_TOKENS:,} are the most")
     threshold = {"misalignment_threshold": float} if system.marks_words else {}
-    for name, hint in (system.settings | _ENTRIES | threshold).items():
+    for name, hint in {**system.settings, **_ENTRIES, **threshold}.items():
         _check_value(name, content[name], hint)
     return ModelDescription(
         system.network(**{name: content[name] for name in system.settings}, **configs),

@@ -41,7 +41,7 @@ def get_vocabulary(path: str | None = None) -> "seqio.SentencePieceVocabulary | 
       errors.UserError: the file can't be read, or is no SentencePiece model; or if it ends in .json, is no
         vocabulary of CLIP's.
     """
-    return _load(_NAMES.get(path, path or SMALL_MODEL))
+    return _load(_NAMES.get(path or "", path or SMALL_MODEL))
 
 
 @functools.lru_cache

@@ -47,7 +47,7 @@ def grad_cam(
         raise ValueError("Grad-CAM reads the last layer by its name: give scan_layers=False")
     place = ("vision", f"layers_{config.num_layers - 1}", "pre_attention_layer_norm")
     grid = (image.shape[1] // config.patch_size, image.shape[2] // config.patch_size)
-    text = network.apply({"params": params}, tokens, method="encode_text")
+    text: Any = network.apply({"params": params}, tokens, method="encode_text")
 
     def agreement(offset):
         activations = []
@@ -60,7 +60,7 @@ def grad_cam(
             return output + offset.astype(output.dtype)
 
         with nn.intercept_methods(add_offset):
-            embeddings = network.apply({"params": params}, image, method="encode_image")
+            embeddings: Any = network.apply({"params": params}, image, method="encode_image")
         return jnp.sum(network.similarity(embeddings, text)), activations[0]
 
     shape = (image.shape[0], 1 + grid[0] * grid[1], config.emb_dim)

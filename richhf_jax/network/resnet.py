@@ -212,7 +212,7 @@ class ResNet(nn.Module):
             )
         stem = ConvNorm(cfg.stem_width, 7, 2, cfg.dtype, input_axis="image_channels", name="stem")
         x = nn.relu(stem(pixels, train=train))
-        x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, (depth, width) in enumerate(zip(cfg.depths, cfg.widths, strict=True)):
             for i in range(depth):
                 stride = 2 if stage and not i else 1
