@@ -92,7 +92,7 @@ def test_intervals_hold_the_truth_in_95_of_100_samples():
             ]
         ):
             holds[i] += low <= truth <= high
-    # Four standard deviations of a binomial share. With 100 images and 200 resamples, percentile intervals are
-    # a little short: about 0.94.
+    # Four standard deviations of a binomial share. With 100 images and 200 resamples, percentile intervals
+    # are a little short: about 0.94.
     deviation = np.sqrt(0.95 * 0.05 / samples)
     assert np.all(np.abs(holds / samples - 0.95) < 4 * deviation), holds / samples

@@ -21,7 +21,7 @@ SCORE, KIND = feedback.OVERALL, feedback.MISALIGNMENT
 
 
 def evaluation(title: str = "RAHF", noise: float = 0.1, seed: int = 0, **changes) -> ImageValues:
-    """Makes the values of an evaluation with one score, one heatmap and a baseline; the targets stay the same."""
+    """Makes the values of an evaluation with one score, one heatmap and a baseline."""
     rng = np.random.default_rng(1)
     target = rng.uniform(size=IMAGES)
     targets = {
@@ -101,7 +101,7 @@ def test_names_baselines_and_published_rows_as_csv(two, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == f"{out}\n"
     assert "looks like a formula" in printed.err
-    rows = list(csv.DictReader(out.open(encoding="utf-8", newline="")))
+    rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
     assert [row["system"] for row in rows[:4]] == ["=a", "b", "trivial", "ResNet-50"]
     assert [bool(row["source"]) for row in rows] == [False] * 3 + [True] * (len(rows) - 3)
     key = f"score/plcc/{SCORE}"
@@ -179,12 +179,9 @@ def test_missing_and_damaged_files(two, tmp_path, capsys):
     folder = pathlib.Path(two[0])
     values, figures = folder / image_values.FILE, folder / "metrics.json"
     whole, text = values.read_bytes(), figures.read_text()
-    for damaged in (
-        b"",
-        b"no zip",
-        whole[:-100],
-        whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :],
-    ):
+    flipped = bytearray(whole)
+    flipped[whole.index(f"0/score/{SCORE}.npy".encode()) + 100] ^= 1
+    for damaged in (b"", b"no zip", whole[:-100], bytes(flipped)):
         values.write_bytes(damaged)
         message = refusal(two, capsys)
         assert f"{values} is damaged" in message
