@@ -88,7 +88,8 @@ def _mean(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _is_constant(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Returns for each resample whether all its images have the same value; false without an image."""
     drawn = weights > 0
-    return np.max(x, -1, where=drawn, initial=-np.inf) == np.min(x, -1, where=drawn, initial=np.inf)
+    highest = np.where(drawn, x, -np.inf).max(-1, initial=-np.inf)
+    return highest == np.where(drawn, x, np.inf).min(-1, initial=np.inf)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray, is_constant: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -48,12 +49,13 @@ class ImageValues:
         Raises:
           OSError: it can't be written.
         """
-        columns = {f"target/{name}": column for name, column in self.targets.items()}
+        arrays: dict[str, Any] = {"task": self.task, "split": self.split, "step": self.step}
+        arrays |= {"systems": list(self.systems), "ids": list(self.ids)}
+        arrays |= {f"target/{name}": column for name, column in self.targets.items()}
         for i, values in enumerate(self.systems.values()):
-            columns |= {f"{i}/{name}": column for name, column in values.items()}
-        facts = {"task": self.task, "split": self.split, "step": self.step}
+            arrays |= {f"{i}/{name}": column for name, column in values.items()}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **facts, systems=list(self.systems), ids=list(self.ids), **columns)
+        np.savez_compressed(buffer, **arrays)
         writing.write(epath.Path(directory) / FILE, buffer.getvalue())
 
 

@@ -168,7 +168,7 @@ def target_values(targets: Sequence[RichFeedback]) -> dict[str, np.ndarray]:
         row: dict[str, float] = {f"score/{kind}": score for kind, score in target.scores.items()}
         for kind, heatmap in target.heatmaps.items():
             row[f"heatmap/pixels/{kind}"] = heatmap.size
-            row[f"heatmap/fixated/{kind}"] = np.count_nonzero(heatmap > 0)
+            row[f"heatmap/fixated/{kind}"] = int(np.count_nonzero(heatmap > 0))
         if target.tokens:
             row["keywords/words"] = len(target.tokens)
             row["keywords/misaligned"] = target.labels.count(feedback.MISALIGNED)
@@ -222,10 +222,10 @@ def aggregate(targets: Columns, values: Columns) -> dict[str, float]:
     results |= _uncertainty_metrics(targets, values)
     for name, column in values.items():
         if name.startswith("heatmap/"):
-            results[name] = float(np.mean(*_measured(column)))
+            results[name] = float(np.mean(_measured(column)[0]))
     if "keywords/tp" in values:
         counts = (values[f"keywords/{name}"] for name in ("tp", "fp", "fn"))
-        rates = keyword_rates(*(np.sum(*_measured(column)) for column in counts))
+        rates = keyword_rates(*(np.sum(_measured(column)[0]) for column in counts))
         results |= {f"keywords/{name}": float(rate) for name, rate in rates.items()}
     return results
 

@@ -11,7 +11,15 @@ import pytest
 import seqio
 
 import tasks  # noqa: F401 (registers them)
-from richhf_jax import errors, feedback, input_pipeline, partitioning, split_predictions
+from richhf_jax import (
+    errors,
+    feedback,
+    image_values,
+    input_pipeline,
+    metrics,
+    partitioning,
+    split_predictions,
+)
 from richhf_jax import eval as eval_script
 
 CONFIG = input_pipeline.DatasetConfig(
@@ -50,7 +58,7 @@ def evaluate(tmp_path, monkeypatch, synthetic_data_dir):
     monkeypatch.setattr(split_predictions, "load", lambda *args: (trainer, {}, 7))
 
     def run(**kwargs):
-        metrics = eval_script.evaluate(
+        found = eval_script.evaluate(
             model=None,
             checkpoint_path="",
             output_dir=str(tmp_path),
@@ -58,22 +66,22 @@ def evaluate(tmp_path, monkeypatch, synthetic_data_dir):
             **{"dataset_cfg": CONFIG, **kwargs},
         )
         (path,) = tmp_path.rglob("7/predictions.jsonl")
-        return metrics, [json.loads(line) for line in path.read_text().splitlines()], trainer.seen
+        return found, [json.loads(line) for line in path.read_text().splitlines()], trainer.seen
 
     return run
 
 
 def test_free_decoding_is_matched_with_the_prompt(evaluate):
-    metrics, records, _ = evaluate(constrained_keywords=False, baseline_fns=())
-    assert metrics["num_examples"] == len(records) == 8
-    assert metrics["keywords/f1"] == 1
+    found, records, _ = evaluate(constrained_keywords=False, baseline_fns=())
+    assert found["num_examples"] == len(records) == 8
+    assert found["keywords/f1"] == 1
     assert {token["probability"] for record in records for token in record["tokens"]} == {None}
 
 
 def test_constrained_keywords_have_probabilities(evaluate):
-    metrics, records, batches = evaluate(baseline_fns=())
-    assert metrics["keywords/recall"] == 1
-    assert 0 < metrics["keywords/precision"] < 1
+    found, records, batches = evaluate(baseline_fns=())
+    assert found["keywords/recall"] == 1
+    assert 0 < found["keywords/precision"] < 1
     for record in records:
         assert [token["text"] for token in record["tokens"]] == feedback.tokenize_prompt(record["prompt"])
         for token in record["tokens"]:
@@ -89,11 +97,27 @@ def test_corrupted_captions_are_measured_by_what_is_labelled(evaluate):
     task = dataclasses.replace(
         CONFIG, mixture_or_task_name="synthetic_corrupted_captions", split="validation"
     )
-    metrics, records, _ = evaluate(dataset_cfg=task, constrained_keywords=False)
-    assert metrics["num_examples"] == len(records) == 8
-    assert metrics["keywords/f1"] == 1
-    assert metrics[f"score/plcc/{feedback.ALIGNMENT}"] == pytest.approx(1)
-    assert not [name for name in metrics if "heatmap" in name or feedback.PLAUSIBILITY in name]
+    found, records, _ = evaluate(dataset_cfg=task, constrained_keywords=False)
+    assert found["num_examples"] == len(records) == 8
+    assert found["keywords/f1"] == 1
+    assert found[f"score/plcc/{feedback.ALIGNMENT}"] == pytest.approx(1)
+    assert not [name for name in found if "heatmap" in name or feedback.PLAUSIBILITY in name]
+
+
+def test_metrics_are_made_of_the_values_of_each_image(evaluate, tmp_path):
+    found, records, _ = evaluate()
+    (path,) = tmp_path.rglob(image_values.FILE)
+    measured = image_values.read(path.parent)
+    assert (measured.task, measured.split, measured.step) == (CONFIG.mixture_or_task_name, "test", 7)
+    assert measured.ids == [record["id"] for record in records]
+    baselines = json.loads((path.parent / "baselines.json").read_text())
+    rows = {"RAHF": json.loads((path.parent / "metrics.json").read_text())} | baselines
+    assert found == rows["RAHF"]
+    assert list(measured.systems) == list(rows) == ["RAHF", "trivial (training mean)"]
+    for name, written in rows.items():
+        made = metrics.aggregate(measured.targets, measured.systems[name])
+        assert made | {"num_examples": 8} == {k: v for k, v in written.items() if "synthetic/" not in k}
+        assert {key.partition("/")[0] for key in made} == {"score", "heatmap", "keywords"}
 
 
 def test_metrics_of_a_part_of_the_split_are_no_metrics(evaluate, monkeypatch, tmp_path):

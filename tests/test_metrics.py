@@ -316,6 +316,78 @@ def test_a_kind_that_only_some_predictions_have_names_the_record():
         metrics.rich_feedback_metrics(targets, [record("a", overall=0.5), record("b")])
 
 
+def test_predictions_of_one_system_hold_the_same_kinds():
+    empty = np.zeros((2, 2), np.float32)
+    full, words = record("a", maps={"misalignment": empty}, overall=0.5), record("b", overall=0.5)
+    with pytest.raises(ValueError, match="record 'b', misalignment in heatmaps: other records have a pred"):
+        metrics.rich_feedback_metrics([full, words], [full, words])
+    # The kind that a prediction has more counts, too, even without a target.
+    with pytest.raises(ValueError, match="record 'a', aesthetics in scores"):
+        metrics.rich_feedback_metrics([record("a"), record("b")], [record("a"), record("b", aesthetics=1)])
+    silent = dataclasses.replace(words, tokens=None)
+    with pytest.raises(ValueError, match="record 'b', words: other records have a prediction"):
+        metrics.uncertainty_metrics([record("a"), words], [record("a", overall=0.1), silent])
+
+
+def test_absent_outputs_have_no_metrics():
+    targets = [record(maps={"implausibility": np.ones((2, 2))}, overall=0.5, alignment=0.2)]
+    prediction = RichFeedback("a", "a yellow cat", {"alignment": 0.25}, {}, None)
+    found = metrics.rich_feedback_metrics(targets, [prediction])
+    assert found.keys() == {*(f"score/{name}/alignment" for name in ("plcc", "srcc", "mse")), "num_examples"}
+
+
+def test_words_without_any_label_have_no_metrics():
+    assert metrics.rich_feedback_metrics([record(labels="")], [record()]) == {"num_examples": 1}
+
+
+def test_values_of_images_by_hand():
+    heat, empty = np.array([[0, 0.5]], np.float32), np.zeros((1, 2), np.float32)
+    targets = [
+        record("a", "0 0 1", {"misalignment": heat}, overall=0.5),
+        record("b", "", {"misalignment": empty}),
+        record("c", "1 0 1", overall=0.75),
+    ]
+    answers = [
+        dataclasses.replace(
+            record(id, "0 1 0", {"misalignment": heat / 2}, overall=0.25), uncertainty={"overall": deviation}
+        )
+        for id, deviation in zip("abc", (0.1, 0.2, 0.3), strict=True)
+    ]
+    nan = np.nan
+    own = metrics.target_values(targets)
+    expected = {
+        "score/overall": [0.5, nan, 0.75],
+        "heatmap/pixels/misalignment": [2, 2, nan],
+        "heatmap/fixated/misalignment": [1, 0, nan],
+        "keywords/words": [3, nan, 3],
+        "keywords/misaligned": [2, nan, 1],
+    }
+    assert own.keys() == expected.keys()
+    for name, column in expected.items():
+        np.testing.assert_array_equal(own[name], column)
+    values = metrics.image_values(targets, answers)
+    expected = {
+        "score/overall": [0.25, nan, 0.25],
+        "uncertainty/overall": [0.1, nan, 0.3],
+        "heatmap/mse/misalignment": [0.03125, 0.03125, nan],
+        "heatmap/mse_empty/misalignment": [nan, 0.03125, nan],
+        **{
+            f"heatmap/{name}/misalignment": [getattr(metrics, name)(heat, heat / 2), nan, nan]
+            for name in ("cc", "kld", "sim", "nss", "auc_judd")
+        },
+        "keywords/tp": [1, nan, 0],
+        "keywords/fp": [1, nan, 2],
+        "keywords/fn": [1, nan, 1],
+    }
+    assert values.keys() == expected.keys()
+    for name, column in expected.items():
+        np.testing.assert_array_equal(values[name], column)
+    found = metrics.rich_feedback_metrics(targets, answers)
+    assert metrics.aggregate(own, values) | {"num_examples": 3} == found
+    assert found["score/mse/overall"] == pytest.approx((0.0625 + 0.25) / 2)
+    assert found["keywords/precision"] == 1 / 4
+
+
 # Checks on the truth of synthetic scenes.
 
 
