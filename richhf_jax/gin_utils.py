@@ -227,6 +227,18 @@ def macro(name: str) -> Any:
     return gin.get_configurable(f"{name}/gin.macro")()
 
 
+def parameter(name: str) -> Any:
+    """Returns the value that gin files give to a parameter, such as "augmentation.show.fit".
+
+    Raises:
+      errors.UserError: none does.
+    """
+    try:
+        return gin.query_parameter(name)
+    except ValueError as error:
+        raise errors.UserError(f"no gin file sets {name}; is it in a file of gin/models/?") from error
+
+
 def run(main: Callable[..., Any], compilation_cache: bool = False) -> None:
     """Parses the flags and gin files, calls `main` with its arguments from gin, and exits.
 

@@ -21,7 +21,6 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import gin
 import jax
 import safetensors
 from absl import flags
@@ -332,7 +331,7 @@ def main() -> None:
         "targets": _TEXT_LENGTH.value or gin_utils.macro("TARGET_LENGTH"),
     }
     model.check_image_size(lengths["image"], lengths["image"])
-    fit = gin.query_parameter("augmentation.show.fit")
+    fit = gin_utils.parameter("augmentation.show.fit")
     description = describe(
         model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
     )
