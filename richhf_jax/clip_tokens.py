@@ -55,10 +55,10 @@ class ClipTokens:
         # Settings of whoever wrote the file.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        ids = [self._tokenizer.token_to_id(token) for token in (START, END)]
-        if None in ids:
+        start, end = (self._tokenizer.token_to_id(token) for token in (START, END))
+        if start is None or end is None:
             raise errors.UserError(f"{name} isn't CLIP's: its vocabulary has no {START} or no {END}")
-        self.start_id, self.end_id = map(int, ids)
+        self.start_id, self.end_id = start, end
 
     @property
     def size(self) -> int:
@@ -139,9 +139,9 @@ def read(path: epath.PathLike) -> ClipTokens:
     if not is_in(place):
         raise errors.UserError(f"{place} has no {FILE}, nor {' and '.join(_OLDER_FILES)}")
     lines = _read(merges).decode(errors="replace").splitlines()
-    rules = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    rules = (line.split() for line in lines if line and not line.startswith("#version"))
     try:
-        content = build(reading.read_json(vocabulary), rules)
+        content = build(reading.read_json(vocabulary), [(left, right) for left, right in rules])
     except Exception as error:  # The library raises no narrower one.
         raise errors.UserError(
             f"{merges} is damaged, or doesn't belong to {vocabulary.name}: {error}"
@@ -156,7 +156,7 @@ def _read(path: epath.Path) -> bytes:
         raise errors.UserError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> bytes:
+def build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> bytes:
     """Makes a tokenizer.json of a vocabulary, piece -> id, and the pairs of pieces that become one, in order.
 
     Raises:

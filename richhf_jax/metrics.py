@@ -150,7 +150,7 @@ def rich_feedback_metrics(
 
     Raises:
       ValueError: targets and predictions do not pair up, predictions differ in what they hold, or a value is
-        negative or not finite; the message names the record.
+        not finite, or negative (but predicted scores may be); the message names the record.
     """
     values = image_values(targets, predictions) if values is None else values
     return aggregate(target_values(targets), values) | {"num_examples": len(targets)}
@@ -547,8 +547,9 @@ def _pairs(field: str, kind: str, targets, predictions) -> list[tuple[int, Any, 
         where = f"record {target.id!r}, {kind} in {field}"
         if np.shape(wanted[kind]) != np.shape(given[kind]):
             raise ValueError(f"{where}: predicted {np.shape(given[kind])}, target {np.shape(wanted[kind])}")
-        for value in (wanted[kind], given[kind]):
-            if not np.isfinite(value).all() or np.min(value) < 0:
+        # A predicted score may be a cosine, of any sign.
+        for value, signed in ((wanted[kind], False), (given[kind], field == "scores")):
+            if not np.isfinite(value).all() or (np.min(value) < 0 and not signed):
                 raise ValueError(f"{where}: negative or not finite")
         pairs.append((i, wanted[kind], given[kind]))
     return pairs

@@ -77,7 +77,7 @@ def train_clip() -> bytes:
         vocab_size=2**16, special_tokens=first, end_of_word_suffix="</w>", show_progress=False
     )
     tokenizer.train_from_iterator(sorted({word.lower() for word in words()}), trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
     pieces = [*first, *map("".join, merges), clip_tokens.START, clip_tokens.END]
     return clip_tokens.build({piece: i for i, piece in enumerate(pieces)}, merges)
 

@@ -242,7 +242,7 @@ def test_clip_is_finetuned_from_a_converted_checkpoint(converted, synthetic_data
 
 
 def test_contrastive_training_gives_clip_score(synthetic_data_dir, tmp_path):
-    train("clip_contrastive", tmp_path, synthetic_data_dir, task="synthetic_captions_multi_head")
+    train("clip_contrastive", tmp_path, synthetic_data_dir, task="synthetic_captions")
     assert model_description.read(tmp_path).system == "clip_score"
     evaluate("clip_score", tmp_path, synthetic_data_dir)
 

@@ -150,7 +150,7 @@ class ConvNorm(nn.Module):
         kernel = param_with_axes("kernel", _conv_init, shape, jnp.float32, axes=axes)
         x = jax.lax.conv_general_dilated(
             jnp.asarray(x, self.dtype),
-            layers.gathered(jnp.asarray(kernel, self.dtype), axes),
+            jnp.asarray(layers.gathered(jnp.asarray(kernel, self.dtype), axes)),
             (self.stride, self.stride),
             [(side // 2, side // 2)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -212,7 +212,7 @@ class ResNet(nn.Module):
             )
         stem = ConvNorm(cfg.stem_width, 7, 2, cfg.dtype, input_axis="image_channels", name="stem")
         x = nn.relu(stem(pixels, train=train))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.pool(x, -jnp.inf, jax.lax.max, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, (depth, width) in enumerate(zip(cfg.depths, cfg.widths, strict=True)):
             for i in range(depth):
                 stride = 2 if stage and not i else 1
