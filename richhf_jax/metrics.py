@@ -548,7 +548,9 @@ def _pairs(field: str, kind: str, targets, predictions) -> list[tuple[int, Any, 
         if np.shape(wanted[kind]) != np.shape(given[kind]):
             raise ValueError(f"{where}: predicted {np.shape(given[kind])}, target {np.shape(wanted[kind])}")
         for value in (wanted[kind], given[kind]):
-            if not np.isfinite(value).all() or np.min(value) < 0:
+            # A predicted score may be a cosine.
+            may_be_negative = field == "scores" and value is given[kind]
+            if not np.isfinite(value).all() or (np.min(value) < 0 and not may_be_negative):
                 raise ValueError(f"{where}: negative or not finite")
         pairs.append((i, wanted[kind], given[kind]))
     return pairs
