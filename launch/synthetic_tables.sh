@@ -89,10 +89,11 @@ for format in terminal:txt markdown:md html:html; do
   part "tables, ${format%:*}" richhf_jax.tables "${results[@]}" --baselines --format="${format%:*}" \
     --out="$out/tables.${format#*:}" --names "${names[@]}"
 done
-part "what the tables should show" launch.check_tables "${results[@]}"
 run_parts richhf_jax.tables
 echo
 cat "$out/tables.txt"
+part "what the tables should show" launch.check_tables "${results[@]}" --names "${names[@]}"
+run_parts richhf_jax.tables
 echo
 echo "done in $(minutes $((SECONDS - begin))), package installation left out"
 echo "open $out/tables.html"
