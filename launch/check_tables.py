@@ -2,8 +2,8 @@
 
     python -m launch.check_tables DIR... --names NAME...
 
-The directories and names are those given to `richhf_jax.tables`. A thing that doesn't hold is a finding, not an
-error: the exit code is 0.
+The directories and names are those given to `richhf_jax.tables`. A thing that doesn't hold is a finding, not
+an error: the exit code is 0.
 """
 
 import argparse

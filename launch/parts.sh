@@ -25,7 +25,7 @@ parse_out_options() {
 # prepare: makes the environment for training, and goes to the repository.
 prepare() {
   setup_venv train
-  cd "$root"
+  cd "$root" || exit
   export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
   # On a CPU, XLA asks the system for its temporary memory, some 270 MB, at every step. Huge pages save most of the
   # page faults, and a fifth of the time. A glibc older than 2.35 ignores this.
