@@ -1,4 +1,4 @@
-"""launch/synthetic_tables.sh with a stand-in for Python, its findings, and its gin files in two steps of training."""
+"""launch/synthetic_tables.sh with a stand-in for Python; its findings; two steps of its trainings."""
 
 import os
 import pathlib
@@ -94,18 +94,24 @@ def test_the_parts_in_order(run, tmp_path):
         *[("resnet_scores", "", f"{baselines}/resnet_scores")] * 2,
         *[("resnet_heatmaps", "", f"{baselines}/resnet_heatmaps")] * 2,
     ]
-    systems = ["rahf", "rahf_augmented_prompt", "clip_score", "clip_gradient", "clip_finetuned"]
-    results = [f"{out}/{name}" for name in (*systems, "resnet_scores", "resnet_heatmaps")]
+    systems = {
+        "rahf": "RAHF, multi-head",
+        "rahf_augmented_prompt": "RAHF, augmented prompt",
+        "clip_score": "CLIP",
+        "clip_gradient": "CLIP gradient",
+        "clip_finetuned": "CLIP, finetuned",
+        "resnet_scores": "ResNet",
+        "resnet_heatmaps": "ResNet",
+    }
+    results, names = [f"{out}/{name}" for name in systems], ["--names", *systems.values()]
     tables = parts[15:]
     tables[0], tables[3] = tables[0][1:], tables[3][1:]  # The imports.
-    for words, ending in zip(tables[:3], ("terminal:txt", "markdown:md", "html:html"), strict=True):
-        form, suffix = ending.split(":")
-        assert words[1:] == [
-            *("richhf_jax.tables", *results, "--baselines", f"--format={form}", f"--out={out}/tables.{suffix}"),
-            *("--names", "RAHF, multi-head", "RAHF, augmented prompt", "CLIP", "CLIP gradient", "CLIP, finetuned"),
-            *("ResNet", "ResNet"),
-        ]  # fmt: skip
-    assert tables[3][1:9] == ["launch.check_tables", *results]
+    for words, form, suffix in zip(
+        tables[:3], ("terminal", "markdown", "html"), ("txt", "md", "html"), strict=True
+    ):
+        flags = ["--baselines", f"--format={form}", f"--out={out}/tables.{suffix}"]
+        assert words[1:] == ["richhf_jax.tables", *results, *flags, *names]
+    assert tables[3][1:] == ["launch.check_tables", *results, *names]
     assert "the tables\n" in output
     assert output.index("RAHF, multi-head: pretraining, finetuning") < output.index("the tables")
     assert output.endswith(f"open {out}/tables.html\n")
