@@ -65,7 +65,8 @@ def test_the_table_has_every_experiment():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_batches_of_an_experiment(name):
-    parse(f"experiments/{name}.gin", MODEL_DIR="none", MIXTURE_OR_TASK_NAME="none", TRAIN_STEPS=1)
+    given = dict.fromkeys(("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH"), "none")
+    parse(f"experiments/{name}.gin", **given, TRAIN_STEPS=1)
     sizes, slots, multipliers = EXPERIMENTS[name]
     assert gin_utils.macro("TASK_FEATURE_LENGTHS") == {**sizes, **slots}
     # A ResNet is evaluated on what it trains, CLIP on scores and heatmaps; neither writes.
