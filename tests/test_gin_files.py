@@ -13,6 +13,9 @@ ALL_SLOTS = {"heatmaps": 2, "scores": 4, "texts": 1}
 AUGMENTED_PROMPT_SLOTS = {"heatmaps": 1, "scores": 2, "texts": 1}
 TEXT_SLOTS = {"heatmaps": 0, "scores": 0, "texts": 1}
 TINY = {"image": 64, "inputs": 24, "targets": 24}
+CLIP_TINY = {"image": 64, "inputs": 24, "targets": 8}
+RESNET_TINY = {"image": 64, "inputs": 64, "targets": 64}
+NO_SLOTS = {"heatmaps": 0, "scores": 0, "texts": 0}
 BASE = {"image": 512, "inputs": 64, "targets": 64}
 FASTER = {"relpos_bias": 10.0, "token_embedder": 10.0}
 # The sizes of an experiment's examples, its slots in training, and its LEARNING_RATE_MULTIPLIERS.
@@ -29,6 +32,12 @@ EXPERIMENTS = {
     "rich_hf_18k": (BASE, ALL_SLOTS, None),
     "rich_hf_18k_augmented_prompt": (BASE, AUGMENTED_PROMPT_SLOTS, None),
     "synthetic": (TINY, ALL_SLOTS, FASTER),
+    "synthetic_baselines/clip_contrastive": (CLIP_TINY, NO_SLOTS, None),
+    "synthetic_baselines/clip_finetuned": (CLIP_TINY, NO_SLOTS | {"scores": 4}, None),
+    "synthetic_baselines/clip_gradient": (CLIP_TINY, NO_SLOTS, None),
+    "synthetic_baselines/clip_score": (CLIP_TINY, NO_SLOTS, None),
+    "synthetic_baselines/resnet_heatmaps": (RESNET_TINY, NO_SLOTS | {"heatmaps": 2}, None),
+    "synthetic_baselines/resnet_scores": (RESNET_TINY, NO_SLOTS | {"scores": 4}, None),
     "synthetic_pretrain_plus": (TINY, ALL_SLOTS, {"relpos_bias": 30.0, "token_embedder": 10.0}),
     "synthetic_pretrain": (TINY, ALL_SLOTS, {"relpos_bias": 30.0, "token_embedder": 10.0}),
 }
@@ -48,15 +57,21 @@ def files_that_match(pattern: str, folder: pathlib.Path = GIN) -> list[str]:
 
 
 def test_the_table_has_every_experiment():
-    assert sorted(EXPERIMENTS) == sorted(path.stem for path in (GIN / "experiments").glob("*.gin"))
+    folder = GIN / "experiments"
+    found = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.gin")}
+    # It has no model of its own.
+    assert set(EXPERIMENTS) == found - {"synthetic_baselines/training"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_batches_of_an_experiment(name):
-    parse(f"experiments/{name}.gin", MODEL_DIR="none", MIXTURE_OR_TASK_NAME="none", TRAIN_STEPS=1)
+    given = dict.fromkeys(("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH"), "none")
+    parse(f"experiments/{name}.gin", **given, TRAIN_STEPS=1)
     sizes, slots, multipliers = EXPERIMENTS[name]
     assert gin_utils.macro("TASK_FEATURE_LENGTHS") == {**sizes, **slots}
-    assert gin_utils.macro("EVAL_FEATURE_LENGTHS") == {**sizes, **ALL_SLOTS}
+    # A ResNet is evaluated on what it trains, CLIP on scores and heatmaps; neither writes.
+    evaluated = slots if "resnet" in name else {**ALL_SLOTS, "texts": int("clip" not in name)}
+    assert gin_utils.macro("EVAL_FEATURE_LENGTHS") == {**sizes, **evaluated}
     assert gin_utils.macro("LEARNING_RATE_MULTIPLIERS") == multipliers
 
 

@@ -33,10 +33,10 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: pathlib.Path, *arguments: str, first: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """Starts the program, which finds the modules of a folder."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "launch.in_turn", "heavy,json", *arguments],
+        [sys.executable, "-W", "error", "-m", "launch.in_turn", *first, "heavy,json", *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(folder)},
         stdout=subprocess.PIPE,
@@ -72,3 +72,30 @@ def test_a_part_that_is_killed_is_named(folder):
     program = start(folder, "1/2 one", "part", "crash", "--then", "two", "part", "0")
     assert program.communicate()[0].endswith("1/2 one: ended by SIGKILL\n")
     assert program.returncode == 128 + signal.SIGKILL
+
+
+def test_parts_that_are_finished_are_left_out_and_nothing_is_imported_for_them(folder):
+    def run(*parts):
+        program = start(folder, *parts, first=(f"--finished={folder / 'finished'}",))
+        return program.communicate()[0].splitlines(), program.returncode
+
+    output, code = run(
+        "1: one", "part", "0", "--then", "2: two", "part", "3", "--then", "3: three", "part", "0"
+    )
+    assert code == 3
+    assert "== 3: three" not in output
+    output, code = run("1: one", "part", "0", "--then", "2: two", "part", "0")
+    assert code == 0
+    assert output[:5] == ["imported", "", "== 1: one: finished before", "", "== 2: two"]
+    output, code = run("1: one", "part", "0", "--then", "2: two", "part", "0")
+    assert output == ["", "== 1: one: finished before", "", "== 2: two: finished before"]
+
+
+def test_a_part_that_was_stopped_is_not_finished(folder):
+    program = start(folder, "one", "part", "wait", first=(f"--finished={folder / 'finished'}",))
+    assert program.stdout is not None
+    while program.stdout.readline() != "waiting\n":
+        pass
+    program.send_signal(signal.SIGTERM)
+    program.communicate()
+    assert not list((folder / "finished").iterdir())

@@ -303,6 +303,14 @@ def test_mismatches_name_the_record(target, prediction, message):
         metrics.rich_feedback_metrics([target], [prediction])
 
 
+def test_a_predicted_score_may_be_a_negative_cosine():
+    targets = [record(name, overall=score) for name, score in (("a", 0.1), ("b", 0.5), ("c", 0.9))]
+    cosines = [record(name, overall=score) for name, score in (("a", -0.3), ("b", -0.2), ("c", -0.1))]
+    assert metrics.rich_feedback_metrics(targets, cosines)["score/plcc/overall"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="'a', overall.*negative"):
+        metrics.rich_feedback_metrics(cosines, targets)
+
+
 def test_counts_must_agree():
     with pytest.raises(ValueError, match="2 targets but 1 predictions"):
         metrics.rich_feedback_metrics([record("a"), record("b")], [record("a")])
