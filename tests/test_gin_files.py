@@ -65,7 +65,7 @@ def test_the_table_has_every_experiment():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_batches_of_an_experiment(name):
-    given = dict.fromkeys(("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH"), "none")
+    given = dict.fromkeys(("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH"), "nowhere")
     parse(f"experiments/{name}.gin", **given, TRAIN_STEPS=1)
     sizes, slots, multipliers = EXPERIMENTS[name]
     assert gin_utils.macro("TASK_FEATURE_LENGTHS") == {**sizes, **slots}

@@ -63,7 +63,7 @@ def test_the_parts_in_order(run, tmp_path):
         "richhf_jax.training_log,richhf_jax.split_predictions,tasks",
     )
     parts[0] = parts[0][2:]
-    modules = [words[1].removeprefix("richhf_jax.") for words in parts[:15]]
+    modules = [words[1].removeprefix("richhf_jax.") for words in parts[:16]]
     assert modules == [
         "datasets",
         *["train", "train", "eval"] * 2,
@@ -73,7 +73,7 @@ def test_the_parts_in_order(run, tmp_path):
         *["train", "eval"] * 3,
     ]
     runs = []
-    for words in parts[1:15]:
+    for words in parts[1:16]:
         flags = dict(word.split("=", 1) for word in words[2:])
         assert flags["--tfds_data_dir"] == f"{out}/data"
         assert flags["--gin.BATCH_SIZE"] == "2"
@@ -104,7 +104,7 @@ def test_the_parts_in_order(run, tmp_path):
         "resnet_heatmaps": "ResNet",
     }
     results, names = [f"{out}/{name}" for name in systems], ["--names", *systems.values()]
-    tables = parts[15:]
+    tables = parts[16:]
     tables[0], tables[3] = tables[0][1:], tables[3][1:]  # The imports.
     for words, form, suffix in zip(
         tables[:3], ("terminal", "markdown", "html"), ("txt", "md", "html"), strict=True
