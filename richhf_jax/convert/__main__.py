@@ -91,12 +91,12 @@ CLIP = (
 FORMATS = (
     Format("a checkpoint of T5X", t5x.is_t5x, t5x.open_t5x),
     Format("a checkpoint of ours", own.is_checkpoint, own.open_checkpoint),
+    Format("a ViT's .npz", vit_npz.is_vit_npz, vit_npz.open_vit_npz),
     RESNET,
     CLIP[0],
     Format(
         "a directory of Hugging Face's T5 or ViT", huggingface.is_huggingface, huggingface.open_huggingface
     ),
-    Format("a ViT's .npz", vit_npz.is_vit_npz, vit_npz.open_vit_npz),
     CLIP[1],
     Format("our .safetensors", own.is_safetensors, own.open_safetensors),
     RELEASE,
