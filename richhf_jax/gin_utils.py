@@ -9,6 +9,7 @@ others; --verbosity=0 shows everything.
 
 import ast
 import contextlib
+import copy
 import difflib
 import inspect
 import logging
@@ -234,7 +235,7 @@ def parameter(name: str) -> Any:
       errors.UserError: none does.
     """
     try:
-        return gin.query_parameter(name)
+        return copy.deepcopy(gin.query_parameter(name))  # The copy of a macro is its value.
     except ValueError as error:
         raise errors.UserError(f"no gin file sets {name}; is it in a file of gin/models/?") from error
 

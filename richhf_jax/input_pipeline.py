@@ -11,6 +11,7 @@ Evaluation takes each record once, in order. Everything else (preprocessing, mix
 `seqio.get_dataset` works on the same tasks, without these promises.
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -180,7 +181,8 @@ def check_vocabulary(cfg: DatasetConfig, vocab_size: int | None, exact: bool = F
 def fit() -> str:
     """Returns the way in which pictures become square, see `augmentation.show`."""
     try:
-        return gin.query_parameter("augmentation.show.fit")
+        # The copy of a macro is its value.
+        return copy.deepcopy(gin.query_parameter("augmentation.show.fit"))
     except ValueError:  # Nothing is bound to it.
         return "resize"
 

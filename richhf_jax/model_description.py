@@ -225,7 +225,7 @@ def _resnet(description: ModelDescription) -> baselines.ResNetModel:
 
 _RESNET = System(
     network=resnet.ResNetFeedback,
-    configs={"resnet_config": resnet.ResNetConfig, "heads_config": resnet.HeadsConfig},
+    configs={"resnet_config": resnet.ResNetConfig, "heads_config": resnet.ResNetHeadsConfig},
     model=_resnet,
 )
 
@@ -234,7 +234,7 @@ def _clip(description: ModelDescription) -> clip_model.ClipModel:
     if description.network.outputs.heatmaps and description.fit == "centre_crop":
         raise errors.UserError(
             f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): it would know"
-            " nothing of what is cropped off. Convert with --gin.augmentation.show.fit=\"'resize'\""
+            " nothing of what is cropped off. Convert with --gin.FIT=\"'resize'\""
         )
     return clip_model.ClipModel(description.network, None)
 

@@ -562,7 +562,7 @@ def describe_system(
 def beside_its_heatmaps(
     image: UInt8[np.ndarray, "images height width 3"],
     truth: UInt8[np.ndarray, "images height width"],
-    predicted: Float32[np.ndarray, "images height width"],
+    predicted: Float32[Array, "images height width"],
 ) -> dict[str, UInt8[np.ndarray, "images height three_widths 3"]]:
     """Draws images, their true and their predicted heatmaps side by side, for `BaseModel.summary_images`."""
     grey = [np.repeat(heat.astype(np.uint8)[..., None], 3, axis=-1) for heat in (truth, 255 * predicted)]

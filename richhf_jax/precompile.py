@@ -113,7 +113,7 @@ def step_shapes(step: str) -> dict[str, np.ndarray]:
         lengths,
         batch_size,
         variant=gin_utils.macro("VARIANT"),
-        letterbox=gin.query_parameter("augmentation.show.fit") == "letterbox",
+        letterbox=gin_utils.parameter("augmentation.show.fit") == "letterbox",
     )
     marks_words = gin_utils.macro("MODEL").outputs.keywords
     if step == "predict" and marks_words and gin_utils.macro("CONSTRAINED_KEYWORDS"):
@@ -219,8 +219,6 @@ def parts_of_step(
     whole = step_shapes(step)
     trainer = make_trainer(step, partitioner, whole)
     model: Any = trainer.model
-    if not isinstance(model, models.RahfModel):
-        raise errors.UserError("--by_part knows the parts of RAHF alone: leave it out for other models")
     state = trainer.abstract_state
 
     def lowering(fn, *args):
@@ -245,6 +243,8 @@ def parts_of_step(
             state.params,
         )
         yield "optimizer", optimize
+    if not isinstance(model, models.RahfModel):
+        raise errors.UserError("--by_part knows the parts of RAHF alone: leave it out for other models")
     for part in parts.of_network(model.module, state.params, laid_out(whole, size)):
         inputs = laid_out(part.inputs)
         yield part.name, lowering(part.fn, part.params, *inputs)

@@ -2,7 +2,6 @@ import functools
 import inspect
 import io
 
-import gin
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -289,13 +288,13 @@ def test_the_box_alone_has_colours(rng):
 
 
 def test_shipped_values_are_the_defaults():
-    files = ["models/common.gin", "augmentation/default.gin"]
+    files = ["models/rahf_tiny.gin", "augmentation/default.gin"]
     gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, [])
     for function in (augmentation.show, augmentation.draw_window, augmentation.recolour, augmentation.move):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 key = f"richhf_jax.augmentation.{function.__name__}.{name}"
-                assert gin.query_parameter(key) == parameter.default, key
+                assert gin_utils.parameter(key) == parameter.default, key
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from richhf_jax.network import resnet
 PIXELS, BATCH = 16, 4
 CONFIG = resnet.ResNetConfig(depths=(1, 1), widths=(8, 16), stem_width=4)
 # Not all kinds, and not the first.
-HEADS = resnet.HeadsConfig(
+HEADS = resnet.ResNetHeadsConfig(
     score_kinds=feedback.SCORES[1:3],
     heatmap_kinds=feedback.HEATMAPS[1:],
     score_dense_layers=(6,),
@@ -138,8 +138,8 @@ SMALLER = (
     "resnet.ResNetConfig.depths = (1, 1)",
     "resnet.ResNetConfig.widths = (8, 16)",
     "resnet.ResNetConfig.stem_width = 4",
-    "resnet.HeadsConfig.score_dense_layers = (8,)",
-    "resnet.HeadsConfig.heatmap_layers = (('deconv', 8, 3), ('deconv', 4, 3))",
+    "resnet.ResNetHeadsConfig.score_dense_layers = (8,)",
+    "resnet.ResNetHeadsConfig.heatmap_layers = (('deconv', 8, 3), ('deconv', 4, 3))",
 )
 
 

@@ -71,7 +71,7 @@ def converted(weights, tmp_path_factory):
         model = configure(system)
         to = str(tmp_path_factory.mktemp(system) / "model")
         lengths = {"image": 64, "inputs": 24, "targets": 8}
-        fit = gin.query_parameter("augmentation.show.fit")
+        fit = gin_utils.macro("FIT")
         description = command.describe(model, [str(weights)], lengths, str(weights), False, fit)
         command.convert(model, [str(weights)], to, description=description)
         gin.clear_config()

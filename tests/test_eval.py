@@ -35,7 +35,7 @@ CONFIG = input_pipeline.DatasetConfig(
 class Answers:
     """A trainer whose model writes the targets, or with a constrained decoder marks every word."""
 
-    model = types.SimpleNamespace(outputs=feedback.ALL_OUTPUTS, vocab_size=448)
+    model = types.SimpleNamespace(outputs=feedback.ALL_OUTPUTS, vocab_size=448, exact_vocabulary=False)
 
     def __init__(self):
         self.seen = []
@@ -169,7 +169,7 @@ def test_data_of_another_vocabulary_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: b"other")
     (tmp_path / "checkpoint_3/state").mkdir(parents=True)
     (tmp_path / "vocabulary.model").write_bytes(b"first")
-    model = types.SimpleNamespace(vocab_size=None)
+    model = types.SimpleNamespace(vocab_size=None, exact_vocabulary=False)
     with pytest.raises(
         errors.UserError, match=f"isn't {tmp_path}/vocabulary.model, .*Set VOCABULARY to that"
     ):

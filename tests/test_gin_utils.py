@@ -285,7 +285,9 @@ def test_a_logged_text_acts_on_no_terminal():
 
 
 def test_the_value_of_a_parameter():
-    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["models/rahf_tiny.gin"], [])
+    gin_utils.parse_gin_flags(
+        gin_utils.DEFAULT_SEARCH_PATHS, ["models/rahf_tiny.gin", "augmentation/default.gin"], []
+    )
     assert gin_utils.parameter("augmentation.show.fit") == "resize"
     with pytest.raises(errors.UserError, match="no gin file sets augmentation.show.depth"):
         gin_utils.parameter("augmentation.show.depth")

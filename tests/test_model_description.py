@@ -77,7 +77,10 @@ def test_a_missing_file_is_named(copy, name, message):
     ("change", "message"),
     [
         ({"fit": None}, "model.json lacks 'fit'"),
-        ({"fit": "stretch"}, "makes no sense: fit must be 'resize' or 'letterbox', got .*'stretch'"),
+        (
+            {"fit": "stretch"},
+            "makes no sense: fit must be 'resize' or 'letterbox' or 'centre_crop', got .*'stretch'",
+        ),
         ({"variant": "two_head"}, "makes no sense: variant must be"),
         ({"feature_lengths": {"image": 32, "inputs": 24}}, "lacks 'targets'"),
         ({"t5_config": {"vocab_size": 8, "depth": 3}}, "unknown 'depth'"),
@@ -115,7 +118,7 @@ def test_an_entry_that_is_missing_or_wrong_is_named(copy, change, message):
         ("misalignment_threshold", math.nan, "must be a number from 0 to 1, got nan"),
         ("vit_config.attention_kernel", "flash", "must be 'auto' or 'xla' or 'cudnn', got the text 'flash'"),
         ("decoder_sees_image", 1, "must be True or False, got 1"),
-        ("fit", None, "must be 'resize' or 'letterbox', got None"),
+        ("fit", None, "must be 'resize' or 'letterbox' or 'centre_crop', got None"),
     ],
 )
 def test_a_value_of_another_type_or_out_of_range_is_named(copy, entry, value, message):

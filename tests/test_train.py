@@ -384,7 +384,7 @@ class Points(models.BaseModel):
 
 
 # `Counting` asks nothing of its model; the loop asks what a model says of itself.
-COUNTED = Points(optimizer_def=None)
+COUNTED = Points(optimizer_def=optimizers.adamw(lambda step: 0.01))
 COUNTED.describe = models.BaseModel.describe.__get__(COUNTED)
 COUNTED.summary_images = models.BaseModel.summary_images.__get__(COUNTED)
 
@@ -394,7 +394,7 @@ def small_train(tmp_path, monkeypatch):
     """Trains a `Counting`, or another given trainer, in this process."""
     monkeypatch.setattr(Counting, "broken", ())
     monkeypatch.setattr(input_pipeline, "TrainStream", Stream)
-    monkeypatch.setattr(input_pipeline, "check_vocabulary", lambda cfg, vocab_size: None)
+    monkeypatch.setattr(input_pipeline, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr(input_pipeline, "vocabulary_model", lambda cfg: None)
     monkeypatch.setattr(
         input_pipeline, "example_names", lambda cfg, batch: [f"task: {batch}_{n}.png" for n in range(20)]

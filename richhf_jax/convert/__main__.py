@@ -331,7 +331,7 @@ def main() -> None:
         "targets": _TEXT_LENGTH.value or gin_utils.macro("TARGET_LENGTH"),
     }
     model.check_image_size(lengths["image"], lengths["image"])
-    fit = gin_utils.parameter("augmentation.show.fit")
+    fit = gin_utils.macro("FIT")
     description = describe(
         model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
     )

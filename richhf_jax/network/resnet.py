@@ -59,7 +59,7 @@ class ResNetConfig:
 
 
 @struct.dataclass
-class HeadsConfig:
+class ResNetHeadsConfig:
     """The heads' outputs and layers. A kind that is not named is not predicted.
 
     Attributes:
@@ -252,7 +252,7 @@ class ResNetFeedback(nn.Module):
     """The whole network: ResNet with a head for all scores, or one for each heatmap, or both."""
 
     resnet_config: ResNetConfig
-    heads_config: HeadsConfig
+    heads_config: ResNetHeadsConfig
 
     def setup(self):
         config, head = self.resnet_config, self.heads_config

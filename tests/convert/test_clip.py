@@ -264,7 +264,7 @@ def configure(preset="clip_score", *bindings):
 def convert(folder, to, preset="clip_score", *bindings):
     made = configure(preset, *bindings)
     lengths = {"image": SIDE, "inputs": LENGTH, "targets": 8}
-    fit = gin.query_parameter("augmentation.show.fit")
+    fit = gin_utils.macro("FIT")
     description = command.describe(made, [str(folder)], lengths, gin_utils.macro("VOCABULARY"), False, fit)
     command.convert(made, [str(folder)], str(to), description=description)
     return made

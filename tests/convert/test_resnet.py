@@ -288,7 +288,7 @@ def test_other_files_are_no_resnets(tmp_path):
 
 
 def our_model(config):
-    heads = resnet.HeadsConfig(score_kinds=feedback.SCORES, score_dense_layers=(4,))
+    heads = resnet.ResNetHeadsConfig(score_kinds=feedback.SCORES, score_dense_layers=(4,))
     return baselines.ResNetModel(resnet.ResNetFeedback(config, heads), None)
 
 

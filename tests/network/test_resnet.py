@@ -17,7 +17,7 @@ from richhf_jax import feedback, gin_utils
 from richhf_jax.network import resnet
 
 CONFIG = resnet.ResNetConfig(depths=(1, 1), widths=(8, 16), stem_width=4)
-HEADS = resnet.HeadsConfig(
+HEADS = resnet.ResNetHeadsConfig(
     score_kinds=feedback.SCORES[1:],
     heatmap_kinds=feedback.HEATMAPS,
     score_dense_layers=(6,),

@@ -93,7 +93,7 @@ def needed(model_dir):
     held = plan.bytes_per_chip(predictor.params)
     found: dict[Any, int] = {"held": held}
     for rows in (16, 8):
-        compiled = predictor._predict.lower(predictor.params, predictor.features([blank], rows)).compile()
+        compiled = predictor._predict.lower(predictor.state, predictor.features([blank], rows)).compile()
         found[rows] = plan.memory(compiled)["total"] - held
     assert found[8] < 0.8 * found[16]
     return found

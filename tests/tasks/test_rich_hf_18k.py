@@ -69,13 +69,13 @@ def test_rahf_pretrain_plus_trains_six_steps(data_dir, random_values):
     model = gin_utils.macro("MODEL")
     lengths = gin_utils.macro("TASK_FEATURE_LENGTHS")
     batches = take(config(gin_utils.macro("MIXTURE_OR_TASK_NAME"), **lengths), 6)
-    # Corrupted captions train a score, and painted flaws a heatmap; rahf_pretrain has neither.
+    # Corrupted captions and feedback train scores, painted flaws a heatmap; rahf_pretrain has neither.
     weights = sum(batch["score_weights"].sum(0) for batch in batches)
     alignment = feedback.SCORES.index(feedback.ALIGNMENT)
-    assert weights[alignment] == weights.sum() > 0
+    assert weights[alignment] > weights[feedback.SCORES.index(feedback.PLAUSIBILITY)] > 0
     weights = sum(batch["heatmap_weights"].sum(0) for batch in batches)
     implausibility = feedback.HEATMAPS.index(feedback.IMPLAUSIBILITY)
-    assert weights[implausibility] == weights.sum() > 0
+    assert weights[implausibility] > 0
 
     @jax.jit
     def step(params, batch):
