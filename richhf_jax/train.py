@@ -319,7 +319,8 @@ def _write_description(
     content = model.describe(cfg.task_feature_lengths, stream.batch_shapes)
     if content is None:
         return
-    content["fit"] = input_pipeline.fit()
+    if "fit" in content:
+        content["fit"] = input_pipeline.fit()
     initial = checkpoint_cfg.restore.path if checkpoint_cfg.restore else None
     training = {
         "task": cfg.mixture_or_task_name,

@@ -55,7 +55,8 @@ MACROS = {
     "NUM_MICROBATCHES": ("a whole number of at least 0 or None", "-1 all False 1.5"),
     **dict.fromkeys(("TEXT_LENGTH", "TARGET_LENGTH"), ("a whole number from 2 to 65536", "1 0 -1 24.5")),
     **dict.fromkeys(
-        ("NUM_HEATMAPS", "NUM_SCORES", "NUM_TEXTS"), ("a whole number of at least 0", "-1 1.5 None")
+        ("NUM_HEATMAPS", "NUM_SCORES", "NUM_TEXTS", "EVAL_NUM_TEXTS"),
+        ("a whole number of at least 0", "-1 1.5 None"),
     ),
     **dict.fromkeys(
         ("DROPOUT_RATE", "STOCHASTIC_DEPTH_RATE", "ADAM_BETA2"),
@@ -70,6 +71,7 @@ MACROS = {
     ),
     **dict.fromkeys(("CONSTRAINED_KEYWORDS", "WRITE_HEATMAPS"), (BOOL, "true no off 0.0")),
     "VARIANT": ("'multi_head' or 'augmented_prompt'", "foo multi-head None 1"),
+    "FIT": ("'resize' or 'letterbox' or 'centre_crop'", "crop None 1"),
     "ATTENTION_KERNEL": ("'auto' or 'xla' or 'cudnn'", "flash None 1"),
     "REMAT_POLICY": ("'none' or 'minimal' or 'full'", "1 True Full"),
     **dict.fromkeys(("MODEL_DIR", "CHECKPOINT_PATH", "EVAL_OUTPUT_DIR"), (TEXT, "2024 None ('a','b')")),

@@ -445,7 +445,8 @@ def test_plausibility_of_flawed_captions_follows_the_number_of_flaws():
 )
 def test_prompts_with_sides_are_not_mirrored(prompt, may_flip):
     settings = ["augmentation.move.flip_probability = 1.0", "augmentation.move.shift = 0.0"]
-    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, ["augmentation/geometric.gin"], settings)
+    files = ["models/rahf_tiny.gin", "augmentation/geometric.gin"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, settings)
     heatmap = consolidate.encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8))
     example = record(**dict.fromkeys(feedback.HEATMAP_FIELDS.values(), heatmap))
     example |= {feedback.PROMPT_FIELD: prompt, preprocessors.SEED: tf.constant([0, 1], tf.int64)}

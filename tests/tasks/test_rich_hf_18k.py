@@ -91,7 +91,8 @@ def test_rahf_pretrain_plus_trains_six_steps(data_dir, random_values):
     assert {"loss/score", "loss/keywords"} <= metrics.keys()
     changed = jax.tree.map(lambda before, after: bool((before != after).any()), first, params)
     trained = {name for name, values in changed.items() if all(jax.tree.leaves(values))}
-    heads = {f"score_head_{feedback.ALIGNMENT}", f"heatmap_head_{feedback.IMPLAUSIBILITY}"}
+    scores = (feedback.PLAUSIBILITY, feedback.ALIGNMENT, feedback.AESTHETICS)
+    heads = {f"heatmap_head_{feedback.IMPLAUSIBILITY}", *(f"score_head_{kind}" for kind in scores)}
     assert {name for name in trained if "head" in name} == heads
 
 
