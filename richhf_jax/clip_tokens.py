@@ -13,10 +13,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import tokenizers
 from etils import epath
 from jaxtyping import Int32
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from richhf_jax import errors, reading
 
@@ -44,6 +42,8 @@ class ClipTokens:
         Raises:
           errors.UserError: it is damaged, or not CLIP's.
         """
+        import tokenizers  # Only CLIP needs the library.
+
         self.content = content
         self._name = name
         try:
@@ -162,6 +162,9 @@ def build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> b
     Raises:
       Exception: a merge has a piece that isn't in the vocabulary.
     """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
     model = models.BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>", unk_token=END)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
