@@ -44,6 +44,7 @@ class ClipTokens:
         """
         import tokenizers  # Only CLIP needs the library.
 
+        self._bytes = tokenizers.decoders.ByteLevel()
         self.content = content
         self._name = name
         try:
@@ -108,7 +109,7 @@ class ClipTokens:
             if i != self.start_id:
                 # A byte's own sign stands for a space.
                 pieces.append((self._tokenizer.id_to_token(i) or "").replace("</w>", "Ġ"))
-        return decoders.ByteLevel().decode(pieces).strip()
+        return self._bytes.decode(pieces).strip()
 
 
 def _start_of_word(text: str, place: int) -> int:
