@@ -68,9 +68,9 @@ class ResNetModel(models.BaseModel):
                 " (4 times 2 for each stage but the first, ResNetConfig.depths): give a multiple"
             )
 
-    def describe(self, feature_lengths, batch_shapes):
+    def describe(self, feature_lengths, batch_shapes, fit):
         """Describes the model: see `models.describe_system`."""
-        fit = "letterbox" if "image_box" in batch_shapes else "resize"
+        del batch_shapes
         return models.describe_system(self.system, self.module, {"image": feature_lengths["image"]}, fit)
 
     def summary_images(
@@ -84,7 +84,7 @@ class ResNetModel(models.BaseModel):
 
     def progress_metrics(self, scalars):
         """Names the losses by their kinds."""
-        return {name.removeprefix("loss/"): value for name, value in scalars.items()}
+        return models.named_by_kind(scalars)
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         """Makes variables, which fit images of any size.

@@ -67,9 +67,9 @@ class ClipModel(models.BaseModel):
         """The system's name."""
         return SYSTEMS[self.module.head]
 
-    def describe(self, feature_lengths, batch_shapes):
+    def describe(self, feature_lengths, batch_shapes, fit):
         """Describes the model: see `models.describe_system`."""
-        fit = "letterbox" if "image_box" in batch_shapes else "resize"
+        del batch_shapes
         lengths = {name: feature_lengths[name] for name in ("image", "inputs")}
         return models.describe_system(self.system, self.module, lengths, fit)
 

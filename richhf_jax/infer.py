@@ -185,10 +185,11 @@ def _sources(model: models.BaseModel, checkpoint: str, cfg: input_pipeline.Datas
     """Tells the checkpoint, model, vocabulary and data from others that may get the same names."""
     vocabulary = input_pipeline.vocabulary_model(cfg)
     shapes = input_pipeline.data_shapes(cfg)
+    description = model.describe(cfg.task_feature_lengths, shapes, input_pipeline.fit())
     return {
         "checkpoint": checkpoint,
         "checkpoint_checksum": sealing.of_checkpoint(epath.Path(checkpoint)),
-        "model_checksum": checksums.of_json(model.describe(cfg.task_feature_lengths, shapes)),
+        "model_checksum": checksums.of_json(description),
         "vocabulary_checksum": None if vocabulary is None else checksums.of_bytes(vocabulary),
         **input_pipeline.data_identity(cfg),
     }

@@ -150,18 +150,19 @@ class BaseModel(abc.ABC):
     # Descriptions of the model, for a training loop that knows no particular model.
 
     def describe(
-        self, feature_lengths: Mapping[str, int], batch_shapes: Mapping[str, Any]
+        self, feature_lengths: Mapping[str, int], batch_shapes: Mapping[str, Any], fit: str
     ) -> dict[str, Any] | None:
         """Describes the model for users of its checkpoints.
 
         Args:
           feature_lengths: seqio's task feature lengths.
           batch_shapes: feature -> shape and type in a batch.
+          fit: how the data's pictures become square, see `pixels.square`.
 
         Returns:
           A JSON-able description, see `describe_system`; None: nothing is written.
         """
-        del feature_lengths, batch_shapes
+        del feature_lengths, batch_shapes, fit
         return None
 
     def summary_images(
@@ -237,9 +238,9 @@ class RahfModel(BaseModel):
         """The probability of being misaligned above which a word is marked."""
         return self._misalignment_threshold
 
-    def describe(self, feature_lengths, batch_shapes):
+    def describe(self, feature_lengths, batch_shapes, fit):
         """Describes the model: see `describe_system`."""
-        fit = "letterbox" if "image_box" in batch_shapes else "resize"
+        del batch_shapes
         lengths = {name: feature_lengths[name] for name in ("image", "inputs", "targets")}
         return describe_system(self.system, self.module, lengths, fit, self._misalignment_threshold)
 

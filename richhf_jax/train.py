@@ -316,11 +316,9 @@ def _write_description(
     A run that continues keeps the name of the checkpoint that its first parameters came from, and the
     calibration of the checkpoint that it belongs to.
     """
-    content = model.describe(cfg.task_feature_lengths, stream.batch_shapes)
+    content = model.describe(cfg.task_feature_lengths, stream.batch_shapes, input_pipeline.fit())
     if content is None:
         return
-    if "fit" in content:
-        content["fit"] = input_pipeline.fit()
     initial = checkpoint_cfg.restore.path if checkpoint_cfg.restore else None
     training = {
         "task": cfg.mixture_or_task_name,

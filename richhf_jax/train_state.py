@@ -10,6 +10,10 @@ import optax
 from flax import struct
 from jax.sharding import PartitionSpec
 
+# The mutable collections of a state: a model's keyword argument, and the beginning of their arrays' names in
+# files.
+MUTABLES = "flax_mutables"
+
 
 @struct.dataclass
 class InferenceState:
@@ -32,7 +36,7 @@ class InferenceState:
 
     def mutables(self) -> dict[str, Any]:
         """Returns the mutable collections as a model's keyword argument; none if there are no collections."""
-        return {"flax_mutables": self.flax_mutables} if self.flax_mutables else {}
+        return {MUTABLES: self.flax_mutables} if self.flax_mutables else {}
 
 
 @struct.dataclass

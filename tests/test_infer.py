@@ -76,7 +76,7 @@ class Described:
     has_uncertainty, vocab_size = False, 448
 
     def __init__(self, name: str):
-        self.describe = lambda lengths, shapes: {"name": name}
+        self.describe = lambda lengths, shapes, fit: {"name": name}
 
 
 @pytest.fixture(scope="module")
@@ -491,3 +491,17 @@ def test_two_processes_continue_and_find_what_one_finds(tmp_path, bindings, one_
         # Of each batch of 2 examples, each process has one.
         for line, expected in zip(lines, one_process[2 + index :: 2], strict=True):
             assert_close(line, expected)
+
+
+def test_pictures_that_become_square_in_another_way_are_another_models(monkeypatch):
+    for name in ("vocabulary_model", "data_shapes"):
+        monkeypatch.setattr(input_pipeline, name, lambda cfg: None)
+    monkeypatch.setattr(input_pipeline, "data_identity", lambda cfg: {})
+    monkeypatch.setattr(infer.sealing, "of_checkpoint", lambda path: "")
+    model = types.SimpleNamespace(describe=lambda lengths, shapes, fit: {"fit": fit})
+    cfg = types.SimpleNamespace(task_feature_lengths={})
+    found = set()
+    for fit in ("resize", "letterbox", "centre_crop"):
+        gin.bind_parameter("richhf_jax.augmentation.show.fit", fit)
+        found.add(infer._sources(model, "checkpoint_1", cfg)["model_checksum"])
+    assert len(found) == 3

@@ -83,8 +83,8 @@ class TinyModel(models.BaseModel):
         config = module.tiny_config
         self.outputs = feedback.Outputs(config.score_kinds, config.heatmap_kinds, keywords=False)
 
-    def describe(self, feature_lengths, batch_shapes):
-        return models.describe_system("tiny", self.module, {"image": feature_lengths["image"]}, "resize")
+    def describe(self, feature_lengths, batch_shapes, fit):
+        return models.describe_system("tiny", self.module, {"image": feature_lengths["image"]}, fit)
 
     def get_initial_variables(self, rng, input_shapes, input_types=None):
         variables = self.module.init(rng, jnp.zeros(input_shapes["image"], jnp.uint8))
@@ -153,7 +153,7 @@ def make_dir(tmp_path):
         checkpoints.save_params(
             str(directory), variables["params"], flax_mutables={"batch_stats": statistics}
         )
-        content = model.describe(LENGTHS, shapes)
+        content = model.describe(LENGTHS, shapes, "resize")
         model_description.write(directory, content | {"training": {"task": "none"}}, b"not its own")
         return directory
 

@@ -374,7 +374,7 @@ class Points(models.BaseModel):
     def score_batch(self, params, batch):
         raise AssertionError("training scores nothing")
 
-    def describe(self, feature_lengths, batch_shapes):
+    def describe(self, feature_lengths, batch_shapes, fit):
         return {"lengths": feature_lengths, "features": sorted(batch_shapes)}
 
     def summary_images(self, batch, predict):

@@ -39,7 +39,7 @@ from richhf_jax.convert import (
     vit_npz,
     writers,
 )
-from richhf_jax.convert.source import MUTABLES, ConvertError, Source
+from richhf_jax.convert.source import ConvertError, Source
 from richhf_jax.model_description import SYSTEMS, VOCABULARY_FILE, ModelDescription
 
 _FROM = flags.DEFINE_multi_string(
@@ -172,7 +172,7 @@ def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """
     shapes = model.input_shapes
     variables = jax.eval_shape(lambda rng: model.get_initial_variables(rng, shapes), jax.random.key(0))
-    tree = variables["params"] | {MUTABLES: train_state.mutable_collections(variables)}
+    tree = variables["params"] | {train_state.MUTABLES: train_state.mutable_collections(variables)}
     arrays: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
     return arrays
 

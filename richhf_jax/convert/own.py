@@ -12,7 +12,8 @@ from etils import epath
 
 from richhf_jax import checkpoints, errors, sealing, train_state, weights_file
 from richhf_jax.convert import layers, safetensors_files, zarr_arrays
-from richhf_jax.convert.source import MUTABLES, ConvertError, Source, Tensor
+from richhf_jax.convert.source import ConvertError, Source, Tensor
+from richhf_jax.train_state import MUTABLES
 
 # Metadata of our .safetensors files.
 SAFETENSORS_METADATA = {"format": "richhf_jax"}

@@ -15,13 +15,13 @@ from typing import Any
 from richhf_jax.convert import huggingface, own, safetensors_files, torch_files
 from richhf_jax.convert.source import (
     MAX_LAYERS,
-    MUTABLES,
     ConvertError,
     Source,
     State,
     Tensor,
     read_json,
 )
+from richhf_jax.train_state import MUTABLES
 
 # A name that state dicts of torchvision and timm have, and no other model that we read.
 _MARK = "layer1.0.conv1.weight"

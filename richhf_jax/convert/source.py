@@ -13,8 +13,6 @@ from richhf_jax import errors, foreign_text, reading
 
 # The most layers of a stack. A larger number in a file is a mistake, and would fill the memory with names.
 MAX_LAYERS = 1000
-# First part of the names of arrays that are no parameters: of mutable collections, such as batch statistics.
-MUTABLES = "flax_mutables"
 # What trainers put before all names: DistributedDataParallel, torch.compile, Lightning; also nested.
 _WRAPPER = re.compile(r"(module|_orig_mod|model)\.")
 

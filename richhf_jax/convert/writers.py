@@ -14,7 +14,8 @@ from flax import traverse_util
 
 from richhf_jax import checkpoints, weights_file, writing
 from richhf_jax.convert import huggingface, layers, own
-from richhf_jax.convert.source import MUTABLES, ConvertError, Tensor
+from richhf_jax.convert.source import ConvertError, Tensor
+from richhf_jax.train_state import MUTABLES
 
 _POSITIONS = "vit/position_embedding/embedding"
 

@@ -37,8 +37,6 @@ MAX_PROMPT_WORDS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
 # An image, or a function that reads it.
 Shown = UInt8[np.ndarray, "height width 3"] | Callable[[], UInt8[np.ndarray, "height width 3"]]
-# The collections of a state beside its parameters, as the first part of their arrays' names in files.
-_MUTABLES = "flax_mutables"
 
 
 class PredictionError(ValueError):
@@ -263,14 +261,13 @@ def abstract_state(description: model_description.ModelDescription) -> train_sta
 
 def flatten(state: train_state.InferenceState) -> dict[str, Any]:
     """Names the arrays of a state by their paths, joined by "/"; mutable ones are below "flax_mutables"."""
-    tree = state.params | ({_MUTABLES: state.flax_mutables} if state.flax_mutables else {})
-    return cast(dict[str, Any], traverse_util.flatten_dict(tree, sep="/"))
+    return cast(dict[str, Any], traverse_util.flatten_dict(state.params | state.mutables(), sep="/"))
 
 
 def unflatten(arrays: Mapping[str, Any]) -> train_state.InferenceState:
     """Makes a state of the arrays that `flatten` names."""
     params = traverse_util.unflatten_dict(dict(arrays), sep="/")
-    mutables = params.pop(_MUTABLES, {})
+    mutables = params.pop(train_state.MUTABLES, {})
     return train_state.InferenceState(params, mutables)
 
 
