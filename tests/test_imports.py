@@ -87,6 +87,7 @@ split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_
                                       partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
 benchmarks.attention | jax            |
+benchmarks.clip    | tensorflow torch |
 benchmarks.gpu_check.__main__ |                |
 benchmarks.gpu_check.job |                |
 benchmarks.input   | tensorflow     |
@@ -114,7 +115,13 @@ HOUSE = parse(RULES)
 ENTRY_POINTS = {
     *("calibrate", "train", "eval", "infer", "precompile", "tables"),
     *("export.__main__", "convert.__main__"),
-    *("benchmarks.attention", "benchmarks.input", "benchmarks.predict", "benchmarks.steps"),
+    *(
+        "benchmarks.attention",
+        "benchmarks.clip",
+        "benchmarks.input",
+        "benchmarks.predict",
+        "benchmarks.steps",
+    ),
     *("benchmarks.gpu_check.__main__", "benchmarks.gpu_check.job"),
 }
 HEAVY = {

@@ -161,6 +161,27 @@ def test_plan_of_a_prediction():
     assert 0.5 < made["flops_per_image"] / made["model_flops_per_image"] < 2
 
 
+@pytest.mark.parametrize(
+    ("experiment", "step", "bindings"),
+    [
+        ("clip_finetuned", "train", ["clip.TextConfig.num_layers = 1", "clip.VisionConfig.num_layers = 1"]),
+        ("clip_gradient", "predict", ["INITIAL_CHECKPOINT_PATH = 'clip'"]),
+        ("resnet_heatmaps", "predict", []),
+    ],
+)
+def test_plan_of_a_baseline(experiment, step, bindings):
+    gin.clear_config()
+    sizes = ["MODEL_DIR = 'none'", "BATCH_SIZE = 4", "EVAL_BATCH_SIZE = 4"]
+    files = [f"experiments/synthetic_baselines/{experiment}.gin"]
+    gin_utils.parse_gin_flags(gin_utils.DEFAULT_SEARCH_PATHS, files, [*sizes, *bindings])
+    made = precompile.plan_step(step, None)
+    assert (made["batch_images"], made["prompts_per_image"]) == (4, 1)
+    assert made["bytes_per_chip"]["parameters"] == 4 * made["parameters"] > 4e5
+    assert (made["bytes_per_chip"]["optimizer"] > 0) == (step == "train")
+    # Muon's own work is much for 4 images.
+    assert 0.8 < made["flops_per_image"] / made["model_flops_per_image"] < (3 if step == "train" else 1.5)
+
+
 def train_flops(*bindings):
     deeper = ("t5.T5Config.num_encoder_layers = 2", "vit.ViTConfig.num_layers = 2", "REMAT_POLICY = 'full'")
     configure("multi_head", LENGTHS, *deeper, *bindings)

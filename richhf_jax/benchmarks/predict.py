@@ -35,7 +35,8 @@ from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
 _TOKENS = 24
 # The small model of tasks/, which itself imports TensorFlow.
 _VOCABULARY = pathlib.Path(__file__).parents[2] / "tasks/sentencepiece_small.model"
-_WORDS = "a drawing of one two three small large red blue green circle star square and".split()  # noqa: SIM905
+# Words of the random prompts.
+WORDS = "a drawing of one two three small large red blue green circle star square and".split()  # noqa: SIM905
 
 
 def random_description(
@@ -129,7 +130,7 @@ def write_images(folder: pathlib.Path, count: int, side: int) -> None:
         blocks = rng.integers(0, 230, (side // 16, side // 16, 3)).repeat(16, 0).repeat(16, 1)
         noise = rng.integers(0, 25, (side, side, 3))
         Image.fromarray((blocks + noise).astype(np.uint8)).save(folder / f"{number:05}.png")
-        words = rng.choice(_WORDS, rng.integers(4, 13))
+        words = rng.choice(WORDS, rng.integers(4, 13))
         (folder / f"{number:05}.txt").write_text(" ".join(words), encoding="utf-8")
 
 
