@@ -19,14 +19,14 @@ continues; parts that are finished are left out.
 
 What it takes on 2 quiet CPU cores, about:
 
-  data sets                                            1 min
-  RAHF, multi-head: pretraining, finetuning            4 min
-  RAHF, augmented prompt: the same                     4 min
-  CLIP: contrastive training                           9 min
-  CLIP: finetuning                                     3 min
-  ResNet: scores                                       5 min
-  ResNet: heatmaps                                     7 min
-  seven evaluations, and the tables                    3 min
+  data sets                                           0:20 min
+  RAHF, multi-head: pretraining, finetuning           2:20 min
+  RAHF, augmented prompt: the same                    3:50 min
+  CLIP: contrastive training                          6:30 min
+  CLIP: finetuning                                    0:50 min
+  ResNet: scores                                      1:00 min
+  ResNet: heatmaps                                    2:30 min
+  seven evaluations, and the tables                   1:30 min
 
 There is no PickScore here: it is CLIP finetuned on people's choices between images, and the synthetic data
 have none. The virtual environment is .venv in the repository, or $VENV.
@@ -89,7 +89,7 @@ for format in terminal:txt markdown:md html:html; do
   part "tables, ${format%:*}" richhf_jax.tables "${results[@]}" --baselines --format="${format%:*}" \
     --out="$out/tables.${format#*:}" --names "${names[@]}"
 done
-run_parts richhf_jax.tables
+run_parts richhf_jax.pages.table_formats
 echo
 cat "$out/tables.txt"
 part "what the tables should show" launch.check_tables "${results[@]}" --names "${names[@]}"

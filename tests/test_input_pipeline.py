@@ -54,6 +54,11 @@ def test_each_epoch_has_every_record_once_in_an_order_of_its_own():
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+@pytest.mark.parametrize("name", [TASK, "synthetic_pretrain"])
+def test_no_tuner_sleeps_when_a_stream_is_closed(name):
+    assert not input_pipeline.get_dataset(config(name), ONE_HOST).options().autotune.enabled
+
+
 def test_order_depends_on_the_seed_alone():
     seen = ids(take(config(seed=3), 8))
     assert ids(take(config(seed=4), 8)) != seen
