@@ -1,8 +1,8 @@
 """Agreement of raters: the paper's Fig. 4, Krippendorff's alpha, ICC(2,k), Fleiss' kappa, distances of maps.
 
-Answers are in long form: a row of `items`, `raters` and `values` is one answer, and an absent row is a missing
-one. Items and raters are numbers from 0; a rater has at most one answer on an item. A statistic that the
-answers don't define, such as the agreement on a single item, is NaN.
+Answers are in long form: a row of `items`, `raters` and `values` is one answer, and an absent row is a
+missing one. Items and raters are numbers from 0; a rater has at most one answer on an item, unless a function
+says otherwise. A statistic that the answers don't define, such as the agreement on a single item, is NaN.
 """
 
 from collections.abc import Sequence
@@ -84,8 +84,8 @@ def variance_components(items: np.ndarray, raters: np.ndarray, values: np.ndarra
     centred = values - np.mean(values, axis=0)
     # Sums of squares: in all, between items, between raters. The constants in their expectations.
     squares, groups, repeats = [np.sum(centred**2, axis=0)], [], []
-    for _, group in (np.unique(items, return_inverse=True), np.unique(raters, return_inverse=True)):
-        counts = np.bincount(group)
+    for group in (items, raters):
+        _, group, counts = np.unique(group, return_inverse=True, return_counts=True)
         sums = np.zeros((len(counts), *centred.shape[1:]))
         np.add.at(sums, group, centred)
         squares.append(np.sum((sums.T**2 / counts).T, axis=0))
@@ -108,8 +108,9 @@ def icc2k(items: np.ndarray, raters: np.ndarray, values: np.ndarray) -> tuple[fl
 
     ICC(2,k) = item / (item + (rater + rest) / k), with the variances of `variance_components`. If each rater
     answered on each item, this is Shrout and Fleiss' ICC(2,k), "Intraclass Correlations", 1979 (McGraw and
-    Wong's ICC(A,k)): absolute agreement of raters who are a sample. With missing answers, nothing is left out
-    or filled in: the variances are of all answers, and k is the harmonic mean of the items' numbers of raters.
+    Wong's ICC(A,k)): absolute agreement of raters who are a sample. With missing answers, nothing is left
+    out or filled in: the variances are of all answers, and k is the harmonic mean of the items' numbers of
+    raters.
 
     Args:
       items: int [answers].
@@ -154,9 +155,9 @@ def rater_scores(items: np.ndarray, raters: np.ndarray, values: np.ndarray) -> d
       values: [answers].
 
     Returns:
-      Rater -> "count": items that others rated, too; "bias": mean of the rater's answer minus the others' mean,
-      in the values' unit; "spread": standard deviation of this difference. Raters without such an item are
-      absent.
+      Rater -> "count": items that others rated, too; "bias": mean of the rater's answer minus the others'
+      mean, in the values' unit; "spread": standard deviation of this difference. Raters without such an item
+      are absent.
     """
     if not len(items):
         return {}

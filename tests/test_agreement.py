@@ -144,7 +144,11 @@ def test_rater_scores_by_hand():
     # The second rater is one point above both others; the last item has no second answer.
     matrix = np.array([[1, 2, 1], [3, 4, 3], [2, 4, N], [5, N, N]])
     found = agreement.rater_scores(*long(matrix))
-    assert found[0] == {"count": 3, "bias": pytest.approx((-0.5 - 0.5 - 2) / 3), "spread": pytest.approx(0.5**0.5)}
+    assert found[0] == {
+        "count": 3,
+        "bias": pytest.approx((-0.5 - 0.5 - 2) / 3),
+        "spread": pytest.approx(0.5**0.5),
+    }
     assert found[1] == {"count": 3, "bias": pytest.approx(4 / 3), "spread": pytest.approx(np.std([1, 1, 2]))}
     assert found[2] == {"count": 2, "bias": -0.5, "spread": 0}
 

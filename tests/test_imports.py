@@ -41,14 +41,15 @@ inputs             |                | reading
 weights_file       |                | checksums foreign_text reading
 writing            |                | foreign_text
 locking            |                | foreign_text writing
+agreement          |                |
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
 flaws              | tensorflow     |
 preprocessors      | tensorflow     | augmentation flaws
 word_table         |                |
 corruption         | tensorflow     | preprocessors word_table
-datasets           | tensorflow torch | corruption foreign_text inputs locking reading word_table
-                                        writing
+datasets           | tensorflow torch | agreement corruption foreign_text inputs locking reading
+                                        word_table writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 bootstrap          |                | metrics
