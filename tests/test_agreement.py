@@ -24,7 +24,8 @@ KRIPPENDORFF = np.array(
 SHROUT_FLEISS = np.array(
     [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float
 )
-# Fleiss, Levin and Paik, "Statistical Methods for Rates and Proportions", 3rd edition, table 18.4: 25 subjects.
+# 25 subjects of Fleiss, Levin and Paik, "Statistical Methods for Rates and Proportions", 2003; Stata's manual
+# ([R] kappa) has them as rvary2.
 RATERS = np.array([2, 2, 3, 4, 3, 4, 3, 5, 2, 4, 5, 3, 4, 4, 2, 2, 3, 2, 4, 5, 3, 4, 3, 3, 2])
 POSITIVE = np.array([2, 0, 2, 3, 3, 1, 0, 0, 0, 4, 5, 3, 4, 3, 0, 2, 1, 1, 1, 4, 2, 0, 0, 3, 2])
 
