@@ -61,6 +61,7 @@ model_description  |                | allowed_values baselines checksums clip_mo
                                       network prompt_encoders reading writing
 optimizers         | jax            |
 pages              |                | foreign_text writing
+survey             |                | agreement foreign_text inputs pages reading writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
 feature_converters | tensorflow     | preprocessors

@@ -4,9 +4,9 @@ The intervals speak of other prompts and other raters, because both are samples.
 
     prompts * sum(n_p**2) / n**2 + raters * sum(n_r**2) / n**2 + rest / n
 
-with the variances of `agreement.variance_components`, negative ones as 0, n answers, n_p of them on a prompt
-and n_r of a rater. This is what resampling prompts and raters, crossed, is after (Owen, "The Pigeonhole
-Bootstrap", 2007). That bootstrap itself counts the rest thrice, so its intervals are too wide: see
+with the variances of `agreement.variance_components`, n answers, n_p of them on a prompt and n_r of a rater;
+the sum is at least rest / n. This is what resampling prompts and raters, crossed, estimates (Owen, "The
+Pigeonhole Bootstrap", 2007), but that bootstrap counts the rest thrice, so its intervals are too wide: see
 docs/survey.md. Student's t replaces the normal quantile, because raters are few; its degrees of freedom are
 Satterthwaite's ("An Approximate Distribution of Estimates of Variance Components", 1946).
 
@@ -46,12 +46,14 @@ def variance_of_mean(
     by_prompt, by_rater = (counts[counts > 0] for counts in (np.bincount(prompts), np.bincount(raters)))
     weights = [np.sum(by_prompt**2) / n**2, np.sum(by_rater**2) / n**2, 1 / n]
     parts = agreement.variance_components(prompts, raters, values) * np.array(weights)[:, None]
-    prompt, rater, rest = np.where(parts < 0, 0, parts)
-    variance = prompt + rater + rest
-    degrees = [len(by_prompt) - 1, len(by_rater) - 1, max(n - len(by_prompt) - len(by_rater) + 1, 1)]
-    squares = (prompt + rest) ** 2 / degrees[0] + (rater + rest) ** 2 / degrees[1] + rest**2 / degrees[2]
+    prompt, rater, rest = parts[0], parts[1], np.maximum(parts[2], 0)
+    variance = np.maximum(prompt + rater + rest, rest)
+    # The analysis of variance's mean squares, divided by n.
+    squares = np.stack([np.maximum(prompt + rest, 0), np.maximum(rater + rest, 0), rest]) ** 2
+    degrees = np.array([len(by_prompt), len(by_rater), max(n - len(by_prompt) - len(by_rater) + 2, 2)]) - 1
     with np.errstate(invalid="ignore", divide="ignore"):
-        return variance, np.where(variance == 0, min(degrees), variance**2 / squares)
+        found = variance**2 / np.sum(squares / degrees[:, None], axis=0)
+    return variance, np.where(variance == 0, degrees.min(), found)
 
 
 def share_intervals(prompts: np.ndarray, raters: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -71,7 +73,8 @@ def share_intervals(prompts: np.ndarray, raters: np.ndarray, values: np.ndarray)
     effective = np.where(varies, share * (1 - share) / np.where(varies, variance, 1), len(values))
     middle = share + t**2 / (2 * effective)
     half = t * np.sqrt(share * (1 - share) / effective + (t / (2 * effective)) ** 2)
-    return np.stack([middle - half, middle + half], axis=1) / (1 + t**2 / effective)[:, None]
+    ends = np.stack([middle - half, middle + half], axis=1) / (1 + t**2 / effective)[:, None]
+    return np.clip(ends, 0, 1)
 
 
 def bradley_terry(wins: np.ndarray) -> np.ndarray | None:
