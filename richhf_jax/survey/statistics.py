@@ -77,7 +77,15 @@ def share_intervals(prompts: np.ndarray, raters: np.ndarray, values: np.ndarray)
     return np.clip(ends, 0, 1)
 
 
-def bradley_terry(wins: np.ndarray) -> np.ndarray | None:
+def wins(generators: int, first: np.ndarray, second: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Counts wins [generators, generators] of the row over the column; arguments as `influences`."""
+    found = np.zeros((generators, generators))
+    np.add.at(found, (first, second), score)
+    np.add.at(found, (second, first), 1 - score)
+    return found
+
+
+def bradley_terry(won: np.ndarray) -> np.ndarray | None:
     """Fits strengths s by maximum likelihood: generator i beats j with odds exp(s_i - s_j).
 
     A tie is half a win for each, which makes it a quasi-likelihood. Sources: Bradley and Terry, "Rank
@@ -85,21 +93,27 @@ def bradley_terry(wins: np.ndarray) -> np.ndarray | None:
     Comparisons", 1957.
 
     Args:
-      wins: [generators, generators], wins of the row over the column.
+      won: see `wins`.
 
     Returns:
       Strengths [generators] of mean 0; None if none are the most likely, because some generators lost no
       comparison with the others.
     """
-    if sparse.csgraph.connected_components(wins > 0, connection="strong")[0] > 1:
+    if sparse.csgraph.connected_components(won > 0, connection="strong")[0] > 1:
         return None
 
     def loss(strengths: np.ndarray) -> tuple[float, np.ndarray]:
         odds = np.subtract.outer(strengths, strengths)
-        lost = wins * special.expit(-odds)
-        return -np.sum(wins * special.log_expit(odds)) / wins.sum(), (lost.sum(0) - lost.sum(1)) / wins.sum()
+        lost = won * special.expit(-odds)
+        return -np.sum(won * special.log_expit(odds)), lost.sum(0) - lost.sum(1)
 
-    found = optimize.minimize(loss, np.zeros(len(wins)), jac=True, method="BFGS", options={"gtol": 1e-9}).x
+    def curvature(strengths: np.ndarray) -> np.ndarray:
+        chance = special.expit(np.subtract.outer(strengths, strengths))
+        information = (won + won.T) * chance * (1 - chance)
+        return np.diag(information.sum(1)) - information
+
+    start, options = np.zeros(len(won)), {"gtol": 1e-6}
+    found = optimize.minimize(loss, start, jac=True, hess=curvature, method="trust-ncg", options=options).x
     return found - found.mean()
 
 
@@ -190,7 +204,7 @@ def result(answers: Sequence[Answer], generators: Sequence[str] = ()) -> dict:
     }
 
 
-def _indicators(values: np.ndarray) -> np.ndarray:
+def indicators(values: np.ndarray) -> np.ndarray:
     """Returns float [answers, 6]: whether each of the five answers was given, and the score."""
     given = (values[:, None] == ANSWERS).astype(float)
     return np.concatenate([given, _scores(values)[:, None]], axis=1)
@@ -202,7 +216,7 @@ def _scores(values: np.ndarray) -> np.ndarray:
 
 
 def _pair(prompts: np.ndarray, raters: np.ndarray, values: np.ndarray) -> dict:
-    columns = _indicators(values)
+    columns = indicators(values)
     *shares, win_rate = columns.mean(0).tolist()
     *intervals, of_win_rate = [_interval(row) for row in share_intervals(prompts, raters, columns)]
     _, preferences = np.unique(prompts, return_inverse=True)
@@ -237,10 +251,7 @@ def _ratings(
     generators: Sequence[str], prompts: np.ndarray, raters: np.ndarray, ends: np.ndarray, values: np.ndarray
 ) -> dict | None:
     score = _scores(values)
-    wins = np.zeros((len(generators), len(generators)))
-    np.add.at(wins, (ends[:, 0], ends[:, 1]), score)
-    np.add.at(wins, (ends[:, 1], ends[:, 0]), 1 - score)
-    strengths = bradley_terry(wins)
+    strengths = bradley_terry(wins(len(generators), *ends.T, score))
     if strengths is None:
         return None
     intervals = rating_intervals(prompts, raters, strengths, influences(strengths, *ends.T, score))
