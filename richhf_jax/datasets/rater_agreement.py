@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -61,7 +61,7 @@ class RaterAgreement:
             return found
         items, raters = np.array([answer[:2] for answer in self._answers]).T
         values = np.array([answer[2] for answer in self._answers])
-        columns = dict(zip(feedback.SCORES, values.T, strict=True))
+        columns: dict[str, np.ndarray] = dict(zip(feedback.SCORES, values.T, strict=True))
         positive, voters = np.array(self._words).T
         return found | {
             "agreement": {kind: _scores(items, raters, column) for kind, column in columns.items()},
@@ -76,7 +76,7 @@ class RaterAgreement:
             "rater_scores": self._rater_scores(items, raters, columns),
         }
 
-    def _rater_scores(self, items: np.ndarray, raters: np.ndarray, columns: dict[str, np.ndarray]) -> dict:
+    def _rater_scores(self, items: np.ndarray, raters: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict:
         names = list(self._raters)
         found: dict[str, dict] = {}
         for kind, column in columns.items():

@@ -250,11 +250,11 @@ def _win_rate(counts: np.ndarray) -> float:
 def _ratings(
     generators: Sequence[str], prompts: np.ndarray, raters: np.ndarray, ends: np.ndarray, values: np.ndarray
 ) -> dict | None:
-    score = _scores(values)
-    strengths = bradley_terry(wins(len(generators), *ends.T, score))
+    first, second, score = ends[:, 0], ends[:, 1], _scores(values)
+    strengths = bradley_terry(wins(len(generators), first, second, score))
     if strengths is None:
         return None
-    intervals = rating_intervals(prompts, raters, strengths, influences(strengths, *ends.T, score))
+    intervals = rating_intervals(prompts, raters, strengths, influences(strengths, first, second, score))
     return {
         name: {"rating": ELO * float(strength), "interval": _interval(ELO * row)}
         for name, strength, row in zip(generators, strengths, intervals, strict=True)

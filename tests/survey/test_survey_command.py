@@ -156,7 +156,7 @@ def test_a_bad_line_is_named(change, message, tmp_path, capsys):
 )
 def test_lines_that_contradict_each_other(second, message, tmp_path, capsys):
     path = write(tmp_path, [GOOD, second])
-    assert refusal(capsys, path) == f"survey: {path}:2: {message}"
+    assert refusal(capsys, path).startswith(f"survey: {path}:2: {message}")
 
 
 def test_other_mistakes_are_named(path, tmp_path, capsys):
