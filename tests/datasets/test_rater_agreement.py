@@ -7,7 +7,7 @@ import krippendorff
 import numpy as np
 import pytest
 
-from richhf_jax import feedback
+from richhf_jax import agreement, feedback
 from richhf_jax.datasets import consolidate, raters, scenes
 from richhf_jax.datasets.describe import __main__ as describe
 from richhf_jax.datasets.rater_agreement import RaterAgreement
@@ -63,7 +63,12 @@ def test_scores(groups, summary):
 
 def test_words_and_points(groups, summary):
     groups = [group for group in groups if len(group) > 1]
-    assert summary["word_agreement"]["words"] == sum(len(group[0].token_labels) for group in groups)
+    votes = [np.transpose([rating.token_labels for rating in group]) for group in groups]
+    assert summary["word_agreement"]["words"] == sum(map(len, votes))
+    misaligned = np.concatenate([np.sum(labels == feedback.MISALIGNED, axis=1) for labels in votes])
+    voters = np.repeat(list(map(len, groups)), list(map(len, votes)))
+    assert summary["word_agreement"]["fleiss_kappa"] == agreement.fleiss_kappa(misaligned, voters)
+    assert 0.2 < summary["word_agreement"]["fleiss_kappa"] < 1
     for kind in feedback.HEATMAPS:
         # The scenes have the side of the compared maps, so that nothing is stretched.
         maps = [

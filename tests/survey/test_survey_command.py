@@ -80,6 +80,8 @@ def test_formats_have_the_same_figures(path, result, capsys):
     assert float(table[0]["preference/win_rate"]) == pair["win_rate"]
     assert float(table[0]["preference/win_rate/low"]) == low
     assert len(table) == 1 + 3 + 8
+    rates = [float(row["prompt/win_rate"]) for row in table[4:]]
+    assert rates == sorted(rates, reverse=True) != sorted(rates)
 
 
 def test_default_order_is_by_name_and_out_writes_a_file(path, result, tmp_path, capsys):

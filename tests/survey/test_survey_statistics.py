@@ -166,9 +166,10 @@ BY_HAND = answers(
     *("cat anna B A 5", "cat bert A B 2", "cat cleo A B 3"),
     *("dog anna A B 1", "dog bert B A 3", "dog cleo B A 2"),
     *("fox anna A B 4", "fox bert A B 5", "fox cleo A B 2"),
-    # Checks count for nothing else: two passed by anna, one of two by bert.
+    # Checks count for nothing else: two passed by anna, one of two by bert, none by cleo.
     *("cat anna A B 1 swapped", "dog anna A A 3 identical"),
     *("cat bert B A 2 swapped", "dog bert B B 3 identical", "owl bert A B 3 swapped"),
+    "fox cleo A A 2 identical",
 )
 
 
@@ -210,6 +211,7 @@ def test_checks_by_hand():
     assert checks["bert"]["swapped"] == {"passed": 0, "asked": 1}
     assert checks["bert"]["identical"] == {"passed": 1, "asked": 1}
     assert checks["cleo"]["left_share"] == pytest.approx(2.5 / 3)
+    assert checks["cleo"]["identical"] == {"passed": 0, "asked": 1}
 
 
 def test_the_order_of_generators_turns_the_figures_round():
