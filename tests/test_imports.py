@@ -41,14 +41,15 @@ inputs             |                | reading
 weights_file       |                | checksums foreign_text reading
 writing            |                | foreign_text
 locking            |                | foreign_text writing
+agreement          |                |
 augmentation       | tensorflow     |
 compilation_cache  | jax            |
 flaws              | tensorflow     |
 preprocessors      | tensorflow     | augmentation flaws
 word_table         |                |
 corruption         | tensorflow     | preprocessors word_table
-datasets           | tensorflow torch | corruption foreign_text inputs locking reading word_table
-                                        writing
+datasets           | tensorflow torch | agreement corruption foreign_text inputs locking reading
+                                        word_table writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 bootstrap          |                | metrics
@@ -60,6 +61,7 @@ model_description  |                | allowed_values baselines checksums clip_mo
                                       network prompt_encoders reading writing
 optimizers         | jax            |
 pages              |                | foreign_text writing
+survey             |                | agreement foreign_text inputs pages reading writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
 feature_converters | tensorflow     | preprocessors

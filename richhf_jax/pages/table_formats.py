@@ -295,6 +295,8 @@ _LATEX = {
     '"': r"\textquotedbl{}",
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
+    "≫": r"$\gg$",
+    "≪": r"$\ll$",
     ABSENT: "--",
     ALIKE: r"$\approx$",
 }

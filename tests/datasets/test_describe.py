@@ -190,7 +190,8 @@ def test_labels_and_raw_ratings_have_the_same_figures(folder):
             sources.label_records([folder / "labels/dev.tfrecord"]),
         )
     )
-    assert set(raw) - set(labels) == {"raters", "agreement", "prompt_lengths"}
+    of_raters = {"raters", "agreement", "word_agreement", "point_agreement", "rater_scores"}
+    assert set(raw) - set(labels) == {*of_raters, "prompt_lengths"}
     assert labels["heatmaps"] == raw["heatmaps"]
     assert labels["labels"] == raw["labels"]
     for kind in feedback.SCORES:

@@ -10,7 +10,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from richhf_jax.datasets.describe import text
-from richhf_jax.datasets.describe.statistics import LIKERT_STEPS, SCORE_STEPS
+from richhf_jax.datasets.describe.statistics import SCORE_STEPS
+from richhf_jax.datasets.rater_agreement import LIKERT_STEPS
 
 BAR, LINE = "#2563c9", "#c2410c"
 # From equal answers to opposite ones.

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from richhf_jax.datasets.describe import figure, text
-from richhf_jax.datasets.describe.statistics import LIKERT_STEPS, SCORE_STEPS
+from richhf_jax.datasets.describe.statistics import SCORE_STEPS
+from richhf_jax.datasets.rater_agreement import LIKERT_STEPS
 
 # A histogram of prompt lengths has at most this many bars; a bar may stand for several lengths.
 MAX_BARS = 40
@@ -39,6 +40,7 @@ def make_page(title: str, summary: Mapping) -> str:
         lengths=[_lengths(unit, part) for unit, part in summary.get("prompt_lengths", {}).items()],
         problems=text.problems(summary),
         shown=text.SHOWN,
+        shown_raters=text.SHOWN_RATERS,
     )
 
 

@@ -1,4 +1,7 @@
-"""Computes statistics of records with rich feedback, one by one: memory doesn't grow with their number."""
+"""Computes statistics of records with rich feedback, one by one.
+
+Memory doesn't grow with their number, but for raters' answers.
+"""
 
 import collections
 import dataclasses
@@ -9,14 +12,11 @@ import numpy as np
 from PIL import Image
 
 from richhf_jax import feedback
-from richhf_jax.datasets import ratings
+from richhf_jax.datasets import rater_agreement, ratings
 from richhf_jax.inputs import containers, images
 
 # The mean of three raters' answers on a 5-point scale is a multiple of 1/12.
 SCORE_STEPS = 12
-LIKERT_STEPS = feedback.LIKERT_MAX - feedback.LIKERT_MIN
-# Section 3.4: raters agree well on a score if their answers are at most one step apart.
-GOOD_AGREEMENT_STEPS = 1
 # Mean heatmaps are squares of this side, whatever the images' shape.
 HEATMAP_SIDE = 64
 # Each list of records with a problem names at most this many; all are counted.
@@ -102,32 +102,6 @@ class Scores:
             "histogram": self._histogram.tolist(),
             "missing": self._missing.summary(),
             "out_of_range": self._out_of_range.summary(),
-        }
-
-
-class Agreement:
-    """Spread of an image's raters in one score (the paper's Fig. 4)."""
-
-    def __init__(self, kind: str):
-        self._kind = kind
-        self._histogram = np.zeros(LIKERT_STEPS + 1, np.int64)
-
-    def add(self, record: Record) -> None:
-        """Counts an image with two raters or more."""
-        if len(record.raters) > 1:
-            answers = [rater.ratings[self._kind] for rater in record.raters]
-            self._histogram[max(answers) - min(answers)] += 1
-
-    def summary(self) -> dict | None:
-        """Returns counts. `histogram[i]`: images whose extreme standardised ratings are i / 4 apart."""
-        count = int(self._histogram.sum())
-        if not count:
-            return None
-        return {
-            "count": count,
-            "histogram": self._histogram.tolist(),
-            "perfect_share": int(self._histogram[0]) / count,
-            "good_share": int(self._histogram[: GOOD_AGREEMENT_STEPS + 1].sum()) / count,
         }
 
 
@@ -286,22 +260,6 @@ class Images:
         }
 
 
-class Raters:
-    """Number of raters per image."""
-
-    def __init__(self):
-        self._images: collections.Counter[int] = collections.Counter()
-
-    def add(self, record: Record) -> None:
-        """Counts the image by its number of raters."""
-        if record.raters:
-            self._images[len(record.raters)] += 1
-
-    def summary(self) -> dict | None:
-        """Returns number of raters, as a string -> number of images."""
-        return {str(n): images for n, images in sorted(self._images.items())} or None
-
-
 class Statistics:
     """All statistics of this module.
 
@@ -317,11 +275,11 @@ class Statistics:
             lengths["tokens"] = Lengths(count_tokens, limit)
         self._groups = {
             "scores": {kind: Scores(kind) for kind in feedback.SCORES},
-            "agreement": {kind: Agreement(kind) for kind in feedback.SCORES},
             "heatmaps": {kind: Heatmaps(kind) for kind in feedback.HEATMAPS},
             "prompt_lengths": lengths,
         }
-        self._single = {"raters": Raters(), "labels": Labels(), "images": Images()}
+        self._single = {"labels": Labels(), "images": Images()}
+        self._raters = rater_agreement.RaterAgreement()
 
     def add(self, record: Record) -> None:
         """Adds one record to all statistics."""
@@ -329,6 +287,7 @@ class Statistics:
         for group in (*self._groups.values(), self._single):
             for part in group.values():
                 part.add(record)
+        self._raters.add(record.raters)
 
     def summary(self) -> dict:
         """Returns everything as JSON values; parts on which the records have nothing are left out."""
@@ -337,7 +296,8 @@ class Statistics:
             for name, group in self._groups.items()
         }
         single = {name: part.summary() for name, part in self._single.items()}
-        return {"records": self._records} | {name: part for name, part in (groups | single).items() if part}
+        parts = {name: part for name, part in (groups | single).items() if part}
+        return {"records": self._records} | parts | self._raters.summary()
 
 
 def _share(part: float, whole: int) -> float | None:

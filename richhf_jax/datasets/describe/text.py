@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from richhf_jax import foreign_text
-from richhf_jax.datasets.describe.statistics import LIKERT_STEPS, SCORE_STEPS
+from richhf_jax.datasets.describe.statistics import SCORE_STEPS
+from richhf_jax.datasets.rater_agreement import LIKERT_STEPS
 
 # Problems and sizes that are printed; the JSON has more.
 SHOWN = 5
+# Raters that are printed and on the page; the JSON has more.
+SHOWN_RATERS = 50
 
 
 def format_summary(title: str, summary: Mapping) -> str:
@@ -65,14 +68,44 @@ def _agreement(parts: Mapping) -> str:
             *(f"{count:,}" for count in part["histogram"]),
             percent(part["perfect_share"]),
             percent(part["good_share"]),
+            number(part["krippendorff_alpha"]),
+            number(part["icc2k"]),
+            f"{part['k']:.1f}",
         ]
         for kind, part in parts.items()
     }
     steps = [f"{step / LIKERT_STEPS:.2f}" for step in range(LIKERT_STEPS + 1)]
+    statistics = "Krippendorff's alpha", "ICC(2,k)", "k, raters an image"
     return _table(
         "Agreement: images by how far their raters are apart (largest minus smallest score)",
-        _columns(parts, cells, *steps, "equal", "at most 0.25"),
+        _columns(parts, cells, *steps, "equal", "at most 0.25", *statistics),
     )
+
+
+def _word_agreement(part: Mapping) -> str:
+    rows = [["Fleiss' kappa", number(part["fleiss_kappa"]), "of", f"{part['words']:,} words"]]
+    return _table("Agreement on misaligned words", rows)
+
+
+def _point_agreement(parts: Mapping) -> str:
+    cells = {
+        kind: [f"{part['items']:,}", *(number(part[key]) for key in ("within", "between", "sigma"))]
+        for kind, part in parts.items()
+    }
+    heads = "images", "mean distance of an image's raters", "of different images' raters", "sigma"
+    return _table("Agreement on points (distance: share of the image)", _columns(parts, cells, *heads))
+
+
+def _rater_scores(parts: Mapping) -> str:
+    kinds = list(next(iter(parts.values())))
+    rows = [["", "images", *kinds]]
+    for rater, scores in list(parts.items())[:SHOWN_RATERS]:
+        cells = (f"{scores[kind]['bias']:+.2f} ± {scores[kind]['spread']:.2f}" for kind in kinds)
+        rows.append([foreign_text.for_terminal(rater), f"{scores[kinds[0]]['count']:,}", *cells])
+    if len(parts) > SHOWN_RATERS:
+        rows.append([f"{len(parts) - SHOWN_RATERS:,} more", *[""] * (len(kinds) + 1)])
+    title = "Raters: mean difference to an image's other raters ± its standard deviation, in points of 1 to 5"
+    return _table(title, rows)
 
 
 def _heatmaps(parts: Mapping) -> str:
@@ -125,6 +158,9 @@ _PARTS = {
     "raters": _raters,
     "scores": _scores,
     "agreement": _agreement,
+    "word_agreement": _word_agreement,
+    "point_agreement": _point_agreement,
+    "rater_scores": _rater_scores,
     "heatmaps": _heatmaps,
     "prompt_lengths": _prompt_lengths,
     "labels": _labels,
