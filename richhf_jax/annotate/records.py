@@ -71,7 +71,10 @@ class Person:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """An item in a rater's hands. `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent."""
+    """An item in a rater's hands.
+
+    `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent.
+    """
 
     item: Item
     answer: forms.Answer
@@ -83,7 +86,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a rater is: items done and still open for them, seconds spent, items of the first round left."""
+    """How far a rater is.
+
+    Attributes:
+      done: items done, without those of the first round.
+      total_open: items that are still open for this rater.
+      seconds: time spent.
+      calibration_left: items left in the first round.
+    """
 
     done: int
     total_open: int
@@ -126,14 +136,17 @@ class Answer:
 
 
 def size(row: sqlite3.Row) -> tuple[int, int]:
+    """Returns the width and height of a row of `items`."""
     return row["width"], row["height"]
 
 
 def person(row: sqlite3.Row) -> Person:
+    """Makes a person of a row of `people`."""
     return Person(row["id"], row["name"], *(bool(row[name]) for name in ("is_manager", "active", "passed")))
 
 
 def item(row: sqlite3.Row, name: str = "id") -> Item:
+    """Makes an item of a row of `items`; `name` is the column of its id."""
     return Item(
         row[name],
         row["prompt"],
@@ -145,6 +158,7 @@ def item(row: sqlite3.Row, name: str = "id") -> Item:
 
 
 def work(row: sqlite3.Row) -> Work:
+    """Makes a rater's work of a row of ANSWERS_BESIDE_ITEMS."""
     return Work(
         item(row, "item_id"),
         json.loads(row["answer"]),
@@ -156,6 +170,7 @@ def work(row: sqlite3.Row) -> Work:
 
 
 def answer(row: sqlite3.Row, giver: Person) -> Answer:
+    """Makes an answer of a row of ANSWERS_BESIDE_ITEMS."""
     same = ("state", "revision", "seconds", "started", "changed", "score", "reason", "excluded")
     return Answer(
         id=row["id"],

@@ -4,7 +4,6 @@ A method that returns has its change on the disk; see `database`. A disk without
 sqlite3.OperationalError, and changes nothing.
 """
 
-import contextlib
 import hashlib
 import hmac
 import json
@@ -13,7 +12,7 @@ import pathlib
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from richhf_jax import errors, writing
@@ -30,6 +29,7 @@ from richhf_jax.annotate.records import (
     Progress,
     Work,
 )
+from richhf_jax.datasets import ratings
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import printable
 
@@ -112,11 +112,11 @@ class Store:
     def add_items(self, items: Iterable[Item]) -> int:
         """Adds items, all or none. Returns how many are new.
 
-        An item that is there with the same prompt and file only gets the new priority and gold answer.
+        One that is there with the same prompt and file isn't new, and only gets the gold answer if it has none.
 
         Raises:
-          errors.UserError: an item of this id is there with another prompt or file, or a gold answer comes for
-            an item that has been rated.
+          errors.UserError: an item of this id is there with another prompt or file, or a gold answer comes
+            for an item that has been rated.
         """
         with self._database.transaction() as db:
             return sum(self._add_item(db, item) for item in items)
@@ -139,11 +139,15 @@ class Store:
             raise errors.UserError(
                 f"{for_terminal(item.id)}: raters have it already, so it can't become a gold item: leave it out"
             )
-        db.execute(
-            "UPDATE items SET gold = coalesce(?, gold), priority = ? WHERE number = ?",
-            (gold, item.priority, known["number"]),
-        )
+        db.execute("UPDATE items SET gold = coalesce(gold, ?) WHERE number = ?", (gold, known["number"]))
         return False
+
+    def prioritise(self, names: Sequence[str]) -> int:
+        """Gives these items priority, the first the highest, and all others none. Returns how many there are."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE items SET priority = 0")
+            ranked = [(len(names) - i, name) for i, name in enumerate(names)]
+            return db.executemany("UPDATE items SET priority = ? WHERE id = ?", ranked).rowcount
 
     def items(self) -> Iterator[Item]:
         """Yields all items, in the order in which they were added."""
@@ -469,6 +473,12 @@ class Store:
             for row in db.execute(f"{records.ANSWERS_BESIDE_ITEMS}{condition} ORDER BY answers.id"):
                 yield records.answer(row, people[row["person"]])
 
+    def for_manager(self) -> list[str]:
+        """Returns the ids of the items that two raters skipped or called broken."""
+        with self._database.connection() as db:
+            rows = db.execute("SELECT id FROM items WHERE state = 'manager' ORDER BY number")
+            return [row[0] for row in rows]
+
     def exclude(self, answer_id: int, reason: str) -> None:
         """Makes an answer not count. It is kept, and its item gets another one.
 
@@ -482,6 +492,56 @@ class Store:
             if not changed:
                 raise KeyError(answer_id)
             self._reopen(db)
+
+    def add_answers(self, given: Iterable[tuple[ratings.Rating, str, float]]) -> int:
+        """Adds finished answers from elsewhere, all or none. Raters who aren't known are added, without a link.
+
+        Args:
+          given: (rating, comment, seconds spent) of each answer.
+
+        Returns:
+          The number of answers.
+
+        Raises:
+          errors.UserError: the project hasn't such an image, or it has all its answers or one of this rater.
+        """
+        count, now = 0, self._clock()
+        with self._database.transaction() as db:
+            for rating, comment, seconds in given:
+                self._add_answer(db, rating, forms.of_rating(rating) | {"comment": comment}, seconds, now)
+                count += 1
+        return count
+
+    def _add_answer(
+        self,
+        db: sqlite3.Connection,
+        rating: ratings.Rating,
+        answer: forms.Answer,
+        seconds: float,
+        now: float,
+    ) -> None:
+        name, place = rating.rater_id, for_terminal(rating.image_id)
+        item = db.execute("SELECT * FROM items WHERE id = ?", (rating.image_id,)).fetchone()
+        found = (rating.prompt, rating.width, rating.height)
+        if item is None or (item["prompt"], item["width"], item["height"]) != found:
+            raise errors.UserError(f"{place}: the project has no image of this name, prompt and size")
+        db.execute("INSERT OR IGNORE INTO people (name, is_manager) VALUES (?, FALSE)", (name,))
+        person = db.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()[0]
+        known = db.execute(
+            "SELECT 1 FROM answers WHERE item = ? AND person = ?", (item["number"], person)
+        ).fetchone()
+        if known:
+            raise errors.UserError(f"{place}: {for_terminal(name)} has it already")
+        others = assignment.other_places(db, item["number"], person, now)
+        if item["gold"] is None and others >= self.config.raters:
+            raise errors.UserError(
+                f"{place}: {others} raters have answered or are at work, and `raters` in"
+                f" {project.CONFIG} allows no more"
+            )
+        self._insert(db, item["number"], person, 0, False, now)
+        row = self._rows(db, "answers.person = ? AND items.number = ?", person, item["number"])[0]
+        self._write(db, row, "done", answer, seconds)
+        self._fill(db, item["number"])
 
     def reassign(self, item_id: str, person_id: int | None = None) -> None:
         """Gives an item that was skipped back to the raters, or to one of them.
