@@ -393,7 +393,9 @@ class Store(People):
             "UPDATE people SET passed = ?, round = round + ? WHERE id = ?", (passed, not passed, person.id)
         )
 
-    def _feedback(self, db: sqlite3.Connection, row: sqlite3.Row, score: float) -> dict[str, Any] | None:
+    def _feedback(
+        self, db: sqlite3.Connection, row: sqlite3.Row, score: float | None
+    ) -> dict[str, Any] | None:
         if not row["is_calibration"]:
             return None
         me = db.execute("SELECT * FROM people WHERE id = ?", (row["person"],)).fetchone()
