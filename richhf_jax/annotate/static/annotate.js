@@ -1,11 +1,11 @@
 // The rater's page: one image after the other; each change of an answer is saved on the server.
 //
 // An answer is a value: a change makes a new one, so undo is a list of earlier answers. `render` shows the
-// present answer; nothing else writes to the form. Points are in the image's pixels, and whole numbers are the
-// middle of a pixel, as in the raw ratings; so the viewBox begins at -0.5.
+// present answer; nothing else writes to the form.
+
+import { Picture } from "./picture.js";
 
 const $ = (id) => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
 const { person, radius } = document.body.dataset;
 const form = $("task");
 const svg = $("image");
@@ -14,11 +14,7 @@ const scales = [...form.querySelectorAll(".scale")].map((scale) => scale.dataset
 const asksWords = form.querySelector("[data-part=words]") !== null;
 // A pause longer than this is no work: it does not count as time spent. Milliseconds.
 const IDLE = 30_000;
-// A press that moves less than this many CSS pixels is a click.
-const CLICK = 4;
-// The part of a point to click on, in CSS pixels around its middle.
-const HANDLE = 12;
-const MAX_ZOOM = 16;
+// Seconds between two tries to save.
 const MAX_WAIT = 30;
 
 let work = null; // What the server sent of the image.
@@ -29,10 +25,8 @@ let future = [];
 let lastChange = null;
 let isOpen = false; // Whether the answer may change.
 
-const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const pointsOf = (from, kind) => from[`${kind}_points`];
 const announce = (text) => ($("spoken").textContent = text);
-const hundredths = (value) => Math.round(100 * value) / 100;
 
 // Two answers are the same if these are: the order of an object's fields says nothing.
 function summary(from) {
@@ -180,22 +174,14 @@ async function begin(given) {
   $("notice").hidden = $("feedback").hidden = true;
   $("practice").hidden = !work.is_calibration;
   $("practice").textContent = "Practice: you will see our answers after yours.";
-  $("gold").replaceChildren();
   $("missing").textContent = "";
-  svg.querySelector("image").setAttribute("width", work.width);
-  svg.querySelector("image").setAttribute("height", work.height);
-  svg.querySelector("image").setAttribute("href", work.image);
   const prompt = work.pieces.map(([text]) => text).join("");
-  svg.setAttribute("aria-label", `Image of ${work.width} × ${work.height} pixels, made from: ${prompt}`);
-  svg.style.setProperty("--aspect", `${work.width} / ${work.height}`);
-  cursor = { x: Math.floor(work.width / 2), y: Math.floor(work.height / 2) };
+  picture.open(work, `Image of ${work.width} × ${work.height} pixels, made from: ${prompt}`);
   showWords();
-  view = whole();
   setOpen(true);
   scrollTo(0, 0);
   svg.focus({ preventScroll: true });
   render();
-  showView();
   await takeKept();
 }
 
@@ -276,7 +262,7 @@ function showMissing({ error, missing }) {
 // ---- The answer.
 
 function change(edit, label = null) {
-  if (!isOpen) return;
+  if (!isOpen) return render();
   const before = answer;
   answer = structuredClone(answer);
   edit(answer);
@@ -299,23 +285,25 @@ function step(from, to) {
 const isEmpty = (part) =>
   part === "words" ? !answer.token_labels.includes(0) : !pointsOf(answer, part).length;
 
-function addPoint(kind, { x, y }) {
-  const point = [hundredths(clamp(x, 0, work.width - 1)), hundredths(clamp(y, 0, work.height - 1))];
-  change((next) => {
-    pointsOf(next, kind).push(point);
-    next.nothing[kind] = false;
-  });
-  announce(`${kind} point at ${point.map(Math.round).join(", ")}`);
-}
 function removePoint(kind, index) {
-  if (pointsOf(answer, kind).length === 0) return;
+  if (!pointsOf(answer, kind).length) return;
   change((next) => pointsOf(next, kind).splice(index, 1));
   announce(`${kind} point removed`);
 }
-function movePoint(kind, index, { x, y }, label) {
-  const point = [hundredths(clamp(x, 0, work.width - 1)), hundredths(clamp(y, 0, work.height - 1))];
-  change((next) => (pointsOf(next, kind)[index] = point), label);
-}
+const picture = new Picture(svg, radius, kinds, {
+  mark(point) {
+    const kind = form.elements.kind?.value;
+    if (!kind) return;
+    change((next) => {
+      pointsOf(next, kind).push(point);
+      next.nothing[kind] = false;
+    });
+    announce(`${kind} point at ${point.map(Math.round).join(", ")}`);
+  },
+  remove: removePoint,
+  move: (kind, index, point, label) => change((next) => (pointsOf(next, kind)[index] = point), label),
+  cancel: () => work && render(),
+});
 function toggleWord(index) {
   change((next) => {
     next.token_labels[index] = 1 - next.token_labels[index];
@@ -349,41 +337,8 @@ function nextScale() {
 
 // ---- What is shown.
 
-function make(name, attributes, ...children) {
-  const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children);
-  return element;
-}
-const disk = (kind, [x, y], more = "") =>
-  make("circle", { class: `disk ${kind} ${more}`, cx: x, cy: y, r: radius * work.height });
-
-function makeMark(kind, index, [x, y]) {
-  const label = `${kind} point ${index + 1} at ${Math.round(x)}, ${Math.round(y)}`;
-  const attributes = { class: `mark ${kind}`, tabindex: 0, role: "button", "aria-label": label };
-  // The kinds differ in shape as well as in colour.
-  const shape = kinds.indexOf(kind) ? "M-4-4L4 4M-4 4L4-4" : "M-5 0H5M0-5V5";
-  const mark = make("g", attributes, make("circle", { r: HANDLE }), make("path", { d: shape }));
-  Object.assign(mark.dataset, { kind, index, x, y });
-  return mark;
-}
-
-function renderMarks() {
-  const focused = document.activeElement.closest?.(".mark")?.dataset;
-  const points = kinds.flatMap((kind) => pointsOf(answer, kind).map((point, index) => [kind, index, point]));
-  $("disks").replaceChildren(...points.map(([kind, , point]) => disk(kind, point)));
-  $("marks").replaceChildren(...points.map((point) => makeMark(...point)));
-  scaleMarks();
-  if (!focused) return;
-  // The focus stays at the point, or goes to the image if it is gone.
-  const same = [...$("marks").children].find(
-    (mark) => mark.dataset.kind === focused.kind && mark.dataset.index === focused.index,
-  );
-  (same ?? svg).focus({ preventScroll: true });
-}
-
 function render() {
-  renderMarks();
+  picture.draw(Object.fromEntries(kinds.map((kind) => [kind, pointsOf(answer, kind)])));
   for (const part of form.querySelectorAll(".missing")) part.classList.remove("missing");
   $("missing").textContent = "";
   for (const kind of kinds)
@@ -425,140 +380,18 @@ function focusWord(word) {
   word.focus();
 }
 
-// ---- Zoom and pan: the part of the image in sight is the SVG's viewBox.
-
-let view = null;
-let cursor = null;
-const whole = () => ({ x: -0.5, y: -0.5, width: work.width, height: work.height });
-function showView() {
-  view.x = clamp(view.x, -0.5, work.width - 0.5 - view.width);
-  view.y = clamp(view.y, -0.5, work.height - 0.5 - view.height);
-  svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
-  svg.classList.toggle("zoomed", view.width < work.width);
-  scaleMarks();
-}
-// A mark keeps its size on the screen; its disk is part of the image.
-function scaleMarks() {
-  const unit = 1 / (svg.getScreenCTM()?.a || 1);
-  for (const mark of $("marks").children)
-    mark.setAttribute("transform", `translate(${mark.dataset.x} ${mark.dataset.y}) scale(${unit})`);
-  $("cursor").setAttribute("transform", `translate(${cursor.x} ${cursor.y}) scale(${unit})`);
-  $("cursor").setAttribute("d", "M-14 0H-4M14 0H4M0-14V-4M0 14V4");
-}
-function zoom(factor, { x, y }) {
-  const width = clamp(view.width / factor, work.width / MAX_ZOOM, work.width);
-  const height = (width * work.height) / work.width;
-  const left = x - ((x - view.x) * width) / view.width;
-  const top = y - ((y - view.y) * height) / view.height;
-  view = { x: left, y: top, width, height };
-  showView();
-}
-function pan(across, down) {
-  view.x += across;
-  view.y += down;
-  showView();
-}
-const toImage = ({ x, y }) => new DOMPoint(x, y).matrixTransform(svg.getScreenCTM().inverse());
-const place = (event) => ({ x: event.clientX, y: event.clientY });
-const middle = () => ({ x: view.x + view.width / 2, y: view.y + view.height / 2 });
-
-// A click marks, or removes the point there.
-function act({ x, y }, mark) {
-  const isInside = x >= -0.5 && y >= -0.5 && x < work.width - 0.5 && y < work.height - 0.5;
-  if (mark) removePoint(mark.dataset.kind, Number(mark.dataset.index));
-  else if (isInside && form.elements.kind) addPoint(form.elements.kind.value, { x, y });
-}
-function markNear({ x, y }) {
-  const reach = HANDLE / (svg.getScreenCTM()?.a || 1);
-  const distance = (mark) => Math.hypot(mark.dataset.x - x, mark.dataset.y - y);
-  return [...$("marks").children].filter((mark) => distance(mark) <= reach).sort((a, b) => distance(a) - distance(b))[0];
-}
-function moveCursor(target, dx, dy, isFine) {
-  const by = isFine ? 1 : Math.max(1, Math.round(view.height / 40));
-  if (target.matches(".mark")) {
-    const { kind, index, x, y } = target.dataset;
-    return movePoint(kind, index, { x: Number(x) + dx * by, y: Number(y) + dy * by }, `${kind} ${index}`);
-  }
-  cursor = { x: clamp(cursor.x + dx * by, 0, work.width - 1), y: clamp(cursor.y + dy * by, 0, work.height - 1) };
-  view.x = clamp(view.x, cursor.x - view.width * 0.95, cursor.x - view.width * 0.05);
-  view.y = clamp(view.y, cursor.y - view.height * 0.95, cursor.y - view.height * 0.05);
-  showView();
-}
-
-// ---- Mouse, pen and fingers.
-
-const pressed = new Map(); // Pointer -> its place, in CSS pixels.
-let press = null; // The only pointer's press: where it began, and on which mark.
-
-svg.addEventListener("pointerdown", (event) => {
-  if (!work || event.button > 1) return;
-  svg.setPointerCapture(event.pointerId);
-  pressed.set(event.pointerId, place(event));
-  const mark = event.target.closest(".mark");
-  press = pressed.size > 1 ? null : { from: place(event), at: toImage(place(event)), mark, isDrag: false };
-});
-svg.addEventListener("pointermove", (event) => {
-  if (!pressed.has(event.pointerId)) return;
-  const before = [...pressed.values()];
-  pressed.set(event.pointerId, place(event));
-  if (before.length === 2) return pinch(before, [...pressed.values()]);
-  if (!press) return;
-  press.isDrag ||= Math.hypot(event.clientX - press.from.x, event.clientY - press.from.y) > CLICK;
-  if (press.isDrag) drag(toImage(place(event)));
-});
-svg.addEventListener("pointerup", (event) => {
-  const ended = pressed.delete(event.pointerId) && press;
-  press = null;
-  if (!ended || !isOpen || event.button) return;
-  if (!ended.isDrag) act(ended.at, ended.mark);
-  else if (ended.mark) movePoint(ended.mark.dataset.kind, ended.mark.dataset.index, toImage(place(event)));
-});
-svg.addEventListener("pointercancel", (event) => {
-  pressed.delete(event.pointerId);
-  press = null;
-  if (work) render();
-});
-svg.addEventListener("lostpointercapture", (event) => pressed.delete(event.pointerId));
-function drag({ x, y }) {
-  if (!press.mark) return pan(press.at.x - x, press.at.y - y);
-  if (!isOpen) return;
-  // Shows the point where it would be; the answer changes when it is let go.
-  const shown = $("disks").children[[...$("marks").children].indexOf(press.mark)];
-  for (const [name, value] of [["cx", x], ["cy", y]]) shown.setAttribute(name, value);
-  Object.assign(press.mark.dataset, { x, y });
-  scaleMarks();
-}
-function pinch(before, after) {
-  const [from, to] = [before, after].map(([a, b]) => ({
-    x: (a.x + b.x) / 2, y: (a.y + b.y) / 2, apart: Math.hypot(a.x - b.x, a.y - b.y),
-  }));
-  const held = toImage(from);
-  zoom(to.apart / Math.max(from.apart, 1), held);
-  const now = toImage(to);
-  pan(held.x - now.x, held.y - now.y);
-}
-svg.addEventListener("wheel", (event) => {
-  if (!work) return;
-  const isZoomed = view.width < work.width;
-  // Without Ctrl the page scrolls, or a zoomed image. A touchpad's pinch comes with Ctrl.
-  if (event.ctrlKey) zoom(2 ** (-event.deltaY / 100), toImage(place(event)));
-  else if (isZoomed) pan((event.deltaX * view.width) / svg.clientWidth, (event.deltaY * view.width) / svg.clientWidth);
-  else return;
-  event.preventDefault();
-}, { passive: false });
 svg.querySelector("image").addEventListener("error", () => {
   $("missing").textContent = "The image can't be shown. Look again, or say that it is broken.";
 });
-addEventListener("resize", () => work && scaleMarks());
 
 // ---- Buttons, fields and keys.
 
 const actions = {
   undo: () => step(past, future),
   redo: () => step(future, past),
-  zoomIn: () => zoom(1.5, middle()),
-  zoomOut: () => zoom(1 / 1.5, middle()),
-  fit: () => ((view = whole()), showView()),
+  zoomIn: () => picture.zoom(1.5, picture.middle),
+  zoomOut: () => picture.zoom(1 / 1.5, picture.middle),
+  fit: () => picture.fit(),
   hide: () => {
     const isHidden = svg.classList.toggle("bare");
     form.querySelector("[data-action=hide]").setAttribute("aria-pressed", isHidden);
@@ -593,7 +426,7 @@ $("show-guidelines").addEventListener("click", () => $("guidelines").showModal()
 
 function choose(kind) {
   form.elements.kind.value = kind;
-  svg.focus();
+  picture.aim(true);
   announce(`A click or Space marks ${kind}`);
 }
 function erase(target) {
@@ -608,9 +441,9 @@ const keys = {
   c: () => form.elements.comment.focus(),
   z: actions.undo,
   y: actions.redo,
-  "+": () => zoom(1.5, cursor),
-  "=": () => zoom(1.5, cursor),
-  "-": () => zoom(1 / 1.5, cursor),
+  "+": () => picture.zoom(1.5),
+  "=": () => picture.zoom(1.5),
+  "-": () => picture.zoom(1 / 1.5),
   0: actions.fit,
   h: actions.hide,
   k: actions.skip,
@@ -634,13 +467,13 @@ function actionOf({ key, target, shiftKey }, isControl, isTyping) {
   if (isControl) return isTyping && key !== "Enter" ? null : controlKeys[key];
   if (isTyping) return key === "Escape" ? keys.Escape : null;
   if (key === "Enter" && target.matches("button, a")) return null;
-  if (arrows[key] && target.matches("#image, .mark")) return () => moveCursor(target, ...arrows[key], shiftKey);
+  if (arrows[key] && target.matches("#image, .mark")) return () => picture.step(target, ...arrows[key], shiftKey);
   if (arrows[key] && target.matches("#words button")) {
     const words = [...$("words").querySelectorAll("button")];
     const by = arrows[key][0] || arrows[key][1];
     return () => focusWord(words[words.indexOf(target) + by]);
   }
-  if (key === " " && target === svg) return () => act(cursor, markNear(cursor));
+  if (key === " " && target === svg) return () => picture.mark();
   return Object.hasOwn(keys, key) ? keys[key] : null;
 }
 document.addEventListener("keydown", (event) => {
