@@ -10,7 +10,7 @@ const { person, radius } = document.body.dataset;
 const form = $("task");
 const svg = $("image");
 const kinds = [...form.querySelectorAll("[name=kind]")].map((field) => field.value);
-const scales = [...form.querySelectorAll(".scale")].map((scale) => scale.dataset.part);
+const scales = [...form.querySelectorAll(".likert")].map((scale) => scale.dataset.part);
 const asksWords = form.querySelector("[data-part=words]") !== null;
 // A pause longer than this is no work: it does not count as time spent. Milliseconds.
 const IDLE = 30_000;
@@ -249,6 +249,7 @@ async function giveUp(broken) {
   const reason = dialog.querySelector("textarea");
   $("leave-title").textContent = broken ? "The image is broken" : "Skip this image";
   reason.value = "";
+  reason.required = !broken;
   if ((await ask(dialog)) === "leave" && (await leave("/skip", { reason: reason.value, broken }))) await next();
 }
 
@@ -318,7 +319,7 @@ function toggleNothing(part) {
   else announce(`${part}: there are marks`);
 }
 function rate(value) {
-  const focused = document.activeElement.closest(".scale")?.dataset.part;
+  const focused = document.activeElement.closest(".likert")?.dataset.part;
   const name = focused ?? scales.find((scale) => !answer.ratings[scale]);
   if (!name) return announce("All scales have an answer. Press s to go to one.");
   change((next) => (next.ratings[name] = value));
@@ -331,7 +332,7 @@ function focusScale(name) {
   (fields.find((field) => field.checked) ?? fields[0]).focus();
 }
 function nextScale() {
-  const focused = document.activeElement.closest(".scale")?.dataset.part;
+  const focused = document.activeElement.closest(".likert")?.dataset.part;
   focusScale(scales[(scales.indexOf(focused) + 1) % scales.length]);
 }
 
@@ -353,7 +354,7 @@ function render() {
     for (const field of form.elements[name]) field.checked = Number(field.value) === answer.ratings[name];
   }
   const current = scales.find((name) => !answer.ratings[name]);
-  for (const scale of form.querySelectorAll(".scale"))
+  for (const scale of form.querySelectorAll(".likert"))
     scale.classList.toggle("current", scale.dataset.part === current);
   if (form.elements.comment.value !== answer.comment) form.elements.comment.value = answer.comment;
   form.querySelector("[data-action=undo]").disabled = !past.length;

@@ -1,0 +1,383 @@
+"""The rater's page in a real browser: real clicks and keys, and what the store has afterwards."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from richhf_jax import feedback
+from richhf_jax.annotate import server
+from richhf_jax.annotate.store import Store
+
+WIDTH, HEIGHT = 640, 480
+PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", "a boat")
+
+
+class Site:
+    """A project on a server in this process, which may stop and start again at the same address."""
+
+    def __init__(self, store):
+        self.store = store
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        config = uvicorn.Config(server.make_app(self.store), port=self.port, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture
+def site(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3)).astype(np.uint8)
+    for i in range(len(PROMPTS)):
+        Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(tmp_path / f"{i}.png")
+    site = Site(Store(tmp_path, PROMPTS))
+    yield site
+    site.stop()
+
+
+class Page:
+    """The rater's page in Chromium, with the actions that the tests need."""
+
+    def __init__(self, driver, site):
+        self.driver, self.site, self.run = driver, site, driver.execute_script
+
+    def find(self, selector: str):
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def open(self, secret: str, width: int = 1280, theme: str = "light") -> None:
+        self.driver.set_screen(width, theme)
+        self.driver.get(f"{self.site.address}/r/{secret}")
+        self.wait(lambda: self.run("return document.getElementById('guidelines')?.open"))
+        self.find("#guidelines button").click()
+        self.wait_for_image()
+
+    def reload(self) -> None:
+        self.driver.refresh()
+        self.wait_for_image()
+
+    def wait(self, condition) -> None:
+        WebDriverWait(self.driver, 10, 0.02).until(lambda _: condition())
+
+    def wait_for_image(self) -> None:
+        self.wait(lambda: self.run("return document.getElementById('task')?.hidden === false"))
+
+    def wait_until_saved(self) -> None:
+        self.wait(lambda: self.find("#saved").text == "Saved")
+
+    def type(self, *keys: str) -> None:
+        """Presses keys without moving the focus."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def place(self, x: float, y: float) -> tuple[tuple[int, int], tuple[float, float]]:
+        """Returns the whole CSS pixel nearest to a point of the image, and that pixel's exact point."""
+        left, top, width = self.run(
+            "const r = document.getElementById('image').getBoundingClientRect(); return [r.left, r.top, r.width]"
+        )
+        scale = width / WIDTH
+        pixel = round(left + (x + 0.5) * scale), round(top + (y + 0.5) * scale)
+        return pixel, ((pixel[0] - left) / scale - 0.5, (pixel[1] - top) / scale - 0.5)
+
+    def click(self, x: float, y: float) -> tuple[float, float]:
+        """Clicks on the image and returns the exact point."""
+        pixel, point = self.place(x, y)
+        chain = ActionBuilder(self.driver, duration=0)
+        chain.pointer_action.move_to_location(*pixel).click()
+        chain.perform()
+        return point
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
+        """Drags on the image and returns the exact point of the end."""
+        pixel, point = self.place(*end)
+        chain = ActionBuilder(self.driver, duration=0)
+        chain.pointer_action.move_to_location(*self.place(*start)[0]).pointer_down()
+        chain.pointer_action.move_to_location(*pixel).pointer_up()
+        chain.perform()
+        return point
+
+    def word(self, text: str):
+        return next(e for e in self.driver.find_elements(By.CSS_SELECTOR, "#words button") if e.text == text)
+
+    @property
+    def points(self) -> dict:
+        """Returns the points that are drawn, by kind, in pixels."""
+        found = {"implausibility": [], "misalignment": []}
+        for mark in self.driver.find_elements(By.CSS_SELECTOR, ".mark"):
+            found[mark.get_attribute("data-kind")].append(
+                (float(mark.get_attribute("data-x")), float(mark.get_attribute("data-y")))
+            )
+        return found
+
+
+@pytest.fixture
+def page(driver, site):
+    """Opens the page; the test also fails if the page writes anything to the console."""
+    driver.get("about:blank")
+    driver.get_log("browser")
+    page = Page(driver, site)
+    yield page
+    assert driver.get_log("browser") == []
+    driver.get("about:blank")
+
+
+def exactly(*points):
+    """Compares points to the hundredths of a pixel that the page rounds to; browsers lay out in 1/64 pixels."""
+    return [pytest.approx(point, abs=0.02) for point in points]
+
+
+def test_click_drag_remove_undo_redo(page):
+    page.open("s")
+    first, second = page.click(100, 120), page.click(300, 200)
+    assert page.points["implausibility"] == exactly(first, second)
+    page.type("m")
+    third = page.click(500, 60)
+    assert page.points["misalignment"] == exactly(third)
+    # The disk is drawn in its true size.
+    assert page.run("return document.querySelector('.disk').r.baseVal.value") == HEIGHT / 20
+    moved = page.drag(second, (350, 260))
+    assert page.points["implausibility"] == exactly(first, moved)
+    page.click(*first)
+    assert page.points["implausibility"] == exactly(moved)
+    page.type("zzz")
+    assert page.points == {"implausibility": exactly(first, second), "misalignment": []}
+    page.type("y")
+    assert page.points["misalignment"] == exactly(third)
+    page.type(Keys.BACKSPACE)
+    page.wait_until_saved()
+    answer = page.site.store.works["train/0.png"].answer
+    assert answer["implausibility_points"] == exactly(first, second)
+    assert answer["misalignment_points"] == []
+
+
+def test_by_keyboard_alone(page):
+    page.open("s")
+    # The first image is perfect: six keys.
+    page.type("n5432")
+    page.type(Keys.ENTER)
+    page.wait(lambda: "1 of 3" in page.find("#count").text)
+    first = page.site.store.works["train/0.png"]
+    assert first.state == "done"
+    assert first.answer["ratings"] == dict(zip(feedback.SCORES, (5, 4, 3, 2), strict=True))
+    assert all(first.answer["nothing"].values())
+    # The second one is not. The cursor begins in the middle.
+    page.wait(lambda: page.run("return document.getElementById('words').textContent.includes('dogs')"))
+    page.type("i", " ", "m", *[Keys.ARROW_RIGHT] * 2, Keys.ARROW_UP, " ")
+    page.type("w", Keys.ARROW_RIGHT, " ", "1234", Keys.ESCAPE, "c", "seen twice", Keys.ESCAPE)
+    step = HEIGHT // 40
+    assert page.points["implausibility"] == [(WIDTH / 2, HEIGHT / 2)]
+    assert page.points["misalignment"] == [(WIDTH / 2 + 2 * step, HEIGHT / 2 - step)]
+    # A point with the focus goes by one pixel with Shift, and with several presses in one step of undo.
+    page.run("document.querySelector('.mark.misalignment').focus()")
+    page.type(Keys.SHIFT, Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+    assert page.points["misalignment"] == [(WIDTH / 2 + 2 * step, HEIGHT / 2 - step + 2)]
+    page.type("z")
+    assert page.points["misalignment"] == [(WIDTH / 2 + 2 * step, HEIGHT / 2 - step)]
+    # A scale is answered again.
+    page.type("ss5")
+    page.wait_until_saved()
+    second = page.site.store.works["train/1.png"]
+    assert second.answer["token_labels"] == [1, 0, 1, 1]
+    assert second.answer["comment"] == "seen twice"
+    page.type(Keys.ESCAPE, Keys.ENTER)
+    page.wait(lambda: second.state == "done")
+    assert second.answer["ratings"] == dict(zip(feedback.SCORES, (1, 5, 3, 4), strict=True))
+
+
+def test_what_is_missing_is_told(page):
+    page.open("s")
+    page.click(100, 100)
+    page.word("cat").click()
+    page.type(Keys.ESCAPE, "3", Keys.ENTER)
+    page.wait(lambda: page.find("#missing").text)
+    missing = [e.get_attribute("data-part") for e in page.driver.find_elements(By.CSS_SELECTOR, ".missing")]
+    assert missing == ["misalignment", "alignment", "aesthetics", "overall"]
+    assert page.run("return document.activeElement.value") == "misalignment"
+    # What has marks can't be "nothing": the box is disabled until the marks are gone.
+    assert not page.find("[value=implausibility][name=nothing]").is_enabled()
+    page.type(" ", "333", Keys.ENTER)
+    page.wait(lambda: page.site.store.works["train/0.png"].state == "done")
+
+
+def test_a_draft_is_resumed(page):
+    page.open("s")
+    point = page.click(200, 100)
+    page.word("red").click()
+    page.type("4")
+    page.wait_until_saved()
+    page.reload()
+    assert page.points["implausibility"] == exactly(point)
+    assert page.word("red").get_attribute("aria-pressed") == "true"
+    assert page.find("[name=plausibility]:checked").get_attribute("value") == "4"
+
+
+def test_two_tabs_never_overwrite_silently(page):
+    page.open("s")
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    second = page.driver.current_window_handle
+    try:
+        page.driver.get(page.site.address)
+        page.wait_for_image()
+        theirs = page.click(100, 100)
+        page.wait_until_saved()
+        page.driver.switch_to.window(first)
+        mine = page.click(400, 300)
+        page.wait(lambda: page.find("#conflict").is_displayed())
+        work = page.site.store.works["train/0.png"]
+        assert work.answer["implausibility_points"] == exactly(theirs)
+        # Escape decides nothing.
+        page.type(Keys.ESCAPE)
+        page.wait(lambda: page.find("#conflict").is_displayed())
+        page.find("#conflict [value=theirs]").click()
+        page.wait_until_saved()
+        assert page.points["implausibility"] == exactly(theirs)
+        # The answers of this tab are not lost.
+        page.type("z")
+        page.wait_until_saved()
+        assert work.answer["implausibility_points"] == exactly(mine)
+        page.driver.switch_to.window(second)
+        both = page.click(200, 200)
+        page.wait(lambda: page.find("#conflict").is_displayed())
+        page.find("#conflict [value=mine]").click()
+        page.wait_until_saved()
+        assert work.answer["implausibility_points"] == exactly(theirs, both)
+        # The browser itself logs the two refusals.
+        assert {line["message"].split(" - ")[1][:40] for line in page.driver.get_log("browser")} == {
+            "Failed to load resource: the server responded"[:40]
+        }
+        page.driver.close()
+    finally:
+        page.driver.switch_to.window(first)
+
+
+def test_the_browser_keeps_what_the_server_cannot_save(page):
+    page.open("s")
+    first = page.click(100, 100)
+    page.wait_until_saved()
+    page.site.stop()
+    second = page.click(400, 300)
+    page.wait(lambda: "Not saved yet" in page.find("#saved").text)
+    page.type("4")
+    page.site.start()
+    page.wait_until_saved()
+    work = page.site.store.works["train/0.png"]
+    assert work.answer["implausibility_points"] == exactly(first, second)
+    assert work.answer["ratings"]["plausibility"] == 4
+    # The tab may even be closed before the server is back.
+    page.site.stop()
+    page.type("5")
+    page.wait(lambda: "Not saved yet" in page.find("#saved").text)
+    page.driver.get("about:blank")
+    page.site.start()
+    page.driver.get(page.site.address)
+    page.wait_for_image()
+    page.wait_until_saved()
+    assert work.answer["ratings"] == dict.fromkeys(feedback.SCORES) | {"plausibility": 4, "alignment": 5}
+    assert page.find("[name=alignment]:checked").get_attribute("value") == "5"
+    page.driver.get_log("browser")
+
+
+def test_zoom_and_pan_keep_points_in_place(page):
+    page.open("s")
+    point = page.click(200, 100)
+    page.type("+++")
+    box = "return document.getElementById('image').getAttribute('viewBox').split(' ').map(Number)"
+    assert page.run(box)[2] == pytest.approx(WIDTH / 1.5**3)
+    # A drag beside the points moves the image and marks nothing.
+    page.drag((400, 400), (300, 350))
+    assert page.points["implausibility"] == exactly(point)
+    left, top, width, height = page.run(box)
+    assert width == pytest.approx(WIDTH / 1.5**3)
+    pixel, share = page.place(400, 100)[0], [(s + 0.5) / size for s, size in zip(page.place(400, 100)[1], (WIDTH, HEIGHT), strict=True)]
+    page.click(400, 100)
+    expected = left + share[0] * width, top + share[1] * height
+    assert page.points["implausibility"] == exactly(point, expected)
+    page.type("0")
+    assert page.run(box) == [-0.5, -0.5, WIDTH, HEIGHT]
+    assert page.points["implausibility"] == exactly(point, expected)
+
+
+def test_skip_needs_a_reason_and_broken_does_not(page):
+    page.open("s")
+    page.type("k")
+    page.find("#leave .primary").click()
+    assert page.find("#leave").is_displayed()
+    page.type("hurts my eyes")
+    page.find("#leave .primary").click()
+    page.wait(lambda: page.site.store.works["train/0.png"].state == "skipped")
+    page.wait(lambda: page.run("return document.getElementById('words').textContent.includes('dogs')"))
+    page.type("b")
+    page.find("#leave .primary").click()
+    page.wait(lambda: page.site.store.works["train/1.png"].state == "broken")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_phone_shows_all_of_it_readably(page, theme):
+    page.open("s", 390, theme)
+    page.click(100, 100)
+    page.word("cat").click()
+    page.type("3")
+    assert page.run("return [document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+    for contrast, text in page.driver.contrasts():
+        assert contrast >= 4.5, text
+    # Nothing that is pressed by a finger is too small for it (WCAG 2.5.8: 24 pixels).
+    small = page.run(
+        "return [...document.querySelectorAll('button, label, .mark')].filter((e) => e.checkVisibility())"
+        ".filter((e) => Math.min(e.getBoundingClientRect().width, e.getBoundingClientRect().height) < 23.5)"
+        ".map((e) => e.outerHTML)"
+    )
+    assert small == []
+
+
+def test_controls_have_names_for_screen_readers(page):
+    page.open("s")
+    page.click(100, 100)
+    page.wait_until_saved()
+    controls = page.driver.find_elements(By.CSS_SELECTOR, "#task :is(input, button, textarea, svg, .mark), header button")
+    visible = [c for c in controls if page.run("return arguments[0].checkVisibility()", c)]
+    names = [control.accessible_name for control in visible]
+    assert all(names)
+    assert page.find(".mark").accessible_name.startswith("implausibility point 1 at 100, 10")
+    assert page.find("#image").accessible_name.endswith('made from: A red cat, "happy" as ever!')
+
+
+def test_keys_are_told(page):
+    page.open("s")
+    page.type("?")
+    assert page.find("#keys").is_displayed()
+    # The dialog takes the keys while it is open.
+    page.type("5")
+    page.type(Keys.ESCAPE)
+    assert not page.driver.find_elements(By.CSS_SELECTOR, ".likert :checked")
+    page.type("g")
+    assert page.find("#guidelines").is_displayed()
+
+
+def test_a_link_in_a_mail_works_at_once(page):
+    """Coming from another site, the browser must get the cookie and send it."""
+    page.driver.set_screen(1280, "light")
+    page.driver.get(f"data:text/html,<a href='{page.site.address}/r/s'>link</a>")
+    page.find("a").click()
+    page.wait(lambda: page.run("return document.getElementById('guidelines')?.open"))
+    assert page.driver.current_url == f"{page.site.address}/"
