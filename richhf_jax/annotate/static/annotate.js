@@ -84,7 +84,7 @@ function ask(dialog) {
   });
 }
 
-// Until the server has an answer, the browser keeps it: with the revision that it changes, and what was sent last.
+// Until the server has an answer, the browser keeps it: with the revision that it changes, and what was sent since.
 const keptName = () => `richhf_jax ${person} ${work.id}`;
 function remember(name, value) {
   try {
@@ -97,7 +97,7 @@ const keep = () => remember(keptName(), { revision, answer, sent, seconds: secon
 
 let isDirty = false;
 let saving = null;
-let sent = null;
+let sent = []; // Answers that the server may have got, though its reply is missing.
 function save() {
   isDirty = true;
   keep();
@@ -108,11 +108,12 @@ async function saveAll() {
   let wait = 1;
   while (isDirty) {
     isDirty = false;
-    sent = answer;
+    sent.push(answer);
     $("saved").textContent = "Saving…";
     const reply = await request("PUT", address(), { revision, answer, seconds: seconds() });
     if (reply.status === 200) {
       revision = reply.revision;
+      sent = [];
       wait = 1;
       if (isDirty) keep();
     } else if (reply.status === 409) {
@@ -134,19 +135,17 @@ async function saveAll() {
 }
 
 // The server has a revision that this tab doesn't know. The rater decides, unless it is what this tab sent.
-async function settle(reply) {
-  if (sent === null || !isSame(reply.answer, sent)) {
-    let choice = "";
-    while (!choice) choice = await ask($("conflict"));
-    if (choice === "theirs") {
-      past.push(answer);
-      answer = reply.answer;
-      render();
-    } else {
-      isDirty = true;
-    }
+async function settle(theirs) {
+  let choice = sent.some((mine) => isSame(mine, theirs.answer)) ? "mine" : "";
+  while (!choice) choice = await ask($("conflict"));
+  if (choice === "theirs") {
+    past.push(answer);
+    answer = theirs.answer;
+    render();
   }
-  revision = reply.revision;
+  revision = theirs.revision;
+  sent = [];
+  isDirty = !isSame(answer, theirs.answer);
 }
 addEventListener("beforeunload", (event) => {
   if (saving) event.preventDefault();
@@ -169,7 +168,7 @@ async function next() {
 async function begin(given) {
   work = given;
   ({ answer, revision } = work);
-  [past, future, lastChange, sent, spent] = [[], [], null, null, 1000 * (work.seconds ?? 0)];
+  [past, future, lastChange, sent, spent] = [[], [], null, [], 1000 * (work.seconds ?? 0)];
   form.hidden = false;
   $("notice").hidden = $("feedback").hidden = true;
   $("practice").hidden = !work.is_calibration;
@@ -257,7 +256,7 @@ function showMissing({ error, missing }) {
   $("missing").textContent = error;
   for (const part of form.querySelectorAll("[data-part]"))
     part.classList.toggle("missing", missing.includes(part.dataset.part));
-  form.querySelector(".missing :is(input:checked, input:not(:disabled), button)")?.focus();
+  form.querySelector(".missing [name=nothing], .missing.likert input")?.focus();
 }
 
 // ---- The answer.
@@ -288,6 +287,8 @@ const isEmpty = (part) =>
 
 function removePoint(kind, index) {
   if (!pointsOf(answer, kind).length) return;
+  // Else the focus would be at another point, which the next Backspace would remove.
+  svg.focus({ preventScroll: true });
   change((next) => pointsOf(next, kind).splice(index, 1));
   announce(`${kind} point removed`);
 }
