@@ -350,7 +350,7 @@ return results.sort((a, b) => a[0] - b[0]);
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory):
-    """Starts Chromium, with what tests of pages need besides WebDriver: a screen's size, and texts' contrasts."""
+    """Starts Chromium, with what tests of pages need besides: a screen's size, and texts' contrasts."""
     from selenium import webdriver
 
     class Chromium(webdriver.Chrome):

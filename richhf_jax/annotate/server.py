@@ -1,8 +1,8 @@
 """Serves the raters' page and the manager's page of a project, with its API.
 
 A person comes by a secret link, which sets a cookie; every request is checked against it. The browser gets no
-inline script (a strict Content-Security-Policy), prompts reach it as JSON or escaped, and images with a type that
-their bytes decide. Errors are {"error": text}, or a page where a person looks at it.
+inline script (a strict Content-Security-Policy), prompts reach it as JSON or escaped, and an image's bytes decide
+its type. Errors are {"error": text}, or a page where a person looks at it.
 """
 
 import collections
@@ -91,7 +91,7 @@ class Attempts:
         self._clock = clock
         self._minute = 0
         self._wrong: collections.Counter[str] = collections.Counter()
-        # Hashes of the secrets that were right, so that one wrong person locks out nobody else at the address.
+        # Hashes of the secrets that were right: one wrong person locks out nobody else at the address.
         self._right: set[bytes] = set()
 
     def person(self, store: Store, address: str, secret: str) -> Person | None:
@@ -168,7 +168,8 @@ def make_app(store: Store) -> Starlette:
             HTTPException: server.http_error,
             NotYours: lambda request, error: _error(request, 404, "This image is not open for you."),
             Conflict: lambda request, error: JSONResponse(
-                {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer}, 409
+                {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer},
+                409,
             ),
             Incomplete: lambda request, error: JSONResponse(
                 {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
@@ -309,7 +310,10 @@ class Server:
         except (ValueError, RecursionError):
             raise HTTPException(400, "The request's body must be JSON.") from None
         for name, kind in fields.items():
-            if not isinstance(body, dict) or type(body.get(name)) not in (kind, int if kind is float else kind):
+            if not isinstance(body, dict) or type(body.get(name)) not in (
+                kind,
+                int if kind is float else kind,
+            ):
                 raise HTTPException(400, f"The request's {name!r} must be of type {kind.__name__}.")
         if not 0 <= body.get("seconds", 0) < math.inf:
             raise HTTPException(400, "The request's 'seconds' must be a positive number.")
@@ -319,7 +323,9 @@ class Server:
 def serve(store: Store, host: str, port: int) -> None:
     """Serves a project until it is interrupted."""
     # A log of requests would hold the secrets of the links.
-    uvicorn.run(make_app(store), host=host, port=port, access_log=False, server_header=False, log_level="warning")
+    uvicorn.run(
+        make_app(store), host=host, port=port, access_log=False, server_header=False, log_level="warning"
+    )
 
 
 def _work_json(work: Work) -> dict[str, Any]:
@@ -351,11 +357,11 @@ def _address(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-async def _error(request: Request, status: int, text: str) -> Response:
+def _error(request: Request, status: int, text: str) -> Response:
     return JSONResponse({"error": text}, status)
 
 
-async def _storage_error(request: Request, error: sqlite3.OperationalError) -> Response:
+def _storage_error(request: Request, error: sqlite3.OperationalError) -> Response:
     if "full" in str(error):
-        return await _error(request, 507, "The server's disk is full. Please tell who sent you the link.")
-    return await _error(request, 503, "The server can't save now.")
+        return _error(request, 507, "The server's disk is full. Please tell who sent you the link.")
+    return _error(request, 503, "The server can't save now.")

@@ -30,7 +30,9 @@ class Site:
         self.start()
 
     def start(self) -> None:
-        config = uvicorn.Config(server.make_app(self.store), port=self.port, log_level="error", lifespan="off")
+        config = uvicorn.Config(
+            server.make_app(self.store), port=self.port, log_level="error", lifespan="off"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -93,7 +95,8 @@ class Page:
     def place(self, x: float, y: float) -> tuple[tuple[int, int], tuple[float, float]]:
         """Returns the whole CSS pixel nearest to a point of the image, and that pixel's exact point."""
         left, top, width = self.run(
-            "const r = document.getElementById('image').getBoundingClientRect(); return [r.left, r.top, r.width]"
+            "const box = document.getElementById('image').getBoundingClientRect();"
+            "return [box.left, box.top, box.width]"
         )
         scale = width / WIDTH
         pixel = round(left + (x + 0.5) * scale), round(top + (y + 0.5) * scale)
@@ -142,7 +145,7 @@ def page(driver, site):
 
 
 def exactly(*points):
-    """Compares points to the hundredths of a pixel that the page rounds to; browsers lay out in 1/64 pixels."""
+    """Compares points to hundredths of a pixel: the page rounds to them, and browsers lay out in 1/64 pixels."""
     return [pytest.approx(point, abs=0.02) for point in points]
 
 
@@ -212,7 +215,9 @@ def test_what_is_missing_is_told(page):
     page.wait(lambda: page.find("#missing").text)
     missing = [e.get_attribute("data-part") for e in page.driver.find_elements(By.CSS_SELECTOR, ".missing")]
     assert missing == ["misalignment", "alignment", "aesthetics", "overall"]
-    assert page.run("return document.activeElement.name + document.activeElement.value") == "nothingmisalignment"
+    assert (
+        page.run("return document.activeElement.name + document.activeElement.value") == "nothingmisalignment"
+    )
     # What has marks can't be "nothing": the box is disabled until the marks are gone.
     assert not page.find("[value=implausibility][name=nothing]").is_enabled()
     page.type(" ", "333", Keys.ENTER)
@@ -312,9 +317,8 @@ def test_zoom_and_pan_keep_points_in_place(page):
     assert page.points["implausibility"] == exactly(point)
     left, top, width, height = page.run(box)
     assert width == pytest.approx(WIDTH / 1.5**3)
-    pixel, share = page.place(400, 100)[0], [(s + 0.5) / size for s, size in zip(page.place(400, 100)[1], (WIDTH, HEIGHT), strict=True)]
-    page.click(400, 100)
-    expected = left + share[0] * width, top + share[1] * height
+    x, y = page.click(400, 100)
+    expected = left + (x + 0.5) / WIDTH * width, top + (y + 0.5) / HEIGHT * height
     assert page.points["implausibility"] == exactly(point, expected)
     page.type("0")
     assert page.run(box) == [-0.5, -0.5, WIDTH, HEIGHT]
@@ -357,7 +361,9 @@ def test_controls_have_names_for_screen_readers(page):
     page.open("s")
     page.click(100, 100)
     page.wait_until_saved()
-    controls = page.driver.find_elements(By.CSS_SELECTOR, "#task :is(input, button, textarea, svg, .mark), header button")
+    controls = page.driver.find_elements(
+        By.CSS_SELECTOR, "#task :is(input, button, textarea, svg, .mark), header button"
+    )
     visible = [c for c in controls if page.run("return arguments[0].checkVisibility()", c)]
     names = [control.accessible_name for control in visible]
     assert all(names)

@@ -174,6 +174,7 @@ async function begin(given) {
   $("practice").hidden = !work.is_calibration;
   $("practice").textContent = "Practice: you will see our answers after yours.";
   $("missing").textContent = "";
+  for (const element of form.querySelectorAll(".gold")) element.classList.remove("gold");
   const prompt = work.pieces.map(([text]) => text).join("");
   picture.open(work, `Image of ${work.width} × ${work.height} pixels, made from: ${prompt}`);
   showWords();
@@ -257,6 +258,22 @@ function showMissing({ error, missing }) {
   for (const part of form.querySelectorAll("[data-part]"))
     part.classList.toggle("missing", missing.includes(part.dataset.part));
   form.querySelector(".missing [name=nothing], .missing.likert input")?.focus();
+}
+
+// After a practice image: our answer, on top of the rater's.
+function showFeedback({ passed, lines, gold }) {
+  $("feedback-title").textContent = passed ? "Like our answer" : "Our answer differs";
+  const items = lines.map((line) => Object.assign(document.createElement("li"), { textContent: line }));
+  $("feedback-lines").replaceChildren(...items);
+  picture.drawGold(Object.fromEntries(kinds.map((kind) => [kind, pointsOf(gold, kind) ?? []])));
+  for (const [index, word] of [...$("words").querySelectorAll("button")].entries())
+    word.classList.toggle("gold", gold.token_labels?.[index] === 0);
+  for (const name of scales) {
+    for (const field of form.elements[name])
+      field.parentElement.classList.toggle("gold", Number(field.value) === gold.ratings?.[name]);
+  }
+  $("feedback").hidden = false;
+  $("feedback").focus();
 }
 
 // ---- The answer.

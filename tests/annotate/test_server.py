@@ -1,0 +1,183 @@
+"""The server: links, cookies, and what it refuses."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from richhf_jax.annotate import server
+from richhf_jax.annotate.store import Store
+
+ORIGIN = {"Origin": "http://testserver"}
+ITEM = "/api/items/train%2F0.png"
+
+
+@pytest.fixture
+def store(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.full((48, 64, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    return Store(tmp_path, ("a red cat", "two dogs", "a boat"))
+
+
+@pytest.fixture
+def client(store):
+    with TestClient(server.make_app(store)) as client:
+        yield client
+
+
+@pytest.fixture
+def rater(client):
+    """Opens a link, as a rater does."""
+    assert client.get("/r/s").status_code == 200
+    return client
+
+
+def body(store, **changes) -> dict:
+    work = store.work(store.person("s"), "train/0.png")
+    return {"revision": work.revision, "answer": work.answer, "seconds": 1.5} | changes
+
+
+def test_a_link_becomes_a_cookie(client):
+    for page in ("/", "/api/next", "/image/train%2F0.png"):
+        assert client.get(page).status_code == 403
+    response = client.get("/r/s", follow_redirects=False)
+    cookie = response.headers["Set-Cookie"]
+    assert re.fullmatch(r"rater=s; HttpOnly; Max-Age=\d+; Path=/; SameSite=strict", cookie)
+    assert client.get("/api/next").json()["work"]["id"] == "train/0.png"
+    secure = TestClient(client.app, base_url="https://testserver").get("/r/s").headers["Set-Cookie"]
+    assert secure.endswith("; Secure")
+
+
+def test_wrong_secrets_are_limited(store):
+    now = [0.0]
+    attempts = server.Attempts(lambda: now[0])
+    assert attempts.person(store, "here", "s")
+    for _ in range(server.MAX_WRONG):
+        assert attempts.person(store, "here", "wrong") is None
+    with pytest.raises(server.HTTPException, match="Too many wrong links"):
+        attempts.person(store, "here", "wrong")
+    # Who was there before goes on working, and so do other addresses.
+    assert attempts.person(store, "here", "s")
+    assert attempts.person(store, "there", "wrong") is None
+    now[0] = 60
+    assert attempts.person(store, "here", "wrong") is None
+
+
+def test_the_limit_holds_for_links_and_cookies(client):
+    statuses = [client.get("/r/wrong").status_code for _ in range(server.MAX_WRONG + 1)]
+    assert statuses == [403] * server.MAX_WRONG + [429]
+    client.cookies.set("rater", "guess")
+    assert client.get("/api/next").status_code == 429
+
+
+def test_every_response_has_the_headers(rater):
+    for page in (
+        "/",
+        "/api/next",
+        "/image/train%2F0.png",
+        "/static/annotate.js",
+        "/static/look.css",
+        "/nothing",
+    ):
+        headers = rater.get(page).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert (
+            "default-src 'none'; script-src 'self'; style-src 'self';" in headers["Content-Security-Policy"]
+        )
+        assert "unsafe" not in headers["Content-Security-Policy"]
+    page = rater.get("/").text
+    assert not re.search(r"<script(?![^>]* src=)|<style| style=| on\w+=|https?://", page)
+
+
+@pytest.mark.parametrize("origin", [None, "null", "http://evil.example", "http://testserver.evil.example"])
+def test_writes_from_other_sites_are_refused(rater, store, origin):
+    headers = {"Origin": origin} if origin else {}
+    before = store.work(store.person("s"), "train/0.png").revision
+    for method, path in (("PUT", ITEM), ("POST", f"{ITEM}/done"), ("POST", f"{ITEM}/skip")):
+        response = rater.request(method, path, json=body(store), headers=headers)
+        assert response.status_code == 403
+        assert "another site" in response.json()["error"]
+    assert store.work(store.person("s"), "train/0.png").revision == before
+
+
+def test_saving_and_conflicts(rater, store):
+    first = rater.put(ITEM, json=body(store), headers=ORIGIN)
+    assert first.json() == {"revision": 1}
+    # A replayed request changes nothing.
+    again = rater.put(ITEM, json=body(store, revision=0), headers=ORIGIN)
+    assert again.status_code == 409
+    assert again.json()["revision"] == 1
+    assert again.json()["answer"] == store.work(store.person("s"), "train/0.png").answer
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        b'{"revision": 0}',
+        b'{"revision": true, "answer": {}, "seconds": 1}',
+        b'{"revision": 0, "answer": [], "seconds": 1}',
+        b'{"revision": 0, "answer": {}, "seconds": -1}',
+        b'{"revision": 0, "answer": {}, "seconds": NaN}',
+        b'{"revision": 0, "answer": {}, "seconds": 1e999}',
+        b"\xff\xfe",
+    ],
+)
+def test_broken_bodies_are_refused(rater, sent):
+    response = rater.put(ITEM, content=sent, headers=ORIGIN)
+    assert response.status_code == 400
+    assert response.json()["error"]
+
+
+def test_a_huge_body_is_not_read(rater):
+    read = []
+
+    def gigabyte():
+        for _ in range(1024):
+            read.append(1)
+            yield bytes(1 << 20)
+
+    assert rater.put(ITEM, content=b"x" * (server.MAX_BODY + 1), headers=ORIGIN).status_code == 413
+    assert rater.put(ITEM, content=gigabyte(), headers=ORIGIN).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "item", ["train%2F9.png", "..%2F..%2Fproject.db", "%2Fetc%2Fpasswd", "../../project.db", "train/0.png%00"]
+)
+def test_other_items_are_not_found(rater, store, item):
+    assert rater.get(f"/image/{item}").status_code == 404
+    assert rater.put(f"/api/items/{item}", json=body(store), headers=ORIGIN).status_code == 404
+    assert rater.get(f"/static/{item}").status_code == 404
+
+
+def test_types_of_images_come_from_their_bytes(rater, store, tmp_path):
+    file = tmp_path / "0.png"
+    assert rater.get("/image/train%2F0.png").headers["Content-Type"] == "image/png"
+    Image.open(file).save(file, "JPEG")
+    response = rater.get("/image/train%2F0.png")
+    assert response.headers["Content-Type"] == "image/jpeg"
+    assert response.content == file.read_bytes()
+    file.write_text("<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
+    response = rater.get("/image/train%2F0.png")
+    assert response.status_code == 404
+    assert "onload" not in response.text
+
+
+def test_errors_are_told_without_a_traceback(store):
+    with TestClient(server.make_app(store), raise_server_exceptions=False) as client:
+        client.get("/r/s")
+        response = client.get("/api/none")
+        assert (response.status_code, response.json()) == (404, {"error": "Not Found"})
+
+
+def test_pieces_of_a_prompt():
+    for prompt in ('A red cat, "happy" as ever!', "  two  dogs", "a?b", "<b>x</b>"):
+        pieces = server._pieces(prompt)
+        assert "".join(text for text, _ in pieces) == prompt
+        assert [text for text, is_word in pieces if is_word] == server.feedback.tokenize_prompt(prompt)
