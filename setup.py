@@ -101,7 +101,10 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["richhf_jax*", "tasks*"]),
-    package_data={"richhf_jax": ["**/*.html", "**/*.css", "**/*.js", "**/*.svg", "**/*.md"], "tasks": ["**/*.json", "**/*.model"]},
+    package_data={
+        "richhf_jax": ["**/*.html", "**/*.css", "**/*.js", "**/*.svg", "**/*.md"],
+        "tasks": ["**/*.json", "**/*.model"],
+    },
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

@@ -145,7 +145,7 @@ def page(driver, site):
 
 
 def exactly(*points):
-    """Compares points to hundredths of a pixel: the page rounds to them, and browsers lay out in 1/64 pixels."""
+    """Compares points to hundredths of a pixel: the page rounds, and browsers lay out in 1/64 pixels."""
     return [pytest.approx(point, abs=0.02) for point in points]
 
 
