@@ -8,6 +8,7 @@ import pytest
 import uvicorn
 from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.actions import interaction, pointer_input
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -390,3 +391,60 @@ def test_a_link_in_a_mail_works_at_once(page):
     page.find("a").click()
     page.wait(lambda: page.run("return document.getElementById('guidelines')?.open"))
     assert page.driver.current_url == f"{page.site.address}/"
+
+
+def touches(driver, *fingers):
+    """Lets fingers move at once; each is a list of places in CSS pixels."""
+    inputs = [
+        pointer_input.PointerInput(interaction.POINTER_TOUCH, f"finger {i}") for i in range(len(fingers))
+    ]
+    for finger, (start, *places) in zip(inputs, fingers, strict=True):
+        finger.create_pointer_move(duration=0, x=start[0], y=start[1])
+        finger.create_pointer_down(button=0)
+        for x, y in places:
+            finger.create_pointer_move(duration=50, x=x, y=y)
+        finger.create_pointer_up(button=0)
+    chain = ActionBuilder(driver)
+    chain.devices = inputs
+    chain.perform()
+
+
+def test_fingers_mark_scroll_and_zoom(page):
+    page.open("s", 390)
+    pixel, point = page.place(300, 200)
+    touches(page.driver, [pixel])
+    page.wait(lambda: page.points["implausibility"] == exactly(point))
+    # A finger that moves upwards scrolls the page.
+    touches(page.driver, [(200, 350), (200, 300), (200, 200)])
+    page.wait(lambda: page.run("return scrollY") > 50)
+    assert len(page.points["implausibility"]) == 1
+    page.run("scrollTo(0, 0)")
+    x, y = pixel
+    touches(page.driver, [(x - 20, y), (x - 40, y)], [(x + 20, y), (x + 40, y)])
+    left, top, width, _ = page.run(
+        "return document.getElementById('image').getAttribute('viewBox').split(' ').map(Number)"
+    )
+    assert width == pytest.approx(WIDTH / 2, rel=0.05)
+    # The place between the fingers stays between them.
+    share = (point[0] + 0.5) / WIDTH, (point[1] + 0.5) / HEIGHT
+    assert left + share[0] * width == pytest.approx(point[0], abs=5)
+    assert top + share[1] * width * HEIGHT / WIDTH == pytest.approx(point[1], abs=5)
+    assert page.points["implausibility"] == exactly(point)
+
+
+def test_idle_time_is_left_out(page):
+    # A clock that the test can turn.
+    clock = "window.turned = 0; const now = performance.now.bind(performance); performance.now = () => now() + turned;"
+    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": clock})
+    try:
+        started = time.monotonic()
+        page.open("s")
+        page.type("1")
+        for pause in (20_000, 60_000):
+            page.run("turned += arguments[0]", pause)
+            page.type("1")
+        page.wait_until_saved()
+        spent = page.site.store.seconds["train/0.png"]
+        assert 20 < spent < 20 + time.monotonic() - started
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)

@@ -1,7 +1,9 @@
 """The server: links, cookies, and what it refuses."""
 
 import re
+import sqlite3
 
+import anyio
 import numpy as np
 import pytest
 from PIL import Image
@@ -114,6 +116,21 @@ def test_saving_and_conflicts(rater, store):
 
 
 @pytest.mark.parametrize(
+    ("problem", "status", "told"),
+    [("database or disk is full", 507, "disk is full"), ("database is locked", 503, "can't save now")],
+)
+def test_a_database_that_cannot_save_is_told(rater, store, monkeypatch, problem, status, told):
+    def fail(*_):
+        raise sqlite3.OperationalError(problem)
+
+    sent = body(store)
+    monkeypatch.setattr(store, "save", fail)
+    response = rater.put(ITEM, json=sent, headers=ORIGIN)
+    assert response.status_code == status
+    assert told in response.json()["error"]
+
+
+@pytest.mark.parametrize(
     "sent",
     [
         b"",
@@ -136,15 +153,24 @@ def test_broken_bodies_are_refused(rater, sent):
 
 
 def test_a_huge_body_is_not_read(rater):
-    read = []
-
-    def gigabyte():
-        for _ in range(1024):
-            read.append(1)
-            yield bytes(1 << 20)
-
     assert rater.put(ITEM, content=b"x" * (server.MAX_BODY + 1), headers=ORIGIN).status_code == 413
-    assert rater.put(ITEM, content=gigabyte(), headers=ORIGIN).status_code == 413
+    # Without a length: the server stops reading.
+    read, sent = [], []
+
+    async def receive():
+        read.append(1)
+        return {"type": "http.request", "body": bytes(1 << 16), "more_body": len(read) < 1 << 14}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"testserver"), (b"origin", b"http://testserver"), (b"cookie", b"rater=s")]
+    scope = {
+        "type": "http", "method": "PUT", "path": "/api/items/train/0.png", "query_string": b"", "headers": headers,
+    }  # fmt: skip
+    anyio.run(rater.app, scope, receive, send)
+    assert sent[0]["status"] == 413
+    assert len(read) <= server.MAX_BODY // (1 << 16) + 1
 
 
 @pytest.mark.parametrize(
