@@ -35,7 +35,9 @@ from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from richhf_jax import feedback
-from richhf_jax.annotate.store import Conflict, Incomplete, NotYours, Person, Store, Work
+from richhf_jax.annotate import manage
+from richhf_jax.annotate.answers import InvalidAnswer
+from richhf_jax.annotate.store import Conflict, Incomplete, Item, NotYours, Person, Store, Work
 from richhf_jax.inputs import containers
 
 # Bytes of a request's body. The largest answer, with 1,000 points of a kind, is a tenth of it.
@@ -158,6 +160,11 @@ def make_app(store: Store) -> Starlette:
         Route("/api/items/{item:path}/skip", server.skip, methods=["POST"]),
         Route("/api/items/{item:path}", server.save, methods=["PUT"]),
         Route("/image/{item:path}", server.image),
+        Route("/manage", server.manage),
+        Route("/manage/items/{item:path}", server.manage_item),
+        Route("/manage/image/{item:path}", server.manage_image),
+        Route("/manage/deactivate", server.deactivate, methods=["POST"]),
+        Route("/manage/exclude", server.exclude, methods=["POST"]),
         Route("/static/look.css", get_look),
         Mount("/static", StaticFiles(packages=[("richhf_jax.annotate", "static")])),
     ]
@@ -174,6 +181,7 @@ def make_app(store: Store) -> Starlette:
             Incomplete: lambda request, error: JSONResponse(
                 {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
             ),
+            InvalidAnswer: lambda request, error: _error(request, 400, f"The answer can't be saved: {error}."),
             sqlite3.OperationalError: _storage_error,
         },
         max_body_size=MAX_BODY,
@@ -253,7 +261,18 @@ class Server:
         found = await run_in_threadpool(
             self._store.finish, person, item, body["revision"], body["answer"], body["seconds"]
         )
-        return JSONResponse({"feedback": found})
+        return JSONResponse({"feedback": found and self._feedback(found)})
+
+    def _feedback(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        lines = [f"Your answer is {found['score']:.0%} like ours."]
+        if found["passed"] is None:
+            lines.append(f"Practice images left: {found['left']}.")
+        elif found["passed"]:
+            lines.append("You have passed the practice. From now on your answers count.")
+        else:
+            needed = self._store.config.calibration_threshold
+            lines.append(f"The practice begins again: on average, answers must be {needed:.0%} like ours.")
+        return {"lines": lines, "gold": found["answer"]}
 
     async def skip(self, request: Request) -> Response:
         """Leaves an image without an answer, for a reason."""
@@ -269,14 +288,41 @@ class Server:
         return await run_in_threadpool(self._read_image, person, request.path_params["item"])
 
     def _read_image(self, person: Person, item: str) -> Response:
-        work = self._store.work(person, item)
-        data = self._store.image_path(work.item).read_bytes()
+        return self._show(self._store.work(person, item).item)
+
+    def _show(self, item: Item) -> Response:
+        data = self._store.image_path(item).read_bytes()
         try:
             form = containers.read(data).format
         except containers.ImageError as error:
             raise HTTPException(404, f"The file is no image: {error}") from None
         headers = {"Cache-Control": "private, max-age=86400"}
         return Response(data, media_type=f"image/{form.lower()}", headers=headers)
+
+    async def manage(self, request: Request) -> Response:
+        """Returns the manager's page."""
+        await self._person(request, is_manager=True)
+        values = await run_in_threadpool(manage.overview, self._store)
+        return self._templates.TemplateResponse(request, "manage.html", values | {"shown": SHOWN})
+
+    async def manage_item(self, request: Request) -> Response:
+        """Returns the page of one image's answers."""
+        item = await self._any_item(request)
+        values = await run_in_threadpool(manage.item_view, self._store, item)
+        return self._templates.TemplateResponse(request, "manage_item.html", values)
+
+    async def manage_image(self, request: Request) -> Response:
+        """Returns any image."""
+        item = await self._any_item(request)
+        return await run_in_threadpool(self._show, item)
+
+    async def deactivate(self, request: Request) -> Response:
+        """Withdraws a rater's link; their answers stay."""
+        person, form = await self._manage_form(request)
+        if not form["rater"].isdecimal():
+            raise HTTPException(400, "The form names no rater.")
+        await run_in_threadpool(self._store.deactivate, int(form["rater"]))
+        return RedirectResponse("/manage", 303)
 
     async def http_error(self, request: Request, error: HTTPException) -> Response:
         """Returns an error as JSON to a script, or else as a page."""
