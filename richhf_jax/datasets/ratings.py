@@ -24,6 +24,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from richhf_jax import feedback, foreign_text
 from richhf_jax.inputs import images
@@ -105,7 +106,7 @@ def parse_rating(line: str | bytes) -> Rating:
             for kind in feedback.SCORES
         },
         tool_version=_text(fields, "tool_version"),
-        point_radius=_radius(fields),
+        point_radius=parse_radius(_text(fields, "point_radius")),
     )
 
 
@@ -197,9 +198,13 @@ def _labels(fields: dict, prompt: str) -> tuple[int, ...]:
     return tuple(labels)
 
 
-def _radius(fields: dict) -> float:
-    rule = _text(fields, "point_radius")
-    match = _POINT_RADIUS.fullmatch(rule)
+def parse_radius(rule: Any) -> float:
+    """Returns the radius of a point's disk as a share of the image's height: "height/20" -> 0.05.
+
+    Raises:
+      RatingError: the rule is anything else.
+    """
+    match = _POINT_RADIUS.fullmatch(rule) if isinstance(rule, str) else None
     if not match or not math.isfinite(divisor := float(match[1])) or divisor < 1:
         raise RatingError(f'point_radius must be "height/N" with a number N of at least 1, got {_show(rule)}')
     return 1 / divisor

@@ -1,0 +1,216 @@
+"""A project's folder and its settings.
+
+    PROJECT/project.db      people, items and answers; see `store`
+    PROJECT/config.json     the settings: see `Config`
+    PROJECT/guidelines.md   what raters read first, in Markdown
+    PROJECT/images/         the images, named by their content
+
+Both text files may be edited; a server reads them when it starts.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from richhf_jax import errors, feedback, writing
+from richhf_jax.datasets import ratings
+from richhf_jax.inputs.record import InputError, parsed_json
+
+DATABASE, CONFIG, GUIDELINES, IMAGES = "project.db", "config.json", "guidelines.md", "images"
+_DEFAULT_GUIDELINES = """\
+Look at the image first, then read the prompt.
+
+- **Implausible**: click on each place that looks wrong by itself, such as a hand of six fingers, a blurred face or
+  a shadow that falls the wrong way.
+- **Misaligned**: click on each place that doesn't match the prompt, and choose the words that the image gets wrong
+  or leaves out.
+- If there is nothing to mark, say so: an empty answer must be meant.
+- Then answer the questions. Your marks come first, so that your answers follow from them.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of point. `name` is one of `feedback.HEATMAPS`; `question` says what to mark."""
+
+    name: str
+    question: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A scale of five answers. `name` is one of `feedback.SCORES`; `anchors` are the answers, the worst first."""
+
+    name: str
+    question: str
+    anchors: tuple[str, ...]
+
+
+_KINDS = (
+    Kind(feedback.IMPLAUSIBILITY, "what looks implausible: artifacts, distortions, impossible things"),
+    Kind(feedback.MISALIGNMENT, "what doesn't match the prompt"),
+)
+_SCALES = (
+    Scale(
+        feedback.PLAUSIBILITY,
+        "How plausible is the image, without artifacts?",
+        ("not at all", "little", "partly", "mostly", "fully"),
+    ),
+    Scale(
+        feedback.ALIGNMENT,
+        "How well does the image match the prompt?",
+        ("not at all", "little", "partly", "mostly", "fully"),
+    ),
+    Scale(
+        feedback.AESTHETICS,
+        "How beautiful is the image?",
+        ("ugly", "rather ugly", "neither", "rather beautiful", "beautiful"),
+    ),
+    Scale(feedback.OVERALL, "How good is the image overall?", ("bad", "poor", "fair", "good", "excellent")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A project's settings.
+
+    Attributes:
+      title: the page's heading.
+      raters: answers that each image gets, from as many raters.
+      point_radius: radius of a point's disk, as a share of the image's height; in the file "height/20".
+      kinds: the kinds of points that are asked, none if empty.
+      words: the question for misaligned words; "" if they aren't asked.
+      scales: the scales that are asked.
+      calibration_items: gold items of the first round, after each of which a rater sees the right answers.
+      calibration_threshold: mean score that passes the round, 0 to 1; see `answers.gold_score`.
+      gold_rate: share of a rater's later items that are gold, 0 to below 1.
+      lease_minutes: time from the last change for which an image is kept for its rater.
+      seed: seed of the raters' orders.
+      guidelines: the text of guidelines.md.
+    """
+
+    title: str = "Rich feedback"
+    raters: int = 3
+    point_radius: float = feedback.POINT_RADIUS
+    kinds: tuple[Kind, ...] = _KINDS
+    words: str = "Which words does the image get wrong or leave out?"
+    scales: tuple[Scale, ...] = _SCALES
+    calibration_items: int = 5
+    calibration_threshold: float = 0.7
+    gold_rate: float = 0.05
+    lease_minutes: float = 60
+    seed: int = 0
+    guidelines: str = _DEFAULT_GUIDELINES
+
+    @property
+    def is_complete(self) -> bool:
+        """Tells whether all parts are asked that RichHF-18K's records have."""
+        asked = {part.name for part in (*self.kinds, *self.scales)}
+        return asked == {*feedback.HEATMAPS, *feedback.SCORES} and bool(self.words)
+
+
+# Settings of numbers -> type, lowest, highest.
+_NUMBERS: dict[str, tuple[type, float, float]] = {
+    "raters": (int, 1, 1000),
+    "calibration_items": (int, 0, 1000),
+    "calibration_threshold": (float, 0, 1),
+    "gold_rate": (float, 0, 0.99),
+    "lease_minutes": (float, 1, 1e6),
+    "seed": (int, 0, 2**63),
+}
+
+
+def write_config(folder: pathlib.Path, config: Config) -> None:
+    """Writes config.json and guidelines.md.
+
+    Raises:
+      OSError: they can't be written.
+    """
+    fields = dataclasses.asdict(config)
+    writing.write(folder / GUIDELINES, fields.pop("guidelines"))
+    fields["point_radius"] = f"height/{1 / config.point_radius:g}"
+    writing.write(folder / CONFIG, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_config(folder: pathlib.Path) -> Config:
+    """Reads config.json and guidelines.md. A setting that isn't there has its default.
+
+    Raises:
+      errors.UserError: the folder is no project, or a setting is wrong; the message names it.
+    """
+    place = folder / CONFIG
+    if not place.is_file() or not (folder / DATABASE).is_file():
+        raise errors.UserError(
+            f"{folder} is no project: it lacks {CONFIG} or {DATABASE};"
+            " make one with `python -m richhf_jax.annotate init`"
+        )
+    with writing.explained_disk_errors(place, "Give the right to read it"):
+        text = place.read_text(encoding="utf-8")
+        guidelines = (folder / GUIDELINES).read_text(encoding="utf-8")
+    try:
+        return _parsed(parsed_json(text), guidelines)
+    except (InputError, _SettingError) as error:
+        raise errors.UserError(f"{place}: {error}") from None
+
+
+class _SettingError(ValueError):
+    """A setting is wrong; the message names it."""
+
+
+def _parsed(fields: Any, guidelines: str) -> Config:
+    if not isinstance(fields, dict):
+        raise _SettingError("it must be a JSON object")
+    known = {field.name for field in dataclasses.fields(Config)} - {"guidelines"}
+    if unknown := sorted(set(fields) - known):
+        raise _SettingError(f"unknown setting `{unknown[0]}`; the settings are {', '.join(sorted(known))}")
+    values: dict[str, Any] = dict(fields)
+    for name in ("title", "words"):
+        if name in values and not isinstance(values[name], str):
+            raise _SettingError(f"`{name}` must be text")
+    for name, (kind, low, high) in _NUMBERS.items():
+        if name in values:
+            values[name] = _number(name, values[name], kind, low, high)
+    if "point_radius" in values:
+        try:
+            values["point_radius"] = ratings.parse_radius(values["point_radius"])
+        except ratings.RatingError as error:
+            raise _SettingError(str(error)) from None
+    if "kinds" in values:
+        values["kinds"] = tuple(Kind(**part) for part in _parts(values["kinds"], "kinds", feedback.HEATMAPS))
+    if "scales" in values:
+        parts = _parts(values["scales"], "scales", feedback.SCORES)
+        values["scales"] = tuple(_scale(part) for part in parts)
+    config = Config(**values, guidelines=guidelines)
+    if not (config.kinds or config.words or config.scales):
+        raise _SettingError("nothing is asked: `kinds`, `words` and `scales` are all empty")
+    return config
+
+
+def _number(name: str, value: Any, kind: type, low: float, high: float) -> float:
+    kinds = (int,) if kind is int else (int, float)
+    if type(value) not in kinds or not low <= value <= high or not math.isfinite(value):
+        whole = "a whole number" if kind is int else "a number"
+        raise _SettingError(f"`{name}` must be {whole} from {low:g} to {high:g}, got {value!r}")
+    return value
+
+
+def _parts(parts: Any, name: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Checks a list of objects with distinct names and a question."""
+    fields = {"name", "question"} | ({"anchors"} if name == "scales" else set())
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and set(p) == fields for p in parts):
+        raise _SettingError(f"`{name}` must be a list of objects with {', '.join(sorted(fields))}")
+    found = [part["name"] for part in parts]
+    if any(part not in names for part in found) or len(set(found)) < len(found):
+        raise _SettingError(f"names in `{name}` must be different ones of {', '.join(names)}; got {found}")
+    if not all(isinstance(part["question"], str) and part["question"].strip() for part in parts):
+        raise _SettingError(f"each `question` in `{name}` must be text")
+    return parts
+
+
+def _scale(part: dict[str, Any]) -> Scale:
+    anchors, steps = part["anchors"], feedback.LIKERT_MAX - feedback.LIKERT_MIN + 1
+    if not (isinstance(anchors, list) and len(anchors) == steps and all(isinstance(a, str) for a in anchors)):
+        raise _SettingError(f"`anchors` of {part['name']} must be {steps} texts, the worst answer first")
+    return Scale(part["name"], part["question"], tuple(anchors))
