@@ -1,8 +1,8 @@
 """Serves the raters' page and the manager's page of a project, with its API.
 
-A person comes by a secret link, which sets a cookie; every request is checked against it. The browser gets no
-inline script (a strict Content-Security-Policy), prompts reach it as JSON or escaped, and an image's bytes decide
-its type. Errors are {"error": text}, or a page where a person looks at it.
+A person comes by a secret link, which sets a cookie; every request is checked against it. The browser gets
+no inline script (a strict Content-Security-Policy), prompts reach it as JSON or escaped, and the type of an
+image comes from its bytes. Errors are {"error": text}, or a page where a person looks at it.
 """
 
 import collections
@@ -24,11 +24,11 @@ import markupsafe
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
@@ -63,6 +63,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+# Images that the manager's page lists.
+SHOWN = 500
 SHORTCUTS = (
     (("i", "m"), "mark implausible or misaligned points"),
     (("arrows",), "move the cursor on the image, or the point that has the focus; with Shift by one pixel"),
@@ -181,7 +183,9 @@ def make_app(store: Store) -> Starlette:
             Incomplete: lambda request, error: JSONResponse(
                 {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
             ),
-            InvalidAnswer: lambda request, error: _error(request, 400, f"The answer can't be saved: {error}."),
+            InvalidAnswer: lambda request, error: _error(
+                request, 400, f"The answer can't be saved: {error}."
+            ),
             sqlite3.OperationalError: _storage_error,
         },
         max_body_size=MAX_BODY,
@@ -318,10 +322,19 @@ class Server:
 
     async def deactivate(self, request: Request) -> Response:
         """Withdraws a rater's link; their answers stay."""
-        person, form = await self._manage_form(request)
-        if not form["rater"].isdecimal():
-            raise HTTPException(400, "The form names no rater.")
-        await run_in_threadpool(self._store.deactivate, int(form["rater"]))
+        await self._person(request, is_manager=True)
+        form = await request.form()
+        await run_in_threadpool(self._store.deactivate, _number(form, "rater"))
+        return RedirectResponse("/manage", 303)
+
+    async def exclude(self, request: Request) -> Response:
+        """Makes an answer not count, for a reason."""
+        await self._person(request, is_manager=True)
+        form = await request.form()
+        try:
+            await run_in_threadpool(self._store.exclude, _number(form, "answer"), str(form.get("reason", "")))
+        except KeyError:
+            raise HTTPException(404, "There is no such answer.") from None
         return RedirectResponse("/manage", 303)
 
     async def http_error(self, request: Request, error: HTTPException) -> Response:
@@ -345,6 +358,15 @@ class Server:
         if not person or not person.active or person.is_manager != is_manager:
             raise HTTPException(403, NO_LINK)
         return person
+
+    async def _any_item(self, request: Request) -> Item:
+        """Returns the item of a manager's request."""
+        await self._person(request, is_manager=True)
+        name = request.path_params["item"]
+        items = await run_in_threadpool(lambda: [item for item in self._store.items() if item.id == name])
+        if not items:
+            raise HTTPException(404, "There is no such image.")
+        return items[0]
 
     async def _write(
         self, request: Request, fields: Mapping[str, type] = ANSWER_FIELDS
@@ -386,6 +408,7 @@ def _work_json(work: Work) -> dict[str, Any]:
         "answer": work.answer,
         "revision": work.revision,
         "is_calibration": work.is_calibration,
+        "seconds": work.seconds,
     }
 
 
@@ -397,6 +420,13 @@ def _pieces(prompt: str) -> list[tuple[str, bool]]:
     """
     pieces = re.split(f"({feedback.SEPARATORS.pattern})", prompt)
     return [(text, not index % 2) for index, text in enumerate(pieces) if text]
+
+
+def _number(form: FormData, name: str) -> int:
+    value = str(form.get(name, ""))
+    if not (value.isascii() and value.isdecimal() and len(value) < 16):
+        raise HTTPException(400, f"The form's {name!r} must be a number.")
+    return int(value)
 
 
 def _address(request: Request) -> str:

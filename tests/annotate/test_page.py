@@ -3,10 +3,8 @@
 import threading
 import time
 
-import numpy as np
 import pytest
 import uvicorn
-from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions import interaction, pointer_input
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
@@ -16,10 +14,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from richhf_jax import feedback
 from richhf_jax.annotate import server
-from richhf_jax.annotate.store import Store
 
+# The images' size, see conftest.py.
 WIDTH, HEIGHT = 640, 480
-PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", "a boat")
 
 
 class Site:
@@ -27,6 +24,7 @@ class Site:
 
     def __init__(self, store):
         self.store = store
+        self.secret = store.add_rater("Ada")
         self.port = 0
         self.start()
 
@@ -51,13 +49,23 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3)).astype(np.uint8)
-    for i in range(len(PROMPTS)):
-        Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(tmp_path / f"{i}.png")
-    site = Site(Store(tmp_path, PROMPTS))
-    yield site
-    site.stop()
+def make_site(make_store):
+    """Serves a project, with one rater."""
+    sites = []
+
+    def make(**settings) -> Site:
+        sites.append(Site(make_store(**settings)))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        site.stop()
+        site.store.close()
+
+
+@pytest.fixture
+def site(make_site):
+    return make_site()
 
 
 class Page:
@@ -69,12 +77,16 @@ class Page:
     def find(self, selector: str):
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
-    def open(self, secret: str, width: int = 1280, theme: str = "light") -> None:
+    def open(self, width: int = 1280, theme: str = "light") -> None:
         self.driver.set_screen(width, theme)
-        self.driver.get(f"{self.site.address}/r/{secret}")
+        self.driver.get(f"{self.site.address}/r/{self.site.secret}")
         self.wait(lambda: self.run("return document.getElementById('guidelines')?.open"))
         self.find("#guidelines button").click()
         self.wait_for_image()
+
+    def work(self, item: str):
+        """Returns what the store has of the rater's work on an item."""
+        return self.site.store.work(self.site.store.person(self.site.secret), item)
 
     def reload(self) -> None:
         self.driver.refresh()
@@ -151,7 +163,7 @@ def exactly(*points):
 
 
 def test_click_drag_remove_undo_redo(page):
-    page.open("s")
+    page.open()
     first, second = page.click(100, 120), page.click(300, 200)
     assert page.points["implausibility"] == exactly(first, second)
     page.type("m")
@@ -169,18 +181,18 @@ def test_click_drag_remove_undo_redo(page):
     assert page.points["misalignment"] == exactly(third)
     page.type(Keys.BACKSPACE)
     page.wait_until_saved()
-    answer = page.site.store.works["train/0.png"].answer
+    answer = page.work("train/0.png").answer
     assert answer["implausibility_points"] == exactly(first, second)
     assert answer["misalignment_points"] == []
 
 
 def test_by_keyboard_alone(page):
-    page.open("s")
+    page.open()
     # The first image is perfect: six keys.
     page.type("n5432")
     page.type(Keys.ENTER)
     page.wait(lambda: "1 of 3" in page.find("#count").text)
-    first = page.site.store.works["train/0.png"]
+    first = page.work("train/0.png")
     assert first.state == "done"
     assert first.answer["ratings"] == dict(zip(feedback.SCORES, (5, 4, 3, 2), strict=True))
     assert all(first.answer["nothing"].values())
@@ -200,16 +212,16 @@ def test_by_keyboard_alone(page):
     # A scale is answered again.
     page.type("ss5")
     page.wait_until_saved()
-    second = page.site.store.works["train/1.png"]
+    second = page.work("train/1.png")
     assert second.answer["token_labels"] == [1, 0, 1]
     assert second.answer["comment"] == "seen twice"
     page.type(Keys.ESCAPE, Keys.ENTER)
-    page.wait(lambda: second.state == "done")
-    assert second.answer["ratings"] == dict(zip(feedback.SCORES, (1, 5, 3, 4), strict=True))
+    page.wait(lambda: page.work("train/1.png").state == "done")
+    assert page.work("train/1.png").answer["ratings"] == dict(zip(feedback.SCORES, (1, 5, 3, 4), strict=True))
 
 
 def test_what_is_missing_is_told(page):
-    page.open("s")
+    page.open()
     page.click(100, 100)
     page.word("cat").click()
     page.type(Keys.ESCAPE, "3", Keys.ENTER)
@@ -222,13 +234,13 @@ def test_what_is_missing_is_told(page):
     # What has marks can't be "nothing": the box is disabled until the marks are gone.
     assert not page.find("[value=implausibility][name=nothing]").is_enabled()
     page.type(" ", "333", Keys.ENTER)
-    page.wait(lambda: page.site.store.works["train/0.png"].state == "done")
+    page.wait(lambda: page.work("train/0.png").state == "done")
     # The browser itself logs the refusal.
     assert ["422" in line["message"] for line in page.driver.get_log("browser")] == [True]
 
 
 def test_a_draft_is_resumed(page):
-    page.open("s")
+    page.open()
     point = page.click(200, 100)
     page.word("red").click()
     page.type("4")
@@ -240,7 +252,7 @@ def test_a_draft_is_resumed(page):
 
 
 def test_two_tabs_never_overwrite_silently(page):
-    page.open("s")
+    page.open()
     first = page.driver.current_window_handle
     page.driver.switch_to.new_window("tab")
     second = page.driver.current_window_handle
@@ -253,8 +265,7 @@ def test_two_tabs_never_overwrite_silently(page):
         page.driver.switch_to.window(first)
         mine = page.click(400, 300)
         page.wait(lambda: page.find("#conflict").is_displayed())
-        work = page.site.store.works["train/0.png"]
-        assert work.answer["implausibility_points"] == exactly(theirs)
+        assert page.work("train/0.png").answer["implausibility_points"] == exactly(theirs)
         # Escape decides nothing.
         page.type(Keys.ESCAPE)
         page.wait(lambda: page.find("#conflict").is_displayed())
@@ -264,13 +275,13 @@ def test_two_tabs_never_overwrite_silently(page):
         # The answers of this tab are not lost.
         page.type("z")
         page.wait_until_saved()
-        assert work.answer["implausibility_points"] == exactly(mine)
+        assert page.work("train/0.png").answer["implausibility_points"] == exactly(mine)
         page.driver.switch_to.window(second)
         both = page.click(200, 200)
         page.wait(lambda: page.find("#conflict").is_displayed())
         page.find("#conflict [value=mine]").click()
         page.wait_until_saved()
-        assert work.answer["implausibility_points"] == exactly(theirs, both)
+        assert page.work("train/0.png").answer["implausibility_points"] == exactly(theirs, both)
         # The browser itself logs the two refusals.
         assert {line["message"].split(" - ")[1][:40] for line in page.driver.get_log("browser")} == {
             "Failed to load resource: the server responded"[:40]
@@ -281,7 +292,7 @@ def test_two_tabs_never_overwrite_silently(page):
 
 
 def test_the_browser_keeps_what_the_server_cannot_save(page):
-    page.open("s")
+    page.open()
     first = page.click(100, 100)
     page.wait_until_saved()
     page.site.stop()
@@ -290,9 +301,8 @@ def test_the_browser_keeps_what_the_server_cannot_save(page):
     page.type("4")
     page.site.start()
     page.wait_until_saved()
-    work = page.site.store.works["train/0.png"]
-    assert work.answer["implausibility_points"] == exactly(first, second)
-    assert work.answer["ratings"]["plausibility"] == 4
+    assert page.work("train/0.png").answer["implausibility_points"] == exactly(first, second)
+    assert page.work("train/0.png").answer["ratings"]["plausibility"] == 4
     # The tab may even be closed before the server is back.
     page.site.stop()
     page.type("5")
@@ -302,13 +312,13 @@ def test_the_browser_keeps_what_the_server_cannot_save(page):
     page.driver.get(page.site.address)
     page.wait_for_image()
     page.wait_until_saved()
-    assert work.answer["ratings"] == dict.fromkeys(feedback.SCORES) | {"plausibility": 4, "alignment": 5}
+    assert page.work("train/0.png").answer["ratings"] == dict.fromkeys(feedback.SCORES) | {"plausibility": 4, "alignment": 5}
     assert page.find("[name=alignment]:checked").get_attribute("value") == "5"
     page.driver.get_log("browser")
 
 
 def test_zoom_and_pan_keep_points_in_place(page):
-    page.open("s")
+    page.open()
     point = page.click(200, 100)
     page.type("+++")
     box = "return document.getElementById('image').getAttribute('viewBox').split(' ').map(Number)"
@@ -327,22 +337,22 @@ def test_zoom_and_pan_keep_points_in_place(page):
 
 
 def test_skip_needs_a_reason_and_broken_does_not(page):
-    page.open("s")
+    page.open()
     page.type("k")
     page.find("#leave .primary").click()
     assert page.find("#leave").is_displayed()
     page.type("hurts my eyes")
     page.find("#leave .primary").click()
-    page.wait(lambda: page.site.store.works["train/0.png"].state == "skipped")
+    page.wait(lambda: page.work("train/0.png").state == "skipped")
     page.wait(lambda: page.run("return document.getElementById('words').textContent.includes('dogs')"))
     page.type("b")
     page.find("#leave .primary").click()
-    page.wait(lambda: page.site.store.works["train/1.png"].state == "broken")
+    page.wait(lambda: page.work("train/1.png").state == "broken")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_shows_all_of_it_readably(page, theme):
-    page.open("s", 390, theme)
+    page.open(390, theme)
     page.click(100, 100)
     page.word("cat").click()
     page.type("3")
@@ -359,7 +369,7 @@ def test_a_phone_shows_all_of_it_readably(page, theme):
 
 
 def test_controls_have_names_for_screen_readers(page):
-    page.open("s")
+    page.open()
     page.click(100, 100)
     page.wait_until_saved()
     controls = page.driver.find_elements(
@@ -373,7 +383,7 @@ def test_controls_have_names_for_screen_readers(page):
 
 
 def test_keys_are_told(page):
-    page.open("s")
+    page.open()
     page.type("?")
     assert page.find("#keys").is_displayed()
     # The dialog takes the keys while it is open.
@@ -387,7 +397,7 @@ def test_keys_are_told(page):
 def test_a_link_in_a_mail_works_at_once(page):
     """Coming from another site, the browser must get the cookie and send it."""
     page.driver.set_screen(1280, "light")
-    page.driver.get(f"data:text/html,<a href='{page.site.address}/r/s'>link</a>")
+    page.driver.get(f"data:text/html,<a href='{page.site.address}/r/{page.site.secret}'>link</a>")
     page.find("a").click()
     page.wait(lambda: page.run("return document.getElementById('guidelines')?.open"))
     assert page.driver.current_url == f"{page.site.address}/"
@@ -410,7 +420,7 @@ def touches(driver, *fingers):
 
 
 def test_fingers_mark_scroll_and_zoom(page):
-    page.open("s", 390)
+    page.open(390)
     pixel, point = page.place(300, 200)
     touches(page.driver, [pixel])
     page.wait(lambda: page.points["implausibility"] == exactly(point))
@@ -434,17 +444,20 @@ def test_fingers_mark_scroll_and_zoom(page):
 
 def test_idle_time_is_left_out(page):
     # A clock that the test can turn.
-    clock = "window.turned = 0; const now = performance.now.bind(performance); performance.now = () => now() + turned;"
+    clock = (
+        "window.turned = 0; const now = performance.now.bind(performance);"
+        "performance.now = () => now() + turned;"
+    )
     script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": clock})
     try:
         started = time.monotonic()
-        page.open("s")
+        page.open()
         page.type("1")
         for pause in (20_000, 60_000):
             page.run("turned += arguments[0]", pause)
             page.type("1")
         page.wait_until_saved()
-        spent = page.site.store.seconds["train/0.png"]
+        spent = page.work("train/0.png").seconds
         assert 20 < spent < 20 + time.monotonic() - started
     finally:
         page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)

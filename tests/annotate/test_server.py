@@ -1,26 +1,29 @@
 """The server: links, cookies, and what it refuses."""
 
+import contextlib
 import re
 import sqlite3
 
 import anyio
-import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
 from richhf_jax.annotate import server
-from richhf_jax.annotate.store import Store
 
 ORIGIN = {"Origin": "http://testserver"}
 ITEM = "/api/items/train%2F0.png"
 
 
 @pytest.fixture
-def store(tmp_path):
-    for i in range(3):
-        Image.fromarray(np.full((48, 64, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    return Store(tmp_path, ("a red cat", "two dogs", "a boat"))
+def store(make_store):
+    with contextlib.closing(make_store()) as store:
+        yield store
+
+
+@pytest.fixture
+def secret(store):
+    return store.add_rater("Ada")
 
 
 @pytest.fixture
@@ -30,38 +33,44 @@ def client(store):
 
 
 @pytest.fixture
-def rater(client):
-    """Opens a link, as a rater does."""
-    assert client.get("/r/s").status_code == 200
+def rater(client, secret):
+    """Opens a link, as a rater does, and gets the first image."""
+    assert client.get(f"/r/{secret}").status_code == 200
+    assert client.get("/api/next").json()["work"]["id"] == "train/0.png"
     return client
 
 
+def work_of(store):
+    [rater] = store.people()
+    return store.work(rater, "train/0.png")
+
+
 def body(store, **changes) -> dict:
-    work = store.work(store.person("s"), "train/0.png")
+    work = work_of(store)
     return {"revision": work.revision, "answer": work.answer, "seconds": 1.5} | changes
 
 
-def test_a_link_becomes_a_cookie(client):
+def test_a_link_becomes_a_cookie(client, secret):
     for page in ("/", "/api/next", "/image/train%2F0.png"):
         assert client.get(page).status_code == 403
-    response = client.get("/r/s", follow_redirects=False)
+    response = client.get(f"/r/{secret}")
     cookie = response.headers["Set-Cookie"]
-    assert re.fullmatch(r"rater=s; HttpOnly; Max-Age=\d+; Path=/; SameSite=strict", cookie)
+    assert re.fullmatch(rf"rater={secret}; HttpOnly; Max-Age=\d+; Path=/; SameSite=strict", cookie)
     assert client.get("/api/next").json()["work"]["id"] == "train/0.png"
-    secure = TestClient(client.app, base_url="https://testserver").get("/r/s").headers["Set-Cookie"]
+    secure = TestClient(client.app, base_url="https://testserver").get(f"/r/{secret}").headers["Set-Cookie"]
     assert secure.endswith("; Secure")
 
 
-def test_wrong_secrets_are_limited(store):
+def test_wrong_secrets_are_limited(store, secret):
     now = [0.0]
     attempts = server.Attempts(lambda: now[0])
-    assert attempts.person(store, "here", "s")
+    assert attempts.person(store, "here", secret)
     for _ in range(server.MAX_WRONG):
         assert attempts.person(store, "here", "wrong") is None
     with pytest.raises(server.HTTPException, match="Too many wrong links"):
         attempts.person(store, "here", "wrong")
     # Who was there before goes on working, and so do other addresses.
-    assert attempts.person(store, "here", "s")
+    assert attempts.person(store, "here", secret)
     assert attempts.person(store, "there", "wrong") is None
     now[0] = 60
     assert attempts.person(store, "here", "wrong") is None
@@ -97,12 +106,12 @@ def test_every_response_has_the_headers(rater):
 @pytest.mark.parametrize("origin", [None, "null", "http://evil.example", "http://testserver.evil.example"])
 def test_writes_from_other_sites_are_refused(rater, store, origin):
     headers = {"Origin": origin} if origin else {}
-    before = store.work(store.person("s"), "train/0.png").revision
+    before = work_of(store).revision
     for method, path in (("PUT", ITEM), ("POST", f"{ITEM}/done"), ("POST", f"{ITEM}/skip")):
         response = rater.request(method, path, json=body(store), headers=headers)
         assert response.status_code == 403
         assert "another site" in response.json()["error"]
-    assert store.work(store.person("s"), "train/0.png").revision == before
+    assert work_of(store).revision == before
 
 
 def test_saving_and_conflicts(rater, store):
@@ -112,7 +121,7 @@ def test_saving_and_conflicts(rater, store):
     again = rater.put(ITEM, json=body(store, revision=0), headers=ORIGIN)
     assert again.status_code == 409
     assert again.json()["revision"] == 1
-    assert again.json()["answer"] == store.work(store.person("s"), "train/0.png").answer
+    assert again.json()["answer"] == work_of(store).answer
 
 
 @pytest.mark.parametrize(
@@ -152,7 +161,7 @@ def test_broken_bodies_are_refused(rater, sent):
     assert response.json()["error"]
 
 
-def test_a_huge_body_is_not_read(rater):
+def test_a_huge_body_is_not_read(rater, secret):
     assert rater.put(ITEM, content=b"x" * (server.MAX_BODY + 1), headers=ORIGIN).status_code == 413
     # Without a length: the server stops reading.
     read, sent = [], []
@@ -164,17 +173,27 @@ def test_a_huge_body_is_not_read(rater):
     async def send(message):
         sent.append(message)
 
-    headers = [(b"host", b"testserver"), (b"origin", b"http://testserver"), (b"cookie", b"rater=s")]
-    scope = {
-        "type": "http", "method": "PUT", "path": "/api/items/train/0.png", "query_string": b"", "headers": headers,
-    }  # fmt: skip
-    anyio.run(rater.app, scope, receive, send)
+    headers = [
+        (b"host", b"testserver"),
+        (b"origin", b"http://testserver"),
+        (b"cookie", f"rater={secret}".encode()),
+    ]
+    scope = {"type": "http", "method": "PUT", "path": "/api/items/train/0.png", "query_string": b""}
+    anyio.run(rater.app, scope | {"headers": headers}, receive, send)
     assert sent[0]["status"] == 413
     assert len(read) <= server.MAX_BODY // (1 << 16) + 1
 
 
 @pytest.mark.parametrize(
-    "item", ["train%2F9.png", "..%2F..%2Fproject.db", "%2Fetc%2Fpasswd", "../../project.db", "train/0.png%00"]
+    "item",
+    [
+        "train%2F9.png",
+        "train%2F1.png",
+        "..%2F..%2Fproject.db",
+        "%2Fetc%2Fpasswd",
+        "../../project.db",
+        "train/0.png%00",
+    ],
 )
 def test_other_items_are_not_found(rater, store, item):
     assert rater.get(f"/image/{item}").status_code == 404
@@ -182,8 +201,8 @@ def test_other_items_are_not_found(rater, store, item):
     assert rater.get(f"/static/{item}").status_code == 404
 
 
-def test_types_of_images_come_from_their_bytes(rater, store, tmp_path):
-    file = tmp_path / "0.png"
+def test_types_of_images_come_from_their_bytes(rater, store):
+    file = store.image_path(work_of(store).item)
     assert rater.get("/image/train%2F0.png").headers["Content-Type"] == "image/png"
     Image.open(file).save(file, "JPEG")
     response = rater.get("/image/train%2F0.png")
@@ -195,11 +214,9 @@ def test_types_of_images_come_from_their_bytes(rater, store, tmp_path):
     assert "onload" not in response.text
 
 
-def test_errors_are_told_without_a_traceback(store):
-    with TestClient(server.make_app(store), raise_server_exceptions=False) as client:
-        client.get("/r/s")
-        response = client.get("/api/none")
-        assert (response.status_code, response.json()) == (404, {"error": "Not Found"})
+def test_an_unknown_address_is_told(rater):
+    response = rater.get("/api/none")
+    assert (response.status_code, response.json()) == (404, {"error": "Not Found"})
 
 
 def test_pieces_of_a_prompt():

@@ -168,7 +168,7 @@ async function next() {
 async function begin(given) {
   work = given;
   ({ answer, revision } = work);
-  [past, future, lastChange, sent, spent] = [[], [], null, [], 1000 * (work.seconds ?? 0)];
+  [past, future, lastChange, sent, spent] = [[], [], null, [], 1000 * work.seconds];
   form.hidden = false;
   $("notice").hidden = $("feedback").hidden = true;
   $("practice").hidden = !work.is_calibration;
@@ -261,16 +261,15 @@ function showMissing({ error, missing }) {
 }
 
 // After a practice image: our answer, on top of the rater's.
-function showFeedback({ passed, lines, gold }) {
-  $("feedback-title").textContent = passed ? "Like our answer" : "Our answer differs";
+function showFeedback({ lines, gold }) {
   const items = lines.map((line) => Object.assign(document.createElement("li"), { textContent: line }));
   $("feedback-lines").replaceChildren(...items);
-  picture.drawGold(Object.fromEntries(kinds.map((kind) => [kind, pointsOf(gold, kind) ?? []])));
+  picture.drawGold(Object.fromEntries(kinds.map((kind) => [kind, pointsOf(gold, kind)])));
   for (const [index, word] of [...$("words").querySelectorAll("button")].entries())
-    word.classList.toggle("gold", gold.token_labels?.[index] === 0);
+    word.classList.toggle("gold", gold.token_labels[index] === 0);
   for (const name of scales) {
     for (const field of form.elements[name])
-      field.parentElement.classList.toggle("gold", Number(field.value) === gold.ratings?.[name]);
+      field.parentElement.classList.toggle("gold", Number(field.value) === gold.ratings[name]);
   }
   $("feedback").hidden = false;
   $("feedback").focus();

@@ -60,7 +60,7 @@ export class Picture {
   }
 
   drawGold(points) {
-    const all = this.kinds.flatMap((kind) => (points[kind] ?? []).map((point) => this.#disk(`${kind} gold`, point)));
+    const all = this.kinds.flatMap((kind) => points[kind].map((point) => this.#disk(`${kind} gold`, point)));
     this.gold.replaceChildren(...all);
   }
 
