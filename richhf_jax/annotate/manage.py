@@ -22,15 +22,17 @@ def overview(store: Store) -> dict[str, Any]:
             by_item[answer.item.id].append(answer)
     counted = {name: _finished(given) for name, given in by_item.items()}
     wanted = [item for item in items if item.gold is None]
+    has_practice = config.calibration_items > 0 and len(wanted) < len(items)
     raters = [person for person in store.people() if not person.is_manager]
     return {
         "title": config.title,
         "counts": {
-            "items": len(wanted),
+            "images": len(wanted),
             "finished": sum(len(given) >= config.raters for given in counted.values()),
             "answers": sum(map(len, counted.values())),
             "wanted": config.raters * len(wanted),
         },
+        "has_practice": has_practice,
         "scales": [scale.name for scale in config.scales],
         "raters": [_rater(rater, answers, counted.values(), config) for rater in raters],
         "items": sorted((_item(item, by_item[item.id], config) for item in wanted), key=_worst_first),
