@@ -1,4 +1,4 @@
-"""Answers as the page sends them and the database keeps them: their form, what is missing, their score on gold.
+"""Answers as the page sends them and the database keeps them: form, missing parts, score on gold items.
 
     {"implausibility_points": [[x, y], ...], "misalignment_points": [[x, y], ...],   pixels
      "token_labels": [0 or 1, ...],                  of the tokens of `feedback.tokenize_prompt`
@@ -137,9 +137,9 @@ def missing(answer: Answer, config: Config) -> list[str]:
 def gold_score(answer: Answer, gold: Answer, config: Config, height: int) -> float:
     """Compares an answer with the right one: the mean over all parts that are asked, 0 to 1.
 
-    A scale counts 1 if it is at most one step off, else 0 (the paper's good agreement, section 3.4). Words and
-    points count F1: twice the hits by the sum of both numbers, or 1 if both are empty. A point is a hit if its
-    disk overlaps the disk of a right point that no other point has hit.
+    A scale counts 1 if it is at most one step off, else 0 (the paper's good agreement, section 3.4). Words
+    and points count F1: twice the hits by the sum of both numbers, or 1 if both are empty. A point is a hit if
+    its disk overlaps the disk of a right point that no other point has hit.
     """
     scores = [
         float(abs(answer["ratings"][scale.name] - gold["ratings"][scale.name]) <= 1)

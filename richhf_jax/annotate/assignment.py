@@ -1,10 +1,10 @@
-"""Decides which item a rater gets next. All within the transaction that then gives it, so no two raters collide.
+"""Decides which item a rater gets next, in the transaction that then gives it, so that no two raters collide.
 
-An item has as many places as answers are wanted. A finished answer takes one for good, unless it is excluded; a
-draft takes one until its lease expires. Gold items have no limit: each rater answers each of them once.
+An item has as many places as answers are wanted. A finished answer takes one for good, unless it is excluded;
+a draft takes one until its lease expires. Gold items have no limit: each rater answers each of them once.
 
-Each rater's order is a shuffle of their own: the next item is the first free one at or behind a place that
-follows from the seed, the rater and the number of their answers. Items of higher priority come first.
+Each rater has a shuffle of their own: the next item is the first free one at or behind a place that follows
+from the seed, the rater and the number of their answers. Items of higher priority come first.
 """
 
 import random
@@ -62,7 +62,7 @@ def _count(db: sqlite3.Connection, person: int) -> int:
 
 
 def _gold(db: sqlite3.Connection, config: Config, person: int) -> int | None:
-    """Returns a gold item that wasn't in the first round and that the rater hasn't had; None if there is none."""
+    """Returns a gold item behind the first round's that the rater hasn't had; None if there is none."""
     query = f"""
         SELECT number FROM items WHERE gold IS NOT NULL AND state = 'open' AND NOT EXISTS {_MINE}
         AND number NOT IN (SELECT number FROM ({_CALIBRATION})) ORDER BY number LIMIT 1"""

@@ -22,10 +22,10 @@ DATABASE, CONFIG, GUIDELINES, IMAGES = "project.db", "config.json", "guidelines.
 _DEFAULT_GUIDELINES = """\
 Look at the image first, then read the prompt.
 
-- **Implausible**: click on each place that looks wrong by itself, such as a hand of six fingers, a blurred face or
-  a shadow that falls the wrong way.
-- **Misaligned**: click on each place that doesn't match the prompt, and choose the words that the image gets wrong
-  or leaves out.
+- **Implausible**: click on each place that looks wrong by itself, such as a hand of six fingers, a blurred
+  face or a shadow that falls the wrong way.
+- **Misaligned**: click on each place that doesn't match the prompt, and choose the words that the image gets
+  wrong or leaves out.
 - If there is nothing to mark, say so: an empty answer must be meant.
 - Then answer the questions. Your marks come first, so that your answers follow from them.
 """
@@ -41,7 +41,10 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A scale of five answers. `name` is one of `feedback.SCORES`; `anchors` are the answers, the worst first."""
+    """A scale of five answers.
+
+    `name` is one of `feedback.SCORES`; `anchors` are the answers in words, the worst first.
+    """
 
     name: str
     question: str

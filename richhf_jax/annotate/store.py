@@ -1,13 +1,9 @@
-"""The database of a project: people, items and answers, in SQLite.
+"""The store of a project: who rates which item, and the answers.
 
-A method that returns has its change on the disk (WAL with synchronous=FULL): neither SIGKILL nor a power cut takes
-it back. Any threads and processes may use one project at once; a write is one transaction. A disk without room is
-an sqlite3.OperationalError, and changes nothing.
+A method that returns has its change on the disk; see `database`. A disk without room is an
+sqlite3.OperationalError, and changes nothing.
 """
 
-import collections
-import contextlib
-import dataclasses
 import hashlib
 import hmac
 import json
@@ -15,156 +11,48 @@ import math
 import pathlib
 import secrets
 import sqlite3
-import threading
 import time
-import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from richhf_jax import errors, writing
 from richhf_jax.annotate import answers as forms
-from richhf_jax.annotate import assignment, project
+from richhf_jax.annotate import assignment, database, project, records
+from richhf_jax.annotate.records import (
+    Answer,
+    Closed,
+    Conflict,
+    Incomplete,
+    Item,
+    NotYours,
+    Person,
+    Progress,
+    Work,
+)
+from richhf_jax.datasets import ratings
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import printable
 
-SCHEMA = 1
-# Says that a database is ours ("RHFa"); `file` shows it.
-_APPLICATION = 0x52484661
+__all__ = [
+    "Answer",
+    "Closed",
+    "Conflict",
+    "Incomplete",
+    "Item",
+    "NotYours",
+    "Person",
+    "Progress",
+    "Store",
+    "Work",
+]
+
 # Raters who skip an item, or call it broken, until it goes to the manager.
 _SKIPS = 2
-_LONGEST_WAIT_SECONDS = 30
-_TABLES = """
-CREATE TABLE people (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, secret BLOB UNIQUE, is_manager INTEGER NOT NULL,
-    active INTEGER NOT NULL DEFAULT 1, passed INTEGER NOT NULL DEFAULT 0, round INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE items (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, file TEXT NOT NULL,
-    width INTEGER NOT NULL, height INTEGER NOT NULL, gold TEXT, priority INTEGER NOT NULL,
-    state TEXT NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'full', 'manager')));
-CREATE INDEX open_items ON items (priority DESC, number) WHERE state = 'open' AND gold IS NULL;
-CREATE INDEX gold_items ON items (number) WHERE gold IS NOT NULL;
-CREATE TABLE answers (
-    id INTEGER PRIMARY KEY, item INTEGER NOT NULL REFERENCES items, person INTEGER NOT NULL REFERENCES people,
-    round INTEGER NOT NULL DEFAULT 0, is_calibration INTEGER NOT NULL DEFAULT 0,
-    state TEXT NOT NULL CHECK (state IN ('draft', 'done', 'skipped', 'broken')),
-    answer TEXT NOT NULL, revision INTEGER NOT NULL DEFAULT 0, seconds REAL NOT NULL DEFAULT 0,
-    started REAL NOT NULL, changed REAL NOT NULL, expires REAL NOT NULL,
-    score REAL, reason TEXT NOT NULL DEFAULT '', excluded TEXT, UNIQUE (item, person, round));
-CREATE INDEX answers_of_person ON answers (person, state);
-"""
-
-
-class NotYours(Exception):
-    """The item was never given to this rater, or is no longer open for them."""
-
-
-class Closed(NotYours):
-    """The rater's answer is finished or skipped, or its lease expired and others took all places."""
-
-
-class Conflict(Exception):
-    """The answer has another revision than the caller knows: another tab has changed it."""
-
-    def __init__(self, revision: int, answer: forms.Answer):
-        super().__init__(f"the answer has revision {revision}")
-        self.revision, self.answer = revision, answer
-
-
-class Incomplete(Exception):
-    """Parts of the answer are missing; `missing` names them."""
-
-    def __init__(self, missing: list[str]):
-        super().__init__(f"missing: {', '.join(missing)}")
-        self.missing = missing
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """An image to rate.
-
-    Attributes:
-      id: the image's name for the user, as in raw ratings.
-      prompt: the text that it was made from.
-      file: the name of its file in the project's folder of images.
-      width, height: pixels.
-      gold: the right answer, see `answers`; None where none is known.
-      priority: items of a higher one come first.
-    """
-
-    id: str
-    prompt: str
-    file: str
-    width: int
-    height: int
-    gold: forms.Answer | None = None
-    priority: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Person:
-    """A rater or a manager. `passed`: whether a rater has passed the first round."""
-
-    id: int
-    name: str
-    is_manager: bool
-    active: bool
-    passed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """An item in a rater's hands. `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent."""
-
-    item: Item
-    answer: forms.Answer
-    revision: int
-    state: str
-    is_calibration: bool
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a rater is: items done and still open for them, seconds spent, items of the first round left."""
-
-    done: int
-    total_open: int
-    seconds: float
-    calibration_left: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer as the manager sees it.
-
-    Attributes:
-      id: its number.
-      item: the image.
-      person: who gave it.
-      answer: see `answers`.
-      state: "draft", "done", "skipped" or "broken".
-      revision: number of changes.
-      seconds: time spent.
-      started, changed: seconds since 1970.
-      is_calibration: whether it belongs to the first round.
-      score: `answers.gold_score`; None where the item isn't gold.
-      reason: why the item was skipped.
-      excluded: why the answer doesn't count; None where it counts.
-    """
-
-    id: int
-    item: Item
-    person: Person
-    answer: forms.Answer
-    state: str
-    revision: int
-    seconds: float
-    started: float
-    changed: float
-    is_calibration: bool
-    score: float | None
-    reason: str
-    excluded: str | None
+# An item that the manager gives to a rater is kept for them for a week.
+_GIVEN_SECONDS = 7 * 24 * 3600
+_DONE = (
+    "(SELECT count(*) FROM answers WHERE item = items.number AND answers.state = 'done' AND excluded IS NULL)"
+)
 
 
 class Store:
@@ -179,23 +67,15 @@ class Store:
         self.folder = pathlib.Path(folder)
         self.config = project.read_config(self.folder)
         self._clock = clock
-        self._path = self.folder / project.DATABASE
-        self._connections: collections.deque[sqlite3.Connection] = collections.deque()
-        # Threads wait here in turn. SQLite's own waiting is for other processes, and isn't fair.
-        self._lock = threading.Lock()
-        with self._explained(), self._connection() as db:
-            application, schema = (
-                db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
-            if application != _APPLICATION:
-                raise errors.UserError(f"{self._path} is no project's database: restore it from a backup")
-            if schema > SCHEMA:
-                raise errors.UserError(
-                    f"{self._path} was made by a newer richhf_jax (schema {schema}, here {SCHEMA}):"
-                    " update richhf_jax"
-                )
-        with self._explained(), self._transaction() as db:
-            self._reopen(db)
+        path = self.folder / project.DATABASE
+        try:
+            self._database = database.Database(path)
+            with self._database.transaction() as db:
+                self._reopen(db)
+        except sqlite3.Error as error:
+            raise errors.UserError(
+                f"{path}: {error}. Give the right to write the folder, or restore the file from a backup"
+            ) from error
 
     @classmethod
     def create(
@@ -212,77 +92,33 @@ class Store:
           OSError: it can't be written.
         """
         place = pathlib.Path(folder)
-        path = place / project.DATABASE
-        if path.exists():
-            raise errors.UserError(f"{path} is there already: name a new folder")
         writing.make_folder(place)
+        database.create(place / project.DATABASE)
         project.write_config(place, config)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.executescript(
-                f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}"
-                f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA}; COMMIT;"
-            )
         store = cls(place, clock)
         store.add_items(items)
         return store
 
     def close(self) -> None:
-        """Closes the connections that no thread uses."""
-        while self._connections:
-            self._connections.pop().close()
+        """Closes the database."""
+        self._database.close()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise errors.UserError(
-                f"{self._path}: {error}. Give the right to write the folder, or restore the file from a backup"
-            ) from error
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Yields a connection that no other thread uses meanwhile."""
-        try:
-            db = self._connections.pop()
-        except IndexError:
-            # Never makes a file: a project that was deleted stays deleted.
-            address = f"file:{urllib.parse.quote(str(self._path.absolute()))}?mode=rw"
-            db = sqlite3.connect(
-                address, _LONGEST_WAIT_SECONDS, isolation_level=None, check_same_thread=False, uri=True
-            )
-            db.row_factory = sqlite3.Row
-            db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
-        try:
-            yield db
-        finally:
-            self._connections.append(db)
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Yields a connection whose changes are on the disk at the end of the block; after an error, none is."""
-        with self._lock, self._connection() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                db.rollback()
-                raise
+    def backup(self, path: pathlib.Path) -> None:
+        """Copies the database to a file; see `database.Database.backup`."""
+        self._database.backup(path)
 
     # Items and people.
 
     def add_items(self, items: Iterable[Item]) -> int:
         """Adds items, all or none. Returns how many are new.
 
-        An item that is there with the same prompt and file only gets the new priority and gold answer.
+        One that is there with the same prompt and file isn't new, and only gets the gold answer if it has none.
 
         Raises:
-          errors.UserError: an item of this id is there with another prompt or file, or a gold answer comes for
-            an item that has been rated.
+          errors.UserError: an item of this id is there with another prompt or file, or a gold answer comes
+            for an item that has been rated.
         """
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             return sum(self._add_item(db, item) for item in items)
 
     def _add_item(self, db: sqlite3.Connection, item: Item) -> bool:
@@ -303,16 +139,20 @@ class Store:
             raise errors.UserError(
                 f"{for_terminal(item.id)}: raters have it already, so it can't become a gold item: leave it out"
             )
-        db.execute(
-            "UPDATE items SET gold = coalesce(?, gold), priority = ? WHERE number = ?",
-            (gold, item.priority, known["number"]),
-        )
+        db.execute("UPDATE items SET gold = coalesce(gold, ?) WHERE number = ?", (gold, known["number"]))
         return False
+
+    def prioritise(self, names: Sequence[str]) -> int:
+        """Gives these items priority, the first the highest, and all others none. Returns how many there are."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE items SET priority = 0")
+            ranked = [(len(names) - i, name) for i, name in enumerate(names)]
+            return db.executemany("UPDATE items SET priority = ? WHERE id = ?", ranked).rowcount
 
     def items(self) -> Iterator[Item]:
         """Yields all items, in the order in which they were added."""
-        with self._connection() as db:
-            yield from map(_item, db.execute("SELECT * FROM items ORDER BY number"))
+        with self._database.connection() as db:
+            yield from map(records.item, db.execute("SELECT * FROM items ORDER BY number"))
 
     def image_path(self, item: Item) -> pathlib.Path:
         """Returns the path of an item's image."""
@@ -328,7 +168,7 @@ class Store:
 
     def make_manager(self) -> str:
         """Makes the manager's link. Returns its secret; an earlier one is void."""
-        with self._connection() as db:
+        with self._database.connection() as db:
             known = db.execute("SELECT name FROM people WHERE is_manager").fetchone()
         return self.renew(known[0]) if known else self._add_person("manager", is_manager=True)
 
@@ -338,7 +178,7 @@ class Store:
             raise errors.UserError("a rater's name is empty: give one")
         secret = secrets.token_urlsafe(16)
         try:
-            with self._transaction() as db:
+            with self._database.transaction() as db:
                 db.execute(
                     "INSERT INTO people (name, secret, is_manager) VALUES (?, ?, ?)",
                     (name, _hash(secret), is_manager),
@@ -357,7 +197,7 @@ class Store:
           errors.UserError: there is no such person.
         """
         secret = secrets.token_urlsafe(16)
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             changed = db.execute(
                 "UPDATE people SET secret = ?, active = 1 WHERE name = ?", (_hash(secret), name.strip())
             ).rowcount
@@ -368,18 +208,18 @@ class Store:
     def person(self, secret: str) -> Person | None:
         """Returns the person of a link's secret; None where it is wrong."""
         digest = _hash(secret)
-        with self._connection() as db:
+        with self._database.connection() as db:
             row = db.execute("SELECT * FROM people WHERE secret = ?", (digest,)).fetchone()
-        return _person(row) if row and hmac.compare_digest(row["secret"], digest) else None
+        return records.person(row) if row and hmac.compare_digest(row["secret"], digest) else None
 
     def people(self) -> list[Person]:
         """Returns all raters and the manager, in the order in which they were added."""
-        with self._connection() as db:
-            return [_person(row) for row in db.execute("SELECT * FROM people ORDER BY id")]
+        with self._database.connection() as db:
+            return [records.person(row) for row in db.execute("SELECT * FROM people ORDER BY id")]
 
     def deactivate(self, person_id: int) -> None:
         """Makes a person's link void and frees the items that they have open. Their answers stay."""
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             db.execute("UPDATE people SET active = 0 WHERE id = ?", (person_id,))
             db.execute("UPDATE answers SET expires = 0 WHERE person = ? AND state = 'draft'", (person_id,))
 
@@ -391,33 +231,31 @@ class Store:
         The first round comes first. Returns None where nothing is left for this rater now.
         """
         now = self._clock()
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             for row in self._rows(db, "answers.person = ? AND answers.state = 'draft'", person.id):
                 if self._has_place(db, row, now):
                     self._lease(db, row["id"], now)
-                    return _work(row)
+                    return records.work(row)
             me = db.execute("SELECT * FROM people WHERE id = ?", (person.id,)).fetchone()
             left = [] if me["passed"] else self._calibration_left(db, me)
             number = left[0] if left else assignment.next_number(db, self.config, person.id, now)
             if number is None:
                 return None
-            prompt = db.execute("SELECT prompt FROM items WHERE number = ?", (number,)).fetchone()[0]
-            db.execute(
-                "INSERT INTO answers (item, person, round, is_calibration, state, answer, started, changed, expires)"
-                " VALUES (?, ?, ?, ?, 'draft', ?, ?, ?, 0)",
-                (
-                    number,
-                    person.id,
-                    me["round"] if left else 0,
-                    bool(left),
-                    _dump(forms.empty(prompt)),
-                    now,
-                    now,
-                ),
-            )
+            self._insert(db, number, person.id, me["round"] if left else 0, bool(left), now)
             row = self._mine(db, person, number)
             self._lease(db, row["id"], now)
-            return _work(row)
+            return records.work(row)
+
+    def _insert(
+        self, db: sqlite3.Connection, number: int, person: int, attempt: int, is_calibration: bool, now: float
+    ) -> None:
+        """Makes an empty draft, without a lease."""
+        prompt = db.execute("SELECT prompt FROM items WHERE number = ?", (number,)).fetchone()[0]
+        db.execute(
+            "INSERT INTO answers (item, person, round, is_calibration, state, answer, started, changed, expires)"
+            " VALUES (?, ?, ?, ?, 'draft', ?, ?, ?, 0)",
+            (number, person, attempt, is_calibration, _dump(forms.empty(prompt)), now, now),
+        )
 
     def work(self, person: Person, item_id: str) -> Work:
         """Returns an item that was given to a rater, with their answer.
@@ -425,8 +263,8 @@ class Store:
         Raises:
           NotYours: it was never given to them.
         """
-        with self._connection() as db:
-            return _work(self._mine(db, person, item_id))
+        with self._database.connection() as db:
+            return records.work(self._mine(db, person, item_id))
 
     def save(self, person: Person, item_id: str, revision: int, answer: forms.Answer, seconds: float) -> int:
         """Saves a draft and renews its lease. Returns its new revision.
@@ -443,7 +281,7 @@ class Store:
           Conflict: the answer has another revision.
           answers.InvalidAnswer: the answer has another form.
         """
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             row = self._open(db, person, item_id, revision)
             return self._write(db, row, "draft", answer, seconds)
 
@@ -462,13 +300,13 @@ class Store:
           NotYours, Conflict, answers.InvalidAnswer: as `save`.
           Incomplete: parts of the answer are missing.
         """
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             row = self._mine(db, person, item_id)
             # The reply may have been lost, and the page sends the same again.
             if row["state"] == "done" and json.loads(row["answer"]) == answer:
                 return self._feedback(db, row, row["score"])
             row = self._open(db, person, item_id, revision)
-            if missing := forms.missing(forms.checked(answer, row["prompt"], _size(row)), self.config):
+            if missing := forms.missing(forms.checked(answer, row["prompt"], records.size(row)), self.config):
                 raise Incomplete(missing)
             self._write(db, row, "done", answer, seconds)
             score = None
@@ -486,7 +324,7 @@ class Store:
         Raises:
           NotYours, Conflict: as `save`.
         """
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             row = self._open(db, person, item_id, revision)
             db.execute(
                 "UPDATE answers SET state = ?, reason = ?, changed = ?, revision = revision + 1, score = ?"
@@ -511,7 +349,7 @@ class Store:
 
     def progress(self, person: Person) -> Progress:
         """Returns how far a rater is."""
-        with self._connection() as db:
+        with self._database.connection() as db:
             done, seconds = db.execute(
                 "SELECT count(*) FILTER (WHERE state = 'done' AND NOT is_calibration), total(seconds)"
                 " FROM answers WHERE person = ?",
@@ -536,7 +374,9 @@ class Store:
 
     def _rows(self, db: sqlite3.Connection, condition: str, *values: Any) -> list[sqlite3.Row]:
         """Returns answers beside their items, the newest first."""
-        return db.execute(f"{_BESIDE_ITEMS} WHERE {condition} ORDER BY answers.id DESC", values).fetchall()
+        return db.execute(
+            f"{records.ANSWERS_BESIDE_ITEMS} WHERE {condition} ORDER BY answers.id DESC", values
+        ).fetchall()
 
     def _mine(self, db: sqlite3.Connection, person: Person, item: int | str) -> sqlite3.Row:
         """Returns a rater's newest answer on an item, named by its number or id, beside the item."""
@@ -579,7 +419,7 @@ class Store:
             " WHERE id = ?",
             (
                 state,
-                _dump(forms.checked(answer, row["prompt"], _size(row))),
+                _dump(forms.checked(answer, row["prompt"], records.size(row))),
                 revision,
                 seconds,
                 now,
@@ -627,11 +467,17 @@ class Store:
 
     def answers(self, finished: bool = True) -> Iterator[Answer]:
         """Yields answers in the order in which they were begun; with `finished`, only those of state "done"."""
-        with self._connection() as db:
-            people = {row["id"]: _person(row) for row in db.execute("SELECT * FROM people")}
+        with self._database.connection() as db:
+            people = {row["id"]: records.person(row) for row in db.execute("SELECT * FROM people")}
             condition = " WHERE answers.state = 'done'" if finished else ""
-            for row in db.execute(f"{_BESIDE_ITEMS}{condition} ORDER BY answers.id"):
-                yield _answer(row, people[row["person"]])
+            for row in db.execute(f"{records.ANSWERS_BESIDE_ITEMS}{condition} ORDER BY answers.id"):
+                yield records.answer(row, people[row["person"]])
+
+    def for_manager(self) -> list[str]:
+        """Returns the ids of the items that two raters skipped or called broken."""
+        with self._database.connection() as db:
+            rows = db.execute("SELECT id FROM items WHERE state = 'manager' ORDER BY number")
+            return [row[0] for row in rows]
 
     def exclude(self, answer_id: int, reason: str) -> None:
         """Makes an answer not count. It is kept, and its item gets another one.
@@ -639,7 +485,7 @@ class Store:
         Raises:
           KeyError: there is no such answer.
         """
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             changed = db.execute(
                 "UPDATE answers SET excluded = ? WHERE id = ?", (printable(reason), answer_id)
             ).rowcount
@@ -647,18 +493,99 @@ class Store:
                 raise KeyError(answer_id)
             self._reopen(db)
 
-    def backup(self, path: str | pathlib.Path) -> None:
-        """Copies the database to a file, also while raters work.
+    def add_answers(self, given: Iterable[tuple[ratings.Rating, str, float]]) -> int:
+        """Adds finished answers from elsewhere, all or none. Raters who aren't known are added, without a link.
+
+        Args:
+          given: (rating, comment, seconds spent) of each answer.
+
+        Returns:
+          The number of answers.
 
         Raises:
-          OSError: it can't be written.
+          errors.UserError: the project hasn't such an image, or it has all its answers or one of this rater.
         """
-        with (
-            writing.atomic(path) as new,
-            self._connection() as db,
-            contextlib.closing(sqlite3.connect(new)) as copy,
-        ):
-            db.backup(copy)
+        count, now = 0, self._clock()
+        with self._database.transaction() as db:
+            for rating, comment, seconds in given:
+                self._add_answer(db, rating, forms.of_rating(rating) | {"comment": comment}, seconds, now)
+                count += 1
+        return count
+
+    def _add_answer(
+        self,
+        db: sqlite3.Connection,
+        rating: ratings.Rating,
+        answer: forms.Answer,
+        seconds: float,
+        now: float,
+    ) -> None:
+        name, place = rating.rater_id, for_terminal(rating.image_id)
+        item = db.execute("SELECT * FROM items WHERE id = ?", (rating.image_id,)).fetchone()
+        found = (rating.prompt, rating.width, rating.height)
+        if item is None or (item["prompt"], item["width"], item["height"]) != found:
+            raise errors.UserError(f"{place}: the project has no image of this name, prompt and size")
+        db.execute("INSERT OR IGNORE INTO people (name, is_manager) VALUES (?, FALSE)", (name,))
+        person = db.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()[0]
+        known = db.execute(
+            "SELECT 1 FROM answers WHERE item = ? AND person = ?", (item["number"], person)
+        ).fetchone()
+        if known:
+            raise errors.UserError(f"{place}: {for_terminal(name)} has it already")
+        others = assignment.other_places(db, item["number"], person, now)
+        if item["gold"] is None and others >= self.config.raters:
+            raise errors.UserError(
+                f"{place}: {others} raters have answered or are at work, and `raters` in"
+                f" {project.CONFIG} allows no more"
+            )
+        self._insert(db, item["number"], person, 0, False, now)
+        row = self._rows(db, "answers.person = ? AND items.number = ?", person, item["number"])[0]
+        self._write(db, row, "done", answer, seconds)
+        self._fill(db, item["number"])
+
+    def reassign(self, item_id: str, person_id: int | None = None) -> None:
+        """Gives an item that was skipped back to the raters, or to one of them.
+
+        Args:
+          item_id: the item.
+          person_id: who gets it next, and keeps it for a week; None: anyone.
+
+        Raises:
+          errors.UserError: there is no such item, it has all its answers, or the rater has answered it.
+        """
+        now = self._clock()
+        with self._database.transaction() as db:
+            item = db.execute("SELECT * FROM items WHERE id = ?", (item_id,)).fetchone()
+            if item is None:
+                raise errors.UserError(f"{for_terminal(item_id)}: the project has no such item")
+            number = item["number"]
+            db.execute(
+                "UPDATE answers SET excluded = 'reassigned' WHERE item = ? AND state IN ('skipped', 'broken')",
+                (number,),
+            )
+            db.execute("UPDATE items SET state = 'open' WHERE number = ?", (number,))
+            self._fill(db, number)
+            if person_id is not None:
+                self._give(db, item, person_id, now)
+
+    def _give(self, db: sqlite3.Connection, item: sqlite3.Row, person_id: int, now: float) -> None:
+        """Makes a draft of an item for a rater, or opens the one that they skipped."""
+        if assignment.other_places(db, item["number"], person_id, now) >= self.config.raters:
+            raise errors.UserError(
+                f"{for_terminal(item['id'])} has all its answers, or raters work on them: exclude an answer first"
+            )
+        number, end = item["number"], now + _GIVEN_SECONDS
+        mine = db.execute(
+            "SELECT * FROM answers WHERE item = ? AND person = ? ORDER BY round DESC", (number, person_id)
+        ).fetchone()
+        if mine is None:
+            self._insert(db, number, person_id, 0, False, now)
+        elif mine["state"] == "done":
+            raise errors.UserError(f"this rater has answered {for_terminal(item['id'])}: choose another one")
+        db.execute(
+            "UPDATE answers SET state = 'draft', excluded = NULL, expires = ? WHERE item = ? AND person = ?",
+            (end, number, person_id),
+        )
 
     def _fill(self, db: sqlite3.Connection, number: int) -> None:
         """Takes an item out of the open ones where it has all answers."""
@@ -675,60 +602,9 @@ class Store:
         )
 
 
-# Answers' columns come first: of two with the same name, a row gives the first.
-_BESIDE_ITEMS = (
-    "SELECT answers.*, items.id AS item_id, items.* FROM answers JOIN items ON items.number = answers.item"
-)
-_DONE = (
-    "(SELECT count(*) FROM answers WHERE item = items.number AND answers.state = 'done' AND excluded IS NULL)"
-)
-
-
 def _hash(secret: str) -> bytes:
     return hashlib.sha256(printable(secret).encode()).digest()
 
 
 def _dump(answer: forms.Answer) -> str:
     return json.dumps(answer, allow_nan=False)
-
-
-def _size(row: sqlite3.Row) -> tuple[int, int]:
-    return row["width"], row["height"]
-
-
-def _person(row: sqlite3.Row) -> Person:
-    return Person(row["id"], row["name"], *(bool(row[name]) for name in ("is_manager", "active", "passed")))
-
-
-def _item(row: sqlite3.Row, name: str = "id") -> Item:
-    return Item(
-        row[name],
-        row["prompt"],
-        row["file"],
-        *_size(row),
-        None if row["gold"] is None else json.loads(row["gold"]),
-        row["priority"],
-    )
-
-
-def _work(row: sqlite3.Row) -> Work:
-    return Work(
-        _item(row, "item_id"),
-        json.loads(row["answer"]),
-        row["revision"],
-        row["state"],
-        bool(row["is_calibration"]),
-        row["seconds"],
-    )
-
-
-def _answer(row: sqlite3.Row, person: Person) -> Answer:
-    same = ("state", "revision", "seconds", "started", "changed", "score", "reason", "excluded")
-    return Answer(
-        id=row["id"],
-        item=_item(row, "item_id"),
-        person=person,
-        answer=json.loads(row["answer"]),
-        is_calibration=bool(row["is_calibration"]),
-        **{name: row[name] for name in same},
-    )

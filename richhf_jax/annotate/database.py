@@ -1,0 +1,135 @@
+"""The SQLite file of a project: its tables, connections and transactions.
+
+A transaction that has ended is on the disk (WAL with synchronous=FULL): neither SIGKILL nor a power cut takes
+it back. Any threads and processes may use one file at once.
+"""
+
+import collections
+import contextlib
+import pathlib
+import sqlite3
+import threading
+import urllib.parse
+from collections.abc import Iterator
+
+from richhf_jax import errors, writing
+
+SCHEMA = 1
+# Says that a database is ours: "RHFa" in ASCII.
+_APPLICATION = 0x52484661
+# Longest wait for another process that writes.
+_PATIENCE_SECONDS = 30
+_TABLES = """
+CREATE TABLE people (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, secret BLOB UNIQUE, is_manager INTEGER NOT NULL,
+    active INTEGER NOT NULL DEFAULT 1, passed INTEGER NOT NULL DEFAULT 0, round INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE items (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, file TEXT NOT NULL,
+    width INTEGER NOT NULL, height INTEGER NOT NULL, gold TEXT, priority INTEGER NOT NULL,
+    state TEXT NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'full', 'manager')));
+CREATE INDEX open_items ON items (priority DESC, number) WHERE state = 'open' AND gold IS NULL;
+CREATE INDEX gold_items ON items (number) WHERE gold IS NOT NULL;
+CREATE TABLE answers (
+    id INTEGER PRIMARY KEY, item INTEGER NOT NULL REFERENCES items,
+    person INTEGER NOT NULL REFERENCES people, round INTEGER NOT NULL DEFAULT 0,
+    is_calibration INTEGER NOT NULL DEFAULT 0,
+    state TEXT NOT NULL CHECK (state IN ('draft', 'done', 'skipped', 'broken')),
+    answer TEXT NOT NULL, revision INTEGER NOT NULL DEFAULT 0, seconds REAL NOT NULL DEFAULT 0,
+    started REAL NOT NULL, changed REAL NOT NULL, expires REAL NOT NULL,
+    score REAL, reason TEXT NOT NULL DEFAULT '', excluded TEXT, UNIQUE (item, person, round));
+CREATE INDEX answers_of_person ON answers (person, state);
+"""
+
+
+def create(path: pathlib.Path) -> None:
+    """Makes an empty database.
+
+    Raises:
+      errors.UserError: the file is there already.
+      sqlite3.Error: it can't be written.
+    """
+    if path.exists():
+        raise errors.UserError(f"{path} is there already: name a new folder")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(
+            f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}"
+            f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA}; COMMIT;"
+        )
+
+
+class Database:
+    """The open file, with a connection for each thread that is at work."""
+
+    def __init__(self, path: pathlib.Path):
+        """Opens a file that `create` made.
+
+        Raises:
+          errors.UserError: it is another file, or a newer version made it.
+          sqlite3.Error: it can't be read.
+        """
+        self._path = path
+        self._idle: collections.deque[sqlite3.Connection] = collections.deque()
+        # Threads wait here in turn. SQLite's own waiting is for other processes, and isn't fair.
+        self._lock = threading.Lock()
+        with self.connection() as db:
+            application, schema = (
+                db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+            )
+        if application != _APPLICATION:
+            raise errors.UserError(f"{path} is no project's database: restore it from a backup")
+        if schema > SCHEMA:
+            raise errors.UserError(
+                f"{path} was made by a newer richhf_jax (schema {schema}, here {SCHEMA}): update richhf_jax"
+            )
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[sqlite3.Connection]:
+        """Yields a connection to read with, that no other thread uses meanwhile."""
+        try:
+            db = self._idle.pop()
+        except IndexError:
+            # mode=rw never makes a file: a project that was deleted stays deleted.
+            address = f"file:{urllib.parse.quote(str(self._path.absolute()))}?mode=rw"
+            db = sqlite3.connect(
+                address, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+            )
+            db.row_factory = sqlite3.Row
+            db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+        try:
+            yield db
+        finally:
+            self._idle.append(db)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Yields a connection to write with.
+
+        At the end of the block all its changes are on the disk; after an error there are none.
+        """
+        with self._lock, self.connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                db.rollback()
+                raise
+
+    def backup(self, path: pathlib.Path) -> None:
+        """Copies the database to a file, as it is at one moment, also while others write.
+
+        Raises:
+          OSError, sqlite3.Error: it can't be written.
+        """
+        with (
+            writing.atomic(path) as new,
+            self.connection() as db,
+            contextlib.closing(sqlite3.connect(new)) as copy,
+        ):
+            db.backup(copy)
+
+    def close(self) -> None:
+        """Closes the connections that no thread uses."""
+        while self._idle:
+            self._idle.pop().close()

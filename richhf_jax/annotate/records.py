@@ -1,0 +1,182 @@
+"""What the store gives and takes: items, people, work, answers, and why it refuses."""
+
+import dataclasses
+import json
+import sqlite3
+
+from richhf_jax.annotate import answers as forms
+
+# Answers' columns come first: of two with the same name, a row gives the first.
+ANSWERS_BESIDE_ITEMS = (
+    "SELECT answers.*, items.id AS item_id, items.* FROM answers JOIN items ON items.number = answers.item"
+)
+
+
+class NotYours(Exception):
+    """The item was never given to this rater, or is no longer open for them."""
+
+
+class Closed(NotYours):
+    """The rater's answer is finished or skipped, or its lease expired and others took all places."""
+
+
+class Conflict(Exception):
+    """The answer has another revision than the caller knows: another tab has changed it."""
+
+    def __init__(self, revision: int, answer: forms.Answer):
+        super().__init__(f"the answer has revision {revision}")
+        self.revision, self.answer = revision, answer
+
+
+class Incomplete(Exception):
+    """Parts of the answer are missing; `missing` names them."""
+
+    def __init__(self, missing: list[str]):
+        super().__init__(f"missing: {', '.join(missing)}")
+        self.missing = missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """An image to rate.
+
+    Attributes:
+      id: the image's name for the user, as in raw ratings.
+      prompt: the text that it was made from.
+      file: the name of its file in the project's folder of images.
+      width, height: pixels.
+      gold: the right answer, see `answers`; None where none is known.
+      priority: items of a higher one come first.
+    """
+
+    id: str
+    prompt: str
+    file: str
+    width: int
+    height: int
+    gold: forms.Answer | None = None
+    priority: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """A rater or a manager. `passed`: whether a rater has passed the first round."""
+
+    id: int
+    name: str
+    is_manager: bool
+    active: bool
+    passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """An item in a rater's hands.
+
+    `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent.
+    """
+
+    item: Item
+    answer: forms.Answer
+    revision: int
+    state: str
+    is_calibration: bool
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a rater is.
+
+    Attributes:
+      done: items done, without those of the first round.
+      total_open: items that are still open for this rater.
+      seconds: time spent.
+      calibration_left: items left in the first round.
+    """
+
+    done: int
+    total_open: int
+    seconds: float
+    calibration_left: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer as the manager sees it.
+
+    Attributes:
+      id: its number.
+      item: the image.
+      person: who gave it.
+      answer: see `answers`.
+      state: "draft", "done", "skipped" or "broken".
+      revision: number of changes.
+      seconds: time spent.
+      started, changed: seconds since 1970.
+      is_calibration: whether it belongs to the first round.
+      score: `answers.gold_score`; None where the item isn't gold.
+      reason: why the item was skipped.
+      excluded: why the answer doesn't count; None where it counts.
+    """
+
+    id: int
+    item: Item
+    person: Person
+    answer: forms.Answer
+    state: str
+    revision: int
+    seconds: float
+    started: float
+    changed: float
+    is_calibration: bool
+    score: float | None
+    reason: str
+    excluded: str | None
+
+
+def size(row: sqlite3.Row) -> tuple[int, int]:
+    """Returns the width and height of a row of `items`."""
+    return row["width"], row["height"]
+
+
+def person(row: sqlite3.Row) -> Person:
+    """Makes a person of a row of `people`."""
+    return Person(row["id"], row["name"], *(bool(row[name]) for name in ("is_manager", "active", "passed")))
+
+
+def item(row: sqlite3.Row, name: str = "id") -> Item:
+    """Makes an item of a row of `items`; `name` is the column of its id."""
+    return Item(
+        row[name],
+        row["prompt"],
+        row["file"],
+        *size(row),
+        None if row["gold"] is None else json.loads(row["gold"]),
+        row["priority"],
+    )
+
+
+def work(row: sqlite3.Row) -> Work:
+    """Makes a rater's work of a row of ANSWERS_BESIDE_ITEMS."""
+    return Work(
+        item(row, "item_id"),
+        json.loads(row["answer"]),
+        row["revision"],
+        row["state"],
+        bool(row["is_calibration"]),
+        row["seconds"],
+    )
+
+
+def answer(row: sqlite3.Row, giver: Person) -> Answer:
+    """Makes an answer of a row of ANSWERS_BESIDE_ITEMS."""
+    same = ("state", "revision", "seconds", "started", "changed", "score", "reason", "excluded")
+    return Answer(
+        id=row["id"],
+        item=item(row, "item_id"),
+        person=giver,
+        answer=json.loads(row["answer"]),
+        is_calibration=bool(row["is_calibration"]),
+        **{name: row[name] for name in same},
+    )

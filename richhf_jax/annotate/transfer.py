@@ -1,0 +1,241 @@
+"""Brings answers out of a project and into it: raw ratings, a CSV of scores, Label Studio's JSON.
+
+Raters have pseudonyms ("rater-3") unless their names are asked for. What doesn't count stays away: drafts,
+answers that were excluded, and those on gold items, which check the raters.
+
+Label Studio gives places in percent of the image's sides, from its left and upper edge. Here a point with
+whole numbers is the middle of a pixel. So pixel x of a width w is at 100 (x + 0.5) / w percent.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from xml.sax import saxutils
+
+from richhf_jax import errors, feedback
+from richhf_jax.annotate import answers as forms
+from richhf_jax.annotate.store import Answer, Item, Store
+from richhf_jax.datasets import ratings
+from richhf_jax.foreign_text import for_terminal
+from richhf_jax.inputs.record import InputError, parsed_json
+
+# Names of Label Studio's controls and objects in our labelling configuration.
+_IMAGE, _RATER, _COMMENT, _TOKEN = "image", "rater", "comment", "token_{}"
+_MISALIGNED = "misaligned"
+# Digits of pixels that survive the way over percents.
+_DIGITS = 6
+
+
+def rater_name(answer: Answer, names: bool) -> str:
+    """Returns a rater's name, or the pseudonym."""
+    return answer.person.name if names else f"rater-{answer.person.id}"
+
+
+def counted(store: Store) -> Iterator[Answer]:
+    """Yields the answers that count."""
+    return (a for a in store.answers() if a.excluded is None and a.item.gold is None)
+
+
+def raw_lines(store: Store, names: bool = False) -> Iterator[str]:
+    """Yields lines of raw ratings, for `datasets.consolidate`.
+
+    Raises:
+      errors.UserError: the project doesn't ask all that raw ratings have.
+    """
+    _check_complete(store)
+    for answer in counted(store):
+        yield _rating(store, answer, names).to_json() + "\n"
+
+
+def scores_csv(store: Store, names: bool = False) -> Iterator[str]:
+    """Yields the lines of a CSV: image, rater, the scales that are asked, seconds."""
+    scales = [scale.name for scale in store.config.scales]
+    yield _csv_row(["image", "rater", *scales, "seconds"])
+    for answer in counted(store):
+        given = [answer.answer["ratings"][scale] for scale in scales]
+        yield _csv_row([answer.item.id, rater_name(answer, names), *given, f"{answer.seconds:.1f}"])
+
+
+def _csv_row(cells: Sequence[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def _check_complete(store: Store) -> None:
+    if not store.config.is_complete:
+        raise errors.UserError(
+            f"{store.folder}: raw ratings have both kinds of points, words and four scales, and config.json asks"
+            " only some: export with --format=scores"
+        )
+
+
+def _rating(store: Store, answer: Answer, names: bool) -> ratings.Rating:
+    item = answer.item
+    return forms.to_rating(
+        answer.answer,
+        item.id,
+        item.prompt,
+        (item.width, item.height),
+        rater_name(answer, names),
+        store.config.point_radius,
+    )
+
+
+# Label Studio.
+
+
+def label_studio_tasks(store: Store, names: bool = False) -> list[dict[str, Any]]:
+    """Returns Label Studio's tasks, one an image that has answers, each answer an annotation.
+
+    Raises:
+      errors.UserError: the project doesn't ask all that raw ratings have.
+    """
+    _check_complete(store)
+    longest = _longest_prompt(store)
+    tasks: dict[str, dict[str, Any]] = {}
+    for answer in counted(store):
+        item = answer.item
+        tokens = feedback.tokenize_prompt(item.prompt)
+        data = {_IMAGE: f"/data/local-files/?d=images/{item.file}", "id": item.id, "prompt": item.prompt}
+        # Label Studio wants all data that its configuration names in each task.
+        data |= {_TOKEN.format(i): tokens[i] if i < len(tokens) else "" for i in range(longest)}
+        task = tasks.setdefault(item.id, {"data": data, "annotations": []})
+        annotation = {"lead_time": answer.seconds, "result": _results(answer, rater_name(answer, names))}
+        task["annotations"].append(annotation)
+    return list(tasks.values())
+
+
+def label_studio_config(store: Store) -> str:
+    """Returns Label Studio's labelling configuration for the tasks, in XML."""
+    radius, steps = store.config.point_radius, feedback.LIKERT_MAX
+    labels = "".join(f'<Label value="{kind}"/>' for kind in feedback.HEATMAPS)
+    lines = [
+        "<View>",
+        f'  <Image name="{_IMAGE}" value="${_IMAGE}" zoom="true"/>',
+        '  <Text name="prompt" value="$prompt"/>',
+        f'  <KeyPointLabels name="points" toName="{_IMAGE}" strokeWidth="{100 * radius:g}">{labels}</KeyPointLabels>',
+    ]
+    for i in range(_longest_prompt(store)):
+        name = _TOKEN.format(i)
+        lines.append(f'  <Header value="${name}"/>')
+        lines.append(f'  <Choices name="{name}" toName="{_IMAGE}"><Choice value="{_MISALIGNED}"/></Choices>')
+    for scale in store.config.scales:
+        lines.append(f"  <Header value={saxutils.quoteattr(scale.question)}/>")
+        lines.append(f'  <Rating name="{scale.name}" toName="{_IMAGE}" maxRating="{steps}" required="true"/>')
+    for name in (_RATER, _COMMENT):
+        lines.append(f'  <TextArea name="{name}" toName="{_IMAGE}" placeholder="{name}"/>')
+    return "\n".join([*lines, "</View>", ""])
+
+
+def _longest_prompt(store: Store) -> int:
+    return max((len(feedback.tokenize_prompt(item.prompt)) for item in store.items()), default=0)
+
+
+def _results(answer: Answer, rater: str) -> list[dict[str, Any]]:
+    """Returns the regions, choices, ratings and texts of an answer."""
+    item, given = answer.item, answer.answer
+    size = {"original_width": item.width, "original_height": item.height, "image_rotation": 0}
+    found: list[dict[str, Any]] = []
+    for kind in feedback.HEATMAPS:
+        for x, y in given[f"{kind}_points"]:
+            place = {"x": _percent(x, item.width), "y": _percent(y, item.height), "width": 1}
+            found.append(_result("points", "keypointlabels", place | {"keypointlabels": [kind]}) | size)
+    for i, label in enumerate(given["token_labels"]):
+        if label == feedback.MISALIGNED:
+            found.append(_result(_TOKEN.format(i), "choices", {"choices": [_MISALIGNED]}))
+    found += [_result(kind, "rating", {"rating": given["ratings"][kind]}) for kind in feedback.SCORES]
+    texts = {_RATER: rater, _COMMENT: given["comment"]}
+    found += [_result(name, "textarea", {"text": [text]}) for name, text in texts.items() if text]
+    return [{"id": f"{answer.id}-{i}", **result} for i, result in enumerate(found)]
+
+
+def _result(name: str, kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {"from_name": name, "to_name": _IMAGE, "type": kind, "value": value}
+
+
+def _percent(place: float, side: int) -> float:
+    return 100 * (place + 0.5) / side
+
+
+def _pixels(percent: float, side: int) -> float:
+    """Returns a place in pixels, the inverse of `_percent`; half a pixel at the first edge becomes its middle."""
+    return max(0.0, round(percent * side / 100 - 0.5, _DIGITS))
+
+
+class _FormError(ValueError):
+    """A task isn't as our configuration makes it; the message says where."""
+
+
+def read_raw(path: str, lines: Iterable[bytes]) -> Iterator[tuple[ratings.Rating, str, float]]:
+    """Yields (rating, comment, seconds) of a file of raw ratings.
+
+    Raises:
+      errors.UserError: a line is bad.
+    """
+    for number, rating in ratings.read_ratings(lines):
+        if isinstance(rating, ratings.RatingError):
+            raise errors.UserError(f"{path}:{number}: {rating}. Nothing imported")
+        yield rating, "", 0.0
+
+
+def read_label_studio(path: str, text: bytes, store: Store) -> Iterator[tuple[ratings.Rating, str, float]]:
+    """Yields (rating, comment, seconds) of the annotations in an export of Label Studio's, in JSON.
+
+    Raises:
+      errors.UserError: the file isn't such an export, or an annotation isn't complete; the message says which.
+    """
+    items = {item.id: item for item in store.items()}
+    try:
+        tasks = parsed_json(text)
+    except InputError as error:
+        raise errors.UserError(f"{path}: {error}") from None
+    if not isinstance(tasks, list):
+        raise errors.UserError(f"{path}: no list of tasks; export as JSON (not JSON_MIN) from Label Studio")
+    for number, task in enumerate(tasks, start=1):
+        try:
+            item = items.get(task["data"]["id"])
+            if item is None:
+                raise _FormError(f"the project has no image {for_terminal(str(task['data']['id']))}")
+            for annotation in task["annotations"]:
+                if not annotation.get("was_cancelled"):
+                    yield _annotation(annotation, item, store.config.point_radius)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else "has an unknown form"
+            raise errors.UserError(f"{path}: task {number} {what}. Nothing imported") from None
+        except (_FormError, ratings.RatingError) as error:
+            raise errors.UserError(f"{path}: task {number}: {error}. Nothing imported") from None
+
+
+def _annotation(annotation: dict[str, Any], item: Item, radius: float) -> tuple[ratings.Rating, str, float]:
+    answer = forms.empty(item.prompt)
+    texts = {_RATER: f"label-studio-{_completed_by(annotation)}", _COMMENT: ""}
+    for result in annotation["result"]:
+        name, value = result["from_name"], result["value"]
+        if result["type"] == "keypointlabels":
+            kind = value["keypointlabels"][0]
+            if kind not in feedback.HEATMAPS:
+                raise _FormError(f"unknown label {for_terminal(str(kind))}")
+            point = [_pixels(value["x"], item.width), _pixels(value["y"], item.height)]
+            answer[f"{kind}_points"].append(point)
+        elif result["type"] == "choices":
+            index = int(name.removeprefix(_TOKEN.format(""))) if name[-1:].isdecimal() else -1
+            if not 0 <= index < len(answer["token_labels"]):
+                raise _FormError(f"{for_terminal(name)} is no token of the prompt")
+            answer["token_labels"][index] = feedback.MISALIGNED
+        elif result["type"] == "rating":
+            answer["ratings"][name] = value["rating"]
+        elif result["type"] == "textarea":
+            texts[name] = "\n".join(value["text"]) if isinstance(value["text"], list) else value["text"]
+    if missing := [kind for kind in feedback.SCORES if answer["ratings"][kind] is None]:
+        raise _FormError(f"an annotation has no rating of {', '.join(missing)}")
+    size = item.width, item.height
+    rating = forms.to_rating(answer, item.id, item.prompt, size, texts[_RATER], radius)
+    return rating, texts[_COMMENT], float(annotation.get("lead_time") or 0)
+
+
+def _completed_by(annotation: dict[str, Any]) -> str:
+    """Returns Label Studio's number of the annotator, which it writes alone or within an object."""
+    who = annotation.get("completed_by", "unknown")
+    return str(who.get("id", "unknown") if isinstance(who, dict) else who)
