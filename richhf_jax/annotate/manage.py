@@ -7,7 +7,8 @@ from typing import Any
 
 from richhf_jax import feedback
 from richhf_jax.annotate.project import Config
-from richhf_jax.annotate.store import Answer, Item, Person, Store
+from richhf_jax.annotate.records import Answer, Item, Person
+from richhf_jax.annotate.store import Store
 
 ENDINGS = ("skipped", "broken")
 
@@ -49,6 +50,7 @@ def item_view(store: Store, item: Item) -> dict[str, Any]:
         "item": item,
         "kinds": [kind.name for kind in store.config.kinds],
         "scales": [scale.name for scale in store.config.scales],
+        "can_reassign": any(a.state in ENDINGS and a.excluded is None for a in answers),
         "radius": store.config.point_radius * item.height,
         # Disks that all raters drew are as strong as the mean of their maps.
         "share": round(1 / max(counted, 1), 3),

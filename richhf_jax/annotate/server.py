@@ -34,10 +34,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from richhf_jax import feedback
+from richhf_jax import errors, feedback
 from richhf_jax.annotate import manage
 from richhf_jax.annotate.answers import InvalidAnswer
-from richhf_jax.annotate.store import Conflict, Incomplete, Item, NotYours, Person, Store, Work
+from richhf_jax.annotate.records import Conflict, Incomplete, Item, NotYours, Person, Work
+from richhf_jax.annotate.store import Store
 from richhf_jax.inputs import containers
 
 # Bytes of a request's body. The largest answer, with 1,000 points of a kind, is a tenth of it.
@@ -99,7 +100,7 @@ class Attempts:
         self._right: set[bytes] = set()
 
     def person(self, store: Store, address: str, secret: str) -> Person | None:
-        """Returns whose secret it is.
+        """Returns whose secret it is; None where it is wrong or was withdrawn.
 
         Raises:
           HTTPException: 429, the address has sent MAX_WRONG wrong secrets in this minute.
@@ -111,10 +112,11 @@ class Attempts:
         if self._wrong[address] >= MAX_WRONG and digest not in self._right:
             raise HTTPException(429, "Too many wrong links came from this address. Try again in a minute.")
         person = store.person(secret)
-        if person is None:
+        if person is None or not person.active:
+            self._right.discard(digest)
             self._wrong[address] += 1
-        else:
-            self._right.add(digest)
+            return None
+        self._right.add(digest)
         return person
 
 
@@ -167,6 +169,7 @@ def make_app(store: Store) -> Starlette:
         Route("/manage/image/{item:path}", server.manage_image),
         Route("/manage/deactivate", server.deactivate, methods=["POST"]),
         Route("/manage/exclude", server.exclude, methods=["POST"]),
+        Route("/manage/reassign", server.reassign, methods=["POST"]),
         Route("/static/look.css", get_look),
         Mount("/static", StaticFiles(packages=[("richhf_jax.annotate", "static")])),
     ]
@@ -355,9 +358,19 @@ class Server:
         person = secret and await run_in_threadpool(
             self._attempts.person, self._store, _address(request), secret
         )
-        if not person or not person.active or person.is_manager != is_manager:
+        if not person or person.is_manager != is_manager:
             raise HTTPException(403, NO_LINK)
         return person
+
+    async def reassign(self, request: Request) -> Response:
+        """Gives an image that was skipped back to the raters."""
+        await self._person(request, is_manager=True)
+        item = str((await request.form()).get("item", ""))
+        try:
+            await run_in_threadpool(self._store.reassign, item)
+        except errors.UserError as error:
+            raise HTTPException(400, str(error)) from None
+        return RedirectResponse("/manage", 303)
 
     async def _any_item(self, request: Request) -> Item:
         """Returns the item of a manager's request."""

@@ -312,7 +312,10 @@ def test_the_browser_keeps_what_the_server_cannot_save(page):
     page.driver.get(page.site.address)
     page.wait_for_image()
     page.wait_until_saved()
-    assert page.work("train/0.png").answer["ratings"] == dict.fromkeys(feedback.SCORES) | {"plausibility": 4, "alignment": 5}
+    assert page.work("train/0.png").answer["ratings"] == dict.fromkeys(feedback.SCORES) | {
+        "plausibility": 4,
+        "alignment": 5,
+    }
     assert page.find("[name=alignment]:checked").get_attribute("value") == "5"
     page.driver.get_log("browser")
 
@@ -461,3 +464,37 @@ def test_idle_time_is_left_out(page):
         assert 20 < spent < 20 + time.monotonic() - started
     finally:
         page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_practice_shows_our_answer_and_must_be_passed(driver, make_site):
+    page = Page(driver, make_site(gold=True, calibration_items=1))
+    page.open()
+    assert page.find("#practice").is_displayed()
+    page.type("n1111", Keys.ENTER)
+    page.wait(lambda: page.find("#feedback").is_displayed())
+    # Two parts of seven are right: no misaligned points, no misaligned word.
+    assert page.find("#feedback-lines").text.splitlines() == [
+        "Your answer is 29% like ours.",
+        "The practice begins again: on average, answers must be 70% like ours.",
+    ]
+    circle = page.run(
+        "const c = document.querySelector('#gold circle'); return [c.cx, c.cy].map((v) => v.baseVal.value)"
+    )
+    assert circle == [100, 100]
+    golden = "return [...document.querySelectorAll('.likert .gold input')].map((field) => field.value)"
+    assert page.run(golden) == ["4"] * 4
+    # The answer is closed.
+    page.click(300, 300)
+    page.type("5", Keys.BACKSPACE)
+    assert page.points["implausibility"] == []
+    page.type(Keys.ENTER)
+    page.wait(lambda: not page.find("#feedback").is_displayed())
+    assert page.find("#practice").is_displayed()
+    assert page.run(golden) == []
+    page.click(101, 101)
+    page.type("n4444", Keys.ENTER)
+    page.wait(lambda: page.find("#feedback").is_displayed())
+    assert "You have passed" in page.find("#feedback-lines").text
+    page.find("[data-action=next]").click()
+    page.wait(lambda: "dogs" in page.find("#words").text)
+    assert not page.find("#practice").is_displayed()
