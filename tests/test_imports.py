@@ -49,6 +49,7 @@ word_table         |                |
 corruption         | tensorflow     | preprocessors word_table
 datasets           | tensorflow torch | corruption foreign_text inputs locking reading word_table
                                         writing
+annotate           |                | datasets foreign_text inputs reading writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 bootstrap          |                | metrics

@@ -207,7 +207,8 @@ def backup(options: argparse.Namespace) -> int:
         store.backup(pathlib.Path(options.out))
     store.close()
     print(
-        f"{options.out}: the database; {project.CONFIG}, {project.GUIDELINES} and {project.IMAGES}/ aren't in it"
+        f"{options.out}: the database; it holds neither {project.CONFIG} and {project.GUIDELINES}"
+        f" nor {project.IMAGES}/"
     )
     return 0
 

@@ -138,8 +138,8 @@ def gold_score(answer: Answer, gold: Answer, config: Config, height: int) -> flo
     """Compares an answer with the right one: the mean over all parts that are asked, 0 to 1.
 
     A scale counts 1 if it is at most one step off, else 0 (the paper's good agreement, section 3.4). Words
-    and points count F1: twice the hits by the sum of both numbers, or 1 if both are empty. A point is a hit if
-    its disk overlaps the disk of a right point that no other point has hit.
+    and points count F1: twice the hits by the sum of both numbers, or 1 if both are empty. A point is a hit
+    if its disk overlaps the disk of a right point that no other point has hit.
     """
     scores = [
         float(abs(answer["ratings"][scale.name] - gold["ratings"][scale.name]) <= 1)

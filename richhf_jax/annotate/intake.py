@@ -1,8 +1,8 @@
 """Takes images, gold answers and an order into a project, as people have them.
 
 Images are those that `predict` takes. The project keeps a copy of each as `inputs.images.checked` gives it:
-upright, 8 bits a colour, one frame, without metadata, in a format that browsers show. So a browser, TensorFlow
-and the predictor count the same pixels.
+upright, 8 bits a colour, one frame, without metadata, in a format that browsers show. So a browser,
+TensorFlow and the predictor count the same pixels.
 """
 
 import contextlib

@@ -4,12 +4,9 @@ A method that returns has its change on the disk; see `database`. A disk without
 sqlite3.OperationalError, and changes nothing.
 """
 
-import hashlib
-import hmac
 import json
 import math
 import pathlib
-import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +15,7 @@ from typing import Any
 from richhf_jax import errors, writing
 from richhf_jax.annotate import answers as forms
 from richhf_jax.annotate import assignment, database, project, records
+from richhf_jax.annotate.people import People
 from richhf_jax.annotate.records import (
     Answer,
     Closed,
@@ -55,7 +53,7 @@ _DONE = (
 )
 
 
-class Store:
+class Store(People):
     """A project's database. All times are those of `clock`, in seconds since 1970."""
 
     def __init__(self, folder: str | pathlib.Path, clock: Callable[[], float] = time.time):
@@ -69,7 +67,7 @@ class Store:
         self._clock = clock
         path = self.folder / project.DATABASE
         try:
-            self._database = database.Database(path)
+            super().__init__(database.Database(path))
             with self._database.transaction() as db:
                 self._reopen(db)
         except sqlite3.Error as error:
@@ -107,12 +105,12 @@ class Store:
         """Copies the database to a file; see `database.Database.backup`."""
         self._database.backup(path)
 
-    # Items and people.
+    # Items.
 
     def add_items(self, items: Iterable[Item]) -> int:
         """Adds items, all or none. Returns how many are new.
 
-        One that is there with the same prompt and file isn't new, and only gets the gold answer if it has none.
+        One that is there with the same prompt and file isn't new; it gets the gold answer if it has none.
 
         Raises:
           errors.UserError: an item of this id is there with another prompt or file, or a gold answer comes
@@ -126,24 +124,27 @@ class Store:
         known = db.execute("SELECT * FROM items WHERE id = ?", (item.id,)).fetchone()
         if known is None:
             db.execute(
-                "INSERT INTO items (id, prompt, file, width, height, gold, priority) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO items (id, prompt, file, width, height, gold, priority)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (item.id, item.prompt, item.file, item.width, item.height, gold, item.priority),
             )
             return True
         if (known["prompt"], known["file"]) != (item.prompt, item.file):
             raise errors.UserError(
-                f"{for_terminal(item.id)}: the project has another image or prompt of this id: give it another id"
+                f"{for_terminal(item.id)}: the project has another image or prompt of this id: give it another"
+                " id"
             )
         is_rated = db.execute("SELECT 1 FROM answers WHERE item = ? LIMIT 1", (known["number"],)).fetchone()
         if gold is not None and known["gold"] is None and is_rated:
             raise errors.UserError(
-                f"{for_terminal(item.id)}: raters have it already, so it can't become a gold item: leave it out"
+                f"{for_terminal(item.id)}: raters have it already, so it can't become a gold item: leave it"
+                " out"
             )
         db.execute("UPDATE items SET gold = coalesce(gold, ?) WHERE number = ?", (gold, known["number"]))
         return False
 
     def prioritise(self, names: Sequence[str]) -> int:
-        """Gives these items priority, the first the highest, and all others none. Returns how many there are."""
+        """Gives these items priority, the first the highest, and all others none. Returns their number."""
         with self._database.transaction() as db:
             db.execute("UPDATE items SET priority = 0")
             ranked = [(len(names) - i, name) for i, name in enumerate(names)]
@@ -157,71 +158,6 @@ class Store:
     def image_path(self, item: Item) -> pathlib.Path:
         """Returns the path of an item's image."""
         return self.folder / project.IMAGES / item.file
-
-    def add_rater(self, name: str) -> str:
-        """Adds a rater. Returns the secret of their link, which is kept as a hash alone.
-
-        Raises:
-          errors.UserError: the name is empty, or taken.
-        """
-        return self._add_person(name, is_manager=False)
-
-    def make_manager(self) -> str:
-        """Makes the manager's link. Returns its secret; an earlier one is void."""
-        with self._database.connection() as db:
-            known = db.execute("SELECT name FROM people WHERE is_manager").fetchone()
-        return self.renew(known[0]) if known else self._add_person("manager", is_manager=True)
-
-    def _add_person(self, name: str, is_manager: bool) -> str:
-        name = printable(name).strip()
-        if not name:
-            raise errors.UserError("a rater's name is empty: give one")
-        secret = secrets.token_urlsafe(16)
-        try:
-            with self._database.transaction() as db:
-                db.execute(
-                    "INSERT INTO people (name, secret, is_manager) VALUES (?, ?, ?)",
-                    (name, _hash(secret), is_manager),
-                )
-        except sqlite3.IntegrityError:
-            raise errors.UserError(
-                f"there is a person named {for_terminal(name)} already: give another name, or a new link with"
-                " `raters renew`"
-            ) from None
-        return secret
-
-    def renew(self, name: str) -> str:
-        """Gives a person a new link and makes them active. Returns its secret; the earlier one is void.
-
-        Raises:
-          errors.UserError: there is no such person.
-        """
-        secret = secrets.token_urlsafe(16)
-        with self._database.transaction() as db:
-            changed = db.execute(
-                "UPDATE people SET secret = ?, active = 1 WHERE name = ?", (_hash(secret), name.strip())
-            ).rowcount
-            if not changed:
-                raise errors.UserError(f"there is no rater named {for_terminal(name)}: see `status`")
-        return secret
-
-    def person(self, secret: str) -> Person | None:
-        """Returns the person of a link's secret; None where it is wrong."""
-        digest = _hash(secret)
-        with self._database.connection() as db:
-            row = db.execute("SELECT * FROM people WHERE secret = ?", (digest,)).fetchone()
-        return records.person(row) if row and hmac.compare_digest(row["secret"], digest) else None
-
-    def people(self) -> list[Person]:
-        """Returns all raters and the manager, in the order in which they were added."""
-        with self._database.connection() as db:
-            return [records.person(row) for row in db.execute("SELECT * FROM people ORDER BY id")]
-
-    def deactivate(self, person_id: int) -> None:
-        """Makes a person's link void and frees the items that they have open. Their answers stay."""
-        with self._database.transaction() as db:
-            db.execute("UPDATE people SET active = 0 WHERE id = ?", (person_id,))
-            db.execute("UPDATE answers SET expires = 0 WHERE person = ? AND state = 'draft'", (person_id,))
 
     # A rater's work.
 
@@ -252,7 +188,8 @@ class Store:
         """Makes an empty draft, without a lease."""
         prompt = db.execute("SELECT prompt FROM items WHERE number = ?", (number,)).fetchone()[0]
         db.execute(
-            "INSERT INTO answers (item, person, round, is_calibration, state, answer, started, changed, expires)"
+            "INSERT INTO answers"
+            " (item, person, round, is_calibration, state, answer, started, changed, expires)"
             " VALUES (?, ?, ?, ?, 'draft', ?, ?, ?, 0)",
             (number, person, attempt, is_calibration, _dump(forms.empty(prompt)), now, now),
         )
@@ -319,7 +256,9 @@ class Store:
             return self._feedback(db, row, score)
 
     def skip(self, person: Person, item_id: str, revision: int, reason: str, broken: bool) -> None:
-        """Ends a rater's work on an item without an answer. The second rater who does sends it to the manager.
+        """Ends a rater's work on an item without an answer.
+
+        An item that a second rater skips, or calls broken, goes to the manager.
 
         Raises:
           NotYours, Conflict: as `save`.
@@ -466,7 +405,7 @@ class Store:
     # The manager's part.
 
     def answers(self, finished: bool = True) -> Iterator[Answer]:
-        """Yields answers in the order in which they were begun; with `finished`, only those of state "done"."""
+        """Yields answers in the order in which they were begun; with `finished`, those of state "done"."""
         with self._database.connection() as db:
             people = {row["id"]: records.person(row) for row in db.execute("SELECT * FROM people")}
             condition = " WHERE answers.state = 'done'" if finished else ""
@@ -494,7 +433,9 @@ class Store:
             self._reopen(db)
 
     def add_answers(self, given: Iterable[tuple[ratings.Rating, str, float]]) -> int:
-        """Adds finished answers from elsewhere, all or none. Raters who aren't known are added, without a link.
+        """Adds finished answers from elsewhere, all or none.
+
+        Raters who aren't known are added, without a link.
 
         Args:
           given: (rating, comment, seconds spent) of each answer.
@@ -560,7 +501,8 @@ class Store:
                 raise errors.UserError(f"{for_terminal(item_id)}: the project has no such item")
             number = item["number"]
             db.execute(
-                "UPDATE answers SET excluded = 'reassigned' WHERE item = ? AND state IN ('skipped', 'broken')",
+                "UPDATE answers SET excluded = 'reassigned'"
+                " WHERE item = ? AND state IN ('skipped', 'broken')",
                 (number,),
             )
             db.execute("UPDATE items SET state = 'open' WHERE number = ?", (number,))
@@ -572,7 +514,8 @@ class Store:
         """Makes a draft of an item for a rater, or opens the one that they skipped."""
         if assignment.other_places(db, item["number"], person_id, now) >= self.config.raters:
             raise errors.UserError(
-                f"{for_terminal(item['id'])} has all its answers, or raters work on them: exclude an answer first"
+                f"{for_terminal(item['id'])} has all its answers, or raters are at work: exclude an answer"
+                " first"
             )
         number, end = item["number"], now + _GIVEN_SECONDS
         mine = db.execute(
@@ -600,10 +543,6 @@ class Store:
         db.execute(
             f"UPDATE items SET state = 'open' WHERE state = 'full' AND {_DONE} < ?", (self.config.raters,)
         )
-
-
-def _hash(secret: str) -> bytes:
-    return hashlib.sha256(printable(secret).encode()).digest()
 
 
 def _dump(answer: forms.Answer) -> str:

@@ -66,8 +66,8 @@ def _csv_row(cells: Sequence[Any]) -> str:
 def _check_complete(store: Store) -> None:
     if not store.config.is_complete:
         raise errors.UserError(
-            f"{store.folder}: raw ratings have both kinds of points, words and four scales, and config.json asks"
-            " only some: export with --format=scores"
+            f"{store.folder}: raw ratings have both kinds of points, words and four scales, and config.json"
+            " asks only some: export with --format=scores"
         )
 
 
@@ -109,13 +109,12 @@ def label_studio_tasks(store: Store, names: bool = False) -> list[dict[str, Any]
 
 def label_studio_config(store: Store) -> str:
     """Returns Label Studio's labelling configuration for the tasks, in XML."""
-    radius, steps = store.config.point_radius, feedback.LIKERT_MAX
     labels = "".join(f'<Label value="{kind}"/>' for kind in feedback.HEATMAPS)
     lines = [
         "<View>",
         f'  <Image name="{_IMAGE}" value="${_IMAGE}" zoom="true"/>',
         '  <Text name="prompt" value="$prompt"/>',
-        f'  <KeyPointLabels name="points" toName="{_IMAGE}" strokeWidth="{100 * radius:g}">{labels}</KeyPointLabels>',
+        f'  <KeyPointLabels name="points" toName="{_IMAGE}">{labels}</KeyPointLabels>',
     ]
     for i in range(_longest_prompt(store)):
         name = _TOKEN.format(i)
@@ -123,7 +122,7 @@ def label_studio_config(store: Store) -> str:
         lines.append(f'  <Choices name="{name}" toName="{_IMAGE}"><Choice value="{_MISALIGNED}"/></Choices>')
     for scale in store.config.scales:
         lines.append(f"  <Header value={saxutils.quoteattr(scale.question)}/>")
-        lines.append(f'  <Rating name="{scale.name}" toName="{_IMAGE}" maxRating="{steps}" required="true"/>')
+        lines.append(f'  <Rating name="{scale.name}" toName="{_IMAGE}" maxRating="{feedback.LIKERT_MAX}"/>')
     for name in (_RATER, _COMMENT):
         lines.append(f'  <TextArea name="{name}" toName="{_IMAGE}" placeholder="{name}"/>')
     return "\n".join([*lines, "</View>", ""])
@@ -160,7 +159,7 @@ def _percent(place: float, side: int) -> float:
 
 
 def _pixels(percent: float, side: int) -> float:
-    """Returns a place in pixels, the inverse of `_percent`; half a pixel at the first edge becomes its middle."""
+    """Returns a place in pixels, the inverse of `_percent`; the first half pixel becomes its middle."""
     return max(0.0, round(percent * side / 100 - 0.5, _DIGITS))
 
 
@@ -184,7 +183,8 @@ def read_label_studio(path: str, text: bytes, store: Store) -> Iterator[tuple[ra
     """Yields (rating, comment, seconds) of the annotations in an export of Label Studio's, in JSON.
 
     Raises:
-      errors.UserError: the file isn't such an export, or an annotation isn't complete; the message says which.
+      errors.UserError: the file isn't such an export, or an annotation isn't complete; the message says
+        which.
     """
     items = {item.id: item for item in store.items()}
     try:

@@ -143,7 +143,7 @@ def test_label_studio_and_back(rated, images, tmp_path, capsys):
     assert point["value"]["keypointlabels"] == ["implausibility"]
     assert (point["original_width"], point["original_height"]) == (50, 40)
     config = (tmp_path / "tasks.xml").read_text()
-    assert {r["from_name"] for r in results} <= {name for name in config.split('"')}
+    assert {r["from_name"] for r in results} <= set(config.split('"'))
     run("init", tmp_path / "again", "--images", images)
     assert run("import", tmp_path / "again", tmp_path / "tasks.json") == 0
     assert "6 answers taken" in capsys.readouterr().out
@@ -198,8 +198,8 @@ def test_import_of_raw_ratings(rated, images, tmp_path, capsys):
         ('[{"data": {"id": "0.png"}, "annotations": [{"result": []}]}]', "has no rating of plausibility"),
         ('[{"data": {"id": "0.png"}, "annotations": [{"result": [7]}]}]', "task 1 has an unknown form"),
         (
-            '[{"data": {"id": "0.png"}, "annotations": [{"result": [{"from_name": "token_9", "type": "choices",'
-            ' "value": {"choices": ["misaligned"]}}]}]}]',
+            '[{"data": {"id": "0.png"}, "annotations": [{"result": [{"from_name": "token_9",'
+            ' "type": "choices", "value": {"choices": ["misaligned"]}}]}]}]',
             "token_9 is no token",
         ),
         (

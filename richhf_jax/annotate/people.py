@@ -1,0 +1,89 @@
+"""The people of a project, and the secrets of their links."""
+
+import hashlib
+import hmac
+import secrets
+import sqlite3
+
+from richhf_jax import errors
+from richhf_jax.annotate import records
+from richhf_jax.annotate.database import Database
+from richhf_jax.annotate.records import Person
+from richhf_jax.foreign_text import for_terminal
+from richhf_jax.inputs.record import printable
+
+
+class People:
+    """The part of a store that knows its people. A secret has 128 bits, and is kept as a hash alone."""
+
+    def __init__(self, database: Database):
+        self._database = database
+
+    def add_rater(self, name: str) -> str:
+        """Adds a rater. Returns the secret of their link, which is kept as a hash alone.
+
+        Raises:
+          errors.UserError: the name is empty, or taken.
+        """
+        return self._add_person(name, is_manager=False)
+
+    def make_manager(self) -> str:
+        """Makes the manager's link. Returns its secret; an earlier one is void."""
+        with self._database.connection() as db:
+            known = db.execute("SELECT name FROM people WHERE is_manager").fetchone()
+        return self.renew(known[0]) if known else self._add_person("manager", is_manager=True)
+
+    def _add_person(self, name: str, is_manager: bool) -> str:
+        name = printable(name).strip()
+        if not name:
+            raise errors.UserError("a rater's name is empty: give one")
+        secret = secrets.token_urlsafe(16)
+        try:
+            with self._database.transaction() as db:
+                db.execute(
+                    "INSERT INTO people (name, secret, is_manager) VALUES (?, ?, ?)",
+                    (name, _hash(secret), is_manager),
+                )
+        except sqlite3.IntegrityError:
+            raise errors.UserError(
+                f"there is a person named {for_terminal(name)} already: give another name, or a new link with"
+                " `raters renew`"
+            ) from None
+        return secret
+
+    def renew(self, name: str) -> str:
+        """Gives a person a new link and makes them active. Returns its secret; the earlier one is void.
+
+        Raises:
+          errors.UserError: there is no such person.
+        """
+        secret = secrets.token_urlsafe(16)
+        with self._database.transaction() as db:
+            changed = db.execute(
+                "UPDATE people SET secret = ?, active = 1 WHERE name = ?", (_hash(secret), name.strip())
+            ).rowcount
+            if not changed:
+                raise errors.UserError(f"there is no rater named {for_terminal(name)}: see `status`")
+        return secret
+
+    def person(self, secret: str) -> Person | None:
+        """Returns the person of a link's secret; None where it is wrong."""
+        digest = _hash(secret)
+        with self._database.connection() as db:
+            row = db.execute("SELECT * FROM people WHERE secret = ?", (digest,)).fetchone()
+        return records.person(row) if row and hmac.compare_digest(row["secret"], digest) else None
+
+    def people(self) -> list[Person]:
+        """Returns all raters and the manager, in the order in which they were added."""
+        with self._database.connection() as db:
+            return [records.person(row) for row in db.execute("SELECT * FROM people ORDER BY id")]
+
+    def deactivate(self, person_id: int) -> None:
+        """Makes a person's link void and frees the items that they have open. Their answers stay."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE people SET active = 0 WHERE id = ?", (person_id,))
+            db.execute("UPDATE answers SET expires = 0 WHERE person = ? AND state = 'draft'", (person_id,))
+
+
+def _hash(secret: str) -> bytes:
+    return hashlib.sha256(printable(secret).encode()).digest()
