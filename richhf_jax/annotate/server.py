@@ -173,24 +173,23 @@ def make_app(store: Store) -> Starlette:
         Route("/static/look.css", get_look),
         Mount("/static", StaticFiles(packages=[("richhf_jax.annotate", "static")])),
     ]
+    # Starlette's type for handlers takes no function of one kind of error.
+    handlers: dict[Any, Any] = {
+        HTTPException: server.http_error,
+        NotYours: lambda request, error: _error(request, 404, "This image is not open for you."),
+        Conflict: lambda request, error: JSONResponse(
+            {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer}, 409
+        ),
+        Incomplete: lambda request, error: JSONResponse(
+            {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
+        ),
+        InvalidAnswer: lambda request, error: _error(request, 400, f"The answer can't be saved: {error}."),
+        sqlite3.OperationalError: _storage_error,
+    }
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard)],
-        exception_handlers={
-            HTTPException: server.http_error,
-            NotYours: lambda request, error: _error(request, 404, "This image is not open for you."),
-            Conflict: lambda request, error: JSONResponse(
-                {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer},
-                409,
-            ),
-            Incomplete: lambda request, error: JSONResponse(
-                {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
-            ),
-            InvalidAnswer: lambda request, error: _error(
-                request, 400, f"The answer can't be saved: {error}."
-            ),
-            sqlite3.OperationalError: _storage_error,
-        },
+        exception_handlers=handlers,
         max_body_size=MAX_BODY,
     )
 
