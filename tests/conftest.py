@@ -308,3 +308,72 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory, random_values):
 def model_dir(make_model_dir) -> pathlib.Path:
     """Makes a MODEL_DIR of the multi-head variant."""
     return make_model_dir()
+
+
+# Debian's packages of these names, which launch/test.sh installs.
+CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+# The browser shows only the page: no network, no first-run page, no display.
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# Computes WCAG's contrast of every text on the page with its background.
+CONTRASTS = """
+const channel = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+// The browser itself turns any form of colour into pixels, and lays one over another.
+function paint(colours) {
+  canvas.clearRect(0, 0, 1, 1);
+  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255);
+}
+const results = [];
+for (const element of document.querySelectorAll("body *, body")) {
+  const isText = [...element.childNodes].some((n) => n.nodeType === Node.TEXT_NODE && n.data.trim());
+  if (!isText || element.closest("script, .spoken, option, svg") || !element.checkVisibility()) continue;
+  const behind = [];
+  for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
+  const [text, back] = [paint([...behind, getComputedStyle(element).color]), paint(behind)].map(luminance);
+  const contrast = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
+  results.push([contrast, element.outerHTML.slice(0, 80)]);
+}
+return results.sort((a, b) => a[0] - b[0]);
+"""
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory):
+    """Starts Chromium, with what tests of pages need besides: a screen's size, and texts' contrasts."""
+    from selenium import webdriver
+
+    class Chromium(webdriver.Chrome):
+        def set_screen(self, width: int, theme: str) -> None:
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+            self.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            media = [
+                {"name": "prefers-color-scheme", "value": theme},
+                # Without this, transitions would be measured midway.
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ]
+            self.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+
+        def contrasts(self) -> list[tuple[float, str]]:
+            """Returns the contrast of each text on the page, and the text's element; the lowest first."""
+            return self.execute_script(CONTRASTS)
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    # With the driver's path, selenium downloads none.
+    driver = Chromium(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    yield driver
+    driver.quit()

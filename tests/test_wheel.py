@@ -78,7 +78,11 @@ def core_distributions() -> list[importlib.metadata.Distribution]:
 
 def test_the_wheel_holds_templates_vocabulary_and_examples(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("pages/templates/report.html", "export/MODEL_CARD.md", "export/example_stablehlo.py"):
+    for name in (
+        "pages/templates/report.html", "pages/templates/look.css", "export/MODEL_CARD.md",
+        "export/example_stablehlo.py", "annotate/templates/annotate.html", "annotate/static/annotate.js",
+        "annotate/static/annotate.css", "annotate/static/icon.svg",
+    ):  # fmt: skip
         assert f"richhf_jax/{name}" in names
     assert "tasks/sentencepiece_small.model" in names
     assert not [name for name in names if name.startswith(("tests/", "gin/", "torch_twin/"))]

@@ -4,7 +4,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -13,20 +12,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from richhf_jax import feedback
 from richhf_jax.pages import gallery, report
 
-# Debian's packages of these names, which launch/test.sh installs.
-CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 COUNT = 40
-# The browser shows only the page: no network, no first-run page, no display.
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SCORE = feedback.SCORES[-1]
 PEAK = f"{feedback.HEATMAPS[0]} peak"
 ANIMALS = ("cat", "dog", "Cow")
@@ -118,14 +104,7 @@ class Browser:
         self.run = driver.execute_script
 
     def open(self, address: str, width: int = 1280, theme: str = "light") -> None:
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        media = [
-            {"name": "prefers-color-scheme", "value": theme},
-            # Without this, transitions would be measured midway.
-            {"name": "prefers-reduced-motion", "value": "reduce"},
-        ]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        self.driver.set_screen(width, theme)
         # Opens another page first, because a changed hash alone would not load the page again.
         self.driver.get("about:blank")
         self.driver.get_log("browser")
@@ -169,19 +148,6 @@ class Browser:
 
     def wait(self, condition) -> None:
         WebDriverWait(self.driver, 10, 0.02).until(lambda _: condition())
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # With the driver's path, selenium downloads none.
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
@@ -244,39 +210,14 @@ def test_nothing_runs_out_of_the_page(browser, pages, page, width, theme):
     assert window == width
 
 
-# Computes WCAG's contrast of every text on the page with its background.
-CONTRASTS = """
-const channel = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-// The browser itself turns any form of colour into pixels, and lays one over another.
-function paint(colours) {
-  canvas.clearRect(0, 0, 1, 1);
-  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
-  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255);
-}
-const results = [];
-for (const element of document.querySelectorAll("body *, body")) {
-  const isText = [...element.childNodes].some((n) => n.nodeType === Node.TEXT_NODE && n.data.trim());
-  if (!isText || element.closest("script, .spoken, option, svg") || !element.checkVisibility()) continue;
-  const behind = [];
-  for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
-  const [text, back] = [paint([...behind, getComputedStyle(element).color]), paint(behind)].map(luminance);
-  const contrast = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
-  results.push([contrast, element.outerHTML.slice(0, 80)]);
-}
-return results.sort((a, b) => a[0] - b[0]);
-"""
-
-
 @pytest.mark.parametrize("page", ["embedded", "report"])
-def test_text_is_readable_in_light_and_dark(browser, pages, page):
+def test_text_is_readable_in_light_and_dark(browser, driver, pages, page):
     backgrounds = {}
     for theme in ("light", "dark"):
         browser.open(pages[page], theme=theme)
         browser.run("document.querySelector('details').open = true")
         browser.run("document.getElementById('show-keys').click()")
-        contrasts = browser.run(CONTRASTS)
+        contrasts = driver.contrasts()
         assert len(contrasts) > 5 * COUNT
         assert contrasts[0][0] >= 4.5, contrasts[:3]
         backgrounds[theme] = browser.run("return getComputedStyle(document.body).backgroundColor")
