@@ -323,8 +323,8 @@ def _stream(
 def _deterministic(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Fixes the order, and as many parallel calls of each map as there are cores.
 
-    TensorFlow's tuner of parallel calls sleeps for as long as the iterator has lived, at most a minute, and may
-    miss that it is closed: a training then ended up to a minute late.
+    TensorFlow's tuner of parallel calls sleeps for as long as the iterator has lived, at most a minute, and
+    may miss that it is closed: a training then ended up to a minute late.
     """
     options = tf.data.Options()
     options.deterministic = True
