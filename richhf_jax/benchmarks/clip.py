@@ -109,7 +109,7 @@ def make(size: str, batch_size: int, folder: pathlib.Path) -> dict[str, Callable
         cosines = []
         for begin in range(0, len(pairs), batch_size):
             files, prompts = zip(*pairs[begin : begin + batch_size], strict=True)
-            images = [Image.open(io.BytesIO(file)) for file in files]
+            images: list[Any] = [Image.open(io.BytesIO(file)) for file in files]
             tokens = tokenizer(
                 list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
             )
