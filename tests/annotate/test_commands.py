@@ -254,6 +254,10 @@ def test_gold_and_order(rated, images, tmp_path, capsys):
     assert items["0.png"].gold == answers.of_rating(ratings.parse_rating(gold))
     assert items["sub/1.png"].gold is None
     assert items["sub/1.png"].priority > items["0.png"].priority
+    # Answers on gold images check raters, and are no data.
+    assert run("import", tmp_path / "again", tmp_path / "raw.jsonl") == 0
+    assert run("export", tmp_path / "again", tmp_path / "out.jsonl") == 0
+    assert {image for _, image in parsed(tmp_path / "out.jsonl")} == {"sub/1.png"}
     (tmp_path / "order.csv").write_text("name\nsub/1.png\n")
     assert "no column `image`" in run("add", tmp_path / "again", "--order", tmp_path / "order.csv")
     (tmp_path / "gold.jsonl").write_text(gold.replace("0.png", "nope.png"))
