@@ -64,6 +64,7 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
+<<<<<<< HEAD
 # The raters' page.
 ANNOTATE = [
     "markdown-it-py>=4.0",
@@ -72,6 +73,10 @@ ANNOTATE = [
     "starlette>=1.10,<2",
     "uvicorn>=0.34,<1",
 ]
+=======
+# The raters' page. Guidelines are Markdown.
+ANNOTATE = ["markdown-it-py>=4.3", "python-multipart>=0.0.34", "starlette>=1.10,<2", "uvicorn>=0.54,<1"]
+>>>>>>> s21/store
 
 # The tools, and the libraries that tests compare with.
 TEST = [
@@ -89,8 +94,8 @@ TEST = [
     # Makes inputs for the readers.
     "hypothesis>=6.100",
     # Agreement of raters.
-    "krippendorff>=0.8",
-    "pingouin>=0.5.5",
+    "krippendorff>=0.9",
+    "pingouin>=0.7",
     "pysaliency>=0.2.22",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

@@ -131,8 +131,8 @@ class Store(People):
             return True
         if (known["prompt"], known["file"]) != (item.prompt, item.file):
             raise errors.UserError(
-                f"{for_terminal(item.id)}: the project has another image or prompt of this id: give it another"
-                " id"
+                f"{for_terminal(item.id)}: the project has another image or prompt of this id: give"
+                " another id"
             )
         is_rated = db.execute("SELECT 1 FROM answers WHERE item = ? LIMIT 1", (known["number"],)).fetchone()
         if gold is not None and known["gold"] is None and is_rated:
@@ -393,7 +393,9 @@ class Store(People):
             "UPDATE people SET passed = ?, round = round + ? WHERE id = ?", (passed, not passed, person.id)
         )
 
-    def _feedback(self, db: sqlite3.Connection, row: sqlite3.Row, score: float) -> dict[str, Any] | None:
+    def _feedback(
+        self, db: sqlite3.Connection, row: sqlite3.Row, score: float | None
+    ) -> dict[str, Any] | None:
         if not row["is_calibration"]:
             return None
         me = db.execute("SELECT * FROM people WHERE id = ?", (row["person"],)).fetchone()

@@ -212,6 +212,9 @@ def test_a_lease_expires_and_the_item_goes_to_another(make, clock):
     store.save(ann, work.item.id, 0, work.answer, 1)  # renews it
     clock.now += 9 * 60
     assert store.next_item(bob) is None
+    assert store.next_item(ann).item == work.item  # renews it, too
+    clock.now += 9 * 60
+    assert store.next_item(bob) is None
     clock.now += 2 * 60
     answer_next(store, bob)
     with pytest.raises(Closed):
