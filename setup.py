@@ -64,14 +64,8 @@ TRAIN = [
 # Attributes of images by visual question answering, for balanced sampling.
 VQA = ["torch>=2.6", "transformers>=5.23,<6"]
 
-# The raters' page.
-ANNOTATE = [
-    "markdown-it-py>=4.0",
-    "python-multipart>=0.0.20",
-    # Limits a request's body since 1.10.
-    "starlette>=1.10,<2",
-    "uvicorn>=0.34,<1",
-]
+# The raters' page. Guidelines are Markdown.
+ANNOTATE = ["markdown-it-py>=4.3", "python-multipart>=0.0.34", "starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 
 # The tools, and the libraries that tests compare with.
 TEST = [

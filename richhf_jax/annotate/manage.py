@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from richhf_jax import feedback
+from richhf_jax.annotate import transfer
 from richhf_jax.annotate.project import Config
 from richhf_jax.annotate.records import Answer, Item, Person
 from richhf_jax.annotate.store import Store
+from richhf_jax.datasets import rater_agreement, ratings
 
 ENDINGS = ("skipped", "broken")
 
@@ -38,6 +40,22 @@ def overview(store: Store) -> dict[str, Any]:
         "raters": [_rater(rater, answers, counted.values(), config) for rater in raters],
         "items": sorted((_item(item, by_item[item.id], config) for item in wanted), key=_worst_first),
     }
+
+
+def agreement(store: Store) -> dict[str, Any]:
+    """Returns the values of the page of the raters' agreement; see `RaterAgreement.summary`.
+
+    Raises:
+      errors.UserError: the project doesn't ask all that raw ratings have.
+    """
+    images: dict[str, list[ratings.Rating]] = collections.defaultdict(list)
+    for line in transfer.raw_lines(store):
+        rating = ratings.parse_rating(line)
+        images[rating.image_id].append(rating)
+    found = rater_agreement.RaterAgreement()
+    for given in images.values():
+        found.add(given)
+    return {"title": store.config.title, "agreement": None, **found.summary()}
 
 
 def item_view(store: Store, item: Item) -> dict[str, Any]:

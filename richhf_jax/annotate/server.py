@@ -165,6 +165,7 @@ def make_app(store: Store) -> Starlette:
         Route("/api/items/{item:path}", server.save, methods=["PUT"]),
         Route("/image/{item:path}", server.image),
         Route("/manage", server.manage),
+        Route("/manage/agreement", server.agreement),
         Route("/manage/items/{item:path}", server.manage_item),
         Route("/manage/image/{item:path}", server.manage_image),
         Route("/manage/deactivate", server.deactivate, methods=["POST"]),
@@ -310,6 +311,15 @@ class Server:
         await self._person(request, is_manager=True)
         values = await run_in_threadpool(manage.overview, self._store)
         return self._templates.TemplateResponse(request, "manage.html", values | {"shown": SHOWN})
+
+    async def agreement(self, request: Request) -> Response:
+        """Returns the page of the raters' agreement, which takes seconds for thousands of answers."""
+        await self._person(request, is_manager=True)
+        try:
+            values = await run_in_threadpool(manage.agreement, self._store)
+        except errors.UserError as error:
+            raise HTTPException(400, str(error)) from None
+        return self._templates.TemplateResponse(request, "agreement.html", values)
 
     async def manage_item(self, request: Request) -> Response:
         """Returns the page of one image's answers."""

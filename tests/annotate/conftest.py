@@ -177,8 +177,11 @@ class Page:
 
 
 @pytest.fixture
-def make_page(driver):
-    """Makes the page of a site; the test also fails if the page writes anything to the console."""
+def make_page(driver, make_site):
+    """Makes the page of a site; the test also fails if the page writes anything to the console.
+
+    It asks for `make_site` so that servers stop after the page is left.
+    """
     driver.get("about:blank")
     driver.get_log("browser")
     yield functools.partial(Page, driver)

@@ -285,6 +285,15 @@ def test_a_manager_sees_all_answers_of_an_image_and_may_exclude_one(manager, sto
     assert manager.post("/manage/exclude", data=form | {"answer": "x"}, headers=ORIGIN).status_code == 400
 
 
+def test_a_manager_sees_the_agreement(manager, store):
+    assert "No image has answers of two raters yet." in manager.get("/manage/agreement").text
+    rate(store, "Ada", value=2)
+    rate(store, "Bo", value=3)
+    page = manager.get("/manage/agreement").text
+    cells = re.findall(r"<th scope=.row.>plausibility</th>(.*?)</tr>", page)
+    assert re.findall(r"<td>(.*?)</td>", cells[0])[:3] == ["3", "0.00", "1.00"]
+
+
 def test_a_manager_gives_an_image_back(manager, store):
     rate(store, "Ada", value=None)
     rate(store, "Bo", value=None)
