@@ -89,6 +89,8 @@ def _values(arrays: Mapping[str, np.ndarray]) -> ImageValues:
             continue
         if array.shape != ids.shape or array.dtype != np.float64 or np.isinf(array).any():
             raise ValueError(f"{name} is no list of {len(ids)} numbers")
+        if group not in groups:
+            raise ValueError(f"{name} is of a system that it doesn't name")
         groups[group][value] = array
     targets, *systems = groups.values()
     names = arrays["systems"].tolist()

@@ -14,6 +14,7 @@ share the resampled images, so the difference of two has an interval, too, and t
 import argparse
 import dataclasses
 import math
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,11 @@ from richhf_jax import bootstrap, errors, foreign_text, image_values, metrics, r
 from richhf_jax.image_values import ImageValues
 from richhf_jax.pages import published
 from richhf_jax.pages.table_formats import FORMATS, PAPER_TABLES, Row, rows_of
+
+# The fewest that have percentiles of 2.5 %, and the most that take minutes.
+_RESAMPLES = 40, 100_000
+# Files of an evaluation.
+_RESULTS = ("metrics.json", "baselines.json", image_values.FILE, "predictions.jsonl", "report.html")
 
 
 def find(directory: str) -> epath.Path:
@@ -52,7 +58,12 @@ def read(directory: epath.Path) -> ImageValues:
     """
     values = image_values.read(directory)
     written = reading.read_json(directory / "metrics.json")
-    found = metrics.aggregate(values.targets, next(iter(values.systems.values())))
+    try:
+        found, *_ = [metrics.aggregate(values.targets, columns) for columns in values.systems.values()]
+    except KeyError as error:
+        raise errors.UserError(
+            f"{directory / image_values.FILE} is damaged: it lacks {error}. Evaluate again"
+        ) from error
     found |= {"num_examples": len(values.ids)}
     for name, value in found.items():
         other = written.get(name)
@@ -103,8 +114,14 @@ def _compared(first: ImageValues, other: ImageValues) -> list[str]:
 
     Targets of an evaluation may lack what its model doesn't predict, or have it in another size.
     """
-    one, two = ({_output(name) for name in next(iter(e.systems.values()))} for e in (first, other))
-    return [key for key in first.targets if key in other.targets and _output(key) in one & two]
+    one, two = _measured_targets(first), _measured_targets(other)
+    return [key for key in one if key in two]
+
+
+def _measured_targets(values: ImageValues) -> metrics.Columns:
+    """Returns the targets that the evaluation's model is measured on."""
+    outputs = {_output(name) for name in next(iter(values.systems.values()))}
+    return {name: column for name, column in values.targets.items() if _output(name) in outputs}
 
 
 def _output(name: str) -> tuple[str, str]:
@@ -186,8 +203,10 @@ def make(
     systems = [(name, values) for name, (_, values) in zip(names, systems, strict=True)] if names else systems
     if baselines:
         systems += list(first.systems.items())[1:]
-    # The first evaluation's targets may lack what its model doesn't predict.
-    targets = {name: column for one in evaluations for name, column in one.targets.items()}
+    # Those that models are measured on are the same in all evaluations; others may differ, or lack.
+    targets = dict(first.targets)
+    for evaluation in evaluations:
+        targets |= _measured_targets(evaluation)
     rows = [Row(name, metrics.aggregate(targets, values)) for name, values in systems]
     notes = [f"{len(first.ids):,} images of {first.task}, {first.split}."]
     if resamples:
@@ -198,6 +217,23 @@ def make(
         rows += published.ROWS
         notes.append("Published figures are of RichHF-18K's test split.")
     return rows, notes
+
+
+def _check_out(out: pathlib.Path, directories: Sequence[str]) -> None:
+    """Checks that the tables can be written, and over no file of an evaluation.
+
+    Raises:
+      errors.UserError: they can't.
+    """
+    if out.is_dir():
+        raise errors.UserError(f"--out={out} is a folder: name a file")
+    writing.check_file(str(out))
+    if out.name in _RESULTS and any(out.resolve().parent == _resolved(find(one)) for one in directories):
+        raise errors.UserError(f"--out={out} is a file of an evaluation: name another file")
+
+
+def _resolved(folder: epath.Path) -> pathlib.Path:
+    return pathlib.Path(folder).resolve()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,10 +261,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.names and len(options.names) != len(options.directories):
         parser.error(f"--names: {len(options.names)} names for {len(options.directories)} DIRs")
-    if options.bootstrap < 0 or options.seed < 0:
-        parser.error("--bootstrap and --seed can't be below 0")
+    if options.names and not all(name.strip() for name in options.names):
+        parser.error("--names: a name is empty")
+    if options.seed < 0:
+        parser.error("--seed can't be below 0")
+    if options.bootstrap and not _RESAMPLES[0] <= options.bootstrap <= _RESAMPLES[1]:
+        parser.error("--bootstrap takes {:,} to {:,} resamples, or 0 for none".format(*_RESAMPLES))
     if options.out:
-        writing.check_file(options.out)
+        _check_out(pathlib.Path(options.out), options.directories)
     with writing.explained_disk_errors(options.directories[0], "Name a folder that can be read"):
         rows, notes = make(
             *(options.directories, options.names or (), options.baselines),

@@ -141,6 +141,36 @@ def test_a_model_without_heatmaps_needs_none_in_its_data(two, tmp_path):
     assert [f"heatmap/mse/{KIND}" in row.metrics for row in rows] == [False, False, True]
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_row_is_measured_on_targets_of_its_own(tmp_path, last):
+    full = evaluation()
+    heatmap = {"map": {f"heatmap/mse/{KIND}": full.systems["RAHF"][f"heatmap/mse/{KIND}"]}}
+    others = full.targets | {f"score/{SCORE}": np.random.default_rng(5).uniform(size=IMAGES)}
+    places = [write(tmp_path / "full", full)]
+    places.insert(last, write(tmp_path / "map", evaluation(targets=others, systems=heatmap)))
+    rows, _ = tables.make(places)
+    (alone,), _ = tables.make([str(tmp_path / "full")])
+    assert rows[1 - last].metrics == alone.metrics
+
+
+def test_no_file_of_an_evaluation_is_overwritten(two, capsys):
+    before = pathlib.Path(two[1], "metrics.json").read_bytes()
+    message = refusal([*two, f"--out={two[1]}/metrics.json"], capsys)
+    assert "metrics.json is a file of an evaluation: name another file" in message
+    assert pathlib.Path(two[1], "metrics.json").read_bytes() == before
+    assert f"--out={two[1]} is a folder: name a file" in refusal([*two, f"--out={two[1]}"], capsys)
+    for _ in range(2):
+        tables.main([*two, f"--out={two[1]}/tables.txt"])
+
+
+def test_a_file_without_a_systems_targets_is_damaged(tmp_path, capsys):
+    place = write(tmp_path / "one", evaluation())
+    targets = {f"heatmap/pixels/{KIND}": evaluation().targets[f"heatmap/pixels/{KIND}"]}
+    evaluation(targets=targets).write(tmp_path / "one")
+    message = refusal([place], capsys)
+    assert f"{image_values.FILE} is damaged: it lacks 'score/{SCORE}'. Evaluate again" in message
+
+
 def test_other_images_or_targets_are_refused(two, tmp_path, capsys):
     other = evaluation(split="validation", ids=[f"validation/{i}.png" for i in range(IMAGES)])
     path = write(tmp_path / "validation", other)
@@ -208,7 +238,7 @@ def test_missing_and_damaged_files(two, tmp_path, capsys):
         ({"target/x": np.zeros(3)}, "target/x is no list of 40 numbers"),
         ({"0/x": np.full(IMAGES, np.inf)}, "0/x is no list"),
         ({"0/x": np.zeros(IMAGES, np.int64)}, "0/x is no list"),
-        ({"5/x": np.zeros(IMAGES)}, "'5'"),
+        ({"5/x": np.zeros(IMAGES)}, "5/x is of a system that it doesn't name"),
         ({"ids": np.array([{}] * IMAGES)}, "pickle"),
         ({"systems": np.array(["a", "a"])}, "no images, or no systems"),
         ({"ids": None}, "'ids'"),
@@ -227,7 +257,11 @@ def test_a_file_of_other_arrays(tmp_path, changes, reason):
 def test_flags_are_checked_before_anything_is_read(two, tmp_path, capsys):
     for flags, reason in (
         (["--names", "a"], "1 names for 2 DIRs"),
-        (["--bootstrap=-1"], "can't be below 0"),
+        (["--names", "a", ""], "a name is empty"),
+        (["--bootstrap=-1"], "takes 40 to 100,000 resamples"),
+        (["--bootstrap=39"], "takes 40 to 100,000 resamples"),
+        (["--bootstrap=100001"], "takes 40 to 100,000 resamples"),
+        (["--seed=-1"], "can't be below 0"),
     ):
         with pytest.raises(SystemExit):
             tables.main([*two, *flags])
@@ -238,7 +272,7 @@ def test_flags_are_checked_before_anything_is_read(two, tmp_path, capsys):
 def test_neither_jax_nor_tensorflow_is_loaded(two):
     code = (
         "import sys; from richhf_jax import tables\n"
-        f"tables.main([{two[0]!r}, '--bootstrap=5', '--format=html'])\n"
+        f"tables.main([{two[0]!r}, '--bootstrap=50', '--format=html'])\n"
         "assert not {'jax', 'jaxlib', 'flax', 'tensorflow'} & set(sys.modules)"
     )
     result = subprocess.run(
