@@ -5,12 +5,18 @@ missing one. Items and raters are numbers from 0; a rater has at most one answer
 says otherwise. A statistic that the answers don't define, such as the agreement on a single item, is NaN.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 # Section 3.4 of the paper: raters agree well on a score if their answers are at most one step apart.
 GOOD_AGREEMENT_STEPS = 1
+
+
+def defined(value: float) -> float | None:
+    """Returns a statistic as a JSON value: None if it isn't defined."""
+    return None if math.isnan(value) else value
 
 
 def spread_histogram(items: np.ndarray, values: np.ndarray, steps: int) -> np.ndarray:

@@ -25,6 +25,12 @@ def for_terminal(text: str) -> str:
     return "".join(_escaped(c) if _controls(c) else c for c in text)
 
 
+def excerpt(text: str) -> str:
+    """Returns the beginning of a text for a message, at most 60 characters, as `for_terminal` returns it."""
+    text = for_terminal(text)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def lines_for_terminal(text: str) -> str:
     r"""Returns a text of ours with its line breaks, each line as `for_terminal` returns it.
 

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +23,7 @@ from etils import epath
 from richhf_jax import bootstrap, errors, foreign_text, image_values, metrics, reading, writing
 from richhf_jax.image_values import ImageValues
 from richhf_jax.pages import published
-from richhf_jax.pages.table_formats import FORMATS, PAPER_TABLES, Row, rows_of
+from richhf_jax.pages.table_formats import FORMATS, PAPER_TABLES, Row, formatted, rows_of
 
 # The fewest that have percentiles of 2.5 %, and the most that take minutes.
 _RESAMPLES = 40, 100_000
@@ -228,12 +227,9 @@ def _check_out(out: pathlib.Path, directories: Sequence[str]) -> None:
     if out.is_dir():
         raise errors.UserError(f"--out={out} is a folder: name a file")
     writing.check_file(str(out))
-    if out.name in _RESULTS and any(out.resolve().parent == _resolved(find(one)) for one in directories):
+    folder = out.resolve().parent
+    if out.name in _RESULTS and any(folder == pathlib.Path(find(one)).resolve() for one in directories):
         raise errors.UserError(f"--out={out} is a file of an evaluation: name another file")
-
-
-def _resolved(folder: epath.Path) -> pathlib.Path:
-    return pathlib.Path(folder).resolve()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -276,14 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if not any(rows_of(table, rows) for table in PAPER_TABLES):
         raise errors.UserError("the evaluations have no figure of the paper's tables")
-    text = FORMATS[options.format](PAPER_TABLES, rows, notes)
-    if options.format == "csv" and any(foreign_text.is_formula(row.name) for row in rows):
-        print("a name looks like a formula: import it as text into a spreadsheet", file=sys.stderr)
-    if not options.out:
-        return print(text)
-    with writing.explained_disk_errors(options.out):
-        writing.write(options.out, text + "\n")
-    print(options.out)
+    writing.write_or_print(formatted(options.format, PAPER_TABLES, rows, notes), options.out)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,19 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_or_print(text: str, path: str | None) -> None:
+    """Writes a text and a line break to a file, and prints the file's name; without a file, prints the text.
+
+    Raises:
+      errors.UserError: the file can't be written.
+    """
+    if not path:
+        return print(text)
+    with explained_disk_errors(path):
+        write(path, text + "\n")
+    print(path)
+
+
 def move(new: epath.PathLike, final: epath.PathLike) -> None:
     """Gives a finished file or directory its final name, in place of a file or an empty directory there.
 

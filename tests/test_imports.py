@@ -50,7 +50,7 @@ word_table         |                |
 corruption         | tensorflow     | preprocessors word_table
 datasets           | tensorflow torch | agreement corruption foreign_text inputs locking reading
                                         word_table writing
-annotate           |                | datasets foreign_text inputs reading writing
+annotate           |                | agreement datasets foreign_text inputs reading writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 bootstrap          |                | metrics
@@ -85,7 +85,7 @@ export             | jax tensorflow | augmentation convert foreign_text model_de
 trainer            | jax            | losses models partitioning train_state
 benchmarks         | jax tensorflow | costs datasets device_memory export keywords model_description
                                       models network partitioning predict torch_twin train_state
-                                      trainer
+                                      trainer writing
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
                                       partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing

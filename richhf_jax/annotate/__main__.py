@@ -11,6 +11,7 @@ taken, and the exit code is 3.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -56,9 +57,8 @@ def init(options: argparse.Namespace) -> int:
     return _told_failures(failures, gold.keys() - {item.id for item in items})
 
 
-def add(options: argparse.Namespace) -> int:
+def add(store: Store, options: argparse.Namespace) -> int:
     """Adds images to a project, or changes the order. Returns the exit code."""
-    store = Store(options.project)
     if not (options.images or options.order):
         raise errors.UserError("nothing to add: give --images or --order")
     gold = intake.read_gold(options.gold) if options.gold else {}
@@ -72,7 +72,6 @@ def add(options: argparse.Namespace) -> int:
         print(f"{store.add_items(items):,} new images")
     if options.order:
         _set_order(store, options.order, intake.read_order(options.order))
-    store.close()
     return _told_failures(failures, gold.keys() - taken)
 
 
@@ -94,9 +93,8 @@ def _told_failures(failures: Sequence[str], lost_gold: set[str]) -> int:
     return SOME_FAILED if failures else 0
 
 
-def raters(options: argparse.Namespace) -> int:
+def raters(store: Store, options: argparse.Namespace) -> int:
     """Adds raters, gives them new links, or deactivates them."""
-    store = Store(options.project)
     ids = {person.name: person.id for person in store.people()}
     for name in options.names:
         if options.action == "deactivate":
@@ -106,34 +104,28 @@ def raters(options: argparse.Namespace) -> int:
         else:
             secret = store.add_rater(name) if options.action == "add" else store.renew(name)
             print(f"{for_terminal(name)}\t{options.url}/r/{secret}")
-    store.close()
     return 0
 
 
-def manager(options: argparse.Namespace) -> int:
+def manager(store: Store, options: argparse.Namespace) -> int:
     """Prints a new link for the manager; the earlier one is void."""
-    store = Store(options.project)
     print(f"{options.url}/m/{store.make_manager()}")
-    store.close()
     return 0
 
 
-def serve(options: argparse.Namespace) -> int:
+def serve(store: Store, options: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
     from richhf_jax.annotate import server
 
-    store = Store(options.project)
     if options.host not in ("127.0.0.1", "::1", "localhost"):
         print(_EXPOSED.format(port=options.port), file=sys.stderr)
     print(f"serving {options.project} at http://{options.host}:{options.port}; Ctrl-C ends it")
     server.serve(store, options.host, options.port)
-    store.close()
     return 0
 
 
-def status(options: argparse.Namespace) -> int:
+def status(store: Store, options: argparse.Namespace) -> int:
     """Prints how far the project and each rater are."""
-    store = Store(options.project)
     answers = list(store.answers(finished=False))
     counts = collections.Counter(a.item.id for a in transfer.counted(store))
     ordinary = [item.id for item in store.items() if item.gold is None]
@@ -156,14 +148,12 @@ def status(options: argparse.Namespace) -> int:
             f" {f'{statistics.mean(scores):.2f}' if scores else '–':>6}"
             f"{'' if person.active else ' (deactivated)'}"
         )
-    store.close()
     return 0
 
 
-def export(options: argparse.Namespace) -> int:
+def export(store: Store, options: argparse.Namespace) -> int:
     """Writes the answers that count."""
     writing.check_file(options.out)
-    store = Store(options.project)
     with writing.explained_disk_errors(options.out):
         if options.format == "label-studio":
             tasks = transfer.label_studio_tasks(store, options.names)
@@ -179,13 +169,11 @@ def export(options: argparse.Namespace) -> int:
             with writing.atomic(options.out) as new, new.open("w", encoding="utf-8") as file:
                 count = sum(bool(file.write(line)) for line in lines)
             print(f"{options.out}: {count - (options.format == 'scores'):,} answers")
-    store.close()
     return 0
 
 
-def import_(options: argparse.Namespace) -> int:
+def import_(store: Store, options: argparse.Namespace) -> int:
     """Takes answers from a file, all or none."""
-    store = Store(options.project)
     with (
         writing.explained_disk_errors(options.file, "Name a file that can be read"),
         open(options.file, "rb", opener=reading.regular) as file,
@@ -195,17 +183,14 @@ def import_(options: argparse.Namespace) -> int:
         else:
             given = transfer.read_raw(options.file, bounded_lines(file))
         print(f"{store.add_answers(given):,} answers taken")
-    store.close()
     return 0
 
 
-def backup(options: argparse.Namespace) -> int:
+def backup(store: Store, options: argparse.Namespace) -> int:
     """Copies the database while the server may run."""
     writing.check_file(options.out)
-    store = Store(options.project)
     with writing.explained_disk_errors(options.out):
         store.backup(pathlib.Path(options.out))
-    store.close()
     print(
         f"{options.out}: the database; it holds neither {project.CONFIG} and {project.GUIDELINES}"
         f" nor {project.IMAGES}/"
@@ -299,7 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits the process."""
     options = parse(arguments)
     with writing.explained_disk_errors(options.project):
-        sys.exit(options.run(options))
+        if options.run is init:
+            sys.exit(init(options))
+        with contextlib.closing(Store(options.project)) as store:
+            sys.exit(options.run(store, options))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def to_rating(
         "rater_id": rater_id,
         "image_size": {"width": size[0], "height": size[1]},
         "tool_version": _TOOL_VERSION,
-        "point_radius": f"height/{1 / radius:g}",
+        "point_radius": ratings.radius_rule(radius),
     }
     try:
         return ratings.parse_rating(json.dumps(fields, allow_nan=False))

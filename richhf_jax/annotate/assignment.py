@@ -13,9 +13,10 @@ from typing import Any
 
 from richhf_jax.annotate.project import Config
 
+# Places of an item that others take. Where _FREE counts them, the rater has none.
 _TAKEN = """(
     SELECT count(*) FROM answers
-    WHERE answers.item = items.number AND answers.excluded IS NULL
+    WHERE answers.item = items.number AND answers.person != :person AND answers.excluded IS NULL
     AND (answers.state = 'done' OR answers.state = 'draft' AND answers.expires > :now))"""
 _MINE = "(SELECT 1 FROM answers WHERE answers.item = items.number AND answers.person = :person)"
 _FREE = f"""
@@ -52,8 +53,7 @@ def calibration_numbers(db: sqlite3.Connection, config: Config) -> list[int]:
 
 def other_places(db: sqlite3.Connection, item: int, person: int, now: float) -> int:
     """Returns how many places of an item others take."""
-    query = f"SELECT {_TAKEN.replace('answers.excluded', 'answers.person != :person AND answers.excluded')}"
-    query += " FROM items WHERE number = :item"
+    query = f"SELECT {_TAKEN} FROM items WHERE number = :item"
     return db.execute(query, {"item": item, "person": person, "now": now}).fetchone()[0]
 
 

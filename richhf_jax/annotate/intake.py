@@ -16,7 +16,7 @@ import tqdm
 
 from richhf_jax import errors, feedback, inputs, reading, writing
 from richhf_jax.annotate import answers, project
-from richhf_jax.annotate.store import Item
+from richhf_jax.annotate.records import Item
 from richhf_jax.datasets import ratings
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs import containers, images

@@ -5,7 +5,10 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from richhf_jax import feedback
+from richhf_jax.agreement import rater_scores
 from richhf_jax.annotate import transfer
 from richhf_jax.annotate.project import Config
 from richhf_jax.annotate.records import Answer, Item, Person
@@ -27,6 +30,7 @@ def overview(store: Store) -> dict[str, Any]:
     wanted = [item for item in items if item.gold is None]
     has_practice = config.calibration_items > 0 and len(wanted) < len(items)
     raters = [person for person in store.people() if not person.is_manager]
+    scores = _scores(counted.values(), config)
     return {
         "title": config.title,
         "counts": {
@@ -37,7 +41,7 @@ def overview(store: Store) -> dict[str, Any]:
         },
         "has_practice": has_practice,
         "scales": [scale.name for scale in config.scales],
-        "raters": [_rater(rater, answers, counted.values(), config) for rater in raters],
+        "raters": [_rater(rater, answers, scores) for rater in raters],
         "items": sorted((_item(item, by_item[item.id], config) for item in wanted), key=_worst_first),
     }
 
@@ -49,8 +53,7 @@ def agreement(store: Store) -> dict[str, Any]:
       errors.UserError: the project doesn't ask all that raw ratings have.
     """
     images: dict[str, list[ratings.Rating]] = collections.defaultdict(list)
-    for line in transfer.raw_lines(store):
-        rating = ratings.parse_rating(line)
+    for rating in transfer.counted_ratings(store):
         images[rating.image_id].append(rating)
     found = rater_agreement.RaterAgreement()
     for given in images.values():
@@ -60,7 +63,7 @@ def agreement(store: Store) -> dict[str, Any]:
 
 def item_view(store: Store, item: Item) -> dict[str, Any]:
     """Returns the values of the page of one image, with all its answers."""
-    answers = [a for a in store.answers(finished=False) if a.item.id == item.id and a.state != "draft"]
+    answers = [a for a in store.answers(finished=False, item_id=item.id) if a.state != "draft"]
     tokens = feedback.tokenize_prompt(item.prompt)
     counted = sum(answer.excluded is None and answer.state == "done" for answer in answers)
     return {
@@ -98,12 +101,22 @@ def _finished(answers: Iterable[Answer]) -> list[Answer]:
     return [answer for answer in answers if answer.state == "done"]
 
 
-def _rater(
-    rater: Person, answers: list[Answer], images: Iterable[list[Answer]], config: Config
-) -> dict[str, Any]:
+def _scores(images: Iterable[list[Answer]], config: Config) -> dict[str, dict[int, dict[str, float]]]:
+    """Returns scale -> rater -> `rater_scores`, of the finished answers on each image."""
+    rows = [(image, answer) for image, given in enumerate(images) for answer in given]
+    items = np.array([image for image, _ in rows], int)
+    raters = np.array([answer.person.id for _, answer in rows], int)
+    columns = {
+        scale.name: np.array([answer.answer["ratings"][scale.name] for _, answer in rows])
+        for scale in config.scales
+    }
+    return {name: rater_scores(items, raters, column) for name, column in columns.items()}
+
+
+def _rater(rater: Person, answers: list[Answer], scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
     own = [answer for answer in answers if answer.person.id == rater.id and not answer.is_calibration]
     done = _finished(own)
-    scores = [answer.score for answer in done if answer.score is not None]
+    gold = [answer.score for answer in done if answer.score is not None]
     return {
         "id": rater.id,
         "name": rater.name,
@@ -112,20 +125,9 @@ def _rater(
         "done": len(done),
         "skipped": sum(answer.state in ENDINGS for answer in own),
         "seconds": statistics.median(answer.seconds for answer in done) if done else None,
-        "gold": statistics.fmean(scores) if scores else None,
-        "scores": {scale.name: _against_others(rater, scale.name, images) for scale in config.scales},
+        "gold": statistics.fmean(gold) if gold else None,
+        "scores": {scale: of_raters.get(rater.id) for scale, of_raters in scores.items()},
     }
-
-
-def _against_others(rater: Person, scale: str, images: Iterable[list[Answer]]) -> tuple[float, float] | None:
-    """Returns the mean and standard deviation of a rater's answers minus the others' mean, image by image."""
-    apart = []
-    for answers in images:
-        ratings = {answer.person.id: answer.answer["ratings"][scale] for answer in answers}
-        own = ratings.pop(rater.id, None)
-        if own is not None and ratings:
-            apart.append(own - statistics.fmean(ratings.values()))
-    return (statistics.fmean(apart), statistics.pstdev(apart)) if apart else None
 
 
 def _item(item: Item, answers: list[Answer], config: Config) -> Mapping[str, Any]:

@@ -133,7 +133,7 @@ def write_config(folder: pathlib.Path, config: Config) -> None:
     """
     fields = dataclasses.asdict(config)
     writing.write(folder / GUIDELINES, fields.pop("guidelines"))
-    fields["point_radius"] = f"height/{1 / config.point_radius:g}"
+    fields["point_radius"] = ratings.radius_rule(config.point_radius)
     writing.write(folder / CONFIG, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 

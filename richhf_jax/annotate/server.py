@@ -384,11 +384,10 @@ class Server:
     async def _any_item(self, request: Request) -> Item:
         """Returns the item of a manager's request."""
         await self._person(request, is_manager=True)
-        name = request.path_params["item"]
-        items = await run_in_threadpool(lambda: [item for item in self._store.items() if item.id == name])
-        if not items:
+        item = await run_in_threadpool(self._store.item, request.path_params["item"])
+        if item is None:
             raise HTTPException(404, "There is no such image.")
-        return items[0]
+        return item
 
     async def _write(
         self, request: Request, fields: Mapping[str, type] = ANSWER_FIELDS

@@ -31,19 +31,6 @@ from richhf_jax.datasets import ratings
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import printable
 
-__all__ = [
-    "Answer",
-    "Closed",
-    "Conflict",
-    "Incomplete",
-    "Item",
-    "NotYours",
-    "Person",
-    "Progress",
-    "Store",
-    "Work",
-]
-
 # Raters who skip an item, or call it broken, until it goes to the manager.
 _SKIPS = 2
 # An item that the manager gives to a rater is kept for them for a week.
@@ -154,6 +141,12 @@ class Store(People):
         """Yields all items, in the order in which they were added."""
         with self._database.connection() as db:
             yield from map(records.item, db.execute("SELECT * FROM items ORDER BY number"))
+
+    def item(self, item_id: str) -> Item | None:
+        """Returns an item; None where there is none of this id."""
+        with self._database.connection() as db:
+            row = db.execute("SELECT * FROM items WHERE id = ?", (item_id,)).fetchone()
+        return row and records.item(row)
 
     def image_path(self, item: Item) -> pathlib.Path:
         """Returns the path of an item's image."""
@@ -406,12 +399,18 @@ class Store(People):
 
     # The manager's part.
 
-    def answers(self, finished: bool = True) -> Iterator[Answer]:
-        """Yields answers in the order in which they were begun; with `finished`, those of state "done"."""
+    def answers(self, finished: bool = True, item_id: str | None = None) -> Iterator[Answer]:
+        """Yields answers in the order in which they were begun.
+
+        Args:
+          finished: leaves out those of other states than "done".
+          item_id: leaves out those on other items.
+        """
+        conditions = "(NOT ? OR answers.state = 'done') AND (? IS NULL OR items.id = ?)"
         with self._database.connection() as db:
             people = {row["id"]: records.person(row) for row in db.execute("SELECT * FROM people")}
-            condition = " WHERE answers.state = 'done'" if finished else ""
-            for row in db.execute(f"{records.ANSWERS_BESIDE_ITEMS}{condition} ORDER BY answers.id"):
+            query = f"{records.ANSWERS_BESIDE_ITEMS} WHERE {conditions} ORDER BY answers.id"
+            for row in db.execute(query, (finished, item_id, item_id)):
                 yield records.answer(row, people[row["person"]])
 
     def for_manager(self) -> list[str]:

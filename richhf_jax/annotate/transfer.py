@@ -15,7 +15,8 @@ from xml.sax import saxutils
 
 from richhf_jax import errors, feedback
 from richhf_jax.annotate import answers as forms
-from richhf_jax.annotate.store import Answer, Item, Store
+from richhf_jax.annotate.records import Answer, Item
+from richhf_jax.annotate.store import Store
 from richhf_jax.datasets import ratings
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import InputError, parsed_json
@@ -37,15 +38,23 @@ def counted(store: Store) -> Iterator[Answer]:
     return (a for a in store.answers() if a.excluded is None and a.item.gold is None)
 
 
-def raw_lines(store: Store, names: bool = False) -> Iterator[str]:
-    """Yields lines of raw ratings, for `datasets.consolidate`.
+def counted_ratings(store: Store, names: bool = False) -> Iterator[ratings.Rating]:
+    """Yields the answers that count as raw ratings.
 
     Raises:
       errors.UserError: the project doesn't ask all that raw ratings have.
     """
     _check_complete(store)
     for answer in counted(store):
-        yield _rating(store, answer, names).to_json() + "\n"
+        item, rater = answer.item, rater_name(answer, names)
+        size, radius = (item.width, item.height), store.config.point_radius
+        yield forms.to_rating(answer.answer, item.id, item.prompt, size, rater, radius)
+
+
+def raw_lines(store: Store, names: bool = False) -> Iterator[str]:
+    """Yields lines of raw ratings, for `datasets.consolidate`; raises as `counted_ratings`."""
+    for rating in counted_ratings(store, names):
+        yield rating.to_json() + "\n"
 
 
 def scores_csv(store: Store, names: bool = False) -> Iterator[str]:
@@ -69,18 +78,6 @@ def _check_complete(store: Store) -> None:
             f"{store.folder}: raw ratings have both kinds of points, words and four scales, and config.json"
             " asks only some: export with --format=scores"
         )
-
-
-def _rating(store: Store, answer: Answer, names: bool) -> ratings.Rating:
-    item = answer.item
-    return forms.to_rating(
-        answer.answer,
-        item.id,
-        item.prompt,
-        (item.width, item.height),
-        rater_name(answer, names),
-        store.config.point_radius,
-    )
 
 
 # Label Studio.

@@ -15,8 +15,6 @@ same type: both round to that type, but not in the same places.
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
 import sys
 import time
@@ -27,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from richhf_jax import errors, writing
+from richhf_jax import errors
+from richhf_jax.benchmarks import json_file
 from richhf_jax.network import attention_kernel, layers
 
 KERNELS = ("xla", "cudnn")
@@ -269,9 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--dropout_rate", type=float, default=0.0, help="of the weights (default 0)")
     parser.add_argument("--turns", type=int, default=5, help=f"of {TURN} calls, each kernel's (default 5)")
-    parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file, row by row"
-    )
+    json_file.add_flag(parser, ", row by row")
     return parser
 
 
@@ -284,8 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}")
+    json_file.check(parser, options.json)
     if min(options.batch_size, options.turns) < 1:
         parser.error("--batch_size and --turns must be at least 1")
     if not 0 <= options.dropout_rate < 1:
@@ -305,8 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in compare(shape, options.batch_size, options.dtype, options.dropout_rate, options.turns):
             print(line(row), flush=True)
             content["rows"].append(row)
-            if options.json:
-                writing.write(options.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
+            json_file.write(options.json, content)
     if not all(row["agree"] for row in content["rows"]):
         sys.exit(1)
 

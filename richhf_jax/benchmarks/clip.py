@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import pathlib
 import statistics
 import tempfile
@@ -22,7 +21,8 @@ import gin
 import numpy as np
 from PIL import Image
 
-from richhf_jax import RahfPredictor, clip_tokens, errors, feedback, gin_utils, writing
+from richhf_jax import RahfPredictor, clip_tokens, errors, feedback, gin_utils
+from richhf_jax.benchmarks import json_file
 from richhf_jax.benchmarks.predict import WORDS
 from richhf_jax.convert import __main__ as convert
 
@@ -30,11 +30,12 @@ _VOCABULARY = pathlib.Path(__file__).parents[2] / "tasks/clip_small.json"
 Pairs = Sequence[tuple[bytes, str]]
 
 
-def save_transformers(network: Any, folder: pathlib.Path) -> Any:
-    """Makes transformers' model with random weights, and saves it with the small vocabulary.
+def save_transformers(network: Any, tokens: clip_tokens.ClipTokens, folder: pathlib.Path) -> Any:
+    """Makes transformers' model with random weights, and saves it with a vocabulary.
 
     Args:
       network: our `network.clip.Clip`, whose sizes are taken.
+      tokens: the vocabulary.
       folder: where to.
 
     Returns:
@@ -53,8 +54,7 @@ def save_transformers(network: Any, folder: pathlib.Path) -> Any:
             **more,
         }
 
-    tokens = clip_tokens.read(_VOCABULARY)
-    ends = {"bos_token_id": tokens.size - 2, "eos_token_id": tokens.size - 1}
+    ends = {"bos_token_id": tokens.start_id, "eos_token_id": tokens.end_id}
     text, vision = network.text_config, network.vision_config
     torch.manual_seed(0)
     model = transformers.CLIPModel(
@@ -84,13 +84,14 @@ def make(size: str, batch_size: int, folder: pathlib.Path) -> dict[str, Callable
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     gin.clear_config()
-    vocabulary = f"clip.TextConfig.vocab_size = {clip_tokens.read(_VOCABULARY).size}"
+    tokens = clip_tokens.read(_VOCABULARY)
+    vocabulary = f"clip.TextConfig.vocab_size = {tokens.size}"
     gin_utils.parse_gin_flags(
         gin_utils.DEFAULT_SEARCH_PATHS, ["models/clip_score.gin", f"sizes/{size}.gin"], [vocabulary]
     )
     model, side, length = map(gin_utils.macro, ("MODEL", "IMAGE_SIDE", "TEXT_LENGTH"))
     weights, converted = folder / "weights", folder / "converted"
-    theirs = save_transformers(model.module, weights)
+    theirs = save_transformers(model.module, tokens, weights)
     description = convert.describe(
         model, [str(weights)], {"image": side, "inputs": length}, None, False, gin_utils.macro("FIT")
     )
@@ -166,10 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     number("--images", default=64, help="number of pictures; default %(default)s")
     number("--turns", default=5, help="number of turns; default %(default)s")
     parser.add_argument("--size", choices=SIZES, action="append", help="may be repeated; default: clip_b32")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
+    json_file.add_flag(parser)
     options = parser.parse_args(arguments)
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}")
+    json_file.check(parser, options.json)
     if min(options.batch_size, options.images, options.turns) < 1:
         parser.error("--batch-size, --images and --turns must be at least 1")
     all_figures = {}
@@ -180,8 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{size}: {figures['ours']:.1f} images/s, transformers {figures['transformers']:.1f}, ratio"
             f" {ratio:.2f}; cosines differ by at most {figures['largest_difference']:.1e}"
         )
-    if options.json:
-        writing.write(options.json, json.dumps(all_figures, indent=2, allow_nan=False) + "\n")
+    json_file.write(options.json, all_figures)
 
 
 if __name__ == "__main__":

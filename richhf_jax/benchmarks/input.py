@@ -12,7 +12,6 @@ machines differ and their load changes. The rates are medians of the turns.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import resource
@@ -32,7 +31,7 @@ import tqdm
 
 import tasks  # noqa: F401 (registers them)
 from richhf_jax import augmentation, errors, feedback, input_pipeline, writing
-from richhf_jax.benchmarks import noisy_scenes
+from richhf_jax.benchmarks import json_file, noisy_scenes
 from richhf_jax.datasets.rich_hf_18k import builder
 
 TASK = "rich_hf_18k_multi_head"
@@ -154,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no_augmentation", action="store_true", help="switch augmentation off, to see its cost"
     )
-    parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file"
-    )
+    json_file.add_flag(parser)
     parser.add_argument(
         "--data_dir",
         type=pathlib.Path,
@@ -165,8 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}")
+    json_file.check(parser, options.json)
     if min(options.examples, options.batch_size) < 1 or options.seconds <= 0:
         parser.error("--examples and --batch_size must be at least 1, --seconds above 0")
     if not 64 <= options.image_size <= 512:
@@ -188,8 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{figures['cores']} cores, {options.image_size} px, batches of {options.batch_size}, "
         f"{figures['seconds']:.0f} s, memory +{figures['memory_growth_bytes'] / 2**20:.0f} MiB at most"
     )
-    if options.json:
-        writing.write(options.json, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    json_file.write(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Look at the ratios: all ran in the same minutes.
 
 import argparse
 import itertools
-import json
 import pathlib
 import statistics
 import tempfile
@@ -27,8 +26,8 @@ import sentencepiece
 import tqdm
 from PIL import Image
 
-from richhf_jax import errors, gin_utils, inputs, model_description, prompt_encoders, writing
-from richhf_jax.benchmarks import steps
+from richhf_jax import errors, gin_utils, inputs, model_description, prompt_encoders
+from richhf_jax.benchmarks import json_file, steps
 from richhf_jax.predict import forward, pipeline, predictor
 from richhf_jax.predict.files import HEATMAP_FORMATS, PredictionFiles
 
@@ -183,10 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--turns", type=int, default=5, metavar="N", help="number of turns; default %(default)s"
     )
     parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated; default: all")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
+    json_file.add_flag(parser)
     options = parser.parse_args(arguments)
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}")
+    json_file.check(parser, options.json)
     if min(options.batch_size, options.turns) < 1:
         parser.error("--batch-size and --turns must be at least 1")
     figures = {name: measure(name, options.batch_size, options.turns) for name in options.case or CASES}
@@ -197,8 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case, found in figures.items():
         cells = [f"{found[name]:.1f} ({found[name] / found['bare']:.2f})" for name in names]
         print(f"{case:22}" + "".join(f"{cell:>14}" for cell in cells))
-    if options.json:
-        writing.write(options.json, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    json_file.write(options.json, figures)
 
 
 if __name__ == "__main__":

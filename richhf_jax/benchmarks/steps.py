@@ -19,10 +19,8 @@ gin changes other settings of the model: --gin.REMAT_POLICY=minimal, --gin.SCAN_
 import argparse
 import functools
 import gc
-import json
 import math
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -37,8 +35,9 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from richhf_jax import errors, feedback, gin_utils, models, partitioning, writing
+from richhf_jax import errors, feedback, gin_utils, models, partitioning
 from richhf_jax import trainer as trainer_lib
+from richhf_jax.benchmarks import json_file
 from richhf_jax.costs import chips, counter
 from richhf_jax.network import rahf
 
@@ -345,9 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8, help="images a step (default 8)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind (default 20)")
     parser.add_argument("--torch", action="store_true", help="measure PyTorch, too; both then use one device")
-    parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file"
-    )
+    json_file.add_flag(parser)
     parser.add_argument(
         "--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="or --gin.NAME=VALUE"
     )
@@ -360,8 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(gin_utils.rewrite_gin_args(arguments))
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}")
+    json_file.check(parser, options.json)
     if min(options.batch_size, options.steps) < 1:
         parser.error("--batch_size and --steps must be at least 1")
     rows = []
@@ -369,9 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = make_model(options.preset, variant, options.gin_bindings)
         rows += measure_variant(model, options.batch_size, options.steps, options.torch)
         gc.collect()  # The next variant needs the memory.
-    if options.json:
-        content = {**_setting(options, cast(rahf.Rahf, model.module)), "steps": rows}
-        writing.write(options.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    content = {**_setting(options, cast(rahf.Rahf, model.module)), "steps": rows}
+    json_file.write(options.json, content)
 
 
 def _setting(options: argparse.Namespace, module: rahf.Rahf) -> dict[str, Any]:

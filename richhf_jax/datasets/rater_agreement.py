@@ -1,7 +1,6 @@
 """Collects how the raters of raw ratings agree, image by image; the statistics are those of `agreement`."""
 
 import collections
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -67,10 +66,10 @@ class RaterAgreement:
             "agreement": {kind: _scores(items, raters, column) for kind, column in columns.items()},
             "word_agreement": {
                 "words": int(np.sum(voters > 1)),
-                "fleiss_kappa": _finite(agreement.fleiss_kappa(positive, voters)),
+                "fleiss_kappa": agreement.defined(agreement.fleiss_kappa(positive, voters)),
             },
             "point_agreement": {
-                kind: {name: _finite(value) for name, value in distances.summary().items()}
+                kind: {name: agreement.defined(value) for name, value in distances.summary().items()}
                 for kind, distances in self._maps.items()
             },
             "rater_scores": self._rater_scores(items, raters, columns),
@@ -94,8 +93,8 @@ def _scores(items: np.ndarray, raters: np.ndarray, values: np.ndarray) -> dict:
         "histogram": histogram.tolist(),
         "perfect_share": int(histogram[0]) / count,
         "good_share": int(histogram[: agreement.GOOD_AGREEMENT_STEPS + 1].sum()) / count,
-        "krippendorff_alpha": _finite(agreement.krippendorff_alpha(items, values)),
-        "icc2k": _finite(icc),
+        "krippendorff_alpha": agreement.defined(agreement.krippendorff_alpha(items, values)),
+        "icc2k": agreement.defined(icc),
         "k": k,
     }
 
@@ -108,7 +107,3 @@ def _small_map(rating: ratings.Rating, kind: str) -> np.ndarray:
     disks = consolidate.point_heatmap(rating.points[kind], rating.height, rating.width, radius)
     picture = Image.fromarray(disks.astype(np.uint8) * 255)
     return np.asarray(picture.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.BOX)) / 255
-
-
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else value

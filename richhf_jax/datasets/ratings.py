@@ -71,7 +71,7 @@ class Rating:
                 "token_labels": self.token_labels,
                 "ratings": self.ratings,
                 "tool_version": self.tool_version,
-                "point_radius": f"height/{1 / self.point_radius:g}",
+                "point_radius": radius_rule(self.point_radius),
             },
             ensure_ascii=False,
         )
@@ -138,8 +138,7 @@ def read_ratings(lines: Iterable[str | bytes]) -> Iterator[tuple[int, Rating | R
 
 
 def _show(value) -> str:
-    text = foreign_text.for_terminal(json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= 60 else text[:57] + "..."
+    return foreign_text.excerpt(json.dumps(value, ensure_ascii=False))
 
 
 def _get(fields: dict, name: str, kind: type, wanted: str, where: str = ""):
@@ -196,6 +195,11 @@ def _labels(fields: dict, prompt: str) -> tuple[int, ...]:
     if len(labels) != len(tokens):
         raise RatingError(f"{len(labels)} token_labels but {len(tokens)} prompt tokens")
     return tuple(labels)
+
+
+def radius_rule(radius: float) -> str:
+    """Writes the radius of a point's disk as raw ratings do: 0.05 -> "height/20"."""
+    return f"height/{1 / radius:g}"
 
 
 def parse_radius(rule: Any) -> float:

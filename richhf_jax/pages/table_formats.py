@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -402,3 +403,10 @@ FORMATS = {
     "csv": format_csv,
     "html": format_html,
 }
+
+
+def formatted(form: str, tables: Sequence[Table], rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
+    """Formats the tables in one of FORMATS. Warns of names in a CSV that a spreadsheet may run."""
+    if form == "csv" and any(foreign_text.is_formula(row.name) for row in rows):
+        print("a name looks like a formula: import it as text into a spreadsheet", file=sys.stderr)
+    return FORMATS[form](tables, rows, notes)

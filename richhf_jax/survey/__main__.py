@@ -7,12 +7,11 @@ python -m richhf_jax.survey result ANSWERS.jsonl --format=html --out=survey.html
 import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
-from richhf_jax import errors, foreign_text, reading, writing
+from richhf_jax import errors, reading, writing
 from richhf_jax.inputs.record import bounded_lines, reason
-from richhf_jax.pages.table_formats import FORMATS
+from richhf_jax.pages.table_formats import FORMATS, formatted
 from richhf_jax.survey import answers, statistics, tables
 
 # These show the figures of each prompt, too.
@@ -90,14 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes = tables.notes(result)
         if options.leave_out:
             notes.append(f"Left out: {', '.join(options.leave_out)}.")
-        text = FORMATS[options.format](tables.TABLES, rows, notes)
-        if options.format == "csv" and any(foreign_text.is_formula(row.name) for row in rows):
-            print("a name looks like a formula: import it as text into a spreadsheet", file=sys.stderr)
-    if not options.out:
-        return print(text)
-    with writing.explained_disk_errors(options.out):
-        writing.write(options.out, text + "\n")
-    print(options.out)
+        text = formatted(options.format, tables.TABLES, rows, notes)
+    writing.write_or_print(text, options.out)
 
 
 if __name__ == "__main__":

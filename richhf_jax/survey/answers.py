@@ -109,8 +109,7 @@ def read_answers(lines: Iterable[str | bytes]) -> Iterator[tuple[int, Answer | A
 
 
 def _show(value: Any) -> str:
-    text = foreign_text.for_terminal(repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."
+    return foreign_text.excerpt(repr(value))
 
 
 def _text(fields: dict, name: str) -> str:

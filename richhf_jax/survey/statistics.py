@@ -182,6 +182,7 @@ def result(answers: Sequence[Answer], generators: Sequence[str] = ()) -> dict:
     ends = np.array([sorted((order[answer.left], order[answer.right])) for answer in real])
     values = np.array([a.of(generators[i]) for a, i in zip(real, ends[:, 0], strict=True)])
     texts = {answer.prompt_id: answer.prompt for answer in real}
+    ids = sorted(texts)
     pairs, by_prompt = [], []
     for first, second in itertools.combinations(range(len(generators)), 2):
         own = (ends == (first, second)).all(1)
@@ -189,8 +190,7 @@ def result(answers: Sequence[Answer], generators: Sequence[str] = ()) -> dict:
             names = {"first": generators[first], "second": generators[second]}
             pairs.append(names | _pair(prompts[own], raters[own], values[own]))
             for number, counts in zip(*_counts_by_prompt(prompts[own], values[own]), strict=True):
-                key = sorted(texts)[number]
-                row = {"prompt_id": key, "prompt": texts[key]} | names
+                row = {"prompt_id": ids[number], "prompt": texts[ids[number]]} | names
                 by_prompt.append(row | {"counts": counts.tolist(), "win_rate": _win_rate(counts)})
     return {
         "answers": len(real),
@@ -231,7 +231,7 @@ def _pair(prompts: np.ndarray, raters: np.ndarray, values: np.ndarray) -> dict:
         "win_rate": win_rate,
         "win_rate_interval": of_win_rate,
         "sign_test": {"better": better, "worse": worse, "tied": tied, "p": p},
-        "krippendorff_alpha": _finite(agreement.krippendorff_alpha(prompts, values)),
+        "krippendorff_alpha": agreement.defined(agreement.krippendorff_alpha(prompts, values)),
     }
 
 
@@ -291,7 +291,3 @@ def _checks(answers: Sequence[Answer]) -> dict:
 
 def _interval(row: np.ndarray) -> list[float] | None:
     return None if np.isnan(row).any() else row.tolist()
-
-
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from richhf_jax import feedback
+from richhf_jax import agreement, feedback
 from richhf_jax.datasets import rater_agreement, ratings
 from richhf_jax.inputs import containers, images
 
@@ -97,8 +97,8 @@ class Scores:
         variance = self._sum_of_squares / count - mean**2 if count else math.nan
         return {
             "count": count,
-            "mean": _finite(mean),
-            "sd": _finite(math.sqrt(max(variance, 0)) if count else math.nan),
+            "mean": agreement.defined(mean),
+            "sd": agreement.defined(math.sqrt(max(variance, 0)) if count else math.nan),
             "histogram": self._histogram.tolist(),
             "missing": self._missing.summary(),
             "out_of_range": self._out_of_range.summary(),
@@ -302,10 +302,6 @@ class Statistics:
 
 def _share(part: float, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _quantile(lengths: Sequence[tuple[int, int]], share: float) -> int:
