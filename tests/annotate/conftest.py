@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from richhf_jax import feedback
-from richhf_jax.annotate import answers, project, server, store
+from richhf_jax.annotate import answers, project, records, server, store
 
 WIDTH, HEIGHT = 640, 480
 PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", "a boat")
@@ -38,7 +38,7 @@ def make_store(tmp_path):
                     "ratings": dict.fromkeys(feedback.SCORES, 4),
                 }
             # Images come in the order of the prompts.
-            items.append(store.Item(f"train/{i}.png", prompt, f"{i}.png", WIDTH, HEIGHT, right, -i))
+            items.append(records.Item(f"train/{i}.png", prompt, f"{i}.png", WIDTH, HEIGHT, right, -i))
         config = project.Config(**settings)
         return store.Store.create(folder, config, items)
 

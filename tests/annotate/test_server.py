@@ -10,7 +10,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from richhf_jax import feedback
-from richhf_jax.annotate import server
+from richhf_jax.annotate import server, web
 
 ORIGIN = {"Origin": "http://testserver"}
 ITEM = "/api/items/train%2F0.png"
@@ -64,11 +64,11 @@ def test_a_link_becomes_a_cookie(client, secret):
 
 def test_wrong_secrets_are_limited(store, secret):
     now = [0.0]
-    attempts = server.Attempts(lambda: now[0])
+    attempts = web.Attempts(lambda: now[0])
     assert attempts.person(store, "here", secret)
-    for _ in range(server.MAX_WRONG):
+    for _ in range(web.MAX_WRONG):
         assert attempts.person(store, "here", "wrong") is None
-    with pytest.raises(server.HTTPException, match="Too many wrong links"):
+    with pytest.raises(web.HTTPException, match="Too many wrong links"):
         attempts.person(store, "here", "wrong")
     # Who was there before goes on working, and so do other addresses.
     assert attempts.person(store, "here", secret)
@@ -78,8 +78,8 @@ def test_wrong_secrets_are_limited(store, secret):
 
 
 def test_the_limit_holds_for_links_and_cookies(client):
-    statuses = [client.get("/r/wrong").status_code for _ in range(server.MAX_WRONG + 1)]
-    assert statuses == [403] * server.MAX_WRONG + [429]
+    statuses = [client.get("/r/wrong").status_code for _ in range(web.MAX_WRONG + 1)]
+    assert statuses == [403] * web.MAX_WRONG + [429]
     client.cookies.set("rater", "guess")
     assert client.get("/api/next").status_code == 429
 
@@ -163,7 +163,7 @@ def test_broken_bodies_are_refused(rater, sent):
 
 
 def test_a_huge_body_is_not_read(rater, secret):
-    assert rater.put(ITEM, content=b"x" * (server.MAX_BODY + 1), headers=ORIGIN).status_code == 413
+    assert rater.put(ITEM, content=b"x" * (web.MAX_BODY + 1), headers=ORIGIN).status_code == 413
     # Without a length: the server stops reading.
     read, sent = [], []
 
@@ -182,7 +182,7 @@ def test_a_huge_body_is_not_read(rater, secret):
     scope = {"type": "http", "method": "PUT", "path": "/api/items/train/0.png", "query_string": b""}
     anyio.run(rater.app, scope | {"headers": headers}, receive, send)
     assert sent[0]["status"] == 413
-    assert len(read) <= server.MAX_BODY // (1 << 16) + 1
+    assert len(read) <= web.MAX_BODY // (1 << 16) + 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import pytest
 
 from richhf_jax import errors
 from richhf_jax.annotate import answers, database, project
-from richhf_jax.annotate.store import Closed, Conflict, Incomplete, Item, NotYours, Store
+from richhf_jax.annotate.records import Closed, Conflict, Incomplete, Item, NotYours
+from richhf_jax.annotate.store import Store
 
 
 class Clock:
