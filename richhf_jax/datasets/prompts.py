@@ -111,6 +111,33 @@ class Description:
         return next(split for split, buckets in SPLIT_BUCKETS.items() if bucket in buckets)
 
 
+def parse(prompt: str) -> Description:
+    """Parses a prompt of this module's, whatever its opening and joint; the inverse of `Description.prompt`.
+
+    Raises:
+      ValueError: it isn't such a prompt.
+    """
+    opening = max((o for o in OPENINGS if prompt.startswith(o)), key=len)
+    rest = prompt[len(opening) :]
+    joint = next((j for j in LAST_JOINTS if j in rest), "")
+    parts = rest.replace(joint, ", ").split(", ") if joint else [rest]
+    description = Description(
+        opening, tuple(_parse_phrase(part, prompt) for part in parts), joint or LAST_JOINTS[0]
+    )
+    if description.prompt != prompt:
+        raise ValueError(f"{prompt!r} is no prompt of the synthetic world")
+    return description
+
+
+def _parse_phrase(text: str, prompt: str) -> Phrase:
+    count_word, *rest = text.split(" ")
+    size = rest.pop(0) if rest and rest[0] in SIZES else None
+    singular = {plural: shape for shape, plural in SHAPES.items()} | {shape: shape for shape in SHAPES}
+    if len(rest) != 2 or rest[0] not in COLOURS or rest[1] not in singular:
+        raise ValueError(f"{prompt!r} is no prompt of the synthetic world: see {text!r}")
+    return Phrase(ARTICLE if count_word == "an" else count_word, size, rest[0], singular[rest[1]])
+
+
 def choice(rng: np.random.Generator, items, weights=None):
     """Draws one of `items` and returns it unchanged (numpy's choice turns strings into numpy strings)."""
     if weights is None:
