@@ -31,7 +31,7 @@ _MAX_COUNT, _COST_OF_ONE_MORE = 4, 0.06
 # Pixels of a colour that are an object at least, and of a fragment of it.
 _MIN_PIXELS, _MIN_FRAGMENT = 16, 5
 # A template lies where at least this share of it is covered; the next one this many radii away.
-_MIN_COVERED, _APART = 0.25, 1.7
+_MIN_COVERED, _APART = 0.15, 1.7
 # First steps of the fit: x, y and radius as shares of the side, tilt in radians. Each round halves them.
 _STEPS, _ROUNDS = (0.008, 0.008, 0.006, 0.06), 4
 # Grey levels between the picture and what was painted again: where they are damage, and the most that counts.
