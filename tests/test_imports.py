@@ -50,7 +50,8 @@ word_table         |                |
 corruption         | tensorflow     | preprocessors word_table
 datasets           | tensorflow torch | agreement corruption foreign_text inputs locking reading
                                         word_table writing
-annotate           |                | agreement datasets foreign_text inputs reading writing
+pages              |                | foreign_text writing
+annotate           |                | agreement datasets foreign_text inputs pages reading writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 bootstrap          |                | metrics
@@ -61,7 +62,6 @@ clip_model         | jax            | losses models network shapes
 model_description  |                | allowed_values baselines checksums clip_model clip_tokens models
                                       network prompt_encoders reading writing
 optimizers         | jax            |
-pages              |                | foreign_text writing
 survey             |                | agreement foreign_text inputs pages reading writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text

@@ -10,17 +10,15 @@ taken, and the exit code is 3.
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import json
 import pathlib
-import statistics
 import sys
 from collections.abc import Sequence
 
 from richhf_jax import errors, inputs, reading, writing
-from richhf_jax.annotate import intake, project, transfer
+from richhf_jax.annotate import intake, manage, project, transfer
 from richhf_jax.annotate.store import Store
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import bounded_lines
@@ -126,27 +124,19 @@ def serve(store: Store, options: argparse.Namespace) -> int:
 
 def status(store: Store, options: argparse.Namespace) -> int:
     """Prints how far the project and each rater are."""
-    answers = list(store.answers(finished=False))
-    counts = collections.Counter(a.item.id for a in transfer.counted(store))
-    ordinary = [item.id for item in store.items() if item.gold is None]
-    finished = sum(counts[name] >= store.config.raters for name in ordinary)
-    print(f"{finished:,} of {len(ordinary):,} images have {store.config.raters} answers")
-    if waiting := store.for_manager():
-        print(f"{len(waiting):,} were skipped or called broken by two raters: {', '.join(waiting[:5])}")
+    found = manage.overview(store)
+    counts, waiting = found["counts"], found["waiting"]
+    print(f"{counts['finished']:,} of {counts['images']:,} images have {store.config.raters} answers")
+    if waiting:
+        names = ", ".join(map(for_terminal, waiting[:5]))
+        print(f"{len(waiting):,} were skipped or called broken by two raters: {names}")
     print(f"{'rater':20} {'done':>6} {'open':>6} {'skipped':>8} {'median s':>9} {'gold':>6}")
-    for person in store.people():
-        if person.is_manager:
-            continue
-        mine = [a for a in answers if a.person.id == person.id and not a.is_calibration]
-        states = collections.Counter(a.state for a in mine)
-        seconds = [a.seconds for a in mine if a.state == "done"]
-        scores = [a.score for a in mine if a.score is not None]
+    for rater in found["raters"]:
+        seconds, gold = rater["seconds"], rater["gold"]
         print(
-            f"{for_terminal(person.name):20} {states['done']:6} {states['draft']:6}"
-            f" {states['skipped'] + states['broken']:8}"
-            f" {statistics.median(seconds) if seconds else 0:9.0f}"
-            f" {f'{statistics.mean(scores):.2f}' if scores else '–':>6}"
-            f"{'' if person.active else ' (deactivated)'}"
+            f"{for_terminal(rater['name']):20} {rater['done']:6} {rater['open']:6} {rater['skipped']:8}"
+            f" {'–' if seconds is None else f'{seconds:.0f}':>9} {'–' if gold is None else f'{gold:.2f}':>6}"
+            f"{'' if rater['active'] else ' (deactivated)'}"
         )
     return 0
 

@@ -16,6 +16,10 @@ _SKIPS = 2
 _DONE = (
     "(SELECT count(*) FROM answers WHERE item = items.number AND answers.state = 'done' AND excluded IS NULL)"
 )
+_SKIPPED = (
+    "(SELECT count(DISTINCT person) FROM answers WHERE item = items.number"
+    " AND answers.state IN ('skipped', 'broken') AND excluded IS NULL)"
+)
 
 
 class RaterWork(Items):
@@ -132,17 +136,15 @@ class RaterWork(Items):
                     "broken" if broken else "skipped",
                     printable(reason),
                     self._clock(),
-                    None if row["gold"] is None else 0.0,
+                    # Nobody passes the first round by skipping it.
+                    0.0 if row["is_calibration"] else None,
                     row["id"],
                 ),
             )
-            skips = db.execute(
-                "SELECT count(DISTINCT person) FROM answers WHERE item = ? AND excluded IS NULL"
-                " AND state IN ('skipped', 'broken')",
-                (row["number"],),
-            ).fetchone()[0]
-            if skips >= _SKIPS:
-                db.execute("UPDATE items SET state = 'manager' WHERE number = ?", (row["number"],))
+            db.execute(
+                f"UPDATE items SET state = 'manager' WHERE number = ? AND {_SKIPPED} >= ?",
+                (row["number"], _SKIPS),
+            )
             if row["is_calibration"]:
                 self._end_round(db, person)
 
@@ -275,9 +277,15 @@ class RaterWork(Items):
         )
 
     def _reopen(self, db: sqlite3.Connection) -> None:
-        """Opens full items that lack answers: one was excluded, or `raters` was raised."""
+        """Opens full items that lack answers, and those of the manager that too few raters have skipped.
+
+        For an answer was excluded, or `raters` was raised.
+        """
         db.execute(
-            f"UPDATE items SET state = 'open' WHERE state = 'full' AND {_DONE} < ?", (self.config.raters,)
+            "UPDATE items SET state ="
+            f" CASE WHEN gold IS NULL AND {_DONE} >= :raters THEN 'full' ELSE 'open' END"
+            f" WHERE state = 'full' AND {_DONE} < :raters OR state = 'manager' AND {_SKIPPED} < :skips",
+            {"raters": self.config.raters, "skips": _SKIPS},
         )
 
 

@@ -5,8 +5,7 @@ Prompts reach the browser as JSON or escaped.
 
 import dataclasses
 import re
-import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -60,8 +59,10 @@ def make_app(store: Store) -> Starlette:
         Route("/manage/agreement", server.agreement),
         Route("/manage/items/{item:path}", server.manage_item),
         Route("/manage/image/{item:path}", server.manage_image),
+        Route("/manage/heatmap/{kind}/{item:path}", server.heatmap),
         Route("/manage/deactivate", server.deactivate, methods=["POST"]),
         Route("/manage/exclude", server.exclude, methods=["POST"]),
+        Route("/manage/include", server.include, methods=["POST"]),
         Route("/manage/reassign", server.reassign, methods=["POST"]),
     ]
     handlers = {
@@ -159,16 +160,14 @@ class Server(web.Site):
     async def manage(self, request: Request) -> Response:
         """Returns the manager's page."""
         await self.person(request, is_manager=True)
-        values = await run_in_threadpool(manage.overview, self._store)
+        search = request.query_params.get("search", "")
+        values = await run_in_threadpool(manage.overview, self._store, search)
         return self.page(request, "manage.html", values | {"shown": SHOWN})
 
     async def agreement(self, request: Request) -> Response:
         """Returns the page of the raters' agreement, which takes seconds for thousands of answers."""
         await self.person(request, is_manager=True)
-        try:
-            values = await run_in_threadpool(manage.agreement, self._store)
-        except errors.UserError as error:
-            raise HTTPException(400, str(error)) from None
+        values = await run_in_threadpool(manage.agreement, self._store)
         return self.page(request, "agreement.html", values)
 
     async def manage_item(self, request: Request) -> Response:
@@ -182,6 +181,16 @@ class Server(web.Site):
         item = await self._any_item(request)
         return await run_in_threadpool(web.image, self._store.image_path(item))
 
+    async def heatmap(self, request: Request) -> Response:
+        """Returns the picture of an image's consolidated heatmap."""
+        item, kind = await self._any_item(request), request.path_params["kind"]
+        picture = kind in feedback.HEATMAPS and await run_in_threadpool(
+            manage.heatmap, self._store, item, kind
+        )
+        if not picture:
+            raise HTTPException(404, "Nothing is marked.")
+        return Response(picture, media_type="image/png")
+
     async def deactivate(self, request: Request) -> Response:
         """Withdraws a rater's link; their answers stay."""
         await self.person(request, is_manager=True)
@@ -193,23 +202,31 @@ class Server(web.Site):
         """Makes an answer not count, for a reason."""
         await self.person(request, is_manager=True)
         form = await request.form()
-        try:
-            await run_in_threadpool(
-                self._store.exclude, web.number(form, "answer"), str(form.get("reason", ""))
-            )
-        except KeyError:
-            raise HTTPException(404, "There is no such answer.") from None
-        return RedirectResponse("/manage", 303)
+        return await self._decide(
+            self._store.exclude, web.number(form, "answer"), str(form.get("reason", ""))
+        )
+
+    async def include(self, request: Request) -> Response:
+        """Makes an excluded answer count."""
+        await self.person(request, is_manager=True)
+        return await self._decide(self._store.include, web.number(await request.form(), "answer"))
 
     async def reassign(self, request: Request) -> Response:
-        """Gives an image that was skipped back to the raters."""
+        """Gives an image to the raters, or to the one that the form names."""
         await self.person(request, is_manager=True)
-        item = str((await request.form()).get("item", ""))
+        form = await request.form()
+        rater = web.number(form, "rater") if form.get("rater") else None
+        return await self._decide(self._store.reassign, str(form.get("item", "")), rater)
+
+    async def _decide(self, decide: Callable[..., str], *arguments: Any) -> Response:
+        """Runs one of the manager's decisions, which returns the image's name, and shows the image again."""
         try:
-            await run_in_threadpool(self._store.reassign, item)
+            item = await run_in_threadpool(decide, *arguments)
+        except KeyError:
+            raise HTTPException(404, "There is no such answer.") from None
         except errors.UserError as error:
             raise HTTPException(400, str(error)) from None
-        return RedirectResponse("/manage", 303)
+        return RedirectResponse(f"/manage/items/{manage.path(item)}", 303)
 
     async def _any_item(self, request: Request) -> Item:
         """Returns the item of a manager's request."""
@@ -237,7 +254,7 @@ def _work_json(work: Work) -> dict[str, Any]:
     item = work.item
     return {
         "id": item.id,
-        "image": f"/image/{urllib.parse.quote(item.id, safe='')}",
+        "image": f"/image/{manage.path(item.id)}",
         "width": item.width,
         "height": item.height,
         "pieces": _pieces(item.prompt),

@@ -42,10 +42,9 @@ def counted_ratings(store: Store, names: bool = False) -> Iterator[ratings.Ratin
     """Yields the answers that count as raw ratings.
 
     Raises:
-      errors.UserError: the project doesn't ask all that raw ratings have.
+      errors.UserError: the project doesn't ask all that raw ratings have, or an answer lacks a part.
     """
-    _check_complete(store)
-    for answer in counted(store):
+    for answer in _complete(store):
         item, rater = answer.item, rater_name(answer, names)
         size, radius = (item.width, item.height), store.config.point_radius
         yield forms.to_rating(answer.answer, item.id, item.prompt, size, rater, radius)
@@ -72,12 +71,22 @@ def _csv_row(cells: Sequence[Any]) -> str:
     return line.getvalue()
 
 
-def _check_complete(store: Store) -> None:
+def _complete(store: Store) -> Iterator[Answer]:
+    """Yields the answers that count, after a check that they have all parts of raw ratings."""
+    other = "export with --format=scores"
     if not store.config.is_complete:
         raise errors.UserError(
             f"{store.folder}: raw ratings have both kinds of points, words and four scales, and config.json"
-            " asks only some: export with --format=scores"
+            f" asks only some: {other}"
         )
+    for answer in counted(store):
+        # Such a part was asked later: an empty one would look like a rater who found nothing.
+        if missing := forms.missing(answer.answer, store.config):
+            raise errors.UserError(
+                f"{for_terminal(answer.item.id)}: {rater_name(answer, names=False)} answered it before"
+                f" {', '.join(missing)} was asked: exclude the answer on the manager's page, or {other}"
+            )
+        yield answer
 
 
 # Label Studio.
@@ -87,12 +96,11 @@ def label_studio_tasks(store: Store, names: bool = False) -> list[dict[str, Any]
     """Returns Label Studio's tasks, one an image that has answers, each answer an annotation.
 
     Raises:
-      errors.UserError: the project doesn't ask all that raw ratings have.
+      errors.UserError: as `counted_ratings`.
     """
-    _check_complete(store)
     longest = _longest_prompt(store)
     tasks: dict[str, dict[str, Any]] = {}
-    for answer in counted(store):
+    for answer in _complete(store):
         item = answer.item
         tokens = feedback.tokenize_prompt(item.prompt)
         data = {_IMAGE: f"/data/local-files/?d=images/{item.file}", "id": item.id, "prompt": item.prompt}

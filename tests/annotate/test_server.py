@@ -1,6 +1,5 @@
 """The server: links, cookies, and what it refuses."""
 
-import contextlib
 import re
 import sqlite3
 
@@ -9,7 +8,6 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from richhf_jax import feedback
 from richhf_jax.annotate import server, web
 
 ORIGIN = {"Origin": "http://testserver"}
@@ -17,20 +15,8 @@ ITEM = "/api/items/train%2F0.png"
 
 
 @pytest.fixture
-def store(make_store):
-    with contextlib.closing(make_store()) as store:
-        yield store
-
-
-@pytest.fixture
 def secret(store):
     return store.add_rater("Ada")
-
-
-@pytest.fixture
-def client(store):
-    with TestClient(server.make_app(store)) as client:
-        yield client
 
 
 @pytest.fixture
@@ -225,84 +211,6 @@ def test_pieces_of_a_prompt():
         pieces = server._pieces(prompt)
         assert "".join(text for text, _ in pieces) == prompt
         assert [text for text, is_word in pieces if is_word] == server.feedback.tokenize_prompt(prompt)
-
-
-@pytest.fixture
-def manager(client, store):
-    assert client.get(f"/m/{store.make_manager()}").status_code == 200
-    return client
-
-
-def rate(store, name: str, *, value: int | None) -> None:
-    """Rates every image: with `value` on all scales, or by skipping it."""
-    person = store.person(store.add_rater(name))
-    while work := store.next_item(person):
-        if value is None:
-            store.skip(person, work.item.id, work.revision, "<i>grey</i>", broken=False)
-        else:
-            answer = work.answer | {
-                "implausibility_points": [[10.0 * value, 20.0]],
-                "nothing": {"implausibility": False, "misalignment": True, "words": True},
-                "ratings": dict.fromkeys(feedback.SCORES, value),
-                "comment": "<b>fingers</b>",
-            }
-            store.finish(person, work.item.id, work.revision, answer, 10.0 * value)
-
-
-def test_a_manager_sees_progress_and_raters(manager, store):
-    rate(store, "Ada", value=2)
-    rate(store, "Bo", value=4)
-    rate(store, "Cy", value=None)
-    page = manager.get("/manage").text
-    assert re.search(r"answers</span> 6 of 9", page)
-    assert re.search(r"with all answers</span> 0", page)
-    rows = re.findall(r"<tr>\s*<th scope=.row.>(\w+)</th>(.*?)</tr>", page, re.DOTALL)
-    cells = {name: re.findall(r"<td>(.*?)</td>", row)[:5] for name, row in rows}
-    # done, skipped, median seconds, gold, plausibility against the others.
-    assert cells == {
-        "Ada": ["3", "0", "20", "–", "-2.0 ± 0.0"],
-        "Bo": ["3", "0", "40", "–", "+2.0 ± 0.0"],
-        "Cy": ["0", "3", "–", "–", "–"],
-    }
-    assert page.count("2 answers, 2.00 points apart, skipped: &lt;i&gt;grey&lt;/i&gt;") == 3
-    assert "two dogs &lt;script&gt;" in page
-
-
-def test_a_manager_sees_all_answers_of_an_image_and_may_exclude_one(manager, store):
-    rate(store, "Ada", value=2)
-    rate(store, "Bo", value=4)
-    page = manager.get("/manage/items/train/0.png").text
-    assert page.count("&lt;b&gt;fingers&lt;/b&gt;") == 2
-    assert re.findall(r'<circle cx="([\d.]+)" cy="20.0" r="24.0">', page) == ["20.0", "40.0"]
-    assert manager.get("/manage/image/train/0.png").headers["Content-Type"] == "image/png"
-    answer = next(answer for answer in store.answers() if answer.item.id == "train/0.png")
-    form = {"answer": answer.id, "reason": "asleep"}
-    assert manager.post("/manage/exclude", data=form).status_code == 403  # Without an origin.
-    assert manager.post("/manage/exclude", data=form, headers=ORIGIN).status_code == 200
-    assert [a.excluded for a in store.answers() if a.id == answer.id] == ["asleep"]
-    assert "excluded: asleep" in manager.get("/manage/items/train/0.png").text
-    assert manager.post("/manage/exclude", data=form | {"answer": "99"}, headers=ORIGIN).status_code == 404
-    assert manager.post("/manage/exclude", data=form | {"answer": "x"}, headers=ORIGIN).status_code == 400
-
-
-def test_a_manager_sees_the_agreement(manager, store):
-    assert "No image has answers of two raters yet." in manager.get("/manage/agreement").text
-    rate(store, "Ada", value=2)
-    rate(store, "Bo", value=3)
-    page = manager.get("/manage/agreement").text
-    cells = re.findall(r"<th scope=.row.>plausibility</th>(.*?)</tr>", page)
-    assert re.findall(r"<td>(.*?)</td>", cells[0])[:3] == ["3", "0.00", "1.00"]
-
-
-def test_a_manager_gives_an_image_back(manager, store):
-    rate(store, "Ada", value=None)
-    rate(store, "Bo", value=None)
-    cy = store.person(store.add_rater("Cy"))
-    assert store.next_item(cy) is None
-    assert "Give it back" in manager.get("/manage/items/train/2.png").text
-    assert manager.post("/manage/reassign", data={"item": "train/2.png"}, headers=ORIGIN).status_code == 200
-    assert store.next_item(cy).item.id == "train/2.png"
-    assert manager.post("/manage/reassign", data={"item": "none"}, headers=ORIGIN).status_code == 400
 
 
 def test_a_deactivated_rater_is_out(rater, store, secret):

@@ -4,6 +4,7 @@
 // present answer; nothing else writes to the form.
 
 import { Picture } from "./picture.js";
+import { areOn as areSingleKeysOn } from "./single_keys.js";
 
 const $ = (id) => document.getElementById(id);
 const { person, radius } = document.body.dataset;
@@ -492,6 +493,7 @@ function actionOf({ key, target, shiftKey }, isControl, isTyping) {
     return () => focusWord(words[words.indexOf(target) + by]);
   }
   if (key === " " && target === svg) return () => picture.mark();
+  if (key.length === 1 && !areSingleKeysOn()) return null;
   return Object.hasOwn(keys, key) ? keys[key] : null;
 }
 document.addEventListener("keydown", (event) => {
