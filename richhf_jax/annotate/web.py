@@ -51,8 +51,9 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    # The first address holds the secret.
-    "Referrer-Policy": "no-referrer",
+    # The first address holds the secret, so no other site gets it. "no-referrer" would do the same, but then
+    # browsers send forms with the Origin "null", which `Guard` refuses.
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }

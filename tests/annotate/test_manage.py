@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from selenium.webdriver.common.by import By
 from starlette.testclient import TestClient
 
 from richhf_jax import errors, feedback
@@ -347,3 +348,61 @@ def test_parts_that_are_asked_later_have_no_invented_answers(make_store, tmp_pat
         with pytest.raises(SystemExit) as end:
             command.main(["export", str(store.folder), str(tmp_path / "out"), f"--format={form}"])
         assert "train/0.png: rater-1 answered it before alignment, aesthetics" in str(end.value)
+
+
+# What a screen reader can operate, or shows as a picture.
+CONTROLS = {
+    "button",
+    "checkbox",
+    "combobox",
+    "image",
+    "link",
+    "progressbar",
+    "region",
+    "searchbox",
+    "textbox",
+}
+
+
+def controls(driver) -> list[tuple[str, str]]:
+    """Returns the roles and names of a page's controls in the browser's accessibility tree."""
+    nodes = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    seen = [node for node in nodes if not node["ignored"]]
+    found = [(node["role"]["value"], node["name"]["value"]) for node in seen if "name" in node]
+    return [(role, name) for role, name in found if role in CONTROLS]
+
+
+def test_a_browser_shows_the_managers_pages_readably(make_page, make_site):
+    page = make_page(site := make_site())
+    rate(site.store, "Bo", value=4)
+    rate(site.store, "Cy", value=2)
+    rate(site.store, "Dee", value=None)
+    site.store.exclude(first_answer(site.store, "Bo"), "asleep")
+    page.driver.get(f"{site.address}/m/{site.store.make_manager()}")
+    page.wait(lambda: page.driver.current_url.endswith("/manage"))
+    titles = set()
+    for path in PAGES:
+        for width, theme in ((1280, "light"), (390, "dark")):
+            page.driver.set_screen(width, theme)
+            page.driver.get(site.address + path)
+            page.wait(lambda: page.run("return document.readyState === 'complete'"))
+            assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+            for contrast, text in page.driver.contrasts():
+                assert contrast >= 4.5, text
+            # Pictures have arrived.
+            assert page.run("return [...document.images].every((image) => image.naturalWidth)")
+            found = controls(page.driver)
+            assert all(name for _, name in found)
+            # Several buttons of one name could not be told apart.
+            operable = [control for control in found if control[0] in ("button", "textbox")]
+            assert len(set(operable)) == len(operable)
+            titles.add(page.driver.title)
+    assert len(titles) == len(PAGES)
+    assert ("image", "The image with the consolidated implausibility heatmap") in found
+    # A decision by the page's own forms, with the browser's Origin.
+    page.find('[aria-label="Count Bo\'s answer again"]').click()
+    page.wait(lambda: not page.driver.find_elements(By.CSS_SELECTOR, "[action='/manage/include']"))
+    assert {answer.excluded for answer in site.store.answers()} == {None}
+    page.find("select").send_keys("Dee")
+    page.find("[action='/manage/reassign'] button").click()
+    page.wait(lambda: [a.state for a in site.store.answers(False, "train/0.png")].count("draft"))

@@ -255,6 +255,44 @@ def test_keys_are_told(page):
     assert page.find("#guidelines").is_displayed()
 
 
+def test_keys_of_one_letter_can_be_turned_off(page):
+    page.open()
+    page.type("?")
+    # Enter closes the dialog, as before.
+    assert page.run("return document.activeElement.textContent") == "Close"
+    page.find("#single-keys").click()
+    page.type(Keys.ESCAPE)
+    told = "return [...document.querySelectorAll('[aria-keyshortcuts]')].map((e) => e.ariaKeyShortcuts)"
+    for _ in range(2):
+        page.type(*"mnzyhkbgIMWsc15+-?")
+        page.type("0")
+        assert not page.driver.find_elements(By.CSS_SELECTOR, "dialog[open], #task :checked:not([name=kind])")
+        assert page.find("[name=kind]:checked").get_attribute("value") == "implausibility"
+        assert page.run("return document.activeElement.id") == "image"
+        assert page.run(told) == ["Control+Z", "Control+Y", "Enter Control+Enter"]
+        # The browser remembers it.
+        page.reload()
+    # Keys with other names and those with Ctrl stay.
+    page.type(" ", " ", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, " ")
+    assert len(page.points["implausibility"]) == 2
+    page.type(Keys.BACKSPACE)
+    assert len(page.points["implausibility"]) == 1
+    for key, count in (("z", 2), ("y", 1)):
+        ActionChains(page.driver).key_down(Keys.CONTROL).send_keys(key).key_up(Keys.CONTROL).perform()
+        assert len(page.points["implausibility"]) == count
+    page.type(Keys.ENTER)
+    page.wait(lambda: "misalignment" in page.find("#missing").text)
+    page.find("#show-keys").click()
+    page.find("#single-keys").click()
+    page.type(Keys.ESCAPE, "n4")
+    assert page.find("[name=plausibility]:checked").get_attribute("value") == "4"
+    page.reload()
+    page.type("m")
+    assert page.find("[name=kind]:checked").get_attribute("value") == "misalignment"
+    # The browser itself logs the refusal of the empty answer.
+    assert ["422" in line["message"] for line in page.driver.get_log("browser")] == [True]
+
+
 def test_a_link_in_a_mail_works_at_once(page):
     """Coming from another site, the browser must get the cookie and send it."""
     page.driver.set_screen(1280, "light")

@@ -81,7 +81,7 @@ def test_every_response_has_the_headers(rater):
     ):
         headers = rater.get(page).headers
         assert headers["X-Content-Type-Options"] == "nosniff"
-        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Referrer-Policy"] == "same-origin"
         assert (
             "default-src 'none'; script-src 'self'; style-src 'self';" in headers["Content-Security-Policy"]
         )
