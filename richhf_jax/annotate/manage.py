@@ -38,8 +38,11 @@ def overview(store: Store, search: str = "") -> dict[str, Any]:
     waiting = store.for_manager()
     waits = set(waiting)
     by_item: dict[str, list[Answer]] = collections.defaultdict(list)
+    by_rater: dict[int, list[Answer]] = collections.defaultdict(list)
     for answer in answers:
         by_item[answer.item.id].append(answer)
+        if not answer.is_calibration:
+            by_rater[answer.person.id].append(answer)
     wanted = [item for item in items if item.gold is None]
     counted = [_finished(by_item[item.id]) for item in wanted]
     listed = [
@@ -61,7 +64,7 @@ def overview(store: Store, search: str = "") -> dict[str, Any]:
         "search": search,
         "has_practice": config.calibration_items > 0 and len(wanted) < len(items),
         "scales": [scale.name for scale in config.scales],
-        "raters": [_rater(rater, answers, scores) for rater in store.people() if not rater.is_manager],
+        "raters": [_rater(one, by_rater[one.id], scores) for one in store.people() if not one.is_manager],
         "items": sorted(
             (_item(item, by_item[item.id], config, item.id in waits) for item in listed), key=_worst_first
         ),
@@ -199,8 +202,7 @@ def _scores(images: Iterable[list[Answer]], config: Config) -> dict[str, dict[in
     return found
 
 
-def _rater(rater: Person, answers: list[Answer], scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
-    own = [answer for answer in answers if answer.person.id == rater.id and not answer.is_calibration]
+def _rater(rater: Person, own: list[Answer], scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
     done = _finished(own)
     # Who skips an image gives no answer that could be wrong.
     gold = [answer.score for answer in done if answer.score is not None]
