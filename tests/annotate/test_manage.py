@@ -310,10 +310,7 @@ PAGES = ("/manage", "/manage/agreement", "/manage/items/train/0.png")
 @pytest.mark.parametrize(
     "asked",
     [
-        {},
         {"kinds": ()},
-        {"scales": ()},
-        {"words": ""},
         {"kinds": (), "words": "", "scales": project.Config.scales[:1]},
         {"kinds": (), "scales": ()},
         {"words": "", "scales": ()},
