@@ -115,7 +115,7 @@ class Answer:
       seconds: time spent.
       started, changed: seconds since 1970.
       is_calibration: whether it belongs to the first round.
-      score: `answers.gold_score`; None where the item isn't gold.
+      score: `answers.gold_score`, or 0 for a skip in the first round; else None.
       reason: why the item was skipped.
       excluded: why the answer doesn't count; None where it counts.
     """
