@@ -58,7 +58,14 @@ def agreement(store: Store) -> dict[str, Any]:
     found = rater_agreement.RaterAgreement()
     for given in images.values():
         found.add(given)
-    return {"title": store.config.title, "agreement": None, **found.summary()}
+    suggested = [answer for answer in transfer.counted(store) if answer.first is not None]
+    return {
+        "title": store.config.title,
+        "agreement": None,
+        "suggested": len(suggested),
+        "changed": sum(answer.is_changed for answer in suggested),
+        **found.summary(),
+    }
 
 
 def item_view(store: Store, item: Item) -> dict[str, Any]:
