@@ -11,6 +11,7 @@ import contextlib
 import math
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -103,8 +104,11 @@ def _archive(path: pathlib.Path) -> contextlib.AbstractContextManager[Mapping[st
     if not path.is_file():
         return contextlib.nullcontext({})
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError("it is a single array")
+        return arrays
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise errors.UserError(f"{path} is damaged: {error}. Run predict again") from None
 
 
@@ -172,7 +176,7 @@ def _heatmap(folder: pathlib.Path, place: Any, arrays: Mapping[str, np.ndarray])
         return images.decode(read_bytes(str(folder / name), place, fix))[..., 0] / np.float32(255)
     try:
         heatmap = np.float32(arrays[member])
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{place}: {error}; keep {_ARCHIVE} beside predictions.jsonl") from None
     if heatmap.ndim != 2 or not (np.isfinite(heatmap).all() and heatmap.min() >= 0 and heatmap.max() <= 1):
         raise InputError(f"{place} is no heatmap")
@@ -202,18 +206,17 @@ def points(heatmap: np.ndarray, radius: float) -> list[list[float]]:
     means = np.rint(255 * ndimage.uniform_filter(small.astype(np.float64), reach, mode="nearest"))
     peaks = (means == ndimage.maximum_filter(means, reach)) & (small >= THRESHOLD)
     plateaus, count = ndimage.label(peaks, np.ones((3, 3)))
-    cells = [_middle(np.argwhere(plateaus == number)) for number in range(1, count + 1)]
-    cells.sort(key=lambda cell: -small[cell])
+    found = []
+    for cells in (np.argwhere(plateaus == number) for number in range(1, count + 1)):
+        middle = cells.mean(axis=0)
+        nearest = cells[np.abs(cells - middle).sum(axis=1).argmin()]
+        # A plateau may be a ring, whose middle isn't on it.
+        place = middle if np.abs(nearest - middle).max() < 1 else nearest
+        found.append((small[tuple(nearest)], (place + 0.5) * side - 0.5))
+    found.sort(key=lambda one: -one[0])
     return [
-        [min((x + 0.5) * side - 0.5, width - 1), min((y + 0.5) * side - 0.5, height - 1)]
-        for y, x in cells[:MAX_POINTS]
+        [round(min(x, width - 1.0), 2), round(min(y, height - 1.0), 2)] for _, (y, x) in found[:MAX_POINTS]
     ]
-
-
-def _middle(cells: np.ndarray) -> tuple[int, int]:
-    """Returns the one of these cells that is next to their middle."""
-    row, column = cells[np.abs(cells - cells.mean(axis=0)).sum(axis=1).argmin()]
-    return int(row), int(column)
 
 
 def for_page(suggestion: Suggestion, config: Config) -> dict[str, Any]:
