@@ -206,13 +206,13 @@ def points(heatmap: np.ndarray, radius: float) -> list[list[float]]:
     means = np.rint(255 * ndimage.uniform_filter(small.astype(np.float64), reach, mode="nearest"))
     peaks = (means == ndimage.maximum_filter(means, reach)) & (small >= THRESHOLD)
     plateaus, count = ndimage.label(peaks, np.ones((3, 3)))
-    found = []
+    found: list[tuple[float, list[float]]] = []
     for cells in (np.argwhere(plateaus == number) for number in range(1, count + 1)):
         middle = cells.mean(axis=0)
         nearest = cells[np.abs(cells - middle).sum(axis=1).argmin()]
         # A plateau may be a ring, whose middle isn't on it.
         place = middle if np.abs(nearest - middle).max() < 1 else nearest
-        found.append((small[tuple(nearest)], (place + 0.5) * side - 0.5))
+        found.append((float(small[tuple(nearest)]), ((place + 0.5) * side - 0.5).tolist()))
     found.sort(key=lambda one: -one[0])
     return [
         [round(min(x, width - 1.0), 2), round(min(y, height - 1.0), 2)] for _, (y, x) in found[:MAX_POINTS]
