@@ -13,7 +13,7 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tqdm
@@ -178,7 +178,7 @@ def _heatmap(folder: pathlib.Path, place: Any, arrays: Mapping[str, np.ndarray])
         heatmap = np.float32(arrays[member])
     except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{place}: {error}; keep {_ARCHIVE} beside predictions.jsonl") from None
-    if heatmap.ndim != 2 or not (np.isfinite(heatmap).all() and heatmap.min() >= 0 and heatmap.max() <= 1):
+    if heatmap.ndim != 2 or not ((heatmap >= 0) & (heatmap <= 1)).all():  # NaN is neither.
         raise InputError(f"{place} is no heatmap")
     return heatmap
 
@@ -186,9 +186,9 @@ def _heatmap(folder: pathlib.Path, place: Any, arrays: Mapping[str, np.ndarray])
 def points(heatmap: np.ndarray, radius: float) -> list[list[float]]:
     """Returns where a rater would mark what a heatmap shows.
 
-    A heatmap of raters is made of disks, and a disk's middle is where most of it is around: so a point is
-    a local maximum of the mean over the square around a disk, and no other within the square is higher. Its
-    own value must be at least THRESHOLD. Of these, the MAX_POINTS of the highest values are taken.
+    A heatmap of raters is made of disks, and the mean over the square around a disk is highest in its middle.
+    So a point is where that mean is the highest within the square. The heatmap there must be at least
+    THRESHOLD. Of these points, the MAX_POINTS of the highest values are taken.
 
     Args:
       heatmap: float [height, width] in [0, 1].
@@ -205,7 +205,7 @@ def points(heatmap: np.ndarray, radius: float) -> list[list[float]]:
     # In steps of 8 bits: a plateau is level, whatever the rounding errors.
     means = np.rint(255 * ndimage.uniform_filter(small.astype(np.float64), reach, mode="nearest"))
     peaks = (means == ndimage.maximum_filter(means, reach)) & (small >= THRESHOLD)
-    plateaus, count = ndimage.label(peaks, np.ones((3, 3)))
+    plateaus, count = cast(tuple[np.ndarray, int], ndimage.label(peaks, np.ones((3, 3))))
     found: list[tuple[float, list[float]]] = []
     for cells in (np.argwhere(plateaus == number) for number in range(1, count + 1)):
         middle = cells.mean(axis=0)
