@@ -109,6 +109,11 @@ def standardise_rating(rating: float) -> float:
     return (rating - LIKERT_MIN) / (LIKERT_MAX - LIKERT_MIN)
 
 
+def rating_of_score(score: float) -> float:
+    """Turns a score in [0, 1] into a 5-point Likert rating; the inverse of `standardise_rating`."""
+    return LIKERT_MIN + (LIKERT_MAX - LIKERT_MIN) * score
+
+
 def tokenize_prompt(prompt: str) -> list[str]:
     """Splits a prompt into the tokens that RichHF-18K labels, one label a token.
 

@@ -15,10 +15,11 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from richhf_jax import errors, inputs, reading, writing
-from richhf_jax.annotate import intake, manage, project, transfer
+from richhf_jax.annotate import intake, manage, project, suggestions, transfer
 from richhf_jax.annotate.store import Store
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import bounded_lines
@@ -36,6 +37,7 @@ def init(options: argparse.Namespace) -> int:
     """Makes a project. Returns the exit code."""
     gold = intake.read_gold(options.gold) if options.gold else {}
     order = intake.read_order(options.order) if options.order else []
+    predictions = suggestions.read(options.suggest) if options.suggest else {}
     given = inputs.Inputs(options.images, options.prompt)
     config = dataclasses.replace(project.Config(), raters=options.raters)
     failures: list[str] = []
@@ -45,6 +47,7 @@ def init(options: argparse.Namespace) -> int:
             raise errors.UserError("\n".join([*failures[:_SHOWN_FAILURES], "no image can be taken"]))
         store = Store.create(folder, config, items)
         _set_order(store, options.order, order)
+        _suggest(store, options.suggest, predictions, failures)
         secret = store.make_manager()
         store.close()
     golds = sum(item.gold is not None for item in items)
@@ -56,10 +59,11 @@ def init(options: argparse.Namespace) -> int:
 
 
 def add(store: Store, options: argparse.Namespace) -> int:
-    """Adds images to a project, or changes the order. Returns the exit code."""
-    if not (options.images or options.order):
-        raise errors.UserError("nothing to add: give --images or --order")
+    """Adds images or suggestions to a project, or changes the order. Returns the exit code."""
+    if not (options.images or options.order or options.suggest):
+        raise errors.UserError("nothing to add: give --images, --order or --suggest")
     gold = intake.read_gold(options.gold) if options.gold else {}
+    predictions = suggestions.read(options.suggest) if options.suggest else {}
     failures: list[str] = []
     taken: set[str] = set()
     if options.images:
@@ -70,12 +74,34 @@ def add(store: Store, options: argparse.Namespace) -> int:
         print(f"{store.add_items(items):,} new images")
     if options.order:
         _set_order(store, options.order, intake.read_order(options.order))
+    _suggest(store, options.suggest, predictions, failures)
     return _told_failures(failures, gold.keys() - taken)
 
 
 def _set_order(store: Store, path: str | None, order: Sequence[str]) -> None:
     if path and not store.prioritise(order):
         raise errors.UserError(f"{path}: it names no image of the project; it must have their ids")
+
+
+def _suggest(
+    store: Store, path: str | None, predictions: Mapping[str, Mapping[str, Any]], failures: list[str]
+) -> None:
+    """Gives images their suggestions, and warns where a lack of one tells a gold image from the others."""
+    if not path:
+        return
+    radius = store.config.point_radius
+    given = suggestions.added(store.items(), path, predictions, radius, failures)
+    items = [dataclasses.replace(item, suggestion=suggestion) for item, suggestion in given]
+    store.add_items(items)
+    print(f"{len(items):,} images have a suggestion")
+    golds = [item for item in store.items() if item.gold is not None][store.config.calibration_items :]
+    lacking = sum(item.suggestion is None for item in golds)
+    if items and lacking:
+        print(
+            f"warning: {lacking:,} gold images behind the first round have no suggestion, by which raters may"
+            " tell them from the others: predict them, too",
+            file=sys.stderr,
+        )
 
 
 def _told_failures(failures: Sequence[str], lost_gold: set[str]) -> int:
@@ -146,7 +172,7 @@ def export(store: Store, options: argparse.Namespace) -> int:
     writing.check_file(options.out)
     with writing.explained_disk_errors(options.out):
         if options.format == "label-studio":
-            tasks = transfer.label_studio_tasks(store, options.names)
+            tasks = transfer.label_studio_tasks(store, options.names, options.first_answers)
             text = json.dumps(tasks, ensure_ascii=False, allow_nan=False, indent=1)
             config = pathlib.Path(options.out).with_suffix(".xml")
             writing.write(config, transfer.label_studio_config(store))
@@ -154,7 +180,7 @@ def export(store: Store, options: argparse.Namespace) -> int:
             print(f"{options.out}: {len(tasks):,} tasks; their labelling configuration: {config}")
         else:
             lines = (transfer.raw_lines if options.format == "raw" else transfer.scores_csv)(
-                store, options.names
+                store, options.names, options.first_answers
             )
             with writing.atomic(options.out) as new, new.open("w", encoding="utf-8") as file:
                 count = sum(bool(file.write(line)) for line in lines)
@@ -212,7 +238,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_inputs(one, required=True)
     one.add_argument("--raters", type=_raters, default=3, help="answers an image; default %(default)s")
     _add_url(one)
-    one = command("add", add, "add images to a project, or change the order")
+    one = command("add", add, "add images or suggestions to a project, or change the order")
     _add_inputs(one, required=False)
     one = command("raters", raters, "add raters, give them new links, deactivate them")
     one.add_argument("action", choices=("add", "renew", "deactivate"))
@@ -237,6 +263,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="raw ratings for datasets.consolidate (default), a CSV of scores, or Label Studio's JSON",
     )
     one.add_argument("--names", action="store_true", help="write raters' names instead of pseudonyms")
+    one.add_argument(
+        "--first-answers",
+        action="store_true",
+        help="write what raters answered before they saw a suggestion",
+    )
     one = command("import", import_, "take answers: raw ratings, or Label Studio's JSON (.json)")
     one.add_argument("project", metavar="PROJECT")
     one.add_argument("file", metavar="FILE")
@@ -258,6 +289,11 @@ def _add_inputs(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--prompt", help="the prompt of images that have no .txt")
     parser.add_argument("--gold", metavar="FILE", help="right answers of some of the images, as raw ratings")
     parser.add_argument("--order", metavar="FILE", help="predict's order.csv: the images that come first")
+    parser.add_argument(
+        "--suggest",
+        metavar="FILE",
+        help="predict's predictions.jsonl: a rater sees the model's answer after their own first one",
+    )
 
 
 def _add_url(parser: argparse.ArgumentParser) -> None:

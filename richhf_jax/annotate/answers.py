@@ -25,6 +25,8 @@ _MAX_COMMENT = 10_000
 _TOOL_VERSION = f"richhf_jax {richhf_jax.__version__}"
 
 Answer = dict[str, Any]
+# Those fields of an answer that a model gave, without `nothing` and `comment`; of `ratings` those it gave.
+Suggestion = dict[str, Any]
 
 
 class InvalidAnswer(ValueError):

@@ -91,8 +91,11 @@ def agreement(store: Store) -> dict[str, Any]:
         found[name] = {kind: part for kind, part in found.get(name, {}).items() if kind in asked}
     if not config.words:
         found.pop("word_agreement", None)
+    suggested = [answer for answer in transfer.counted(store) if answer.first is not None]
     return {
         "title": config.title,
+        "suggested": len(suggested),
+        "changed": sum(answer.is_changed for answer in suggested),
         "has_shared": max(map(len, images.values()), default=0) > 1,
         "left_out": left_out,
         "agreement": found["agreement"],

@@ -91,11 +91,16 @@ class RaterWork(Items):
     ) -> dict[str, Any] | None:
         """Ends a rater's work on an item. The same answer again changes nothing.
 
+        Where the item has a suggestion, the first answer ends nothing: it is kept, the rater sees the
+        suggestion, and what they then answer counts. Who knows a draft's revision after the first answer has
+        got the suggestion, for every reply with the one holds the other.
+
         Args: as `save`.
 
         Returns:
           In the first round {"score": 0 to 1, "answer": the right one, "left": items left in the round,
-          "passed": bool, or None before its end}, else None. Who fails begins a new round.
+          "passed": bool, or None before its end}. Who fails begins a new round. After the first answer
+          {"suggestion": the model's, "revision": the draft's}. Else None.
 
         Raises:
           NotYours, Conflict, answers.InvalidAnswer: as `save`.
@@ -106,18 +111,38 @@ class RaterWork(Items):
             # The reply may have been lost, and the page sends the same again.
             if row["state"] == "done" and json.loads(row["answer"]) == answer:
                 return self._feedback(db, row, row["score"])
+            if self._is_resent(row, revision, answer):
+                return {"suggestion": records.parsed(row["shown"]), "revision": row["revision"]}
             row = self._open(db, person, item_id, revision)
             if missing := forms.missing(forms.checked(answer, row["prompt"], records.size(row)), self.config):
                 raise Incomplete(missing)
-            self._write(db, row, "done", answer, seconds)
+            is_first = row["first"] is None
+            has_more = is_first and row["suggestion"] is not None and not row["is_calibration"]
+            revision = self._write(db, row, "draft" if has_more else "done", answer, seconds)
             score = None
-            if row["gold"] is not None:
+            # A rater is judged by what they saw themselves.
+            if row["gold"] is not None and is_first:
                 score = forms.gold_score(answer, json.loads(row["gold"]), self.config, row["height"])
                 db.execute("UPDATE answers SET score = ? WHERE id = ?", (score, row["id"]))
+            if has_more:
+                db.execute(
+                    "UPDATE answers SET first = answer, shown = ? WHERE id = ?",
+                    (row["suggestion"], row["id"]),
+                )
+                return {"suggestion": records.parsed(row["suggestion"]), "revision": revision}
             self._fill(db, row["number"])
             if row["is_calibration"]:
                 self._end_round(db, person)
             return self._feedback(db, row, score)
+
+    def _is_resent(self, row: sqlite3.Row, revision: int, answer: forms.Answer) -> bool:
+        """Tells whether a first answer comes again, because the page missed the reply to it."""
+        return (
+            row["state"] == "draft"
+            and row["first"] is not None
+            and row["revision"] == revision + 1
+            and json.loads(row["answer"]) == answer
+        )
 
     def skip(self, person: Person, item_id: str, revision: int, reason: str, broken: bool) -> None:
         """Ends a rater's work on an item without an answer.
@@ -130,8 +155,8 @@ class RaterWork(Items):
         with self._database.transaction() as db:
             row = self._open(db, person, item_id, revision)
             db.execute(
-                "UPDATE answers SET state = ?, reason = ?, changed = ?, revision = revision + 1, score = ?"
-                " WHERE id = ?",
+                "UPDATE answers SET state = ?, reason = ?, changed = ?, revision = revision + 1,"
+                " score = coalesce(score, ?) WHERE id = ?",
                 (
                     "broken" if broken else "skipped",
                     printable(reason),
@@ -191,7 +216,8 @@ class RaterWork(Items):
         """Returns a rater's draft that has the given revision and still a place."""
         row = self._mine(db, person, item_id)
         if row["revision"] != revision:
-            raise Conflict(row["revision"], json.loads(row["answer"]))
+            suggestion = records.parsed(row["shown"]) if row["state"] == "draft" else None
+            raise Conflict(row["revision"], json.loads(row["answer"]), suggestion)
         if row["state"] != "draft" or not self._has_place(db, row, self._clock()):
             raise Closed
         return row

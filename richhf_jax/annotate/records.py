@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sqlite3
+from typing import Any
 
 from richhf_jax.annotate import answers as forms
 
@@ -23,9 +24,9 @@ class Closed(NotYours):
 class Conflict(Exception):
     """The answer has another revision than the caller knows: another tab has changed it."""
 
-    def __init__(self, revision: int, answer: forms.Answer):
+    def __init__(self, revision: int, answer: forms.Answer, suggestion: forms.Suggestion | None):
         super().__init__(f"the answer has revision {revision}")
-        self.revision, self.answer = revision, answer
+        self.revision, self.answer, self.suggestion = revision, answer, suggestion
 
 
 class Incomplete(Exception):
@@ -47,6 +48,7 @@ class Item:
       width, height: pixels.
       gold: the right answer, see `answers`; None where none is known.
       priority: items of a higher one come first.
+      suggestion: a model's answer, see `suggestions`; None where there is none.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Item:
     height: int
     gold: forms.Answer | None = None
     priority: int = 0
+    suggestion: forms.Suggestion | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Person:
 class Work:
     """An item in a rater's hands.
 
-    `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent.
+    `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent. `suggestion` is what the
+    rater may see: None before their own first answer.
     """
 
     item: Item
@@ -82,6 +86,7 @@ class Work:
     state: str
     is_calibration: bool
     seconds: float
+    suggestion: forms.Suggestion | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +123,8 @@ class Answer:
       score: `answers.gold_score`, or 0 for a skip in the first round; else None.
       reason: why the item was skipped.
       excluded: why the answer doesn't count; None where it counts.
+      first: the rater's answer before they saw a suggestion; None where they saw none, or it isn't known.
+      shown: the suggestion that they saw, {} if it isn't known; None where they saw none.
     """
 
     id: int
@@ -133,11 +140,23 @@ class Answer:
     score: float | None
     reason: str
     excluded: str | None
+    first: forms.Answer | None
+    shown: forms.Suggestion | None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the rater changed their answer after they saw a suggestion; comments don't count."""
+        return self.first is not None and self.first | {"comment": ""} != self.answer | {"comment": ""}
 
 
 def size(row: sqlite3.Row) -> tuple[int, int]:
     """Returns the width and height of a row of `items`."""
     return row["width"], row["height"]
+
+
+def parsed(text: str | None) -> Any:
+    """Parses a column of JSON that may be empty."""
+    return None if text is None else json.loads(text)
 
 
 def person(row: sqlite3.Row) -> Person:
@@ -152,8 +171,9 @@ def item(row: sqlite3.Row, name: str = "id") -> Item:
         row["prompt"],
         row["file"],
         *size(row),
-        None if row["gold"] is None else json.loads(row["gold"]),
+        parsed(row["gold"]),
         row["priority"],
+        parsed(row["suggestion"]),
     )
 
 
@@ -166,6 +186,7 @@ def work(row: sqlite3.Row) -> Work:
         row["state"],
         bool(row["is_calibration"]),
         row["seconds"],
+        parsed(row["shown"]),
     )
 
 
@@ -178,5 +199,7 @@ def answer(row: sqlite3.Row, giver: Person) -> Answer:
         person=giver,
         answer=json.loads(row["answer"]),
         is_calibration=bool(row["is_calibration"]),
+        first=parsed(row["first"]),
+        shown=parsed(row["shown"]),
         **{name: row[name] for name in same},
     )

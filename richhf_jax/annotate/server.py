@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from richhf_jax import errors, feedback
-from richhf_jax.annotate import manage, web
-from richhf_jax.annotate.answers import InvalidAnswer
+from richhf_jax.annotate import manage, suggestions, web
+from richhf_jax.annotate.answers import InvalidAnswer, Suggestion
 from richhf_jax.annotate.records import Conflict, Incomplete, Item, Person, Work
 from richhf_jax.annotate.store import Store
 
@@ -67,7 +67,13 @@ def make_app(store: Store) -> Starlette:
     ]
     handlers = {
         Conflict: lambda request, error: JSONResponse(
-            {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer}, 409
+            {
+                "error": "Another tab has changed it.",
+                "revision": error.revision,
+                "answer": error.answer,
+                "suggestion": server.suggestion(error.suggestion),
+            },
+            409,
         ),
         Incomplete: lambda request, error: JSONResponse(
             {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
@@ -108,7 +114,7 @@ class Server(web.Site):
         message = None if work else NO_WORK
         return JSONResponse(
             {
-                "work": work and _work_json(work),
+                "work": work and _work_json(work) | {"suggestion": self.suggestion(work.suggestion)},
                 "progress": dataclasses.asdict(progress),
                 "message": message,
             }
@@ -123,12 +129,21 @@ class Server(web.Site):
         return JSONResponse({"revision": revision})
 
     async def finish(self, request: Request) -> Response:
-        """Ends an image's answer; in the practice the reply holds the right answers."""
+        """Ends an image's answer; in the practice the reply holds the right answers.
+
+        A first answer may be followed by a suggestion, which the reply holds, and another answer.
+        """
         person, item, body = await self._write(request)
         found = await run_in_threadpool(
             self._store.finish, person, item, body["revision"], body["answer"], body["seconds"]
         )
+        if found and "suggestion" in found:
+            return JSONResponse(found | {"suggestion": self.suggestion(found["suggestion"])})
         return JSONResponse({"feedback": found and self._feedback(found)})
+
+    def suggestion(self, suggestion: Suggestion | None) -> dict[str, Any] | None:
+        """Returns what the script needs of a suggestion that its rater may see."""
+        return None if suggestion is None else suggestions.for_page(suggestion, self._store.config)
 
     def _feedback(self, found: Mapping[str, Any]) -> dict[str, Any]:
         lines = [f"Your answer is {found['score']:.0%} like ours."]
@@ -250,7 +265,7 @@ def serve(store: Store, host: str, port: int) -> None:
 
 
 def _work_json(work: Work) -> dict[str, Any]:
-    """Returns what the script needs of an image; nothing that tells a gold item."""
+    """Returns what the script needs of an image; nothing that tells a gold item or its suggestion."""
     item = work.item
     return {
         "id": item.id,

@@ -190,6 +190,8 @@ class Store(RaterWork):
         self._insert(db, item["number"], person, 0, False, now)
         row = self._rows(db, "answers.person = ? AND items.number = ?", person, item["number"])[0]
         self._write(db, row, "done", answer, seconds)
+        if rating.suggested:  # By which suggestion isn't known here.
+            db.execute("UPDATE answers SET shown = '{}' WHERE id = ?", (row["id"],))
         self._fill(db, item["number"])
 
     def reassign(self, item_id: str, person_id: int | None = None) -> str:

@@ -25,9 +25,9 @@ PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", 
 
 @pytest.fixture
 def make_store(tmp_path):
-    """Makes a project's store; with `gold`, its first image is for practice."""
+    """Makes a project's store; with `gold`, its first image is gold. All images get the suggestion."""
 
-    def make(gold: bool = False, **settings) -> Store:
+    def make(gold: bool = False, suggestion: dict | None = None, **settings) -> Store:
         folder = tmp_path / "project"
         (folder / project.IMAGES).mkdir(parents=True)
         pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3)).astype(np.uint8)
@@ -41,7 +41,9 @@ def make_store(tmp_path):
                     "ratings": dict.fromkeys(feedback.SCORES, 4),
                 }
             # Images come in the order of the prompts.
-            items.append(records.Item(f"train/{i}.png", prompt, f"{i}.png", WIDTH, HEIGHT, right, -i))
+            items.append(
+                records.Item(f"train/{i}.png", prompt, f"{i}.png", WIDTH, HEIGHT, right, -i, suggestion)
+            )
         config = project.Config(**settings)
         return Store.create(folder, config, items)
 

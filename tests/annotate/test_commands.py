@@ -303,7 +303,7 @@ def test_mistakes_are_one_message(project, images, tmp_path):
     assert "is no project" in run("status", tmp_path)
     assert "no rater named zoe" in run("raters", "renew", project, "zoe")
     assert "no rater named zoe" in run("raters", "deactivate", project, "zoe")
-    assert "give --images or --order" in run("add", project)
+    assert "give --images, --order or --suggest" in run("add", project)
     assert "No such file or directory" in run("export", project, tmp_path / "nope/raw.jsonl")
     assert "No such file or directory" in run("import", project, tmp_path / "nope.jsonl")
     assert not (tmp_path / "new").exists()

@@ -99,6 +99,7 @@ const keep = () => remember(keptName(), { revision, answer, sent, seconds: secon
 let isDirty = false;
 let saving = null;
 let sent = []; // Answers that the server may have got, though its reply is missing.
+let ended = null; // The answer of the last "done".
 function save() {
   isDirty = true;
   keep();
@@ -137,8 +138,11 @@ async function saveAll() {
 
 // The server has a revision that this tab doesn't know. The rater decides, unless it is what this tab sent.
 async function settle(theirs) {
-  let choice = sent.some((mine) => isSame(mine, theirs.answer)) ? "mine" : "";
+  // A first answer whose reply is missing is this tab's, too.
+  const known = theirs.suggestion && ended ? [...sent, ended] : sent;
+  let choice = known.some((mine) => isSame(mine, theirs.answer)) ? "mine" : "";
   while (!choice) choice = await ask($("conflict"));
+  if (theirs.suggestion) showSuggestion(theirs.suggestion);
   if (choice === "theirs") {
     past.push(answer);
     answer = theirs.answer;
@@ -169,7 +173,7 @@ async function next() {
 async function begin(given) {
   work = given;
   ({ answer, revision } = work);
-  [past, future, lastChange, sent, spent] = [[], [], null, [], 1000 * work.seconds];
+  [past, future, lastChange, sent, ended, spent] = [[], [], null, [], null, 1000 * work.seconds];
   form.hidden = false;
   $("notice").hidden = $("feedback").hidden = true;
   $("practice").hidden = !work.is_calibration;
@@ -183,6 +187,7 @@ async function begin(given) {
   scrollTo(0, 0);
   svg.focus({ preventScroll: true });
   render();
+  if (work.suggestion) showSuggestion(work.suggestion);
   await takeKept();
 }
 
@@ -240,8 +245,14 @@ async function leave(end, more) {
 
 async function finish() {
   if (!isOpen) return;
+  ended = answer;
   const reply = await leave("/done", { answer, seconds: seconds() });
-  if (reply?.feedback) showFeedback(reply.feedback);
+  if (reply?.suggestion) {
+    revision = reply.revision;
+    setOpen(true);
+    render();
+    showSuggestion(reply.suggestion);
+  } else if (reply?.feedback) showFeedback(reply.feedback);
   else if (reply) await next();
 }
 
@@ -262,7 +273,12 @@ function showMissing({ error, missing }) {
 }
 
 // After a practice image: our answer, on top of the rater's.
-function showFeedback({ lines, gold }) {
+const showFeedback = ({ lines, gold }) => compare("gold", lines, gold);
+// After a first answer, which may now be changed: the model's.
+const showSuggestion = ({ lines, answer: suggested }) => compare("suggestion", lines, suggested);
+
+function compare(name, lines, gold) {
+  for (const text of $("feedback").querySelectorAll("[data-of]")) text.hidden = text.dataset.of !== name;
   const items = lines.map((line) => Object.assign(document.createElement("li"), { textContent: line }));
   $("feedback-lines").replaceChildren(...items);
   picture.drawGold(Object.fromEntries(kinds.map((kind) => [kind, pointsOf(gold, kind)])));
@@ -472,7 +488,7 @@ const keys = {
   Backspace: erase,
   Delete: erase,
   Escape: () => svg.focus(),
-  Enter: () => ($("feedback").hidden ? finish() : next()),
+  Enter: () => (isOpen || $("feedback").hidden ? finish() : next()),
 };
 for (const kind of kinds) {
   keys[kind[0]] = () => choose(kind);
