@@ -129,9 +129,12 @@ def test_tokens_are_those_of_transformers(files, prompts):
     older = clip_tokens.read(files)
     ids, words_cut = older.encode(prompts, LENGTH)
     np.testing.assert_array_equal(ids, expected)
-    too_long = [len(row) > LENGTH for row in theirs(prompts)["input_ids"]]
-    assert (words_cut > 0).tolist() == too_long
-    assert all(too_long[::100])
+    # Too long, or with something behind the first end.
+    whole = theirs(prompts)["input_ids"]
+    cut = [len(row) > LENGTH or row.index(older.end_id) < len(row) - 2 for row in whole]
+    assert (words_cut > 0).tolist() == cut
+    assert all(cut[::100])
+    assert sum(cut) > sum(len(row) > LENGTH for row in whole) > 0
 
 
 def test_both_forms_of_the_files_are_one(files, prompts, tmp_path):
@@ -162,6 +165,15 @@ def test_truncation_and_padding_in_the_file_are_left_out(files):
         ("", 4, 0, 0),
         ("  a  ", 3, 1, 0),
         ("red 猫", 4, 2, 1),  # two of three bytes would be no character
+        # CLIP reads nothing behind an end; a start is a token like others.
+        (f"a {END} red-star a", 9, 2, 2),
+        (f"a red{END}star {END} a", 12, 3, 3),
+        (f"a red {END}", 9, 3, 0),
+        (f"a {END} red star", 5, 2, 2),
+        (f"a red star {END}", 5, 3, 1),
+        (f"a {END.upper()} red", 20, 14, 0),
+        (f"{START} a {START} red", 9, 4, 0),
+        (f"{START} a {START} red", 5, 3, 1),
     ],
 )
 def test_words_that_are_cut(text, length, pieces, cut):
