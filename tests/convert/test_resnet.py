@@ -340,6 +340,28 @@ def test_a_model_of_another_size(changed, message, tmp_path):
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.parametrize("kind", ["huggingface", "torchvision", "timm"])
+@pytest.mark.parametrize(
+    ("value", "message"), [(-1e-6, "negative, which no variance"), (np.inf, "NaN or inf")]
+)
+def test_variances_that_are_none(kind, value, message, tmp_path):
+    path, config = saved(kind, tmp_path)
+    file = path / "model.safetensors" if kind == "huggingface" else path
+    load = (
+        functools.partial(torch.load, weights_only=True)
+        if kind == "torchvision"
+        else safetensors.torch.load_file
+    )
+    save = torch.save if kind == "torchvision" else safetensors.torch.save_file
+    state = load(file)
+    name = [name for name in state if name.endswith("running_var")][3]
+    state[name][2] = value
+    save(state, file)
+    with pytest.raises(ConvertError, match=f"1 of the .* numbers of {name} are {message}"):
+        command.convert(our_model(config), [str(path)], str(tmp_path / "to"))
+    assert not (tmp_path / "to").exists()
+
+
 def test_a_text_only_checkpoint(tmp_path):
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
     transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
