@@ -256,6 +256,8 @@ def open_open_clip(path: str) -> Source:
         raise ConvertError(f"{file}: the weights hold no text tower: the similarity needs both towers")
     if _PATCHES not in state:
         raise ConvertError(f"{file}: the weights hold no image tower: the similarity needs both towers")
+    if any(name.startswith("visual.layer1.") for name in state):
+        raise ConvertError(f"{file}: its image tower is a ResNet; our CLIP's is a ViT")
     stacks = {"text": "transformer.resblocks.", "vision": "visual.transformer.resblocks."}
     depths = [huggingface.depth(state, prefix) for prefix in stacks.values()]
     names = _open_clip_names(*depths)
@@ -311,8 +313,8 @@ def _open_clip_settings(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> tu
     settings: dict[str, Any] = {"text_config.end_id": None}
     if not file.is_file():
         return settings, (
-            f"there is no {file.name}, so the heads and the activation aren't checked: make sure that the gin"
-            " files are the model's"
+            f"there is no {file.name}, so heads, activation and the pixels' mean and deviation aren't checked:"
+            " make sure that the gin files are the model's, and that the pixels are OpenAI's"
         )
     config = read_json(file)
     try:

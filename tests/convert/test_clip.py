@@ -477,6 +477,10 @@ def test_images_of_another_size_resample_the_image_towers_positions_alone(clip_d
             "the weights hold no image tower",
         ),
         (
+            lambda state: state | {"visual.layer1.0.conv1.weight": torch.zeros(3)},
+            "its image tower is a ResNet; our CLIP's is a ViT",
+        ),
+        (
             lambda state: state | {"transformer.resblocks.0.attn.in_proj_weight": torch.zeros(5, 3)},
             r"in_proj_weight has shape \(5, 3\), no query, key and value",
         ),

@@ -276,6 +276,10 @@ def test_a_directory_of_timm(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50", "num_classes": 10}))
     assert converter.is_resnet(str(tmp_path))
     assert converter.open_resnet(str(tmp_path)).settings == {"resnet_config.depths": DEPTHS}
+    # It has the same arrays, and other strides.
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnetaa50"}))
+    with pytest.raises(ConvertError, match="config.json: architecture is 'resnetaa50'; our ResNet is timm's"):
+        converter.open_resnet(str(tmp_path))
 
 
 def test_other_files_are_no_resnets(tmp_path):
