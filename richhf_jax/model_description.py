@@ -288,15 +288,17 @@ def system_of(content: Mapping[str, Any]) -> System:
     return SYSTEMS[name]
 
 
-def _fix(directory: epath.Path) -> str:
-    """Returns how a file of a model's directory comes back, by who made the directory."""
+def _again(directory: epath.Path) -> str:
+    """Returns how a directory is made again: by a conversion, an export or a training."""
     if (directory / CONVERSION_FILE).exists():
-        again = "convert the weights again, to a new directory"
-    elif (directory / EXPORT_FILE).exists():
-        again = "export the checkpoint again, to a new directory"
-    else:
-        again = "give the training's command again, which writes it anew (a finished one ends at once)"
-    return f"Bring it back from a copy; or {again}"
+        return "convert the weights again, to a new directory"
+    if (directory / EXPORT_FILE).exists():
+        return "export the checkpoint again, to a new directory"
+    return "give the training's command again, which writes it anew (a finished one ends at once)"
+
+
+def _fix(directory: epath.Path) -> str:
+    return f"Bring it back from a copy; or {_again(directory)}"
 
 
 def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: bytes | None) -> None:
@@ -349,7 +351,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
 def _read_vocabulary(path: epath.Path) -> bytes:
     if not path.exists():
         raise errors.UserError(
-            f"{path.parent} has no {path.name}: copy the model's vocabulary to it. {_fix(path.parent)}"
+            f"{path.parent} has no {path.name}: copy the model's vocabulary to it; or {_again(path.parent)}"
         )
     return reading.read_bytes(path)
 

@@ -86,7 +86,7 @@ def test_the_fix_is_that_of_the_directorys_maker(copy, name, maker, fix):
     (copy / maker).touch()
     (copy / name).write_bytes((copy / name).read_bytes()[:-9])
     for _ in range(2):
-        with pytest.raises(errors.UserError, match=f"{name}.*Bring it back from a copy; {fix}"):
+        with pytest.raises(errors.UserError, match=f"{name}.* copy.*; {fix}"):
             model_description.read(copy)
         (copy / name).unlink(missing_ok=True)
 

@@ -313,8 +313,8 @@ def _open_clip_settings(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> tu
     settings: dict[str, Any] = {"text_config.end_id": None}
     if not file.is_file():
         return settings, (
-            f"there is no {file.name}, so heads, activation and the pixels' mean and deviation aren't checked:"
-            " make sure that the gin files are the model's, and that the pixels are OpenAI's"
+            f"there is no {file.name}, so heads, activation, and the pixels' mean and deviation aren't"
+            " checked: make sure that the gin files are the model's, and that the pixels are OpenAI's"
         )
     config = read_json(file)
     try:
