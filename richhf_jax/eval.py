@@ -160,8 +160,8 @@ def _collect(
     if cut and reads_text:
         length = cfg.task_feature_lengths["inputs"]
         print(
-            f"{cut} of {len(images)} prompts weren't read to their end: they have more than {length} tokens, or"
-            " the token of the end among them"
+            f"{cut} of {len(images)} prompts weren't read to their end: they have more than {length} tokens,"
+            " or the token of the end among them"
         )
     return images, targets, predictions
 
