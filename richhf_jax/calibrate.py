@@ -75,8 +75,8 @@ def calibrate(
     directory = epath.Path(os.path.dirname(checkpoint))
     if (directory / model_description.EXPORT_FILE).exists():
         raise errors.UserError(
-            f"{directory} is an export, whose {model_description.EXPORT_FILE} would no longer be true: calibrate the"
-            " checkpoint that it was made of, then export again"
+            f"{directory} is an export, whose {model_description.EXPORT_FILE} would no longer be true:"
+            " calibrate the checkpoint that it was made of, then export again"
         )
     lock = locking.held(directory, "--gin.CHECKPOINT_PATH=DIR")
     with (
