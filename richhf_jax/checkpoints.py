@@ -23,6 +23,8 @@ from richhf_jax import train_state as train_state_lib
 
 _POSITION, _METRICS = "data_position", "metrics"
 _NAME = re.compile(r"checkpoint_(\d+)")
+# TensorFlow's file, in the directory that was given or in the export's folder.
+_SAVED_MODEL = ("saved_model.pb", "saved_model/saved_model.pb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -528,6 +530,11 @@ def find_checkpoint(path: str) -> tuple[str, int]:
     directory = _absolute(path)
     if not _NAME.fullmatch(directory.name):
         newest = newest_checkpoint(directory)
+        if newest is None and any((directory / file).exists() for file in _SAVED_MODEL):
+            raise CheckpointError(
+                f"{directory} is a SavedModel, which is a program for TensorFlow and no checkpoint: name the"
+                " checkpoint that was exported, or another export of it (--to=safetensors)"
+            )
         if newest is None:
             raise CheckpointError(
                 f"no checkpoint_<step> in {directory}: train first, or name another directory"

@@ -159,7 +159,10 @@ def _collect(
         predictions.append(prediction)
     if cut and reads_text:
         length = cfg.task_feature_lengths["inputs"]
-        print(f"{cut} of {len(images)} prompts have more than {length} tokens and were cut at a word")
+        print(
+            f"{cut} of {len(images)} prompts weren't read to their end: they have more than {length} tokens,"
+            " or the token of the end among them"
+        )
     return images, targets, predictions
 
 

@@ -271,6 +271,16 @@ def test_an_empty_directory_has_no_checkpoint(tmp_path, abstract):
         checkpoints.find_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["", "saved_model"])
+def test_a_saved_model_is_no_checkpoint(tmp_path, name):
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "saved_model.pb").touch()
+    with pytest.raises(
+        checkpoints.CheckpointError, match=f"{tmp_path} is a SavedModel, .* name the checkpoint"
+    ):
+        checkpoints.find_checkpoint(str(tmp_path))
+
+
 def test_what_a_crash_left_half_written_is_ignored(tmp_path, state, abstract):
     save(tmp_path, state, [3])
     # Orbax writes under such a name, and renames it when all is there.

@@ -30,7 +30,7 @@ from absl import logging
 
 from richhf_jax import errors, model_description, writing
 from richhf_jax.convert import own
-from richhf_jax.export import CHECKSUMS, card, program, stablehlo, weights
+from richhf_jax.export import card, program, stablehlo, weights
 from richhf_jax.predict import forward, predictor
 
 INTERFACE = "interface.json"
@@ -89,7 +89,7 @@ def _write_checksums(directory: pathlib.Path) -> None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
-    writing.write(directory / CHECKSUMS, "".join(lines))
+    writing.write(directory / model_description.EXPORT_FILE, "".join(lines))
 
 
 FORMATS: dict[str, Callable[[pathlib.Path, Job], None]] = {

@@ -277,5 +277,8 @@ def _read_safetensors(path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruc
     for name, leaf in wanted.items():
         if name not in found or found[name].shape != leaf.shape:
             there = found[name].shape if name in found else "nothing"
-            raise errors.UserError(f"{path}: {name} must be of shape {leaf.shape}, there is {there}")
+            raise errors.UserError(
+                f"{path}: {name} must be of shape {leaf.shape}, there is {there}: the file isn't that of"
+                f" {model_description.FILE} beside it; copy both again"
+            )
     return {name: found[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}
