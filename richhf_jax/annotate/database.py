@@ -1,4 +1,4 @@
-"""The SQLite file of a project: its tables, connections and transactions.
+"""The SQLite file of a project or a survey: its tables, connections and transactions.
 
 A transaction that has ended is on the disk (WAL with synchronous=FULL): neither SIGKILL nor a power cut takes
 it back. Any threads and processes may use one file at once.
@@ -6,6 +6,7 @@ it back. Any threads and processes may use one file at once.
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import sqlite3
 import threading
@@ -15,14 +16,14 @@ from collections.abc import Iterator
 from richhf_jax import errors, writing
 
 SCHEMA = 1
-# Says that a database is ours: "RHFa" in ASCII.
-_APPLICATION = 0x52484661
 # Longest wait for another process that writes.
 _PATIENCE_SECONDS = 30
-_TABLES = """
+PEOPLE = """
 CREATE TABLE people (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, secret BLOB UNIQUE, is_manager INTEGER NOT NULL,
     active INTEGER NOT NULL DEFAULT 1, passed INTEGER NOT NULL DEFAULT 0, round INTEGER NOT NULL DEFAULT 0);
+"""
+_TABLES = """
 CREATE TABLE items (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, file TEXT NOT NULL,
     width INTEGER NOT NULL, height INTEGER NOT NULL, gold TEXT, priority INTEGER NOT NULL,
@@ -41,7 +42,26 @@ CREATE INDEX answers_of_person ON answers (person, state);
 """
 
 
-def create(path: pathlib.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """What a kind of database holds.
+
+    Attributes:
+      application: the number that says in the file which kind it is.
+      version: that of the tables.
+      tables: the statements that make them.
+    """
+
+    application: int
+    version: int
+    tables: str
+
+
+# "RHFa" in ASCII.
+PROJECT = Schema(0x52484661, SCHEMA, PEOPLE + _TABLES)
+
+
+def create(path: pathlib.Path, schema: Schema) -> None:
     """Makes an empty database.
 
     Raises:
@@ -53,15 +73,26 @@ def create(path: pathlib.Path) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         db.executescript(
-            f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}"
-            f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA}; COMMIT;"
+            f"PRAGMA synchronous = FULL; BEGIN; {schema.tables}"
+            f"PRAGMA application_id = {schema.application}; PRAGMA user_version = {schema.version}; COMMIT;"
         )
+
+
+@contextlib.contextmanager
+def explained_errors(path: pathlib.Path) -> Iterator[None]:
+    """Turns errors at opening a database into a UserError that says what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise errors.UserError(
+            f"{path}: {error}. Give the right to write the folder, or restore the file from a backup"
+        ) from error
 
 
 class Database:
     """The open file, with a connection for each thread that is at work."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, schema: Schema):
         """Opens a file that `create` made.
 
         Raises:
@@ -73,14 +104,15 @@ class Database:
         # Threads wait here in turn. SQLite's own waiting is for other processes, and isn't fair.
         self._lock = threading.Lock()
         with self.connection() as db:
-            application, schema = (
+            application, version = (
                 db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
             )
-        if application != _APPLICATION:
-            raise errors.UserError(f"{path} is no project's database: restore it from a backup")
-        if schema > SCHEMA:
+        if application != schema.application:
+            raise errors.UserError(f"{path} is another database: restore this one from a backup")
+        if version > schema.version:
             raise errors.UserError(
-                f"{path} was made by a newer richhf_jax (schema {schema}, here {SCHEMA}): update richhf_jax"
+                f"{path} was made by a newer richhf_jax (schema {version}, here {schema.version}):"
+                " update richhf_jax"
             )
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sqlite3
+from typing import Any
 
 from richhf_jax.annotate import answers as forms
 
@@ -23,7 +24,7 @@ class Closed(NotYours):
 class Conflict(Exception):
     """The answer has another revision than the caller knows: another tab has changed it."""
 
-    def __init__(self, revision: int, answer: forms.Answer):
+    def __init__(self, revision: int, answer: Any):
         super().__init__(f"the answer has revision {revision}")
         self.revision, self.answer = revision, answer
 
@@ -67,6 +68,10 @@ class Person:
     is_manager: bool
     active: bool
     passed: bool
+
+    def known_as(self, names: bool) -> str:
+        """Returns the name for an export: the true one, or the pseudonym."""
+        return self.name if names else f"rater-{self.id}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,11 +28,6 @@ _MISALIGNED = "misaligned"
 _DIGITS = 6
 
 
-def rater_name(answer: Answer, names: bool) -> str:
-    """Returns a rater's name, or the pseudonym."""
-    return answer.person.name if names else f"rater-{answer.person.id}"
-
-
 def counted(store: Store) -> Iterator[Answer]:
     """Yields the answers that count."""
     return (a for a in store.answers() if a.excluded is None and a.item.gold is None)
@@ -46,7 +41,7 @@ def counted_ratings(store: Store, names: bool = False) -> Iterator[ratings.Ratin
     """
     _check_complete(store)
     for answer in counted(store):
-        item, rater = answer.item, rater_name(answer, names)
+        item, rater = answer.item, answer.person.known_as(names)
         size, radius = (item.width, item.height), store.config.point_radius
         yield forms.to_rating(answer.answer, item.id, item.prompt, size, rater, radius)
 
@@ -63,7 +58,7 @@ def scores_csv(store: Store, names: bool = False) -> Iterator[str]:
     yield _csv_row(["image", "rater", *scales, "seconds"])
     for answer in counted(store):
         given = [answer.answer["ratings"][scale] for scale in scales]
-        yield _csv_row([answer.item.id, rater_name(answer, names), *given, f"{answer.seconds:.1f}"])
+        yield _csv_row([answer.item.id, answer.person.known_as(names), *given, f"{answer.seconds:.1f}"])
 
 
 def _csv_row(cells: Sequence[Any]) -> str:
@@ -99,7 +94,7 @@ def label_studio_tasks(store: Store, names: bool = False) -> list[dict[str, Any]
         # Label Studio wants all data that its configuration names in each task.
         data |= {_TOKEN.format(i): tokens[i] if i < len(tokens) else "" for i in range(longest)}
         task = tasks.setdefault(item.id, {"data": data, "annotations": []})
-        annotation = {"lead_time": answer.seconds, "result": _results(answer, rater_name(answer, names))}
+        annotation = {"lead_time": answer.seconds, "result": _results(answer, answer.person.known_as(names))}
         task["annotations"].append(annotation)
     return list(tasks.values())
 
