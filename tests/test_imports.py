@@ -144,8 +144,8 @@ def needs_tensorflow(name: str) -> bool:
 # Works without the train extra. clu's writers, for `training_log`, import TensorFlow by themselves.
 CORE = {name for name in HOUSE if name not in ENTRY_POINTS | {"training_log"} and not needs_tensorflow(name)}
 CORE.add("export.__main__")
-# Of `datasets` they import modules without TensorFlow.
-CORE |= {"annotate", "survey"}
+# What it imports of `annotate` needs no TensorFlow.
+CORE.add("survey")
 
 SOURCES = sorted(
     [path for folder in ("richhf_jax", "tasks", "torch_twin") for path in (ROOT / folder).rglob("*.py")]

@@ -78,9 +78,10 @@ def status(store: Store, options: argparse.Namespace) -> int:
         seconds = [one.seconds for one in given if one.person.id == person.id]
         mine = checks.get(person.known_as(names=False), {"answers": 0})
         made = [mine[name] for name in answers.CHECKS if name in mine]
+        passed, asked = (sum(one[count] for one in made) for count in ("passed", "asked"))
         print(
             f"{for_terminal(person.name):20} {mine['answers']:8} {skips.get(person.id, 0):8}"
-            f" {averages.median(seconds) if seconds else 0:9.1f}  {sum(c['passed'] for c in made)} of {sum(c['asked'] for c in made)}"
+            f" {averages.median(seconds) if seconds else 0:9.1f}  {passed} of {asked}"
             f"{'' if person.active else ' (deactivated)'}"
         )
     return 0
