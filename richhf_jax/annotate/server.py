@@ -19,7 +19,7 @@ from starlette.routing import Route
 from richhf_jax import errors, feedback
 from richhf_jax.annotate import manage, web
 from richhf_jax.annotate.answers import InvalidAnswer
-from richhf_jax.annotate.records import Conflict, Incomplete, Item, Person, Work
+from richhf_jax.annotate.records import Incomplete, Item, Person, Work
 from richhf_jax.annotate.store import Store
 
 NO_WORK = "Thank you! No image is waiting for you now."
@@ -65,9 +65,6 @@ def make_app(store: Store) -> Starlette:
         Route("/manage/reassign", server.reassign, methods=["POST"]),
     ]
     handlers = {
-        Conflict: lambda request, error: JSONResponse(
-            {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer}, 409
-        ),
         Incomplete: lambda request, error: JSONResponse(
             {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
         ),
