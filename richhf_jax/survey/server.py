@@ -24,7 +24,6 @@ NO_WORK = "Thank you! No pair is waiting for you now."
 NO_PREVIOUS = "No pair was answered before."
 ANSWER_FIELDS = {"revision": int, "answer": int, "seconds": float}
 SHORTCUTS = (
-    (("1", "…", "5"), "answer: from A is much better to B is much better"),
     (("Enter",), "done, next pair"),
     (("Backspace",), "back to the previous pair, to correct it"),
     (("z",), "enlarge both images, or fit them; the mouse moves what is seen"),
@@ -66,7 +65,7 @@ class Server(web.Site):
             "question": config.question,
             "answers": config.answers,
             "guidelines": web.prose(config.guidelines),
-            "shortcuts": SHORTCUTS,
+            "shortcuts": [(("1", "…", "5"), f"{config.answers[0]} … {config.answers[-1]}"), *SHORTCUTS],
         }
         return self.page(request, "survey.html", values)
 
