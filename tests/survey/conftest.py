@@ -67,3 +67,9 @@ def sides():
         return found[0], found[1]
 
     return look
+
+
+@pytest.fixture
+def reds() -> dict[int, str]:
+    """Gives the generator of each red."""
+    return {red: name for name, red in REDS.items()}
