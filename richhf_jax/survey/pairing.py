@@ -14,7 +14,7 @@ import tqdm
 from PIL import Image
 
 from richhf_jax import errors, inputs, writing
-from richhf_jax.annotate import intake
+from richhf_jax.annotate import commands, intake
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs import images
 from richhf_jax.inputs.record import InputError, Record
@@ -84,7 +84,8 @@ def find(generators: Mapping[str, str]) -> Found:
         else:
             complete[prompt] = {name: records[name] for name in generators}
     if not complete:
-        raise errors.UserError("\n".join([*failures[:10], "no prompt has an image of each generator"]))
+        shown = failures[: commands.SHOWN_FAILURES]
+        raise errors.UserError("\n".join([*shown, "no prompt has an image of each generator"]))
     drawn = sum(any(len(found) > 1 for found in records.values()) for records in complete.values())
     return Found(complete, failures, drawn)
 
