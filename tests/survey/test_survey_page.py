@@ -5,6 +5,7 @@ import json
 import types
 
 import pytest
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.keys import Keys
 
 from richhf_jax.survey import __main__ as survey
@@ -212,6 +213,14 @@ def test_both_images_are_enlarged_at_the_same_place(page):
     page.type("z")
     assert page.run(width) == pytest.approx([2.5 * one for one in before])
     page.type("z")
+    assert page.run(width) == before
+    chain = ActionBuilder(page.driver, duration=0)
+    chain.pointer_action.move_to(page.find("#right")).pointer_down()
+    chain.perform()
+    page.wait(lambda: page.run(width) == pytest.approx([2.5 * one for one in before]))
+    chain = ActionBuilder(page.driver, duration=0)
+    chain.pointer_action.pointer_up()
+    chain.perform()
     assert page.run(width) == before
     page.type("?")
     assert page.find("#keys").is_displayed()

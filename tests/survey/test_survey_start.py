@@ -96,14 +96,17 @@ def test_one_of_several_images_and_some_of_the_prompts_are_drawn(two, folders, r
         pixels = rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folders / f"tuned/more{i}.png")
         (folders / f"tuned/more{i}.txt").write_text("a cat, 0")
-    drawn = []
+    images, prompts = [], []
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
-        assert run("init", folders / name, *two[1:], f"--seed={seed}", "--prompts=3") == 0
+        assert run("init", folders / name, *two[1:], f"--seed={seed}") == 0
         assert "1 prompts have several images of a generator: --seed draws one" in capsys.readouterr().out
-        drawn.append((prompts_of(folders / name), {p.name for p in (folders / name / "images").iterdir()}))
-        assert len(drawn[-1][0]) == 3
-        assert len(drawn[-1][1]) == 6
-    assert drawn[0] == drawn[1] != drawn[2]
+        images.append({path.name for path in (folders / name / "images").iterdir()})
+        assert len(images[-1]) == 10
+        assert run("init", folders / f"{name} few", *two[1:], f"--seed={seed}", "--prompts=3") == 0
+        prompts.append(prompts_of(folders / f"{name} few"))
+        assert len(prompts[-1]) == 3
+    for drawn in (images, prompts):
+        assert drawn[0] == drawn[1] != drawn[2]
     # More than there are.
     assert run("init", folders / "many", *two[1:], "--prompts=9") == 0
     assert "--prompts=9, but only 5 can be taken" in capsys.readouterr().err

@@ -225,7 +225,8 @@ export function listenToKeys(saver, actionOf) {
 
 // Who comes for the first time reads the guidelines.
 export async function start(next) {
-  const name = `richhf_jax ${person} has read`;
+  // Another project may have been served at this address.
+  const name = `richhf_jax ${document.title} ${person} has read`;
   if (!localStorage.getItem(name)) {
     await ask($("guidelines"));
     remember(name, true);
