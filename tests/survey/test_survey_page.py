@@ -35,7 +35,7 @@ class Pairs:
 
     def wait_for_pair_or_end(self, last: str) -> str | None:
         """Waits as `wait_for_pair`; None where no pair is left."""
-        self.wait(lambda: self.run(SHOWN) != last or self.find("#notice").is_displayed())
+        self.wait(lambda: self.run(SHOWN) not in (None, last) or self.find("#notice").is_displayed())
         return None if self.find("#notice").is_displayed() else self.run(SHOWN)
 
     def start(self, *screen) -> str:
@@ -148,6 +148,21 @@ def test_the_previous_answer_is_corrected(page):
     page.find(".primary").click()
     page.wait_for_pair(first)
     assert given(page) == [5]
+
+
+def test_the_last_answer_of_all_is_corrected(page):
+    token = page.start()
+    for _ in range(3):
+        page.type("2", Keys.ENTER)
+        token = page.wait_for_pair_or_end(token)
+    assert token is None
+    assert page.find("#notice p").text == "Thank you! No pair is waiting for you now."
+    page.find("#notice button:last-child").click()
+    page.wait(lambda: page.find("#correcting").is_displayed() and page.run(CHOSEN) == "2")
+    page.wait_for_pair()
+    page.type("4", Keys.ENTER)
+    page.wait(lambda: page.find("#notice").is_displayed())
+    assert given(page) == [2, 2, 4]
 
 
 def test_an_answer_is_needed_and_no_previous_pair_is_told(page):

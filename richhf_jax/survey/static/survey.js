@@ -14,7 +14,6 @@ const HOLD = 250;
 let work = null; // What the server sent of the pair.
 let answer = null; // 1 to 5, or null.
 let isOpen = false; // Whether the answer may change.
-let isShown = false; // Whether both images are in sight.
 
 const saver = new Saver({
   answer: () => answer,
@@ -40,15 +39,29 @@ async function open(path) {
 }
 
 async function next() {
-  const { status, error, work: found, message } = await open("/api/next");
-  if (status !== 200) saver.stop(error);
-  else if (!found) saver.stop(message);
+  const { status, error, work: found, message, progress } = await open("/api/next");
+  if (status !== 200) return saver.stop(error);
+  if (found) return;
+  saver.stop(message);
+  if (!progress.done) return;
+  const back = document.createElement("button");
+  back.textContent = "Previous pair";
+  back.addEventListener("click", showPrevious);
+  $("notice").append(" ", back);
+}
+
+async function showPrevious() {
+  const { status, error } = await open("/api/previous");
+  if (status === 200) return;
+  if (!saver.isActive) return saver.stop(error);
+  setOpen(true);
+  $("missing").textContent = error;
 }
 
 async function begin(given) {
   work = given;
   ({ answer } = work);
-  isShown = false;
+  delete form.dataset.shown;
   form.hidden = false;
   $("notice").hidden = true;
   $("missing").textContent = "";
@@ -77,7 +90,7 @@ async function showImages() {
     return;
   }
   if (token !== work.token) return;
-  isShown = true;
+  // Before, a choice would be blind.
   form.dataset.shown = token;
   pair.style.setProperty("--aspect", Math.min(...images.map((image) => image.naturalWidth / image.naturalHeight)));
 }
@@ -106,17 +119,13 @@ async function previous() {
   if (!isOpen || work.state === "done") return;
   setOpen(false);
   await saver.saved();
-  if (!saver.isActive) return;
-  const { status, error } = await open("/api/previous");
-  if (status === 200) return;
-  setOpen(true);
-  $("missing").textContent = error;
+  if (saver.isActive) await showPrevious();
 }
 
 // ---- The answer.
 
 function choose(value) {
-  if (!isOpen || !isShown) return render();
+  if (!isOpen || !form.dataset.shown) return render();
   if (value === answer) return;
   answer = value;
   $("missing").textContent = "";
