@@ -62,7 +62,7 @@ clip_model         | jax            | losses models network shapes
 model_description  |                | allowed_values baselines checksums clip_model clip_tokens models
                                       network prompt_encoders reading writing
 optimizers         | jax            |
-survey             |                | agreement foreign_text inputs pages reading writing
+survey             |                | agreement annotate foreign_text inputs pages reading writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
 feature_converters | tensorflow     | preprocessors
@@ -144,6 +144,8 @@ def needs_tensorflow(name: str) -> bool:
 # Works without the train extra. clu's writers, for `training_log`, import TensorFlow by themselves.
 CORE = {name for name in HOUSE if name not in ENTRY_POINTS | {"training_log"} and not needs_tensorflow(name)}
 CORE.add("export.__main__")
+# What it imports of `annotate` needs no TensorFlow.
+CORE.add("survey")
 
 SOURCES = sorted(
     [path for folder in ("richhf_jax", "tasks", "torch_twin") for path in (ROOT / folder).rglob("*.py")]

@@ -19,18 +19,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from richhf_jax import errors, inputs, reading, writing
-from richhf_jax.annotate import intake, manage, project, suggestions, transfer
+from richhf_jax.annotate import commands, intake, manage, project, suggestions, transfer
+from richhf_jax.annotate.settings import MOST_RATERS
 from richhf_jax.annotate.store import Store
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import bounded_lines
 
-SOME_FAILED = 3
 _FORMATS = ("raw", "scores", "label-studio")
-_SHOWN_FAILURES = 10
-_EXPOSED = """\
-warning: every computer that reaches this one can open the page at port {port}, and links and answers travel
-unencrypted. Outside a network that you trust, serve at 127.0.0.1 and put a proxy with TLS before it, such as
-`caddy reverse-proxy --from annotate.example.org --to 127.0.0.1:{port}`."""
 
 
 def init(options: argparse.Namespace) -> int:
@@ -44,7 +39,7 @@ def init(options: argparse.Namespace) -> int:
     with writing.new_directory(options.project, "PROJECT") as folder:
         items = list(intake.items(folder, given, gold, failures))
         if not items:
-            raise errors.UserError("\n".join([*failures[:_SHOWN_FAILURES], "no image can be taken"]))
+            raise errors.UserError("\n".join([*failures[: commands.SHOWN_FAILURES], "no image can be taken"]))
         store = Store.create(folder, config, items)
         _set_order(store, options.order, order)
         _suggest(store, options.suggest, predictions, failures)
@@ -110,25 +105,7 @@ def _told_failures(failures: Sequence[str], lost_gold: set[str]) -> int:
         *failures,
         *(f"{for_terminal(name)}: a gold answer, but no image" for name in sorted(lost_gold)),
     ]
-    for line in failures[:_SHOWN_FAILURES]:
-        print(f"left out: {line}", file=sys.stderr)
-    if len(failures) > _SHOWN_FAILURES:
-        print(f"left out: {len(failures) - _SHOWN_FAILURES:,} others", file=sys.stderr)
-    return SOME_FAILED if failures else 0
-
-
-def raters(store: Store, options: argparse.Namespace) -> int:
-    """Adds raters, gives them new links, or deactivates them."""
-    ids = {person.name: person.id for person in store.people()}
-    for name in options.names:
-        if options.action == "deactivate":
-            if name not in ids:
-                raise errors.UserError(f"there is no rater named {for_terminal(name)}: see `status`")
-            store.deactivate(ids[name])
-        else:
-            secret = store.add_rater(name) if options.action == "add" else store.renew(name)
-            print(f"{for_terminal(name)}\t{options.url}/r/{secret}")
-    return 0
+    return commands.told_failures(failures)
 
 
 def manager(store: Store, options: argparse.Namespace) -> int:
@@ -141,9 +118,7 @@ def serve(store: Store, options: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
     from richhf_jax.annotate import server
 
-    if options.host not in ("127.0.0.1", "::1", "localhost"):
-        print(_EXPOSED.format(port=options.port), file=sys.stderr)
-    print(f"serving {options.project} at http://{options.host}:{options.port}; Ctrl-C ends it")
+    commands.announce(options, options.project)
     server.serve(store, options.host, options.port)
     return 0
 
@@ -202,24 +177,6 @@ def import_(store: Store, options: argparse.Namespace) -> int:
     return 0
 
 
-def backup(store: Store, options: argparse.Namespace) -> int:
-    """Copies the database while the server may run."""
-    writing.check_file(options.out)
-    with writing.explained_disk_errors(options.out):
-        store.backup(pathlib.Path(options.out))
-    print(
-        f"{options.out}: the database; it holds neither {project.CONFIG} and {project.GUIDELINES}"
-        f" nor {project.IMAGES}/"
-    )
-    return 0
-
-
-def _raters(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 1000")
-    return int(text)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line; None: that of the process."""
     parser = argparse.ArgumentParser(
@@ -227,31 +184,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
+        one = parsers.add_parser(name, help=text, description=text)
         one.set_defaults(run=run)
         return one
 
     one = command("init", init, "make a project from images and prompts")
     _add_inputs(one, required=True)
-    one.add_argument("--raters", type=_raters, default=3, help="answers an image; default %(default)s")
-    _add_url(one)
+    one.add_argument(
+        "--raters", type=commands.number(MOST_RATERS), default=3, help="answers an image; default %(default)s"
+    )
+    commands.add_url(one)
     one = command("add", add, "add images or suggestions to a project, or change the order")
     _add_inputs(one, required=False)
-    one = command("raters", raters, "add raters, give them new links, deactivate them")
-    one.add_argument("action", choices=("add", "renew", "deactivate"))
-    one.add_argument("project", metavar="PROJECT")
-    one.add_argument("names", nargs="+", metavar="NAME")
-    _add_url(one)
+    commands.add_raters(command, "PROJECT")
     one = command("manager", manager, "print a new link to the manager's page")
     one.add_argument("project", metavar="PROJECT")
-    _add_url(one)
-    one = command("serve", serve, "serve the page")
-    one.add_argument("project", metavar="PROJECT")
-    one.add_argument("--host", default="127.0.0.1", help="address to serve at; default %(default)s")
-    one.add_argument("--port", type=int, default=8080, help="default %(default)s")
+    commands.add_url(one)
+    commands.add_serve(command, "PROJECT", serve)
     command("status", status, "print how far raters are").add_argument("project", metavar="PROJECT")
     one = command("export", export, "write the answers")
     one.add_argument("project", metavar="PROJECT")
@@ -271,9 +223,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one = command("import", import_, "take answers: raw ratings, or Label Studio's JSON (.json)")
     one.add_argument("project", metavar="PROJECT")
     one.add_argument("file", metavar="FILE")
-    one = command("backup", backup, "copy the database, also while the server runs")
-    one.add_argument("project", metavar="PROJECT")
-    one.add_argument("out", metavar="OUT.db", help="overwritten if it exists")
+    commands.add_backup(command, "PROJECT")
     return parser.parse_args(arguments)
 
 
@@ -293,15 +243,6 @@ def _add_inputs(parser: argparse.ArgumentParser, required: bool) -> None:
         "--suggest",
         metavar="FILE",
         help="predict's predictions.jsonl: a rater sees the model's answer after their own first one",
-    )
-
-
-def _add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--url",
-        type=lambda text: text.rstrip("/"),
-        default="http://127.0.0.1:8080",
-        help="where raters reach the server, for links; default %(default)s",
     )
 
 

@@ -57,12 +57,18 @@ def _item(folder: pathlib.Path, record: Record, gold: ratings.Rating | None) -> 
     container = containers.read(data)
     if gold and (gold.prompt, gold.width, gold.height) != (prompt, container.width, container.height):
         raise InputError("its gold answer is for another prompt or size")
-    # Named by the content: other people's names never become paths.
-    name = f"{hashlib.sha256(data).hexdigest()[:32]}.{container.format.lower()}"
-    if not (folder / project.IMAGES / name).exists():
-        writing.write(folder / project.IMAGES / name, data)
+    name = keep(folder / project.IMAGES, data, container.format)
     right = answers.of_rating(gold) if gold else None
     return Item(record.id, prompt, name, container.width, container.height, right)
+
+
+def keep(folder: pathlib.Path, data: bytes, form: str) -> str:
+    """Writes an image's bytes to a folder, once. Returns the file's name."""
+    # Named by the content: other people's names never become paths.
+    name = f"{hashlib.sha256(data).hexdigest()[:32]}.{form.lower()}"
+    if not (folder / name).exists():
+        writing.write(folder / name, data)
+    return name
 
 
 def read_gold(path: str) -> dict[str, ratings.Rating]:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from richhf_jax import errors
-from richhf_jax.annotate import project, records
-from richhf_jax.annotate.database import Database
+from richhf_jax.annotate import database, project, records
 from richhf_jax.annotate.people import People
 from richhf_jax.annotate.records import Item
 from richhf_jax.foreign_text import for_terminal
@@ -21,7 +20,7 @@ class Items(People):
         self.folder = folder
         self.config = project.read_config(folder)
         self._clock = clock
-        super().__init__(Database(folder / project.DATABASE))
+        super().__init__(database.Database(folder / project.DATABASE, database.PROJECT))
 
     def add_items(self, items: Iterable[Item]) -> int:
         """Adds items, all or none. Returns how many are new.

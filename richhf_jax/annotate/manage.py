@@ -108,7 +108,7 @@ def _rating(answer: Answer, config: Config) -> ratings.Rating:
     """Returns an answer as a line of raw ratings, in which scales that aren't asked have the lowest value."""
     item = answer.item
     given = {kind: value or feedback.LIKERT_MIN for kind, value in answer.answer["ratings"].items()}
-    size, rater = (item.width, item.height), transfer.rater_name(answer, names=False)
+    size, rater = (item.width, item.height), answer.person.known_as(names=False)
     filled = answer.answer | {"ratings": given}
     return forms.to_rating(filled, item.id, item.prompt, size, rater, config.point_radius)
 

@@ -24,7 +24,7 @@ class Closed(NotYours):
 class Conflict(Exception):
     """The answer has another revision than the caller knows: another tab has changed it."""
 
-    def __init__(self, revision: int, answer: forms.Answer, suggestion: forms.Suggestion | None):
+    def __init__(self, revision: int, answer: Any, suggestion: forms.Suggestion | None = None):
         super().__init__(f"the answer has revision {revision}")
         self.revision, self.answer, self.suggestion = revision, answer, suggestion
 
@@ -70,6 +70,10 @@ class Person:
     is_manager: bool
     active: bool
     passed: bool
+
+    def known_as(self, names: bool) -> str:
+        """Returns the name for an export: the true one, or the pseudonym."""
+        return self.name if names else f"rater-{self.id}"
 
 
 @dataclasses.dataclass(frozen=True)

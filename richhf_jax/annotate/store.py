@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from richhf_jax import errors, writing
 from richhf_jax.annotate import answers as forms
-from richhf_jax.annotate import assignment, database, project, records
+from richhf_jax.annotate import assignment, database, project, records, settings
 from richhf_jax.annotate.rater_work import RaterWork
 from richhf_jax.annotate.records import Answer, Item, Person
 from richhf_jax.datasets import ratings
@@ -33,15 +33,10 @@ class Store(RaterWork):
           errors.UserError: the folder is no project, its settings are wrong, or a newer version made it.
         """
         place = pathlib.Path(folder)
-        try:
+        with database.explained_errors(place / project.DATABASE):
             super().__init__(place, clock)
             with self._database.transaction() as db:
                 self._reopen(db)
-        except sqlite3.Error as error:
-            raise errors.UserError(
-                f"{place / project.DATABASE}: {error}. Give the right to write the folder, or restore"
-                " the file from a backup"
-            ) from error
 
     @classmethod
     def create(
@@ -59,19 +54,11 @@ class Store(RaterWork):
         """
         place = pathlib.Path(folder)
         writing.make_folder(place)
-        database.create(place / project.DATABASE)
+        database.create(place / project.DATABASE, database.PROJECT)
         project.write_config(place, config)
         store = cls(place, clock)
         store.add_items(items)
         return store
-
-    def close(self) -> None:
-        """Closes the database."""
-        self._database.close()
-
-    def backup(self, path: pathlib.Path) -> None:
-        """Copies the database to a file; see `database.Database.backup`."""
-        self._database.backup(path)
 
     # The manager's part.
 
@@ -185,7 +172,7 @@ class Store(RaterWork):
         if item["gold"] is None and others >= self.config.raters:
             raise errors.UserError(
                 f"{place}: {others} raters have answered or are at work, and `raters` in"
-                f" {project.CONFIG} allows no more"
+                f" {settings.CONFIG} allows no more"
             )
         self._insert(db, item["number"], person, 0, False, now)
         row = self._rows(db, "answers.person = ? AND items.number = ?", person, item["number"])[0]

@@ -30,11 +30,6 @@ _MISALIGNED = "misaligned"
 _DIGITS = 6
 
 
-def rater_name(answer: Answer, names: bool) -> str:
-    """Returns a rater's name, or the pseudonym."""
-    return answer.person.name if names else f"rater-{answer.person.id}"
-
-
 def counted(store: Store, first: bool = False) -> Iterator[Answer]:
     """Yields the answers that count; with `first` as they were before a suggestion was seen."""
     for answer in store.answers():
@@ -51,7 +46,7 @@ def counted_ratings(store: Store, names: bool = False, first: bool = False) -> I
       errors.UserError: the project doesn't ask all that raw ratings have, or an answer lacks a part.
     """
     for answer in _complete(store, first):
-        item, rater = answer.item, rater_name(answer, names)
+        item, rater = answer.item, answer.person.known_as(names)
         size, radius = (item.width, item.height), store.config.point_radius
         rating = forms.to_rating(answer.answer, item.id, item.prompt, size, rater, radius)
         yield dataclasses.replace(rating, suggested=answer.shown is not None)
@@ -70,7 +65,7 @@ def scores_csv(store: Store, names: bool = False, first: bool = False) -> Iterat
     for answer in counted(store, first):
         given = [answer.answer["ratings"][scale] for scale in scales]
         more = f"{answer.seconds:.1f}", int(answer.shown is not None)
-        yield _csv_row([answer.item.id, rater_name(answer, names), *given, *more])
+        yield _csv_row([answer.item.id, answer.person.known_as(names), *given, *more])
 
 
 def _csv_row(cells: Sequence[Any]) -> str:
@@ -91,7 +86,7 @@ def _complete(store: Store, first: bool) -> Iterator[Answer]:
         # Such a part was asked later: an empty one would look like a rater who found nothing.
         if missing := forms.missing(answer.answer, store.config):
             raise errors.UserError(
-                f"{for_terminal(answer.item.id)}: {rater_name(answer, names=False)} answered it before"
+                f"{for_terminal(answer.item.id)}: {answer.person.known_as(names=False)} answered it before"
                 f" {', '.join(missing)} was asked: exclude the answer on the manager's page, or {other}"
             )
         yield answer
@@ -117,7 +112,7 @@ def label_studio_tasks(store: Store, names: bool = False, first: bool = False) -
         # Label Studio wants all data that its configuration names in each task.
         data |= {_TOKEN.format(i): tokens[i] if i < len(tokens) else "" for i in range(longest)}
         task = tasks.setdefault(item.id, {"data": data, "annotations": []} | _predictions(item))
-        annotation = {"lead_time": answer.seconds, "result": _results(answer, rater_name(answer, names))}
+        annotation = {"lead_time": answer.seconds, "result": _results(answer, answer.person.known_as(names))}
         task["annotations"].append(annotation)
     return list(tasks.values())
 

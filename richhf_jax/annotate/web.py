@@ -33,7 +33,7 @@ from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from richhf_jax.annotate.people import People
-from richhf_jax.annotate.records import NotYours, Person
+from richhf_jax.annotate.records import Conflict, NotYours, Person
 from richhf_jax.inputs import containers
 
 # Bytes of a request's body. The largest answer, with 1,000 points of a kind, is a tenth of it.
@@ -149,6 +149,10 @@ class Site:
 
         common: dict[Any, Any] = {
             HTTPException: self._http_error,
+            Conflict: lambda request, error: JSONResponse(
+                {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer},
+                409,
+            ),
             NotYours: lambda request, error: error_reply(404, "This image is not open for you."),
             sqlite3.OperationalError: _storage_error,
         }

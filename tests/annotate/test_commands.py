@@ -10,7 +10,7 @@ from PIL import Image
 
 from richhf_jax import feedback
 from richhf_jax.annotate import __main__ as command
-from richhf_jax.annotate import answers, transfer
+from richhf_jax.annotate import answers, commands, transfer
 from richhf_jax.annotate.store import Store
 from richhf_jax.datasets import consolidate, ratings, tfrecord
 
@@ -224,7 +224,7 @@ def test_images_are_copied_by_content_and_upright(project, tmp_path, images, cap
     for name in ("turned.txt", "svg.txt"):
         (images / name).write_text("a prompt")
     (images / "dots.txt").write_text("...")
-    assert run("add", project, "--images", images) == command.SOME_FAILED
+    assert run("add", project, "--images", images) == commands.SOME_FAILED
     shown = capsys.readouterr()
     assert "1 new images" in shown.out
     assert "left out: svg.png: an SVG picture" in shown.err
@@ -262,7 +262,7 @@ def test_gold_and_order(rated, images, tmp_path, capsys):
     assert "no column `image`" in run("add", tmp_path / "again", "--order", tmp_path / "order.csv")
     (tmp_path / "gold.jsonl").write_text(gold.replace("0.png", "nope.png"))
     capsys.readouterr()
-    assert run("init", tmp_path / "third", "--images", images, *files[:2]) == command.SOME_FAILED
+    assert run("init", tmp_path / "third", "--images", images, *files[:2]) == commands.SOME_FAILED
     assert "nope.png: a gold answer, but no image" in capsys.readouterr().err
 
 

@@ -117,7 +117,7 @@ def test_two_tabs_never_overwrite_silently(page):
     try:
         page.driver.set_screen(1280, "light")
         page.driver.get(page.site.address)
-        page.wait_for_image()
+        page.wait_for_task()
         theirs = page.click(100, 100)
         page.wait_until_saved()
         page.driver.switch_to.window(first)
@@ -168,7 +168,7 @@ def test_the_browser_keeps_what_the_server_cannot_save(page):
     page.driver.get("about:blank")
     page.site.start()
     page.driver.get(page.site.address)
-    page.wait_for_image()
+    page.wait_for_task()
     page.wait_until_saved()
     assert page.work("train/0.png").answer["ratings"] == dict.fromkeys(feedback.SCORES) | {
         "plausibility": 4,

@@ -1,6 +1,7 @@
 """A rater answers, sees a suggestion, and answers again: what is kept, and what is never told before."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -275,8 +276,9 @@ def test_an_older_database_is_upgraded(old, make):
 def test_an_upgrade_is_whole_or_nothing(old, monkeypatch):
     before = schema_of(old)
     with monkeypatch.context() as patch:
-        ((first, *_),) = database._ADDITIONS
-        patch.setattr(database, "_ADDITIONS", ((first, "ALTER TABLE nowhere ADD COLUMN x"),))
+        first, *_ = database.PROJECT.additions[0]
+        broken = ((first, "ALTER TABLE nowhere ADD COLUMN x"),)
+        patch.setattr(database, "PROJECT", dataclasses.replace(database.PROJECT, additions=broken))
         with pytest.raises(errors.UserError, match="no such table: nowhere"):
             Store(old)
         assert schema_of(old) == before
@@ -294,7 +296,7 @@ def test_an_upgrade_is_whole_or_nothing(old, monkeypatch):
     for thread in threads:
         thread.join()
     assert problems == []
-    assert schema_of(old)[0] == database.SCHEMA
+    assert schema_of(old)[0] == database.PROJECT.version
 
 
 # The server and the page.
