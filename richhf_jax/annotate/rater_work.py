@@ -99,11 +99,12 @@ class RaterWork(Items):
         """
         with self._database.transaction() as db:
             row = self._mine(db, person, item_id)
+            answer = forms.checked(answer, row["prompt"], records.size(row))
             # The reply may have been lost, and the page sends the same again.
             if row["state"] == "done" and json.loads(row["answer"]) == answer:
                 return self._feedback(db, row, row["score"])
             row = self._open(db, person, item_id, revision)
-            if missing := forms.missing(forms.checked(answer, row["prompt"], records.size(row)), self.config):
+            if missing := forms.missing(answer, self.config):
                 raise Incomplete(missing)
             self._write(db, row, "done", answer, seconds)
             score = None
@@ -116,25 +117,27 @@ class RaterWork(Items):
             return self._feedback(db, row, score)
 
     def skip(self, person: Person, item_id: str, revision: int, reason: str, broken: bool) -> None:
-        """Ends a rater's work on an item without an answer.
+        """Ends a rater's work on an item without an answer. The same again changes nothing.
 
         An item that a second rater skips, or calls broken, goes to the manager.
 
         Raises:
           NotYours, Conflict: as `save`.
+          answers.InvalidAnswer: the reason is too long.
         """
+        if len(reason) > forms.MAX_COMMENT:
+            raise forms.InvalidAnswer(f"a reason must have at most {forms.MAX_COMMENT} characters")
+        state, reason = "broken" if broken else "skipped", printable(reason)
         with self._database.transaction() as db:
+            row = self._mine(db, person, item_id)
+            # As in `finish`: the reply may have been lost.
+            if (row["state"], row["reason"]) == (state, reason):
+                return
             row = self._open(db, person, item_id, revision)
             db.execute(
                 "UPDATE answers SET state = ?, reason = ?, changed = ?, revision = revision + 1, score = ?"
                 " WHERE id = ?",
-                (
-                    "broken" if broken else "skipped",
-                    printable(reason),
-                    self._clock(),
-                    None if row["gold"] is None else 0.0,
-                    row["id"],
-                ),
+                (state, reason, self._clock(), None if row["gold"] is None else 0.0, row["id"]),
             )
             skips = db.execute(
                 "SELECT count(DISTINCT person) FROM answers WHERE item = ? AND excluded IS NULL"

@@ -9,12 +9,12 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from richhf_jax import errors, feedback
 from richhf_jax.annotate import manage, web
@@ -46,7 +46,7 @@ SHORTCUTS = (
 )
 
 
-def make_app(store: Store) -> Starlette:
+def make_app(store: Store) -> ASGIApp:
     """Makes the app of a project's store."""
     server = Server(store)
     routes = [
@@ -185,14 +185,14 @@ class Server(web.Site):
     async def deactivate(self, request: Request) -> Response:
         """Withdraws a rater's link; their answers stay."""
         await self.person(request, is_manager=True)
-        form = await request.form()
+        form = await request.form(max_files=0)
         await run_in_threadpool(self._store.deactivate, web.number(form, "rater"))
         return RedirectResponse("/manage", 303)
 
     async def exclude(self, request: Request) -> Response:
         """Makes an answer not count, for a reason."""
         await self.person(request, is_manager=True)
-        form = await request.form()
+        form = await request.form(max_files=0)
         try:
             await run_in_threadpool(
                 self._store.exclude, web.number(form, "answer"), str(form.get("reason", ""))
@@ -204,7 +204,7 @@ class Server(web.Site):
     async def reassign(self, request: Request) -> Response:
         """Gives an image that was skipped back to the raters."""
         await self.person(request, is_manager=True)
-        item = str((await request.form()).get("item", ""))
+        item = str((await request.form(max_files=0)).get("item", ""))
         try:
             await run_in_threadpool(self._store.reassign, item)
         except errors.UserError as error:

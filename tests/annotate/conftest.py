@@ -1,5 +1,6 @@
-"""A project of three images on a store, its server, and the rater's page in a browser."""
+"""A project of three images on a store, its server, clients, and the rater's page in a browser."""
 
+import contextlib
 import functools
 import threading
 import time
@@ -12,9 +13,11 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+from starlette.testclient import TestClient
 
 from richhf_jax import feedback
-from richhf_jax.annotate import answers, project, records, server, store
+from richhf_jax.annotate import answers, project, records, server
+from richhf_jax.annotate.store import Store
 
 WIDTH, HEIGHT = 640, 480
 PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", "a boat")
@@ -24,7 +27,7 @@ PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", 
 def make_store(tmp_path):
     """Makes a project's store; with `gold`, its first image is for practice."""
 
-    def make(gold: bool = False, **settings) -> store.Store:
+    def make(gold: bool = False, **settings) -> Store:
         folder = tmp_path / "project"
         (folder / project.IMAGES).mkdir(parents=True)
         pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3)).astype(np.uint8)
@@ -40,7 +43,7 @@ def make_store(tmp_path):
             # Images come in the order of the prompts.
             items.append(records.Item(f"train/{i}.png", prompt, f"{i}.png", WIDTH, HEIGHT, right, -i))
         config = project.Config(**settings)
-        return store.Store.create(folder, config, items)
+        return Store.create(folder, config, items)
 
     return make
 
@@ -92,6 +95,37 @@ def make_site(make_store):
 @pytest.fixture
 def site(make_site):
     return make_site()
+
+
+@pytest.fixture
+def store(make_store):
+    with contextlib.closing(make_store()) as store:
+        yield store
+
+
+@pytest.fixture
+def secret(store):
+    return store.add_rater("Ada")
+
+
+@pytest.fixture
+def client(store):
+    with TestClient(server.make_app(store)) as client:
+        yield client
+
+
+@pytest.fixture
+def rater(client, secret):
+    """Opens a link, as a rater does, and gets the first image."""
+    assert client.get(f"/r/{secret}").status_code == 200
+    assert client.get("/api/next").json()["work"]["id"] == "train/0.png"
+    return client
+
+
+@pytest.fixture
+def manager(client, store):
+    assert client.get(f"/m/{store.make_manager()}").status_code == 200
+    return client
 
 
 class Page:
