@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from richhf_jax import errors, writing
 
-SCHEMA = 1
 # Says that a database is ours: "RHFa" in ASCII.
 _APPLICATION = 0x52484661
 # Longest wait for another process that writes.
@@ -39,6 +38,15 @@ CREATE TABLE answers (
     score REAL, reason TEXT NOT NULL DEFAULT '', excluded TEXT, UNIQUE (item, person, round));
 CREATE INDEX answers_of_person ON answers (person, state);
 """
+# What each schema from 2 on adds to the one before. A database of an older one gets it when it is opened.
+_ADDITIONS = (
+    # All that is counted of a rater's answers, at each next image, is in the index.
+    (
+        "DROP INDEX answers_of_person",
+        "CREATE INDEX answers_of_person ON answers (person, state, is_calibration, seconds, item)",
+    ),
+)
+SCHEMA = 1 + len(_ADDITIONS)
 
 
 def create(path: pathlib.Path) -> None:
@@ -52,8 +60,9 @@ def create(path: pathlib.Path) -> None:
         raise errors.UserError(f"{path} is there already: name a new folder")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
+        additions = "".join(f"{statement};" for schema in _ADDITIONS for statement in schema)
         db.executescript(
-            f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}"
+            f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}{additions}"
             f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA}; COMMIT;"
         )
 
@@ -62,7 +71,7 @@ class Database:
     """The open file, with a connection for each thread that is at work."""
 
     def __init__(self, path: pathlib.Path):
-        """Opens a file that `create` made.
+        """Opens a file that `create` made. One of an older schema is brought to this one.
 
         Raises:
           errors.UserError: it is another file, or a newer version made it.
@@ -73,15 +82,23 @@ class Database:
         # Threads wait here in turn. SQLite's own waiting is for other processes, and isn't fair.
         self._lock = threading.Lock()
         with self.connection() as db:
-            application, schema = (
-                db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
+            application, schema = (_pragma(db, name) for name in ("application_id", "user_version"))
         if application != _APPLICATION:
             raise errors.UserError(f"{path} is no project's database: restore it from a backup")
         if schema > SCHEMA:
             raise errors.UserError(
                 f"{path} was made by a newer richhf_jax (schema {schema}, here {SCHEMA}): update richhf_jax"
             )
+        if schema < SCHEMA:
+            self._upgrade()
+
+    def _upgrade(self) -> None:
+        with self.transaction() as db:
+            # Read again: another process may have been first.
+            for statements in _ADDITIONS[_pragma(db, "user_version") - 1 :]:
+                for statement in statements:
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -133,3 +150,7 @@ class Database:
         """Closes the connections that no thread uses."""
         while self._idle:
             self._idle.pop().close()
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return db.execute(f"PRAGMA {name}").fetchone()[0]

@@ -93,7 +93,7 @@ class Attempts:
 
 
 class Guard:
-    """Wraps the whole app: sets the headers of every response, and refuses writes that other sites' pages send.
+    """Wraps the whole app: sets every response's headers, and refuses writes that other sites' pages send.
 
     A connection whose request's body wasn't read to its end is closed.
     """

@@ -1,9 +1,9 @@
 """Lets raters work at once on the annotation server, and kills it at random moments.
 
 It makes a project whose images are all one small PNG, and serves it by `python -m richhf_jax.annotate serve`.
-Each rater is a thread that does what the page does: it gets the next image, saves its answer after each part and
-ends it, or skips the image. It sends the same again until the server replies. Nobody pauses: a moment
-of this run is as much work as an hour of people's.
+Each rater is a thread that does what the page does: it gets the next image, saves its answer after each of
+two parts and ends it, or skips the image. It sends the same again until the server replies. Nobody pauses, so
+the server is as busy as it can be.
 
 The server is killed by SIGKILL and started again. After each kill, and at the end, the database must have all
 that the server has acknowledged; what it lacks is counted as lost. In the end each image must have exactly
@@ -122,9 +122,10 @@ class Rater:
     def work(self) -> int:
         """Rates until no image is left. Returns how many this rater got."""
         count = 0
-        while not self._closed.is_set() and (work := self._ask("next", "GET", "/api/next")["work"]):
-            self._rate(work)
-            count += 1
+        with contextlib.closing(self._connection):
+            while not self._closed.is_set() and (work := self._ask("next", "GET", "/api/next")["work"]):
+                self._rate(work)
+                count += 1
         return count
 
     def _rate(self, work: Mapping[str, Any]) -> None:
@@ -362,11 +363,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pathlib.Path(folder), options.raters, options.items, options.answers, options.kills, options.seed
         )
     print(
-        "{raters} raters, {items:,} images, {requests:,} requests in {seconds:.0f} s: {requests_per_second:.0f}"
-        " a second, {server_cpu_ms:.2f} ms of the server's processor time each\n"
-        "{kills} kills: {lost} acknowledged answers lost, {tries_again} requests sent again\n"
-        "{with_exactly:,} images have exactly {answers_per_item} answers, {with_more} more, {with_fewer} fewer"
-        " ({skipped_by_two} skipped by two raters)\n"
+        "{raters} raters, {items:,} images, {requests:,} requests in {seconds:.0f} s:"
+        " {requests_per_second:.0f} a second, {server_cpu_ms:.2f} ms of the server's processor time each\n"
+        "{kills} kills: {lost} acknowledged answers lost, {tries_again:,} requests sent again\n"
+        "{with_exactly:,} images have exactly {answers_per_item} answers, {with_more} more,"
+        " {with_fewer} fewer ({skipped_by_two} skipped by two raters)\n"
         "milliseconds    median     95%  growth".format(**figures)
     )
     for kind, found in figures["milliseconds"].items():

@@ -395,7 +395,7 @@ def test_what_is_no_project_is_refused(tmp_path, make):
         Store.create(folder, project.Config(), [])
     with contextlib.closing(sqlite3.connect(folder / "project.db")) as db:
         db.execute(f"PRAGMA user_version = {database.SCHEMA + 1}")
-    with pytest.raises(errors.UserError, match=r"newer richhf_jax \(schema 2, here 1\): update"):
+    with pytest.raises(errors.UserError, match=r"newer richhf_jax \(schema 3, here 2\): update"):
         Store(folder)
     for path in folder.glob("project.db*"):
         path.unlink()
