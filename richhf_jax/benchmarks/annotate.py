@@ -186,7 +186,7 @@ class Rater:
 
     def _request(self, kind: str, method: str, path: str, sent: Any = None) -> tuple[int, bytes]:
         """Sends a request, again and again until the server replies. Returns status and content."""
-        data = None if sent is None else json.dumps(sent).encode()
+        data = None if sent is None else json.dumps(sent, allow_nan=False).encode()
         while True:
             begin = time.perf_counter()
             try:
