@@ -84,8 +84,10 @@ class Database:
         with self.connection() as db:
             application, schema = (_pragma(db, name) for name in ("application_id", "user_version"))
         if application != _APPLICATION:
+            self.close()
             raise errors.UserError(f"{path} is no project's database: restore it from a backup")
         if schema > SCHEMA:
+            self.close()
             raise errors.UserError(
                 f"{path} was made by a newer richhf_jax (schema {schema}, here {SCHEMA}): update richhf_jax"
             )
@@ -109,10 +111,18 @@ class Database:
             # mode=rw never makes a file: a project that was deleted stays deleted.
             address = f"file:{urllib.parse.quote(str(self._path.absolute()))}?mode=rw"
             db = sqlite3.connect(
-                address, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+                address,
+                timeout=_PATIENCE_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=True,
             )
             db.row_factory = sqlite3.Row
-            db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            try:
+                db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            except sqlite3.Error:
+                db.close()
+                raise
         try:
             yield db
         finally:
