@@ -79,6 +79,20 @@ def test_an_id_is_no_path(site):
     assert sorted(answer.item.id for answer in site.store.answers(finished=False)) == sorted(names)
 
 
+def test_an_id_that_browsers_change_is_not_taken(tmp_path, capsys):
+    """Browsers take dots out of addresses, and the server's routes know no line break."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    ids = ["fine", "..", ".", "a\nb"]
+    rows = [json.dumps({"image": "a.png", "prompt": "a cat", "id": one}) for one in ids]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(SystemExit) as end:
+        command.main(["init", str(tmp_path / "p"), "--images", str(tmp_path / "rows.jsonl")])
+    assert end.value.code == command.SOME_FAILED
+    found = capsys.readouterr()
+    assert "1 images" in found.out
+    assert found.err.count("give another id") == 3
+
+
 def get(site, place: str) -> tuple[int, bytes]:
     """Gets a page as the rater. Most clients tidy addresses; this one sends them as they are."""
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)

@@ -404,6 +404,20 @@ def test_what_is_no_project_is_refused(tmp_path, make):
         Store(folder)
 
 
+def test_an_older_database_gets_the_new_index(make, tmp_path):
+    make(1)[0].close()
+    path = tmp_path / "project" / "project.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP INDEX answers_of_person")
+        db.execute("CREATE INDEX answers_of_person ON answers (person, state)")
+        db.execute("PRAGMA user_version = 1")
+    Store(path.parent).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        columns = [row[2] for row in db.execute("PRAGMA index_info(answers_of_person)")]
+        assert columns == ["person", "state", "is_calibration", "seconds", "item"]
+        assert db.execute("PRAGMA user_version").fetchone() == (database.SCHEMA,)
+
+
 def test_a_full_disk_changes_nothing(make):
     store, ann = make(1)
     work = store.next_item(ann)
