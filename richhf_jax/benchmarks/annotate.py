@@ -306,7 +306,7 @@ def _work_and_kill(
                 done = sum(len(rater.times["done"]) for rater in raters)
                 bar.update(done - bar.n)
                 if killed < kills and done >= moments[killed]:
-                    time.sleep(draw.uniform(0, 4 * WAIT))
+                    time.sleep(draw.uniform(0, WAIT))
                     server.kill()
                     killed += 1
                     lost += count_lost(store, raters)

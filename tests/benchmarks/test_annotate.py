@@ -9,11 +9,13 @@ from richhf_jax.benchmarks.annotate import Acknowledged
 
 def test_raters_at_once_while_the_server_is_killed(tmp_path, capsys):
     path = tmp_path / "figures.json"
-    annotate_benchmark.main(["--raters=5", "--items=30", "--answers=2", "--kills=2", f"--json={path}"])
+    annotate_benchmark.main(
+        ["--raters=5", "--items=40", "--answers=2", "--kills=2", "--seed=8", f"--json={path}"]
+    )
     figures = json.loads(path.read_text())
     assert (figures["kills"], figures["lost"], figures["with_more"]) == (2, 0, 0)
     assert figures["tries_again"] > 0
-    assert figures["with_exactly"] == 30 - figures["skipped_by_two"]
+    assert figures["with_exactly"] == 40 - figures["skipped_by_two"]
     assert figures["with_fewer"] == figures["skipped_by_two"]
     # Each answer takes a next, an image, two saves and an end.
     assert figures["requests"] >= 5 * 2 * figures["with_exactly"]
