@@ -89,6 +89,7 @@ benchmarks         | jax tensorflow | costs datasets device_memory export keywor
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
                                       partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
+benchmarks.annotate |                |
 benchmarks.attention | jax            |
 benchmarks.clip    | tensorflow torch |
 benchmarks.gpu_check.__main__ |                |
@@ -119,6 +120,7 @@ ENTRY_POINTS = {
     *("calibrate", "train", "eval", "infer", "precompile", "tables"),
     *("export.__main__", "convert.__main__"),
     *(
+        "benchmarks.annotate",
         "benchmarks.attention",
         "benchmarks.clip",
         "benchmarks.input",

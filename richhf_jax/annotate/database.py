@@ -47,6 +47,11 @@ _ADDITIONS = (
         "ALTER TABLE answers ADD COLUMN first TEXT",
         "ALTER TABLE answers ADD COLUMN shown TEXT",
     ),
+    # All that is counted of a rater's answers, at each next image, is in the index.
+    (
+        "DROP INDEX answers_of_person",
+        "CREATE INDEX answers_of_person ON answers (person, state, is_calibration, seconds, item)",
+    ),
 )
 
 
@@ -121,8 +126,10 @@ class Database:
         with self.connection() as db:
             application, version = (_pragma(db, name) for name in ("application_id", "user_version"))
         if application != schema.application:
+            self.close()
             raise errors.UserError(f"{path} is another database: restore this one from a backup")
         if version > schema.version:
+            self.close()
             raise errors.UserError(
                 f"{path} was made by a newer richhf_jax (schema {version}, here {schema.version}):"
                 " update richhf_jax"
@@ -147,10 +154,18 @@ class Database:
             # mode=rw never makes a file: a project that was deleted stays deleted.
             address = f"file:{urllib.parse.quote(str(self._path.absolute()))}?mode=rw"
             db = sqlite3.connect(
-                address, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+                address,
+                timeout=_PATIENCE_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=True,
             )
             db.row_factory = sqlite3.Row
-            db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            try:
+                db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            except sqlite3.Error:
+                db.close()
+                raise
         try:
             yield db
         finally:

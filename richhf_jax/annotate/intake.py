@@ -51,6 +51,8 @@ def items(
 
 def _item(folder: pathlib.Path, record: Record, gold: ratings.Rating | None) -> Item:
     data, prompt = record.load()
+    if record.id in (".", "..") or "\n" in record.id:
+        raise InputError("browsers can't ask for an image of this id: give another id")
     if not feedback.tokenize_prompt(prompt):
         raise InputError("the prompt has no words")
     data = images.checked(data)

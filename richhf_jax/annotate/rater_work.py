@@ -108,13 +108,14 @@ class RaterWork(Items):
         """
         with self._database.transaction() as db:
             row = self._mine(db, person, item_id)
+            answer = forms.checked(answer, row["prompt"], records.size(row))
             # The reply may have been lost, and the page sends the same again.
             if row["state"] == "done" and json.loads(row["answer"]) == answer:
                 return self._feedback(db, row, row["score"])
             if self._is_resent(row, revision, answer):
                 return {"suggestion": records.parsed(row["shown"]), "revision": row["revision"]}
             row = self._open(db, person, item_id, revision)
-            if missing := forms.missing(forms.checked(answer, row["prompt"], records.size(row)), self.config):
+            if missing := forms.missing(answer, self.config):
                 raise Incomplete(missing)
             is_first = row["first"] is None
             has_more = is_first and row["suggestion"] is not None and not row["is_calibration"]
@@ -145,26 +146,28 @@ class RaterWork(Items):
         )
 
     def skip(self, person: Person, item_id: str, revision: int, reason: str, broken: bool) -> None:
-        """Ends a rater's work on an item without an answer.
+        """Ends a rater's work on an item without an answer. The same again changes nothing.
 
         An item that a second rater skips, or calls broken, goes to the manager.
 
         Raises:
           NotYours, Conflict: as `save`.
+          answers.InvalidAnswer: the reason is too long.
         """
+        if len(reason) > forms.MAX_COMMENT:
+            raise forms.InvalidAnswer(f"a reason must have at most {forms.MAX_COMMENT} characters")
+        state, reason = "broken" if broken else "skipped", printable(reason)
         with self._database.transaction() as db:
+            row = self._mine(db, person, item_id)
+            # As in `finish`: the reply may have been lost.
+            if (row["state"], row["reason"]) == (state, reason):
+                return
             row = self._open(db, person, item_id, revision)
             db.execute(
                 "UPDATE answers SET state = ?, reason = ?, changed = ?, revision = revision + 1,"
                 " score = coalesce(score, ?) WHERE id = ?",
-                (
-                    "broken" if broken else "skipped",
-                    printable(reason),
-                    self._clock(),
-                    # Nobody passes the first round by skipping it.
-                    0.0 if row["is_calibration"] else None,
-                    row["id"],
-                ),
+                # Nobody passes the first round by skipping it.
+                (state, reason, self._clock(), 0.0 if row["is_calibration"] else None, row["id"]),
             )
             db.execute(
                 f"UPDATE items SET state = 'manager' WHERE number = ? AND {_SKIPPED} >= ?",

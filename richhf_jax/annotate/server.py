@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from richhf_jax import errors, feedback
 from richhf_jax.annotate import manage, suggestions, web
@@ -45,7 +45,7 @@ SHORTCUTS = (
 )
 
 
-def make_app(store: Store) -> Starlette:
+def make_app(store: Store) -> ASGIApp:
     """Makes the app of a project's store."""
     server = Server(store)
     routes = [
@@ -209,14 +209,14 @@ class Server(web.Site):
     async def deactivate(self, request: Request) -> Response:
         """Withdraws a rater's link; their answers stay."""
         await self.person(request, is_manager=True)
-        form = await request.form()
+        form = await request.form(max_files=0)
         await run_in_threadpool(self._store.deactivate, web.number(form, "rater"))
         return RedirectResponse("/manage", 303)
 
     async def exclude(self, request: Request) -> Response:
         """Makes an answer not count, for a reason."""
         await self.person(request, is_manager=True)
-        form = await request.form()
+        form = await request.form(max_files=0)
         return await self._decide(
             self._store.exclude, web.number(form, "answer"), str(form.get("reason", ""))
         )
@@ -224,12 +224,12 @@ class Server(web.Site):
     async def include(self, request: Request) -> Response:
         """Makes an excluded answer count."""
         await self.person(request, is_manager=True)
-        return await self._decide(self._store.include, web.number(await request.form(), "answer"))
+        return await self._decide(self._store.include, web.number(await request.form(max_files=0), "answer"))
 
     async def reassign(self, request: Request) -> Response:
         """Gives an image to the raters, or to the one that the form names."""
         await self.person(request, is_manager=True)
-        form = await request.form()
+        form = await request.form(max_files=0)
         rater = web.number(form, "rater") if form.get("rater") else None
         return await self._decide(self._store.reassign, str(form.get("item", "")), rater)
 

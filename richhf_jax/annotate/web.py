@@ -9,7 +9,6 @@ import collections
 import hashlib
 import importlib.resources
 import json
-import math
 import pathlib
 import sqlite3
 import time
@@ -24,8 +23,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -38,6 +36,8 @@ from richhf_jax.inputs import containers
 
 # Bytes of a request's body. The largest answer, with 1,000 points of a kind, is a tenth of it.
 MAX_BODY = 1 << 20
+# Seconds of work on one image that a rater can have had, idle time left out.
+MAX_SECONDS = 1_000_000
 # Wrong secrets that an address may send in a minute.
 MAX_WRONG = 20
 # A year: raters come back with the same browser.
@@ -94,7 +94,10 @@ class Attempts:
 
 
 class Guard:
-    """Wraps the app: sets the headers of every response, and refuses writes that other sites' pages send."""
+    """Wraps the whole app: sets every response's headers, and refuses writes that other sites' pages send.
+
+    A connection whose request's body wasn't read to its end is closed.
+    """
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -104,20 +107,31 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
+        headers = Headers(scope=scope)
+        has_more = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
+
+        async def receive_body() -> Message:
+            nonlocal has_more
+            message = await receive()
+            has_more = message.get("more_body", False)
+            return message
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
                 headers.setdefault("Cache-Control", "no-store")
+                if has_more:
+                    # Else the server would read the rest, however long it is, to throw it away.
+                    headers["Connection"] = "close"
             await send(message)
 
-        headers = Headers(scope=scope)
         # Browsers send an Origin with every write. Behind a proxy the scheme may differ, the host may not.
         origin = headers.get("Origin", "").partition("://")[2]
         if scope["method"] not in ("GET", "HEAD") and (not origin or origin != headers.get("Host")):
             response = JSONResponse({"error": "The request comes from another site's page."}, 403)
             return await response(scope, receive, send_with_headers)
-        return await self._app(scope, receive, send_with_headers)
+        return await self._app(scope, receive_body, send_with_headers)
 
 
 class Site:
@@ -140,7 +154,7 @@ class Site:
         )
         self._templates = Jinja2Templates(env=environment)
 
-    def app(self, routes: Sequence[BaseRoute], handlers: Mapping[Any, Any]) -> Starlette:
+    def app(self, routes: Sequence[BaseRoute], handlers: Mapping[Any, Any]) -> ASGIApp:
         """Makes the app of the site's own routes and handlers of errors, and of those that all sites have."""
         look = importlib.resources.files("richhf_jax.pages") / "templates/look.css"
 
@@ -155,8 +169,10 @@ class Site:
             ),
             NotYours: lambda request, error: error_reply(404, "This image is not open for you."),
             sqlite3.OperationalError: _storage_error,
+            # A browser was closed, or lost its network. Nobody reads the reply.
+            ClientDisconnect: lambda request, error: Response(status_code=400),
         }
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/r/{secret}", self._enter),
                 Route("/m/{secret}", self._enter),
@@ -164,10 +180,10 @@ class Site:
                 Route("/static/look.css", get_look),
                 Mount("/static", StaticFiles(packages=[(name, "static") for name in self._packages])),
             ],
-            middleware=[Middleware(Guard)],
             exception_handlers=common | dict(handlers),
             max_body_size=MAX_BODY,
         )
+        return Guard(app)
 
     def page(self, request: Request, template: str, values: Mapping[str, Any], status: int = 200) -> Response:
         """Returns a page made of a template."""
@@ -210,7 +226,7 @@ class Site:
 
 
 async def body(request: Request, fields: Mapping[str, type]) -> dict[str, Any]:
-    """Returns a request's body: a JSON object with fields of these types; `seconds` is not negative."""
+    """Returns a request's body: a JSON object with fields of these types; `seconds` is 0 to MAX_SECONDS."""
     try:
         found = json.loads(await request.body())
     except (ValueError, RecursionError):
@@ -219,8 +235,8 @@ async def body(request: Request, fields: Mapping[str, type]) -> dict[str, Any]:
         kinds = (float, int) if kind is float else (kind,)
         if not isinstance(found, dict) or type(found.get(name)) not in kinds:
             raise HTTPException(400, f"The request's {name!r} must be of type {kind.__name__}.")
-    if not 0 <= found.get("seconds", 0) < math.inf:
-        raise HTTPException(400, "The request's 'seconds' must be a positive number.")
+    if not 0 <= found.get("seconds", 0) <= MAX_SECONDS:
+        raise HTTPException(400, f"The request's 'seconds' must be 0 to {MAX_SECONDS}.")
     return found
 
 
@@ -253,7 +269,7 @@ def error_reply(status: int, text: str) -> Response:
     return JSONResponse({"error": text}, status)
 
 
-def run(app: Starlette, host: str, port: int) -> None:
+def run(app: ASGIApp, host: str, port: int) -> None:
     """Serves an app until it is interrupted."""
     # A log of requests would hold the secrets of the links.
     uvicorn.run(app, host=host, port=port, access_log=False, server_header=False, log_level="warning")

@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from richhf_jax.annotate import web
 from richhf_jax.annotate.records import NotYours, Person
@@ -32,7 +32,7 @@ SHORTCUTS = (
 )
 
 
-def make_app(store: Store) -> Starlette:
+def make_app(store: Store) -> ASGIApp:
     """Makes the app of a survey's store."""
     server = Server(store)
     routes = [

@@ -1,4 +1,4 @@
-"""A project of three images on a store, its server, and the rater's page in a browser."""
+"""A project of three images on a store, its server, clients, and the rater's page in a browser."""
 
 import contextlib
 import functools
@@ -78,6 +78,25 @@ def make_site(make_store, local_server):
 @pytest.fixture
 def site(make_site):
     return make_site()
+
+
+@pytest.fixture
+def secret(store):
+    return store.add_rater("Ada")
+
+
+@pytest.fixture
+def rater(client, secret):
+    """Opens a link, as a rater does, and gets the first image."""
+    assert client.get(f"/r/{secret}").status_code == 200
+    assert client.get("/api/next").json()["work"]["id"] == "train/0.png"
+    return client
+
+
+@pytest.fixture
+def manager(client, store):
+    assert client.get(f"/m/{store.make_manager()}").status_code == 200
+    return client
 
 
 class Marks:

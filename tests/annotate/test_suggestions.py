@@ -10,7 +10,7 @@ from PIL import Image
 
 from richhf_jax import feedback
 from richhf_jax.annotate import __main__ as command
-from richhf_jax.annotate import suggestions, transfer
+from richhf_jax.annotate import commands, suggestions, transfer
 from richhf_jax.annotate.store import Store
 from richhf_jax.datasets import consolidate
 from richhf_jax.predict import files as prediction_files
@@ -159,7 +159,7 @@ def test_an_output_that_is_missing_is_not_suggested(tmp_path, images):
         prediction("1 #.png", heatmaps={}, words_cut=1),
         prediction("2 #.png", scores={}, heatmaps={}, tokens=None),
     )
-    assert run("init", tmp_path / "project", "--images", images, "--suggest", file) == command.SOME_FAILED
+    assert run("init", tmp_path / "project", "--images", images, "--suggest", file) == commands.SOME_FAILED
     assert suggested(tmp_path / "project") == {
         "0 #.png": {"ratings": {"overall": 3}},
         "1 #.png": {"ratings": RATINGS},
@@ -190,7 +190,7 @@ def test_a_prediction_that_does_not_fit_is_left_out(tmp_path, images, changes, t
     Image.new("L", (30, 20)).save(file.parent / "heatmaps/small.png")
     first, second = file.read_text().splitlines()
     file.write_text(json.dumps(json.loads(first) | changes) + "\n" + second)
-    assert run("init", tmp_path / "project", "--images", images, "--suggest", file) == command.SOME_FAILED
+    assert run("init", tmp_path / "project", "--images", images, "--suggest", file) == commands.SOME_FAILED
     assert told in capsys.readouterr().err
     assert [name for name, found in suggested(tmp_path / "project").items() if found] == ["1 #.png"]
 
