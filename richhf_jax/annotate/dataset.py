@@ -2,7 +2,8 @@
 
     OUT/train.tfrecord, dev.tfrecord, test.tfrecord   consolidated records, as the published labels
     OUT/images/UID.png, ...                           the images
-    OUT/prompts.jsonl                                 of each image: uid, prompt, and its name in the project
+    OUT/prompts.jsonl                                 a line an image: uid, prompt, image (its path), id (its
+                                                      name in the project); also an INPUT of `predict`
 
 Other people's names never become paths, so a uid is made of the name's hash. An image's split follows from
 its prompt's words alone: images of one prompt are in one split, and stay there when the project grows.
@@ -80,5 +81,6 @@ def _uid(item: Item) -> str:
 
 
 def _prompt_line(item: Item) -> str:
-    fields = {"uid": _uid(item), feedback.PROMPT_FIELD: item.prompt, "image": item.id}
+    image = f"{IMAGES}/{_file(item)}"
+    fields = {"uid": _uid(item), feedback.PROMPT_FIELD: item.prompt, "image": image, "id": item.id}
     return json.dumps(fields, ensure_ascii=False) + "\n"
