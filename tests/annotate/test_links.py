@@ -63,7 +63,7 @@ def test_files_that_need_no_change_are_linked(images, tmp_path, monkeypatch, cap
     (tmp_path / "way").symlink_to(images)
     monkeypatch.chdir(tmp_path)
     # The table and the folder have the same image.
-    assert run("init", "study", "--images", "way", "table.csv", "--link") == 0
+    assert run("init", "study", "--images", "table.csv", "way", "--link") == 0
     assert "images/: 2 files, 1 of them links" in capsys.readouterr().out
     found = places("study")
     assert found["plain.png"] == found["of a table"]
