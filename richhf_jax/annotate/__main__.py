@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from richhf_jax import errors, inputs, reading, writing
-from richhf_jax.annotate import commands, intake, manage, project, suggestions, transfer
+from richhf_jax.annotate import commands, dataset, intake, manage, project, suggestions, transfer
 from richhf_jax.annotate.settings import MOST_RATERS
 from richhf_jax.annotate.store import Store
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import bounded_lines
 
-_FORMATS = ("raw", "scores", "label-studio")
+_FORMATS = ("raw", "scores", "label-studio", "dataset")
 
 
 def init(options: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def init(options: argparse.Namespace) -> int:
     config = dataclasses.replace(project.Config(), raters=options.raters)
     failures: list[str] = []
     with writing.new_directory(options.project, "PROJECT") as folder:
-        items = list(intake.items(folder, given, gold, failures))
+        items = list(intake.items(folder, given, gold, failures, options.link))
         if not items:
             raise errors.UserError("\n".join([*failures[: commands.SHOWN_FAILURES], "no image can be taken"]))
         store = Store.create(folder, config, items)
@@ -45,10 +45,12 @@ def init(options: argparse.Namespace) -> int:
         _suggest(store, options.suggest, predictions, failures)
         secret = store.make_manager()
         store.close()
+        links = _links(folder)
     golds = sum(item.gold is not None for item in items)
     print(
         f"{options.project}: {len(items):,} images, {golds:,} of them gold; {config.raters} raters an image"
     )
+    print(links)
     print(f"the manager's link, shown once: {options.url}/m/{secret}")
     return _told_failures(failures, gold.keys() - {item.id for item in items})
 
@@ -64,13 +66,21 @@ def add(store: Store, options: argparse.Namespace) -> int:
     if options.images:
         given = inputs.Inputs(options.images, options.prompt)
         # All images are decoded before the transaction, for which raters would wait.
-        items = list(intake.items(store.folder, given, gold, failures))
+        items = list(intake.items(store.folder, given, gold, failures, options.link))
         taken = {item.id for item in items}
         print(f"{store.add_items(items):,} new images")
+        print(_links(store.folder))
     if options.order:
         _set_order(store, options.order, intake.read_order(options.order))
     _suggest(store, options.suggest, predictions, failures)
     return _told_failures(failures, gold.keys() - taken)
+
+
+def _links(folder: pathlib.Path) -> str:
+    files = list((folder / project.IMAGES).iterdir())
+    return (
+        f"{project.IMAGES}/: {len(files):,} files, {sum(file.is_symlink() for file in files):,} of them links"
+    )
 
 
 def _set_order(store: Store, path: str | None, order: Sequence[str]) -> None:
@@ -144,6 +154,8 @@ def status(store: Store, options: argparse.Namespace) -> int:
 
 def export(store: Store, options: argparse.Namespace) -> int:
     """Writes the answers that count."""
+    if options.format == "dataset":
+        return _export_dataset(store, options)
     writing.check_file(options.out)
     with writing.explained_disk_errors(options.out):
         if options.format == "label-studio":
@@ -160,6 +172,15 @@ def export(store: Store, options: argparse.Namespace) -> int:
             with writing.atomic(options.out) as new, new.open("w", encoding="utf-8") as file:
                 count = sum(bool(file.write(line)) for line in lines)
             print(f"{options.out}: {count - (options.format == 'scores'):,} answers")
+    return 0
+
+
+def _export_dataset(store: Store, options: argparse.Namespace) -> int:
+    if options.names:
+        raise errors.UserError("a data set doesn't say who rated: leave out --names")
+    with writing.explained_disk_errors(options.out), writing.new_directory(options.out, "OUT") as folder:
+        sizes = dataset.write(store, folder, options.first_answers)
+    print(f"{options.out}: {', '.join(f'{size:,} {split}' for split, size in sizes.items())}")
     return 0
 
 
@@ -207,12 +228,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command("status", status, "print how far raters are").add_argument("project", metavar="PROJECT")
     one = command("export", export, "write the answers")
     one.add_argument("project", metavar="PROJECT")
-    one.add_argument("out", metavar="OUT", help="overwritten if it exists")
+    one.add_argument(
+        "out", metavar="OUT", help="a file, overwritten if it exists; of a data set, a new folder"
+    )
     one.add_argument(
         "--format",
         choices=_FORMATS,
         default="raw",
-        help="raw ratings for datasets.consolidate (default), a CSV of scores, or Label Studio's JSON",
+        help="raw ratings for datasets.consolidate (default), a CSV of scores, Label Studio's JSON, or a"
+        " folder of records and images for datasets.rich_hf_18k",
     )
     one.add_argument("--names", action="store_true", help="write raters' names instead of pseudonyms")
     one.add_argument(
@@ -237,6 +261,9 @@ def _add_inputs(parser: argparse.ArgumentParser, required: bool) -> None:
         help="images, folders, .csv, .jsonl, .parquet or .tar, as for predict",
     )
     parser.add_argument("--prompt", help="the prompt of images that have no .txt")
+    parser.add_argument(
+        "--link", action="store_true", help="link the images that need no change, instead of copying them"
+    )
     parser.add_argument("--gold", metavar="FILE", help="right answers of some of the images, as raw ratings")
     parser.add_argument("--order", metavar="FILE", help="predict's order.csv: the images that come first")
     parser.add_argument(

@@ -3,21 +3,23 @@
     PROJECT/project.db      people, items and answers; see `store`
     PROJECT/config.json     the settings: see `Config`
     PROJECT/guidelines.md   what raters read first, in Markdown
-    PROJECT/images/         the images, named by their content
+    PROJECT/images/         the images, named by their content; or links to them
 
 Both text files may be edited; a server reads them when it starts.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
-from richhf_jax import feedback
+from richhf_jax import errors, feedback, writing
 from richhf_jax.annotate import settings
 from richhf_jax.annotate.settings import SettingError
 from richhf_jax.datasets import ratings
 
 DATABASE, IMAGES = "project.db", "images"
+_IMAGE_FIX = "Put the image back; or where it is elsewhere now, name it to `add --images` by the same id"
 _DEFAULT_GUIDELINES = """\
 Look at the image first, then read the prompt.
 
@@ -122,6 +124,29 @@ _NUMBERS: settings.Limits = {
     "lease_minutes": (float, 1, 1e6),
     "seed": (int, 0, 2**63),
 }
+
+
+def content_name(data: bytes) -> str:
+    """Returns the name of an image's file, without its extension, by the image's bytes."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def read_image(path: pathlib.Path) -> bytes:
+    """Reads an image of a project. Where the file is a link, others may have changed the image.
+
+    Raises:
+      errors.UserError: it can't be read, or a link leads to another image than the one that was taken.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        place = f"{path}, a link to {path.readlink()}" if path.is_symlink() else path
+        raise errors.UserError(f"{place}: {writing.reason(error)}. {_IMAGE_FIX}") from error
+    if path.is_symlink() and content_name(data) != path.stem:
+        raise errors.UserError(
+            f"{path.readlink()} isn't the image any more that the project took. {_IMAGE_FIX}"
+        )
+    return data
 
 
 def write_config(folder: pathlib.Path, config: Config) -> None:

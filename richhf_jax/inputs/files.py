@@ -27,7 +27,8 @@ _TEXT_EXTENSIONS = tuple(f".{''.join(letters)}" for letters in itertools.product
 
 def image_records(path: str, prompt: str | None) -> Iterator[Record]:
     """Yields the record of one image. `prompt` is taken, or else the sidecar."""
-    yield Record(printable(os.path.basename(path)), functools.partial(_load_file, path, prompt, None))
+    load = functools.partial(_load_file, path, prompt, None)
+    yield Record(printable(os.path.basename(path)), load, path=path)
 
 
 def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> Iterator[str | Record]:
@@ -96,9 +97,8 @@ def folder_records(root: str, names: Iterable[str | Record], prompt: str | None)
         if isinstance(name, Record):
             yield name
         else:
-            yield Record(
-                printable(name), functools.partial(_load_file, os.path.join(root, name), None, prompt)
-            )
+            path = os.path.join(root, name)
+            yield Record(printable(name), functools.partial(_load_file, path, None, prompt), path=path)
 
 
 def _wanted(entry: os.DirEntry) -> str:

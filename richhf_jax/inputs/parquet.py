@@ -102,7 +102,7 @@ class _Images:
             image = self._image(row, place)
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         if data is None and isinstance(path, str) and path:
-            return load_row(os.path.dirname(self._path), path, prompt, place)
+            return load_row(os.path.join(os.path.dirname(self._path), path), prompt, place)
         if not isinstance(data, bytes):
             raise InputError(
                 f"{place}: no image; `image` must be a path, bytes, or a struct of `bytes` and `path`"

@@ -50,11 +50,13 @@ class Record:
       load: returns the image file's bytes (not decoded) and the prompt (stripped, not empty), or raises
         InputError. Any thread may call it at any time; it is fastest in the records' order.
       row_id: the id to take where an earlier record has this one. '' where `id` is more than a hint.
+      path: the image's own file; '' where the image is in a table or a tar, or can't be loaded.
     """
 
     id: str
     load: Callable[[], tuple[bytes, str]]
     row_id: str = ""
+    path: str = ""
 
 
 def broken_record(name: str, problem: str) -> Record:

@@ -201,8 +201,9 @@ def row_record(
         return broken_row(table, number, str(error))
     prompt, place = fields["prompt"], _place(table, number)
     if not load_image:
-        load = functools.partial(load_row, os.path.dirname(table), fields["image"], prompt, place)
-        return Record(row_id or printable(fields["image"]), load)
+        path = os.path.join(os.path.dirname(table), fields["image"])
+        load = functools.partial(load_row, path, prompt, place)
+        return Record(row_id or printable(fields["image"]), load, path=path)
     load = functools.partial(load_image, number, prompt, place)
     numbered = _numbered(table, number)
     # Rows of different images may have the same path there: writers keep of it only the file's name.
@@ -223,8 +224,7 @@ def _place(table: str, number: int) -> str:
     return f"{table}, {'row' if table.lower().endswith('.parquet') else 'line'} {number}"
 
 
-def load_row(folder: str, image: str, prompt: str, where: str) -> tuple[bytes, str]:
-    """Returns the image at a path relative to the table's folder, and the checked prompt."""
+def load_row(path: str, prompt: str, where: str) -> tuple[bytes, str]:
+    """Returns the image at a path, and the checked prompt."""
     prompt = checked_prompt(prompt, where)
-    path = os.path.join(folder, image)
     return read_bytes(path, f"{where}: {path}", _PATH_FIX), prompt
