@@ -92,11 +92,16 @@ class System:
     marks_words: bool = False
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it reads prompts; predictions of one that doesn't need none."""
+        return self.vocabulary_file is not None
+
+    @property
     def lengths(self) -> tuple[str, ...]:
         """The names of `ModelDescription.feature_lengths`."""
         return (
             "image",
-            *(("inputs",) if self.vocabulary_file else ()),
+            *(("inputs",) if self.reads_text else ()),
             *(("targets",) if self.marks_words else ()),
         )
 
@@ -169,6 +174,11 @@ class ModelDescription:
         """
         make = SYSTEMS[self.system].encoder
         return make(self) if make else None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the system reads prompts, see `System.reads_text`."""
+        return SYSTEMS[self.system].reads_text
 
     def of_step(self, step: int) -> "ModelDescription":
         """Returns the description of the checkpoint of this step: no other one's calibration is its own."""

@@ -32,7 +32,7 @@ REQUIRES = ("tensorflow", "tensorflow-text")
 
 def write(directory: pathlib.Path, description: ModelDescription, params: program.Arrays) -> None:
     """Writes the SavedModel into a folder of the directory. Its variables are the parameters."""
-    reader = PromptReader(description) if description.encoder else None
+    reader = PromptReader(description) if description.reads_text else None
     model = tf.Module()
     model.parameters = {
         name: tf.Variable(value, trainable=False, name=name) for name, value in params.items()
