@@ -463,8 +463,8 @@ def misfit(
 
     Args:
       path: the checkpoint, or file of parameters.
-      wrong: path of names -> the array that the model has in a place where the checkpoint has another or none;
-        None: the model has none.
+      wrong: path of names -> the model's array, where the checkpoint has another or none; None: the model has
+        none.
       saved: path of names -> the array that the checkpoint has.
       fix: what to do.
       untrained: whether the checkpoint may be a conversion, which lacks what only training makes.
@@ -477,9 +477,9 @@ def misfit(
     if start.endswith(".safetensors"):  # Training reads checkpoints alone.
         convert, start = f"python -m richhf_jax.convert --from={start} --to=DIR --gin_file=..., then ", "DIR"
     return CheckpointError(
-        f"{message}It lacks {len(wrong)} arrays and has all others, as a conversion of published weights, which"
-        f" have no trained heads. Train from it first, with the gin files of the conversion: {convert}python -m"
-        f" richhf_jax.train --gin_file=... --gin_file=runs/train.gin --gin.INITIAL_CHECKPOINT_PATH={start}"
+        f"{message}It lacks {len(wrong)} arrays and has all others, as a conversion of published weights,"
+        f" which have no trained heads. Train from it first, with the gin files of the conversion: {convert}python"
+        f" -m richhf_jax.train --gin_file=... --gin_file=runs/train.gin --gin.INITIAL_CHECKPOINT_PATH={start}"
         " --gin.MODEL_DIR=RUN --gin.MIXTURE_OR_TASK_NAME=TASK --gin.TRAIN_STEPS=N. Or name a checkpoint that"
         f" is trained. If this one is trained, {fix}"
     )
@@ -621,7 +621,7 @@ def restore_matching(
     found, wrong, saved = _restore_found(path, abstract_state)
     if not found[0]:
         raise CheckpointError(
-            f"{path} shares no parameter with this model: name another checkpoint, or the gin files of its model"
+            f"{path} shares no parameter with this model: name another checkpoint, or its model's gin files"
         )
     logging.info("initialised %d arrays from %s, %d stay fresh", sum(map(len, found)), path, len(wrong))
     for name, leaf in wrong.items():
@@ -637,8 +637,8 @@ def _restore_found(
     """Reads the arrays that a checkpoint has in the right shape, and lists those that it lacks.
 
     Returns:
-      (parameters, mutable collections), each {path of names: array}; the arrays of the model that it lacks, or
-      has in another shape; and what it has.
+      (parameters, mutable collections), each {path of names: array}; the model's arrays that it lacks, or has
+      in another shape; and what it has.
     """
     directory = epath.Path(find_checkpoint(path)[0])
     checksums = array_checksums(directory)

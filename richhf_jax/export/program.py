@@ -71,7 +71,7 @@ def interface(description: ModelDescription) -> dict[str, Any]:
     for name in ("inputs", "targets"):
         if name in lengths:
             content[f"{name}_length"] = lengths[name]
-    content["fit"] = description.fit
+    content |= {"fit": description.fit, "least_side": forward.MIN_SIDE}
     if description.reads_text:
         content["prompts"] = feedback.task_prompts(description.model.variant, "{prompt}")
     if outputs.keywords:

@@ -69,7 +69,7 @@ class Inputs:
         Args:
           paths: images, folders, tables and tars.
           prompt: the prompt of single images, and of images in folders that have no .txt beside them.
-          needs_prompts: whether an image without a prompt is a record that doesn't load; else its prompt is "".
+          needs_prompts: whether an image without a prompt doesn't load; else its prompt is "".
 
         Raises:
           errors.UserError: a place doesn't exist, can't be opened, has an unknown extension, lacks a column

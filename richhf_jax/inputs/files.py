@@ -128,9 +128,7 @@ def _folded(stem: str) -> str:
     return unicodedata.normalize("NFC", stem).casefold()
 
 
-def _load_file(
-    path: str, prompt: str | None, fallback: str | None, needs_prompt: bool
-) -> tuple[bytes, str]:
+def _load_file(path: str, prompt: str | None, fallback: str | None, needs_prompt: bool) -> tuple[bytes, str]:
     """Returns an image with `prompt`, or else the sidecar's prompt, or else `fallback`, or else ""."""
     fallback = "" if fallback is None and not needs_prompt else fallback
     if prompt is None:

@@ -48,7 +48,8 @@ class Record:
     Attributes:
       id: the image's name for the user, the same in every run. Two records may have the same id.
       load: returns the image file's bytes (not decoded) and the prompt (stripped; "" only where none is
-        needed), or raises InputError. Any thread may call it at any time; it is fastest in the records' order.
+        needed), or raises InputError. Any thread may call it at any time; it is fastest in the records'
+        order.
       row_id: the id to take where an earlier record has this one. '' where `id` is more than a hint.
     """
 

@@ -173,8 +173,10 @@ def check_columns(path: str, names: Sequence[str], needs_prompts: bool = True) -
     wrong += [name for name in _needed(needs_prompts) if name not in names]
     if wrong:
         there = printable(", ".join(map(repr, names[:20])))
-        needed = "`image` and `prompt`, and may have `id`" if needs_prompts else "`image`, and may have others"
-        needed = f"a table needs {needed}, each once, in small letters"
+        columns = (
+            "`image` and `prompt`, and may have" if needs_prompts else "`image`, and may have `prompt` and"
+        )
+        needed = f"a table needs {columns} `id`, each once, in small letters"
         commas = " (UTF-8, separated by commas)" if path.lower().endswith(".csv") else ""
         raise errors.UserError(f"{path}: column `{wrong[0]}`: {needed}{commas}; the columns are {there}")
 
@@ -240,9 +242,7 @@ def _place(table: str, number: int) -> str:
     return f"{table}, {'row' if table.lower().endswith('.parquet') else 'line'} {number}"
 
 
-def load_row(
-    folder: str, image: str, prompt: str, where: str, needs_prompt: bool
-) -> tuple[bytes, str]:
+def load_row(folder: str, image: str, prompt: str, where: str, needs_prompt: bool) -> tuple[bytes, str]:
     """Returns the image at a path relative to the table's folder, and the checked prompt."""
     prompt = checked_prompt(prompt, where, needs_prompt)
     path = os.path.join(folder, image)

@@ -386,7 +386,8 @@ class RahfPredictor:
         Returns:
           `score(images, prompts)`. It takes images, float [batch, height, width, 3] in [0, 1], with as many
           prompts, and returns float32 [batch]; or one image, float [height, width, 3], with one prompt, and
-          returns float32 []. A model that reads no text needs no prompts: `score(images)`. Images of any size are resized as in training (but not rounded to 8 bits).
+          returns float32 []. A model that reads no text needs no prompts: `score(images)`. Images of any size
+          are resized as in training (but not rounded to 8 bits).
           Within `jax.jit` give prompts as `encode_for(kind, prompts)`: their values may change without
           another compilation. The function is a `jax.tree_util.Partial`: give it to a jitted function as an
           argument, and the parameters don't become constants of the program.
