@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             _score_rest(predictor, given, options, files, range(first, last))
             given.check_unchanged()
             assert files.progress.position == last, "a run is done only with all its records"
-        files.finish("Rich feedback")
+        files.finish("Rich feedback", predictor.outputs.score_range)
         return _summary(options, path, files)
 
 
