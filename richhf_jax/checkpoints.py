@@ -478,10 +478,10 @@ def misfit(
         convert, start = f"python -m richhf_jax.convert --from={start} --to=DIR --gin_file=..., then ", "DIR"
     return CheckpointError(
         f"{message}It lacks {len(wrong)} arrays and has all others, as a conversion of published weights,"
-        f" which have no trained heads. Train from it first, with the gin files of the conversion: {convert}python"
-        f" -m richhf_jax.train --gin_file=... --gin_file=runs/train.gin --gin.INITIAL_CHECKPOINT_PATH={start}"
-        " --gin.MODEL_DIR=RUN --gin.MIXTURE_OR_TASK_NAME=TASK --gin.TRAIN_STEPS=N. Or name a checkpoint that"
-        f" is trained. If this one is trained, {fix}"
+        " which have no trained heads. Train from it first, with the gin files of the conversion:"
+        f" {convert}python -m richhf_jax.train --gin_file=... --gin_file=runs/train.gin"
+        f" --gin.INITIAL_CHECKPOINT_PATH={start} --gin.MODEL_DIR=RUN --gin.MIXTURE_OR_TASK_NAME=TASK"
+        f" --gin.TRAIN_STEPS=N. Or name a checkpoint that is trained. If this one is trained, {fix}"
     )
 
 

@@ -161,9 +161,11 @@ class ModelDescription:
         """The model for predictions.
 
         Raises:
-          errors.UserError: as `encoder`.
+          errors.UserError: as `encoder` and `check_fit`.
         """
-        return SYSTEMS[self.system].model(self)
+        model = SYSTEMS[self.system].model(self)
+        check_fit(model, self.fit)
+        return model
 
     @functools.cached_property
     def encoder(self) -> Any:
@@ -240,12 +242,20 @@ _RESNET = System(
 )
 
 
-def _clip(description: ModelDescription) -> clip_model.ClipModel:
-    if description.network.outputs.heatmaps and description.fit == "centre_crop":
+def check_fit(model: models.BaseModel, fit: str) -> None:
+    """Checks that a model which predicts heatmaps sees all of each picture.
+
+    Raises:
+      errors.UserError: it doesn't.
+    """
+    if model.outputs.heatmaps and fit == "centre_crop":
         raise errors.UserError(
-            f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): it would know"
-            " nothing of what is cropped off. Convert with --gin.FIT=\"'resize'\""
+            "the model predicts heatmaps, but crops pictures (FIT = 'centre_crop'): it would know nothing of"
+            " what is cropped off. Convert or train it with --gin.FIT=\"'resize'\""
         )
+
+
+def _clip(description: ModelDescription) -> clip_model.ClipModel:
     return clip_model.ClipModel(description.network, None)
 
 

@@ -159,7 +159,8 @@ def render(
 
     environment.filters |= {"percent": _percent, "percent_of_score": percent_of_score, "css_url": _css_url}
     known = {name for view in views for name in view["values"]}
-    ranges = dict.fromkeys(feedback.SCORES, score_range) | dict.fromkeys(map(_peak, feedback.HEATMAPS), (0, 1))
+    peaks = map(_peak, feedback.HEATMAPS)
+    ranges = dict.fromkeys(feedback.SCORES, score_range) | dict.fromkeys(peaks, (0, 1))
     return environment.get_template(template).render(
         **values,
         cards=views,

@@ -283,7 +283,7 @@ def unflatten(arrays: Mapping[str, Any]) -> train_state.InferenceState:
 def _read_safetensors(
     path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], fix: str
 ) -> dict[str, np.ndarray]:
-    """Reads the wanted arrays and converts them to the wanted types; `fix` is for the message if one lacks."""
+    """Reads the wanted arrays and converts them to the wanted types; `fix` says what to do if one lacks."""
     found = weights_file.read(path, wanted)
     fits = {name for name, leaf in wanted.items() if name in found and found[name].shape == leaf.shape}
     if wrong := {(name,): leaf for name, leaf in wanted.items() if name not in fits}:
