@@ -35,7 +35,7 @@ Outputs = Mapping[str, Shaped[jax.Array, "batch ..."]]
 
 # Smallest side of an image, in pixels; smaller images show nothing.
 MIN_SIDE = 8
-NEEDS_PROMPT = "the model reads text: give each image a prompt"
+NEEDS_PROMPT = "the model reads text: give one image and one prompt, or as many prompts as images"
 # A longer text is a file given by mistake; no image generator reads so much.
 MAX_PROMPT_WORDS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
