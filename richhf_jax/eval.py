@@ -133,7 +133,8 @@ def evaluate(
         _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
         measured.write(directory)
         writing.write(directory / "predictions.jsonl", "".join(lines))
-        report.write_report(directory / "report.html", title, rows, curves, gallery, details)
+        score_range = trainer.model.outputs.score_range
+        report.write_report(directory / "report.html", title, rows, curves, gallery, details, score_range)
     print(report.format_tables(rows))
     print(f"\nresults in {directory}")
     return rows[0].metrics

@@ -90,11 +90,16 @@ class System:
     marks_words: bool = False
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it reads prompts; predictions of one that doesn't need none."""
+        return self.vocabulary_file is not None
+
+    @property
     def lengths(self) -> tuple[str, ...]:
         """The names of `ModelDescription.feature_lengths`."""
         return (
             "image",
-            *(("inputs",) if self.vocabulary_file else ()),
+            *(("inputs",) if self.reads_text else ()),
             *(("targets",) if self.marks_words else ()),
         )
 
@@ -154,9 +159,11 @@ class ModelDescription:
         """The model for predictions.
 
         Raises:
-          errors.UserError: as `encoder`.
+          errors.UserError: as `encoder` and `check_fit`.
         """
-        return SYSTEMS[self.system].model(self)
+        model = SYSTEMS[self.system].model(self)
+        check_fit(model, self.fit)
+        return model
 
     @functools.cached_property
     def encoder(self) -> Any:
@@ -167,6 +174,11 @@ class ModelDescription:
         """
         make = SYSTEMS[self.system].encoder
         return make(self) if make else None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the system reads prompts, see `System.reads_text`."""
+        return SYSTEMS[self.system].reads_text
 
     def of_step(self, step: int) -> "ModelDescription":
         """Returns the description of the checkpoint of this step: no other one's calibration is its own."""
@@ -228,12 +240,20 @@ _RESNET = System(
 )
 
 
-def _clip(description: ModelDescription) -> clip_model.ClipModel:
-    if description.network.outputs.heatmaps and description.fit == "centre_crop":
+def check_fit(model: models.BaseModel, fit: str) -> None:
+    """Checks that a model which predicts heatmaps sees all of each picture.
+
+    Raises:
+      errors.UserError: it doesn't.
+    """
+    if model.outputs.heatmaps and fit == "centre_crop":
         raise errors.UserError(
-            f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): it would know"
-            " nothing of what is cropped off. Convert with --gin.FIT=\"'resize'\""
+            "the model predicts heatmaps, but crops pictures (FIT = 'centre_crop'): it would know nothing of"
+            " what is cropped off. Convert or train it with --gin.FIT=\"'resize'\""
         )
+
+
+def _clip(description: ModelDescription) -> clip_model.ClipModel:
     return clip_model.ClipModel(description.network, None)
 
 

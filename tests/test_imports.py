@@ -37,7 +37,7 @@ pixels             |                |
 prompt_encoders    |                | keywords
 reading            |                |
 clip_tokens        |                | reading
-inputs             |                | reading
+inputs             |                | foreign_text reading
 weights_file       |                | checksums foreign_text reading
 writing            |                | foreign_text
 locking            |                | foreign_text writing

@@ -157,7 +157,7 @@ def _get(fields: dict, name: str, kind: type, wanted: str, where: str = ""):
 
 def _text(fields: dict, name: str) -> str:
     text = _get(fields, name, str, "a string")
-    if not text.strip():
+    if foreign_text.is_blank(text):
         raise RatingError(f"{name} is empty")
     try:
         text.encode()

@@ -246,7 +246,9 @@ class Clip(nn.Module):
         """The kinds that the head predicts."""
         scores = {COSINE: (feedback.ALIGNMENT,), GRADIENT: ()}.get(self.head, feedback.SCORES)
         heatmaps = (feedback.MISALIGNMENT,) if self.head == GRADIENT else ()
-        return feedback.Outputs(scores, heatmaps, keywords=False)
+        # A cosine; the dense layers' scores are in [0, 1].
+        score_range = (-1.0, 1.0) if self.head in (COSINE, PREFERENCE) else (0.0, 1.0)
+        return feedback.Outputs(scores, heatmaps, keywords=False, score_range=score_range)
 
     def with_attention_kernel(self, kernel: str) -> "Clip":
         """Returns the same network with another `attention_kernel`."""
