@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from richhf_jax.annotate import __main__ as command
-from richhf_jax.annotate import records, web
+from richhf_jax.annotate import commands, records, web
 
 WIDTH, HEIGHT = 640, 480
 ORIGIN = {"Origin": "http://testserver"}
@@ -87,7 +87,7 @@ def test_an_id_that_browsers_change_is_not_taken(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     with pytest.raises(SystemExit) as end:
         command.main(["init", str(tmp_path / "p"), "--images", str(tmp_path / "rows.jsonl")])
-    assert end.value.code == command.SOME_FAILED
+    assert end.value.code == commands.SOME_FAILED
     found = capsys.readouterr()
     assert "1 images" in found.out
     assert found.err.count("give another id") == 3

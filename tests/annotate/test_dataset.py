@@ -14,7 +14,7 @@ import seqio
 from PIL import Image
 
 import tasks  # noqa: F401 (registers them)
-from richhf_jax import checkpoints, feedback, gin_utils, input_pipeline, train
+from richhf_jax import checkpoints, feedback, gin_utils, input_pipeline, train, train_state
 from richhf_jax import eval as eval_script
 from richhf_jax.annotate import __main__ as command
 from richhf_jax.annotate import dataset
@@ -115,7 +115,8 @@ def test_training_sees_what_was_marked(study, images, tmp_path, random_values):
     gin.get_configurable(train.train)()
     gin.get_configurable(eval_script.evaluate)()
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), before)
-    trained = checkpoints.restore_params(str(tmp_path / "run"), shapes)
+    wanted = train_state.InferenceState(shapes)
+    trained = checkpoints.restore_inference_state(str(tmp_path / "run"), wanted).params
     # Training began with the checkpoint: the warm-up's first steps change little.
     changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained, before)
     assert 0 < max(jax.tree.leaves(changes)) < 1e-4

@@ -410,12 +410,12 @@ def test_an_older_database_gets_the_new_index(make, tmp_path):
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("DROP INDEX answers_of_person")
         db.execute("CREATE INDEX answers_of_person ON answers (person, state)")
-        db.execute("PRAGMA user_version = 1")
+        db.execute("PRAGMA user_version = 2")
     Store(path.parent).close()
     with contextlib.closing(sqlite3.connect(path)) as db:
         columns = [row[2] for row in db.execute("PRAGMA index_info(answers_of_person)")]
         assert columns == ["person", "state", "is_calibration", "seconds", "item"]
-        assert db.execute("PRAGMA user_version").fetchone() == (database.SCHEMA,)
+        assert db.execute("PRAGMA user_version").fetchone() == (database.PROJECT.version,)
 
 
 def test_a_full_disk_changes_nothing(make):
