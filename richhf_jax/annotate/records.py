@@ -12,6 +12,9 @@ ANSWERS_BESIDE_ITEMS = (
     "SELECT answers.*, items.id AS item_id, items.* FROM answers JOIN items ON items.number = answers.item"
 )
 
+# Seconds of work on one image that a rater can have had, idle time left out.
+MAX_SECONDS = 1_000_000
+
 
 class NotYours(Exception):
     """The item was never given to this rater, or is no longer open for them."""

@@ -17,7 +17,7 @@ from xml.sax import saxutils
 
 from richhf_jax import errors, feedback
 from richhf_jax.annotate import answers as forms
-from richhf_jax.annotate.records import Answer, Item
+from richhf_jax.annotate.records import MAX_SECONDS, Answer, Item
 from richhf_jax.annotate.store import Store
 from richhf_jax.datasets import ratings
 from richhf_jax.foreign_text import for_terminal
@@ -239,6 +239,9 @@ def read_label_studio(path: str, text: bytes, store: Store) -> Iterator[tuple[ra
 
 
 def _annotation(annotation: dict[str, Any], item: Item, radius: float) -> tuple[ratings.Rating, str, float]:
+    seconds = annotation.get("lead_time") or 0
+    if type(seconds) not in (int, float) or not 0 <= seconds <= MAX_SECONDS:
+        raise _FormError(f"lead_time must be from 0 to {MAX_SECONDS:,} seconds, got {seconds!r:.20}")
     answer = forms.empty(item.prompt)
     texts = {_RATER: f"label-studio-{_completed_by(annotation)}", _COMMENT: "", _SUGGESTED: ""}
     for result in annotation["result"]:
@@ -250,7 +253,8 @@ def _annotation(annotation: dict[str, Any], item: Item, radius: float) -> tuple[
             point = [_pixels(value["x"], item.width), _pixels(value["y"], item.height)]
             answer[f"{kind}_points"].append(point)
         elif result["type"] == "choices":
-            index = int(name.removeprefix(_TOKEN.format(""))) if name[-1:].isdecimal() else -1
+            index = name.removeprefix(_TOKEN.format(""))
+            index = int(index) if index.isascii() and index.isdecimal() else -1
             if not 0 <= index < len(answer["token_labels"]):
                 raise _FormError(f"{for_terminal(name)} is no token of the prompt")
             answer["token_labels"][index] = feedback.MISALIGNED
@@ -263,7 +267,7 @@ def _annotation(annotation: dict[str, Any], item: Item, radius: float) -> tuple[
     size = item.width, item.height
     rating = forms.to_rating(answer, item.id, item.prompt, size, texts[_RATER], radius)
     rating = dataclasses.replace(rating, suggested=bool(texts[_SUGGESTED]))
-    return rating, texts[_COMMENT], float(annotation.get("lead_time") or 0)
+    return rating, texts[_COMMENT], float(seconds)
 
 
 def _completed_by(annotation: dict[str, Any]) -> str:

@@ -34,13 +34,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from richhf_jax import errors
 from richhf_jax.annotate import project
 from richhf_jax.annotate.people import People
-from richhf_jax.annotate.records import Conflict, NotYours, Person
+from richhf_jax.annotate.records import MAX_SECONDS, Conflict, NotYours, Person
 from richhf_jax.inputs import containers
 
 # Bytes of a request's body. The largest answer, with 1,000 points of a kind, is a tenth of it.
 MAX_BODY = 1 << 20
-# Seconds of work on one image that a rater can have had, idle time left out.
-MAX_SECONDS = 1_000_000
 # Wrong secrets that an address may send in a minute.
 MAX_WRONG = 20
 # A year: raters come back with the same browser.

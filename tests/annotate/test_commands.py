@@ -207,6 +207,18 @@ def test_import_of_raw_ratings(rated, images, tmp_path, capsys):
             ' "type": "keypointlabels", "value": {"x": 1, "y": 1, "keypointlabels": ["nose"]}}]}]}]',
             "unknown label nose",
         ),
+        *(
+            (
+                f'[{{"data": {{"id": "0.png"}}, "annotations": [{{"lead_time": {time}, "result": []}}]}}]',
+                "task 1: lead_time must be from 0 to 1,000,000 seconds",
+            )
+            for time in ('"abc"', "-5", "1e300", "true")
+        ),
+        (
+            '[{"data": {"id": "0.png"}, "annotations": [{"result": [{"from_name": "token_x1",'
+            ' "type": "choices", "value": {"choices": ["misaligned"]}}]}]}]',
+            "token_x1 is no token",
+        ),
     ],
 )
 def test_a_broken_export_of_label_studio_is_refused(project, tmp_path, text, message):

@@ -33,6 +33,20 @@ def test_a_link_becomes_a_cookie(client, secret):
     assert secure.endswith("; Secure")
 
 
+def test_progress_does_not_tell_gold(rater):
+    assert rater.get("/api/next").json()["progress"]["total_open"] == 10
+    found = [server._about(count) for count in (0, 1, 10, 11, 100, 999, 1204)]
+    assert found == [0, 10, 10, 20, 100, 1000, 1300]
+        0,
+        10,
+        10,
+        20,
+        100,
+        1000,
+        1300,
+    ]
+
+
 def test_saving_and_conflicts(rater, store):
     first = rater.put(ITEM, json=body(store), headers=ORIGIN)
     assert first.json() == {"revision": 1}

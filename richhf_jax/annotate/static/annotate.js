@@ -58,7 +58,7 @@ async function next() {
   $("progress").max = Math.max(done + open, 1);
   $("progress").value = done;
   $("count").textContent =
-    `${done} of ${done + open} images · ${Math.round(total / 60)} min` + (practice ? ` · practice: ${practice} left` : "");
+    `${done} done · about ${open} left · ${Math.round(total / 60)} min` + (practice ? ` · practice: ${practice} left` : "");
   if (!reply.work) return saver.stop(reply.message);
   await begin(reply.work);
 }
