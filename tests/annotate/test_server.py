@@ -37,14 +37,6 @@ def test_progress_does_not_tell_gold(rater):
     assert rater.get("/api/next").json()["progress"]["total_open"] == 10
     found = [server._about(count) for count in (0, 1, 10, 11, 100, 999, 1204)]
     assert found == [0, 10, 10, 20, 100, 1000, 1300]
-        0,
-        10,
-        10,
-        20,
-        100,
-        1000,
-        1300,
-    ]
 
 
 def test_saving_and_conflicts(rater, store):
