@@ -93,7 +93,7 @@ def test_clicks_become_records(served, make_page, tmp_path):
         for done in range(1, len(PROMPTS) + 1):
             rating = annotate_image(page, rater, crash)
             expected[rating.image_id, rating.rater_id] = rating
-            page.wait(lambda page=page, done=done: page.find("#count").text.startswith(f"{done} of"))
+            page.wait(lambda page=page, done=done: page.find("#count").text.startswith(f"{done} done"))
     raw, own = tmp_path / "raw.jsonl", tmp_path / "own.jsonl"
     served.run("export", served.folder, raw)
     lines = [json.loads(line) for line in raw.read_text().splitlines()]

@@ -406,7 +406,7 @@ def test_the_page_shows_it_after_enter_and_again_after_a_reload(make_page, make_
     assert gold_of(page) == SHOWN
     assert page.find("[name=plausibility]:checked").get_attribute("value") == "2"
     page.type(Keys.ENTER)
-    page.wait(lambda: "1 of 3" in page.find("#count").text)
+    page.wait(lambda: "1 done" in page.find("#count").text)
     page.wait(lambda: "dogs" in page.find("#words").text)
     assert not page.find("#feedback").is_displayed()
     assert gold_of(page) == ([], [])
@@ -418,7 +418,7 @@ def test_the_page_shows_it_after_enter_and_again_after_a_reload(make_page, make_
     page.type("n4444", Keys.ENTER)
     page.wait(lambda: page.find("#feedback").is_displayed())
     page.type(Keys.ENTER)
-    page.wait(lambda: "2 of 3" in page.find("#count").text)
+    page.wait(lambda: "2 done" in page.find("#count").text)
     assert [a.is_changed for a in page.site.store.answers()] == [True, False]
 
 
@@ -447,7 +447,7 @@ def test_a_reply_that_is_lost_shows_it_with_the_next_change(make_page, make_site
     assert gold_of(page) == SHOWN
     page.wait_until_saved()
     page.type(Keys.ENTER)
-    page.wait(lambda: "1 of 3" in page.find("#count").text)
+    page.wait(lambda: "1 done" in page.find("#count").text)
     assert [len(a.answer["implausibility_points"]) for a in page.site.store.answers()] == [1]
     # The browser itself logs the conflict.
     assert ["409" in line["message"] for line in page.driver.get_log("browser")] == [True]
