@@ -39,7 +39,7 @@ sys.modules["triton"] = None
 
 # Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
 # a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
-CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords", "models", "predict")
+CHECKED = ("network", "muse", "losses", "decoding", "metrics", "pixels", "keywords", "models", "predict")
 jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

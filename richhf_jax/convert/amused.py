@@ -1,7 +1,6 @@
 """Reads aMUSEd, a folder of diffusers' pipeline: `transformer/` and `vqvae/`."""
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,12 +24,21 @@ _TRANSFORMER = {
     "logits_norm": "mlm_layer.layer_norm",
     "logits_dense": "mlm_layer.conv2",
 }
+# 1x1 convolutions there, matrices here.
+_MATRICES = ("token_projection", "logits_in", "logits_dense")
 _LAYER = {
     "pre_attention_norm": "norm1",
     "attention": "attn1",
     "pre_text_attention_norm": "norm2",
     "text_attention": "attn2",
     "pre_mlp_norm": "norm3",
+}
+_RESIDUAL = {
+    "norm_0": "norm1",
+    "conv_0": "conv1",
+    "norm_1": "norm2",
+    "conv_1": "conv2",
+    "shortcut": "conv_shortcut",
 }
 _CONV_LAYER = {
     "conv": "depthwise",
@@ -41,7 +49,9 @@ _CONV_LAYER = {
 }
 
 
-def transformer_names(num_layers: int, num_conv_blocks: int, downsample: bool, projected: bool) -> dict[str, str]:
+def transformer_names(
+    num_layers: int, num_conv_blocks: int, downsample: bool, projected: bool
+) -> dict[str, str]:
     """Returns our names of the transformer's parameters -> diffusers'; `wi_0` and `wi_1` share one of theirs.
 
     Args:
@@ -76,10 +86,54 @@ def transformer_names(num_layers: int, num_conv_blocks: int, downsample: bool, p
         for block, name in (("down_block", "downsample"), ("up_block", "upsample")):
             modules[f"{block}/{name}_norm"] = f"{block}.{name}.norm"
             modules[f"{block}/{name}"] = f"{block}.{name}.conv"
-    return names | {
-        f"{ours}/{'scale' if 'norm' in ours.rpartition('/')[2] else 'kernel'}": f"{theirs}.weight"
-        for ours, theirs in modules.items()
+    return names | {_weight(ours): f"{theirs}.weight" for ours, theirs in modules.items()}
+
+
+def vqgan_names(widths: Sequence[int], layers_per_block: int) -> dict[str, str]:
+    """Returns our names of the tokenizer's parameters -> diffusers'.
+
+    Args:
+      widths, layers_per_block: as in `vqgan.VQGANConfig`.
+    """
+    modules = {"to_code": "quant_conv", "from_code": "post_quant_conv"}
+    coders = {
+        "encoder": ("down_blocks", "downsample", layers_per_block, widths),
+        "decoder": ("up_blocks", "upsample", layers_per_block + 1, tuple(reversed(widths))),
     }
+    for coder, (blocks, resize, count, outputs) in coders.items():
+        for ours, theirs in {
+            "conv_in": "conv_in",
+            "norm_out": "conv_norm_out",
+            "conv_out": "conv_out",
+        }.items():
+            modules[f"{coder}/{ours}"] = f"{coder}.{theirs}"
+        for i in range(2):
+            modules |= _residual(f"{coder}/middle_{i}", f"{coder}.mid_block.resnets.{i}", projected=False)
+        width = outputs[0]
+        for i, output in enumerate(outputs):
+            ours, theirs = f"{coder}/block_{i}", f"{coder}.{blocks}.{i}"
+            for j in range(count):
+                modules |= _residual(f"{ours}_layer_{j}", f"{theirs}.resnets.{j}", projected=width != output)
+                width = output
+            if i + 1 < len(outputs):
+                modules[f"{ours}_{resize}"] = f"{theirs}.{resize}rs.0.conv"
+    names = {"quantizer/embedding": "quantize.embedding.weight"}
+    for ours, theirs in modules.items():
+        names[_weight(ours)] = f"{theirs}.weight"
+        names[f"{ours}/bias"] = f"{theirs}.bias"
+    return names
+
+
+def _residual(ours: str, theirs: str, projected: bool) -> dict[str, str]:
+    names = {f"{ours}/{name}": f"{theirs}.{other}" for name, other in _RESIDUAL.items()}
+    if not projected:
+        del names[f"{ours}/shortcut"]
+    return names
+
+
+def _weight(module: str) -> str:
+    """Returns our name of the parameter that torch calls weight."""
+    return f"{module}/{'scale' if 'norm' in module.rpartition('/')[2] else 'kernel'}"
 
 
 def _attention(ours: str, theirs: str) -> dict[str, str]:
@@ -100,11 +154,11 @@ def _from_torch(name: str, tensor: Tensor) -> Tensor:
         return tensor.mapped((width, 4 * out), lambda array: array.transpose(0, 2, 3, 1).reshape(width, -1))
     if module == "response_norm":
         return tensor.mapped(tensor.shape[-1:], np.ravel)
-    if len(tensor.shape) == 4 and tensor.shape[2:] == (1, 1):
+    if module in _MATRICES:
         tensor = tensor.mapped(tensor.shape[:2], lambda array: array[:, :, 0, 0])
     return huggingface.from_torch(name, tensor)
 
 
-def transformer_tensors(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def tensors(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Returns the parameters of a state dict by our names."""
     return {ours: _from_torch(ours, state[theirs]) for ours, theirs in names.items() if theirs in state}

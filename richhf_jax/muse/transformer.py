@@ -392,9 +392,7 @@ class Transformer(nn.Module):
         )
         up_block = ConvStack(cfg, up, name="up_block")
         x = up_block(x.reshape(*grid, cfg.conv_dim), text, condition, deterministic=deterministic)
-        x = _norm(cfg, "logits_norm")(
-            dense(cfg.token_dim, kernel_axes=("embed", "mlp"), name="logits_in")(x)
-        )
+        x = _norm(cfg, "logits_norm")(dense(cfg.token_dim, kernel_axes=("embed", "mlp"), name="logits_in")(x))
         logits = layers.DenseGeneral(cfg.codebook_size, kernel_axes=("embed", "vocab"), name="logits_dense")
         return with_sharding_constraint(logits(x), ("batch", "height", "width", "vocab"))
 

@@ -4,12 +4,13 @@ import functools
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import traverse_util
 
-from richhf_jax.convert import amused, safetensors_files
+from richhf_jax.convert import amused, layers, safetensors_files
 from richhf_jax.muse import transformer
 
 torch.set_num_threads(1)
@@ -38,8 +39,12 @@ def config(downsample, conv_dim, **changes):
     return transformer.TransformerConfig(
         vocab_size=40, codebook_size=32, grid=(6, 6), emb_dim=24, num_layers=3, num_heads=3, mlp_dim=28,
         token_dim=12, conv_dim=conv_dim, conv_num_heads=2, num_conv_blocks=2, downsample=downsample,
-        micro_condition_dim=8, **changes,
-    )  # fmt: skip
+        micro_condition_dim=8,
+    ).replace(**changes)  # fmt: skip
+
+
+# Of one layer a stack, which compiles faster.
+SHALLOW = config(False, 24, num_layers=1, num_conv_blocks=1)
 
 
 @pytest.mark.parametrize(("downsample", "conv_dim"), [(True, 16), (False, 24)])
@@ -48,7 +53,7 @@ def test_logits_are_those_of_diffusers(downsample, conv_dim, rng, tmp_path):
     made.save_pretrained(tmp_path)
     state = safetensors_files.read_safetensors(tmp_path / "diffusion_pytorch_model.safetensors")
     names = amused.transformer_names(3, 2, downsample, conv_dim != 24)
-    tensors = amused.transformer_tensors(state, names)
+    tensors = amused.tensors(state, names)
     assert set(names.values()) == set(state)
     params = traverse_util.unflatten_dict({name: t.read() for name, t in tensors.items()}, sep="/")
     tokens = rng.integers(0, 40, (2, 6, 4))
@@ -60,3 +65,74 @@ def test_logits_are_those_of_diffusers(downsample, conv_dim, rng, tmp_path):
     with torch.no_grad():
         expected = made(*map(torch.tensor, (tokens, states, pooled, micro)))
     np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), atol=1e-4)
+
+
+def inputs(rng):
+    return (
+        rng.integers(0, 40, (2, 4, 2)),
+        rng.normal(size=(2, 3, 14)).astype(np.float32),
+        rng.normal(size=(2, 10)).astype(np.float32),
+        rng.uniform(0, 512, size=(2, 5)).astype(np.float32),
+    )
+
+
+def shapes(network, given):
+    return jax.eval_shape(network.init, jax.random.key(0), *given)["params"]
+
+
+def test_scanned_layers_and_recomputation_give_the_same_gradients(rng, random_values):
+    given = inputs(rng)
+    cfg = config(False, 24, num_layers=2, num_conv_blocks=1)
+    plain = transformer.Transformer(cfg)
+    scanned = transformer.Transformer(cfg.replace(scan_layers=True, remat_policy="full"))
+    params = random_values(shapes(plain, given))
+    stacked = layers.stack_layers(params)
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, shapes(scanned, given))
+
+    def gradient(network, params):
+        def loss(params):
+            return jnp.mean(jnp.square(network.apply({"params": params}, *given)))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    gradients = gradient(scanned, stacked), layers.stack_layers(gradient(plain, params))
+    assert min(np.abs(g).max() for g in jax.tree.leaves(gradients[0])) > 1e-6
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-4), *gradients)
+
+
+def test_bfloat16_is_for_activations_alone(rng, random_values):
+    given = inputs(rng)
+    networks = [transformer.Transformer(SHALLOW.replace(dtype=dtype)) for dtype in ("float32", "bfloat16")]
+    params = random_values(shapes(networks[0], given))
+    assert shapes(networks[0], given) == shapes(networks[1], given)
+    exact, rounded = (jax.jit(network.apply)({"params": params}, *given) for network in networks)
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(exact - rounded).mean() < 0.1 * np.abs(exact).mean()
+
+
+def test_dropout_is_for_training_alone(rng, random_values):
+    given = inputs(rng)
+    network = transformer.Transformer(SHALLOW.replace(dropout_rate=0.5))
+    params = random_values(shapes(network, given))
+    apply = jax.jit(functools.partial(network.apply, deterministic=False))
+    draws = [apply({"params": params}, *given, rngs={"dropout": jax.random.key(i)}) for i in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.abs(draws[0] - draws[2]).max() > 1e-2
+
+
+def test_a_new_network_is_not_changed_by_its_condition(rng):
+    tokens, states, pooled, micro = inputs(rng)
+    network = transformer.Transformer(SHALLOW)
+    params = network.init(jax.random.key(0), tokens, states, pooled, micro)
+    apply = jax.jit(network.apply)
+    np.testing.assert_array_equal(
+        apply(params, tokens, states, pooled, micro), apply(params, tokens, states, -pooled, micro / 2)
+    )
+
+
+def test_wrong_sizes_are_named(no_shape_checks, rng):
+    tokens, *rest = inputs(rng)
+    with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
+        shapes(transformer.Transformer(config(False, 16).replace(conv_num_heads=3)), (tokens, *rest))
+    with pytest.raises(ValueError, match="does not divide into 2x2 patches"):
+        shapes(transformer.Transformer(config(True, 16)), (tokens[:, :3], *rest))
