@@ -50,8 +50,8 @@ class TransformerConfig:
       downsample: whether the layers see a grid of half the rows and columns (aMUSEd's 512 pixels).
       micro_condition_dim: numbers that encode one micro-condition; even.
       layer_norm_epsilon: epsilon of every norm.
-      dropout_rate: dropout rate of the outputs of attentions and convolutional blocks, and of the feed-forward
-        blocks' hidden layers; the published models have none.
+      dropout_rate: dropout rate of the outputs of attentions and convolutional blocks, and of the
+        feed-forward blocks' hidden layers; the published models have none.
       dtype: type of activations; parameters and logits are float32.
       float32_attention_logits, scan_layers, remat_policy, attention_kernel: as in `vit.ViTConfig`.
     """
@@ -181,7 +181,7 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention to all image tokens, attention to the text, feed-forward block; each after an adaptive norm."""
+    """Attention to all image tokens, to the text, and a feed-forward block; each after an adaptive norm."""
 
     config: TransformerConfig
 
@@ -213,7 +213,7 @@ class TransformerLayer(nn.Module):
 
 
 class GlobalResponseNorm(nn.Module):
-    """ConvNeXt V2's norm: scales each channel by its length over the image, relative to the other channels'."""
+    """ConvNeXt V2's norm: scales a channel by its length over the image, relative to the other channels'."""
 
     dtype: Any = jnp.float32
 
@@ -358,8 +358,8 @@ class Transformer(nn.Module):
           tokens: codes, and `config.mask_id` where a token is masked.
           text_states: a vector for each of the text's tokens; all are attended to, padding, too.
           pooled_text: a vector for the whole text.
-          micro_conditions: of aMUSEd the picture's width, its height, row and column of the crop's corner, all
-            in pixels; and an aesthetic score from 0 to 10.
+          micro_conditions: of aMUSEd the picture's width, its height, row and column of the crop's corner,
+            all in pixels; and an aesthetic score from 0 to 10.
           deterministic: turns dropout off.
 
         Returns:

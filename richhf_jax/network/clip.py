@@ -162,8 +162,12 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(
         self, tokens: Int[Array, "batch length"], *, deterministic: bool = True
-    ) -> Float[Array, "batch embed"]:
+    ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch length embed"]]:
         """Encodes texts; what follows a text's end changes nothing.
+
+        Returns:
+          The end token's vector; and all tokens' vectors before the last layer, which generators of images
+          read.
 
         Raises:
           ValueError: the texts are longer than the position table, or the heads do not divide the width.
@@ -184,14 +188,15 @@ class TextTower(nn.Module):
         x = embed(tokens) + positions.astype(cfg.dtype)[None]
         mask = layers.make_causal_mask(tokens[:1], dtype=cfg.dtype)
 
-        def call(layer, x, drop_rate):
-            return layer(x, mask, drop_rate, deterministic=deterministic)
+        def call(layer, x_and_its_input, drop_rate):
+            x, _ = x_and_its_input
+            return layer(x, mask, drop_rate, deterministic=deterministic), x
 
-        x = stack.apply_layers(vit.ViTLayer, cfg, cfg.num_layers, call, x)
+        x, before_last = stack.apply_layers(vit.ViTLayer, cfg, cfg.num_layers, call, (x, x))
         # The first of several: argmax takes it.
         end = jnp.argmax(tokens if cfg.end_id is None else tokens == cfg.end_id, axis=1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        return vit.norm(cfg, "encoder_norm")(x)
+        return vit.norm(cfg, "encoder_norm")(x), before_last
 
 
 class _TextPositions(nn.Module):
@@ -271,7 +276,7 @@ class Clip(nn.Module):
         self, tokens: Int[Array, "batch length"], enable_dropout: bool = False
     ) -> Float32[Array, "batch projection"]:
         """Embeds texts, see `TextTower`; the embeddings are of any length."""
-        return self.text_projection(self.text(tokens, deterministic=not enable_dropout))
+        return self.text_projection(self.text(tokens, deterministic=not enable_dropout)[0])
 
     @nn.nowrap
     def similarity(
