@@ -66,6 +66,10 @@ class ClipTokens:
         """Number of ids."""
         return self._tokenizer.get_vocab_size()
 
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token; None: there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
     def check_size(self, rows: int) -> None:
         """Checks that the vocabulary is that of a network, whose table has this many rows.
 

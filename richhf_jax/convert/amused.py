@@ -1,12 +1,34 @@
-"""Reads aMUSEd, a folder of diffusers' pipeline: `transformer/` and `vqvae/`."""
+"""Reads aMUSEd as diffusers' pipeline: a folder of folders.
 
+    model_index.json   text_encoder/   tokenizer/   transformer/   vqvae/   scheduler/
+
+The layouts of arrays are torch's, see `huggingface`. Besides, the transformer's gated feed-forward block has
+one matrix there and two here, and some 1x1 convolutions there are matrices here.
+"""
+
+import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
+from richhf_jax import clip_tokens
+from richhf_jax.convert import clip, huggingface
+from richhf_jax.convert.source import ConvertError, Source, Tensor, read_json
 
-from richhf_jax.convert import huggingface
-from richhf_jax.convert.source import Tensor
-
+INDEX = "model_index.json"
+_PIPELINES = ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# Settings that our networks have with one value only: that value, and the one of a file that doesn't say it.
+FIXED = {
+    "transformer": {"use_bias": (False, False), "ln_elementwise_affine": (True, True)},
+    "vqvae": {
+        "in_channels": (3, 3),
+        "out_channels": (3, 3),
+        "act_fn": ("silu", "silu"),
+        "norm_type": ("group", "group"),
+        "mid_block_add_attention": (False, True),
+    },
+}
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
 # Modules outside the layers: our names -> diffusers'.
 _TRANSFORMER = {
@@ -25,7 +47,9 @@ _TRANSFORMER = {
     "logits_dense": "mlm_layer.conv2",
 }
 # 1x1 convolutions there, matrices here.
-_MATRICES = ("token_projection", "logits_in", "logits_dense")
+MATRICES = ("token_projection", "logits_in", "logits_dense")
+# One matrix there, two here: first the linear one, then the one before the activation.
+HALVES = ("wi_1", "wi_0")
 _LAYER = {
     "pre_attention_norm": "norm1",
     "attention": "attn1",
@@ -143,22 +167,150 @@ def _attention(ours: str, theirs: str) -> dict[str, str]:
 def _from_torch(name: str, tensor: Tensor) -> Tensor:
     """Converts the parameter with our name `name` from diffusers' layout to ours."""
     module = name.split("/")[-2]
-    if module in ("wi_0", "wi_1"):
-        # Theirs are one matrix: the linear half, then the half with the activation.
-        half = slice(None, tensor.shape[0] // 2) if module == "wi_1" else slice(tensor.shape[0] // 2, None)
-        shape = tensor.shape[0] // 2, tensor.shape[1]
-        return huggingface.from_torch(name, tensor.mapped(shape, lambda array: array[half]))
-    if module == "upsample":
+    if module in HALVES and len(tensor.shape) == 2:
+        rows = tensor.shape[0] // 2
+        half = slice(0, rows) if module == HALVES[0] else slice(rows, 2 * rows)
+        tensor = tensor.mapped((rows, tensor.shape[1]), lambda array: array[half])
+    elif module == "upsample" and len(tensor.shape) == 4:
         # [in, out, 2, 2] -> [in, 2 * 2 * out]
-        width, out = tensor.shape[:2]
-        return tensor.mapped((width, 4 * out), lambda array: array.transpose(0, 2, 3, 1).reshape(width, -1))
-    if module == "response_norm":
-        return tensor.mapped(tensor.shape[-1:], np.ravel)
-    if module in _MATRICES:
-        tensor = tensor.mapped(tensor.shape[:2], lambda array: array[:, :, 0, 0])
+        shape = tensor.shape[0], 4 * tensor.shape[1]
+        return tensor.mapped(shape, lambda array: array.transpose(0, 2, 3, 1).reshape(shape))
+    elif module == "response_norm":
+        return tensor.reshaped(tensor.shape[-1])
+    elif module in MATRICES and tensor.shape[2:] == (1, 1):
+        tensor = tensor.reshaped(*tensor.shape[:2])
     return huggingface.from_torch(name, tensor)
 
 
 def tensors(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Returns the parameters of a state dict by our names."""
+    """Returns the parameters of a state dict by our names, of those that it has."""
     return {ours: _from_torch(ours, state[theirs]) for ours, theirs in names.items() if theirs in state}
+
+
+class _Part(NamedTuple):
+    """A folder with parameters.
+
+    Attributes:
+      prefix: the beginning of our names.
+      names: the rest of our names -> names in the folder.
+      settings: see `Source.settings`.
+    """
+
+    prefix: str
+    names: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+
+def is_amused(path: str) -> bool:
+    """Tells whether a directory is diffusers' pipeline of aMUSEd."""
+    file = pathlib.Path(path) / INDEX
+    return file.is_file() and read_json(file).get("_class_name") in _PIPELINES
+
+
+def open_amused(path: str) -> Source:
+    """Opens a pipeline that diffusers' `save_pretrained` wrote, or that was downloaded from the hub.
+
+    Raises:
+      ConvertError: a part is missing or damaged, or has settings that our networks don't.
+    """
+    root = pathlib.Path(path)
+    found: dict[str, Tensor] = {}
+    unused: dict[str, tuple[int, ...] | None] = {}
+    settings: dict[str, Any] = {}
+    notes = []
+    for folder, read in {"text_encoder": _text, "transformer": _transformer, "vqvae": _vqgan}.items():
+        directory = root / folder
+        config = _read_config(directory, "config.json")
+        try:
+            part = read(root, config)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise huggingface.senseless(directory, error) from error
+        state = huggingface.read_weights(
+            directory, huggingface.WEIGHTS if folder == "text_encoder" else WEIGHTS
+        )
+        of_part = tensors(state.tensors, part.names)
+        huggingface.check_complete(str(directory), part.names, of_part)
+        left = huggingface.unused(state.tensors, of_part)
+        unused |= {f"{folder}/{name}": shape for name, shape in left.items()}
+        found |= {part.prefix + name: tensor for name, tensor in of_part.items()}
+        settings |= part.settings
+        notes += [f"{folder}/: {state.note}"] if state.note else []
+    return Source(
+        path=path,
+        description="aMUSEd as diffusers' pipeline",
+        tensors=found,
+        unused=unused,
+        settings=settings,
+        note="; ".join(notes),
+    )
+
+
+def _read_config(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    """Reads a part's configuration, and checks the settings that our networks have with one value only."""
+    if not (directory / name).is_file():
+        raise ConvertError(f"{directory / name} is missing: it is part of aMUSEd's pipeline")
+    config = read_json(directory / name)
+    for setting, (ours, default) in FIXED.get(directory.name, {}).items():
+        if (theirs := config.get(setting, default)) != ours:
+            raise ConvertError(f"{directory / name}: {setting} is {theirs!r}; our network has {ours!r} only")
+    return config
+
+
+def _text(root: pathlib.Path, config: Mapping[str, Any]) -> _Part:
+    config = clip.with_text_defaults(config)
+    settings = clip.text_settings(str(root / "text_encoder"), config)
+    settings["text_config.pad_id"] = _pad_id(root / "tokenizer")
+    return _Part("", clip.text_names(huggingface.depth_in(config, "num_hidden_layers")), settings)
+
+
+def _pad_id(directory: pathlib.Path) -> int:
+    """Returns the token after a text's end. The transformer reads its vectors as it does the text's."""
+    settings = _read_config(directory, "tokenizer_config.json")
+    if "pad_token" not in settings and (directory / "special_tokens_map.json").is_file():
+        settings = _read_config(directory, "special_tokens_map.json")
+    token = settings.get("pad_token", clip_tokens.END)
+    token = token["content"] if isinstance(token, dict) else token
+    number = clip_tokens.read(directory).id_of(token)
+    if number is None:
+        raise ConvertError(f"{directory}: the vocabulary has no {token!r}, which is to fill texts up")
+    return number
+
+
+def _transformer(root: pathlib.Path, config: Mapping[str, Any]) -> _Part:
+    if config["downsample"] != config["upsample"]:
+        raise ValueError("one of downsample and upsample is true; our network has both or neither")
+    mask_id = _read_config(root / "scheduler", "scheduler_config.json")["mask_token_id"]
+    if mask_id != config["vocab_size"] - 1:
+        raise ValueError(
+            f"vocab_size is {config['vocab_size']}, and the scheduler's mask_token_id {mask_id}; our mask's"
+            " token is the last one"
+        )
+    side, downsample = config["sample_size"], bool(config["downsample"])
+    names = transformer_names(
+        huggingface.depth_in(config, "num_hidden_layers"),
+        huggingface.depth_in(config, "num_res_blocks"),
+        downsample,
+        config["block_out_channels"] != config["hidden_size"],
+    )
+    settings = {
+        "grid": (side, side),
+        "num_heads": config["num_attention_heads"],
+        "conv_num_heads": config["block_num_heads"],
+        "downsample": downsample,
+        "micro_condition_dim": config["micro_cond_encode_dim"],
+        "layer_norm_epsilon": config["layer_norm_eps"],
+    }
+    return _Part(
+        "transformer/", names, {f"transformer_config.{name}": value for name, value in settings.items()}
+    )
+
+
+def _vqgan(root: pathlib.Path, config: Mapping[str, Any]) -> _Part:
+    del root
+    for name, kind in BLOCKS.items():
+        if kinds := set(config[name]) - {kind}:
+            raise ValueError(f"{name} has {min(kinds)!r}; our network has {kind!r} only")
+    names = vqgan_names(config["block_out_channels"], huggingface.depth_in(config, "layers_per_block"))
+    return _Part(
+        "vqgan/", names, {"vqgan_config.norm_groups": config["norm_num_groups"], "vqgan_config.levels": ()}
+    )

@@ -257,7 +257,7 @@ class VectorQuantizer(nn.Module):
 
     def embed(self, tokens: Int[Array, "batch rows columns"]) -> Float32[Array, "batch rows columns code"]:
         """Looks up the tokens' vectors."""
-        return self.embedding[tokens]
+        return jnp.asarray(self.embedding)[tokens]
 
 
 class FiniteScalarQuantizer(nn.Module):

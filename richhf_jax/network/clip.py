@@ -90,11 +90,14 @@ class TextConfig(TowerConfig):
       end_id: the text's vector is that of the first token with this id. None: of the first token with the
         text's highest id, which is the end's in the published vocabularies. Transformers chooses by
         `eos_token_id` (2 stands for None), open_clip always takes the highest.
+      pad_id: what follows a text's end becomes this token, because generators of images read its vectors,
+        too. None: it stays, because the end's vector doesn't depend on it.
     """
 
     vocab_size: int = 49408
     max_length: int = 77
     end_id: int | None = None
+    pad_id: int | None = None
 
 
 @struct.dataclass
@@ -177,6 +180,10 @@ class TextTower(nn.Module):
         length = tokens.shape[1]
         if length > cfg.max_length:
             raise ValueError(f"texts of {length} tokens; the position table has {cfg.max_length}")
+        # The first of several: argmax takes it.
+        end = jnp.argmax(tokens if cfg.end_id is None else tokens == cfg.end_id, axis=1)
+        if cfg.pad_id is not None:
+            tokens = jnp.where(jnp.arange(length)[None] > end[:, None], cfg.pad_id, tokens)
         embed = layers.Embed(
             cfg.vocab_size,
             cfg.emb_dim,
@@ -193,8 +200,6 @@ class TextTower(nn.Module):
             return layer(x, mask, drop_rate, deterministic=deterministic), x
 
         x, before_last = stack.apply_layers(vit.ViTLayer, cfg, cfg.num_layers, call, (x, x))
-        # The first of several: argmax takes it.
-        end = jnp.argmax(tokens if cfg.end_id is None else tokens == cfg.end_id, axis=1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         return vit.norm(cfg, "encoder_norm")(x), before_last
 

@@ -1,4 +1,4 @@
-"""Parallel decoding against diffusers' `AmusedScheduler` with the same noise, and what it promises besides."""
+"""Parallel decoding against diffusers' `AmusedScheduler` with the same noise, and its other promises."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def noise(rng):
 
 @pytest.fixture
 def logits(rng):
-    """Numbers for each place, and for each pair of a token and a code: neighbours change each other's logits."""
+    """Numbers for each place, and for each pair of a token and a code."""
     return (
         3 * rng.normal(size=(*GRID, CODES)).astype(np.float32),
         rng.normal(size=(16, CODES)).astype(np.float32),
