@@ -27,6 +27,7 @@ feedback           |                |
 checksums          |                |
 shapes             | jax            |
 network            | jax            | shapes
+muse               | jax            | network shapes
 costs              | jax            |
 device_memory      | jax            | costs
 multihost          | jax            |
@@ -74,8 +75,8 @@ train_state        | jax            |
 sealing            | jax            | checksums reading writing
 saved_arrays       | jax            | foreign_text reading sealing writing
 checkpoints        | jax            | saved_arrays sealing train_state writing
-convert            | jax            | checkpoints foreign_text reading sealing train_state weights_file
-                                      writing
+convert            | jax            | checkpoints clip_tokens foreign_text reading sealing train_state
+                                      weights_file writing
 predict            | jax            | checkpoints checksums compilation_cache costs device_memory
                                       foreign_text inputs keywords locking model_description
                                       pages partitioning pixels sealing shapes train_state weights_file

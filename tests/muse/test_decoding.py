@@ -1,5 +1,6 @@
 """Parallel decoding against diffusers' `AmusedScheduler` with the same noise, and its other promises."""
 
+import functools
 import itertools
 
 import diffusers
@@ -120,6 +121,17 @@ def test_guidance_moves_away_from_the_negative_prompt_by_its_own_schedule():
     assert config.guided
     assert not UNGUIDED.guided
     np.testing.assert_array_equal(decoding.plan(config).guidance_scale, [0, 2, 4])
+    calls = []
+
+    def logits_fn(tokens):
+        calls.append(tokens.shape)
+        return jnp.zeros((*tokens.shape, CODES))
+
+    noise_fn = decoding.gumbel_noise(jax.random.split(jax.random.key(0), BATCH), (*GRID, CODES))
+    for one in (config, UNGUIDED):
+        decode = functools.partial(decoding.decode, logits_fn, mask_id=MASK, noise_fn=noise_fn, config=one)
+        jax.eval_shape(decode, jnp.zeros((BATCH, *GRID), jnp.int32))
+    assert calls == [(2 * BATCH, *GRID), (BATCH, *GRID)]
     pairs = jnp.array([1.0, 2.0, 10.0, 5.0]).reshape(4, 1, 1, 1)
     np.testing.assert_array_equal(decoding.guide(pairs, 3.0).ravel(), [1 + 3 * 1, 10 - 3 * 5])
 

@@ -77,10 +77,13 @@ def test_the_tokens_of_a_preset_fill_its_images(preset):
     assert made.text_config.pad_id == made.text_config.vocab_size - 1
 
 
-def test_a_tokenizer_with_other_codes_than_the_transformer_is_named():
-    with pytest.raises(
-        ValueError, match="1000 codes: the transformer's codebook_size must be the same, got 512"
-    ):
-        variables("muse_tiny", "transformer.TransformerConfig.codebook_size = 512")
-    with pytest.raises(ValueError, match="its vocab_size more, for the mask, got 1000"):
-        variables("muse_tiny", "transformer.TransformerConfig.vocab_size = 1000")
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("codebook_size", 512, "has 1000 codes: the transformer's codebook_size must be the same, got 512"),
+        ("vocab_size", 1000, "its vocab_size more, for the mask, got 1000"),
+    ],
+)
+def test_a_transformer_of_other_tokens_is_named(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        variables("muse_tiny", f"transformer.TransformerConfig.{setting} = {value}")

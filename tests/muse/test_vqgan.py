@@ -114,18 +114,17 @@ def test_gradients_of_a_codebook_reach_latents_and_vectors_apart(rng, random_val
         assert [bool(np.any(g)) for g in jax.tree.leaves(gradients)] == [to_codebook, to_latents]
 
 
-def test_recomputation_changes_no_parameter_and_no_gradient(rng, random_values):
-    image = rng.integers(0, 256, (1, 4, 4, 3), dtype=np.uint8)
-    config = CONFIG.replace(widths=(8,), levels=(5, 3), layers_per_block=1)
-    networks = [vqgan.VQGAN(config), vqgan.VQGAN(config.replace(remat_policy="full"))]
-    shapes = [jax.eval_shape(n.init, jax.random.key(0), image)["params"] for n in networks]
-    assert shapes[0] == shapes[1]
-    params = random_values(shapes[0])
-    gradients = [
-        jax.jit(jax.grad(lambda params, n=n: jnp.sum(n.apply({"params": params}, image)["image"])))(params)
-        for n in networks
-    ]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-2), *gradients)
+def test_recomputation_changes_no_parameter():
+    image = jnp.zeros((1, 8, 8, 3), jnp.uint8)
+    config = CONFIG.replace(widths=(8, 16), levels=(5, 3), layers_per_block=1)
+    found = []
+    for policy, recomputed in (("none", 0), ("full", 2 + 2 + 3 + 3)):
+        network = vqgan.VQGAN(config.replace(remat_policy=policy))
+        params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+        program = jax.make_jaxpr(network.apply)({"params": params}, image).jaxpr
+        assert sum("remat" in str(equation.primitive) for equation in program.eqns) == recomputed
+        found.append(params)
+    assert found[0] == found[1]
 
 
 def test_wrong_settings_are_named(no_shape_checks):
