@@ -1,7 +1,9 @@
 """The whole generator against diffusers' pipelines, there and back by the converter, and its costs."""
 
 import functools
+import json
 import pathlib
+import shutil
 
 import diffusers
 import jax
@@ -15,6 +17,7 @@ from flax import traverse_util
 import tasks
 from richhf_jax import clip_tokens
 from richhf_jax.convert import amused, amused_writer, mapping
+from richhf_jax.convert.source import ConvertError
 from richhf_jax.costs import counter
 from richhf_jax.muse import decoding, generator, transformer, vqgan
 from richhf_jax.network import clip
@@ -199,3 +202,49 @@ def test_n_steps_cost_n_calls_of_the_transformer_and_one_of_the_decoder(pipeline
     decoder = cost("decode_tokens", tokens[:2])
     rest = flops(loop, jnp.zeros((rows, 4, 4, 32)))
     assert flops(images, params) == pytest.approx(text + 7 * a_call + decoder + rest, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("transformer/config.json", {"use_bias": True}, "use_bias is True; our network has False only"),
+        ("transformer/config.json", {"upsample": False}, "one of downsample and upsample is true"),
+        ("transformer/config.json", {"hidden_size": None}, "has no value for 'hidden_size'"),
+        ("transformer/config.json", {"num_hidden_layers": 3}, "the weights lack 17 of the"),
+        ("vqvae/config.json", {"mid_block_add_attention": None}, "mid_block_add_attention is True; our"),
+        ("vqvae/config.json", {"up_block_types": ["AttnUpDecoderBlock2D"]}, "'UpDecoderBlock2D' only"),
+        (
+            "scheduler/scheduler_config.json",
+            {"mask_token_id": 3},
+            "the scheduler's mask_token_id 3; our mask",
+        ),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "[PAD]"}, r"the vocabulary has no '\[PAD\]'"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'; our CLIP has"),
+        ("scheduler/scheduler_config.json", None, "scheduler_config.json is missing"),
+    ],
+)
+def test_other_pipelines_are_refused(pipeline, tmp_path, file, changes, message):
+    shutil.copytree(pipeline[0], tmp_path, dirs_exist_ok=True)
+    if changes is None:
+        (tmp_path / file).unlink()
+    else:
+        config = json.loads((tmp_path / file).read_text()) | changes
+        kept = {name: value for name, value in config.items() if value is not None}
+        (tmp_path / file).write_text(json.dumps(kept))
+    with pytest.raises(ConvertError, match=message):
+        amused.open_amused(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ("vqgan_config", {"levels": (8, 4)}, "diffusers' tokenizer has a codebook"),
+        ("transformer_config", {"grid": (4, 8)}, "diffusers' images are squares"),
+        ("transformer_config", {"num_layers": 3}, "transformer lacks 17 parameters: layers_2/"),
+    ],
+)
+def test_what_diffusers_lacks_is_not_written(pipeline, tmp_path, config, changes, message):
+    tensors = amused.open_amused(str(pipeline[0])).tensors
+    other = configs() | {config: configs()[config].replace(**changes)}
+    with pytest.raises(ConvertError, match=message):
+        amused_writer.write(tmp_path, tensors, other, None)
