@@ -140,7 +140,7 @@ def generate(
         generated; None: all are.
     """
 
-    def apply(*args, method):
+    def apply(*args, method) -> Any:
         return network.apply({"params": params}, *args, method=method)
 
     mask_id, grid = network.transformer_config.mask_id, tuple(network.transformer_config.grid)
@@ -151,13 +151,13 @@ def generate(
         # An image's two copies follow each other, so that they lie on one device.
         texts = jnp.stack([negative_tokens, text_tokens], axis=1).reshape(-1, text_tokens.shape[1])
         micro_conditions = jnp.repeat(micro_conditions, 2, axis=0)
-    text: Any = apply(texts, method="encode_text")
+    text = apply(texts, method="encode_text")
 
     def logits_fn(tokens):
         return apply(tokens, *text, micro_conditions, method="logits")
 
-    shape = (*tokens.shape[1:], network.transformer_config.codebook_size)
-    noise_fn = decoding.gumbel_noise(rngs, shape)
+    rows, columns = tokens.shape[1:]
+    noise_fn = decoding.gumbel_noise(rngs, (rows, columns, network.transformer_config.codebook_size))
     return decoding.decode(logits_fn, tokens, mask_id, noise_fn, config)
 
 

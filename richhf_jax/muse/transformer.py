@@ -279,7 +279,7 @@ class DepthwiseConv(nn.Module):
         """Convolves; the map keeps its size."""
         features = x.shape[-1]
         init, shape = nn.initializers.lecun_normal(), (3, 3, 1, features)
-        axes = ("height", "width", None, "embed")
+        axes: layers.Axes = ("height", "width", None, "embed")
         kernel = param_with_axes("kernel", init, shape, jnp.float32, axes=axes)
         return jax.lax.conv_general_dilated(
             jnp.asarray(x, self.dtype),
