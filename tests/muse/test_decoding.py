@@ -160,6 +160,16 @@ def test_an_image_does_not_depend_on_its_batch(logits):
     assert (together[0] != together[1]).any()
 
 
+def test_each_step_and_each_image_has_its_own_noise():
+    noise_fn = jax.jit(decoding.gumbel_noise(jax.random.split(jax.random.key(0), BATCH), (*GRID, CODES)))
+    draws, confidences = map(np.stack, zip(noise_fn(0), noise_fn(1), strict=True))
+    assert draws.shape == (2, BATCH, *GRID, CODES)
+    assert confidences.shape == (2, BATCH, *GRID)
+    for noise in (draws, confidences):
+        assert len(np.unique(noise)) > 0.99 * noise.size
+    assert not np.isin(confidences, draws).all()
+
+
 def test_draws_have_the_distribution_of_the_logits():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
     rngs = jax.random.split(jax.random.key(0), 1000)
