@@ -277,7 +277,8 @@ def _pad_id(directory: pathlib.Path) -> int:
 
 
 def _transformer(root: pathlib.Path, config: Mapping[str, Any]) -> _Part:
-    if config["downsample"] != config["upsample"]:
+    downsample, upsample = (bool(config.get(name)) for name in ("downsample", "upsample"))
+    if downsample != upsample:
         raise ValueError("one of downsample and upsample is true; our network has both or neither")
     mask_id = _read_config(root / "scheduler", "scheduler_config.json")["mask_token_id"]
     if mask_id != config["vocab_size"] - 1:
@@ -285,7 +286,7 @@ def _transformer(root: pathlib.Path, config: Mapping[str, Any]) -> _Part:
             f"vocab_size is {config['vocab_size']}, and the scheduler's mask_token_id {mask_id}; our mask's"
             " token is the last one"
         )
-    side, downsample = config["sample_size"], bool(config["downsample"])
+    side = config["sample_size"]
     names = transformer_names(
         huggingface.depth_in(config, "num_hidden_layers"),
         huggingface.depth_in(config, "num_res_blocks"),
