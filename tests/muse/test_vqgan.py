@@ -77,7 +77,8 @@ def test_every_token_can_be_reached_and_is_that_of_its_own_vector(levels):
     # From far below to far above, for each number.
     lines = [np.linspace(-6, 6, 61)] * len(levels)
     latents = np.array(list(itertools.product(*lines)), np.float32)[None, None]
-    tokens, vectors, passed = jax.jit(quantizer.apply)({}, latents)
+    quantize = jax.jit(quantizer.apply)
+    tokens, vectors, passed = quantize({}, latents)
     assert set(np.unique(tokens)) == set(range(np.prod(levels)))
     np.testing.assert_allclose(quantizer.apply({}, tokens, method="embed"), vectors, atol=1e-6)
     np.testing.assert_array_equal(passed, vectors)
@@ -86,11 +87,11 @@ def test_every_token_can_be_reached_and_is_that_of_its_own_vector(levels):
     for axis, line in enumerate(lines):
         along = np.zeros((1, 1, len(line), len(levels)), np.float32)
         along[..., axis] = line
-        of_line = quantizer.apply({}, along).vectors[0, 0, :, axis]
+        of_line = quantize({}, along).vectors[0, 0, :, axis]
         assert (np.diff(of_line) >= 0).all()
         assert len(np.unique(of_line)) == levels[axis]
     zeros = np.zeros((1, 1, 1, len(levels)), np.float32)
-    np.testing.assert_array_equal(quantizer.apply({}, zeros).vectors, zeros)
+    np.testing.assert_array_equal(quantize({}, zeros).vectors, zeros)
 
 
 def test_the_gradient_passes_through_rounding():
