@@ -96,6 +96,10 @@ class ClipTokens:
         """Returns whether another file holds the same vocabulary, be it written in another way."""
         return (self._ids, self._merges) == (other._ids, other._merges)
 
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token; None: there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
     def check_fits(self, rows: int, end_id: int | None) -> None:
         """Checks that the vocabulary is that of a network.
 

@@ -6,6 +6,7 @@ Warnings are errors, too: see pyproject.toml.
 import atexit
 import fcntl
 import gc
+import json
 import os
 import pathlib
 import shutil
@@ -44,7 +45,7 @@ sys.modules["triton"] = None
 
 # Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
 # a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
-CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords", "models", "predict")
+CHECKED = ("network", "muse", "losses", "decoding", "metrics", "pixels", "keywords", "models", "predict")
 jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
@@ -166,6 +167,46 @@ def random_values():
         return jax.tree_util.tree_map_with_path(value, shapes)
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def described():
+    """Lists the arrays of a model's variables: name -> "float32 (96, 512) embed vocab".
+
+    Those of collections beside the parameters are called "batch_stats/...".
+    """
+
+    from flax import traverse_util
+
+    def describe(variables):
+        found = {}
+        for collection in [name for name in variables if not name.endswith("_axes")]:
+            prefix = "" if collection == "params" else f"{collection}/"
+            axes = traverse_util.flatten_dict(variables[f"{collection}_axes"], sep="/")
+            for name, leaf in traverse_util.flatten_dict(variables[collection], sep="/").items():
+                of_leaf = " ".join(map(str, axes[f"{name}_axes"].names))
+                found[prefix + name] = f"{leaf.dtype} {leaf.shape} {of_leaf}"
+        return dict(sorted(found.items()))
+
+    return describe
+
+
+@pytest.fixture
+def check_golden(described, request: pytest.FixtureRequest):
+    """Compares a preset's variables with golden/NAME.json beside the test; UPDATE_GOLDEN writes the file."""
+
+    def check(name, variables):
+        found = described(variables)
+        file = request.path.parent / f"golden/{name}.json"
+        if os.environ.get("UPDATE_GOLDEN"):
+            file.write_text(json.dumps(found, indent=1) + "\n")
+        assert found == json.loads(file.read_text())
+        # T5X's partitioner takes no array two of whose axes have one name.
+        for array, description in found.items():
+            axes = [axis for axis in description.rpartition(") ")[2].split() if axis != "None"]
+            assert len(axes) == len(set(axes)), f"{array}: {description}"
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ feedback           |                |
 checksums          |                |
 shapes             | jax            |
 network            | jax            | shapes
+muse               | jax            | network shapes
 costs              | jax            |
 device_memory      | jax            | costs
 multihost          | jax            |

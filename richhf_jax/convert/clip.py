@@ -98,12 +98,8 @@ def _open_huggingface(path: str, config: Mapping[str, Any], state: Mapping[str, 
         tensors=tensors,
         unused=huggingface.unused(state, tensors),
         settings={
-            **_tower_settings(path, "text_config", text),
+            **text_settings(path, text),
             **_tower_settings(path, "vision_config", vision),
-            # The highest id is the end's, too, where no `eos_token_id` says so.
-            "text_config.end_id": None
-            if text["eos_token_id"] in (2, text["vocab_size"] - 1)
-            else text["eos_token_id"],
         },
     )
 
@@ -139,6 +135,18 @@ def start_id(folder: pathlib.Path) -> int | None:
     return config.get("bos_token_id") or None
 
 
+def with_text_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of a text tower alone, with what its file leaves out."""
+    return _section({"text_config": config}, "text_config", _TEXT)
+
+
+def text_settings(path: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `Source.settings` of a text tower's configuration."""
+    # The highest id is the end's, too, where no `eos_token_id` says so.
+    end_id = None if text["eos_token_id"] in (2, text["vocab_size"] - 1) else text["eos_token_id"]
+    return _tower_settings(path, "text_config", text) | {"text_config.end_id": end_id}
+
+
 def _section(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tower's configuration as transformers does: an older duplicate wins, with its defaults."""
     older = config.get(f"{name}_dict")
@@ -162,23 +170,35 @@ def _huggingface_names(text_layers: int, vision_layers: int) -> dict[str, str]:
     """Returns our names -> Hugging Face's, without the image tower's class token and positions."""
     names = {
         "logit_scale": "logit_scale",
-        "text_projection/kernel": "text_projection.weight",
         "image_projection/kernel": "visual_projection.weight",
-        "text/token_embedder/embedding": "text_model.embeddings.token_embedding.weight",
-        "text/position_embedding/embedding": "text_model.embeddings.position_embedding.weight",
         "vision/patch_embedding/kernel": "vision_model.embeddings.patch_embedding.weight",
     }
     modules = {
-        "text/encoder_norm": "text_model.final_layer_norm",
         "vision/pre_encoder_norm": "vision_model.pre_layrnorm",
         "vision/encoder_norm": "vision_model.post_layernorm",
     }
-    for stack, depth in (("text", text_layers), ("vision", vision_layers)):
-        for i in range(depth):
-            ours, theirs = f"{stack}/layers_{i}", f"{stack}_model.encoder.layers.{i}"
-            modules |= {f"{ours}/{name}": f"{theirs}.{other}" for name, (other, _) in _LAYER.items()}
-            modules |= {f"{ours}/attention/{name}": f"{theirs}.self_attn.{name[0]}_proj" for name in _QKV}
+    modules |= _layer_modules("vision", vision_layers)
+    return names | _parameters(modules) | text_names(text_layers)
+
+
+def text_names(num_layers: int) -> dict[str, str]:
+    """Returns our names of the text tower's parameters, and its projection's -> Hugging Face's."""
+    names = {
+        "text_projection/kernel": "text_projection.weight",
+        "text/token_embedder/embedding": "text_model.embeddings.token_embedding.weight",
+        "text/position_embedding/embedding": "text_model.embeddings.position_embedding.weight",
+    }
+    modules = {"text/encoder_norm": "text_model.final_layer_norm"} | _layer_modules("text", num_layers)
     return names | _parameters(modules)
+
+
+def _layer_modules(stack: str, depth: int) -> dict[str, str]:
+    modules = {}
+    for i in range(depth):
+        ours, theirs = f"{stack}/layers_{i}", f"{stack}_model.encoder.layers.{i}"
+        modules |= {f"{ours}/{name}": f"{theirs}.{other}" for name, (other, _) in _LAYER.items()}
+        modules |= {f"{ours}/attention/{name}": f"{theirs}.self_attn.{name[0]}_proj" for name in _QKV}
+    return modules
 
 
 def _open_clip_names(text_layers: int, vision_layers: int) -> dict[str, str]:

@@ -27,6 +27,8 @@ _GIN_NAMES = {
     "resnet_config": "resnet.ResNetConfig",
     "text_config": "clip.TextConfig",
     "vision_config": "clip.VisionConfig",
+    "transformer_config": "transformer.TransformerConfig",
+    "vqgan_config": "vqgan.VQGANConfig",
 }
 
 
