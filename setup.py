@@ -71,6 +71,8 @@ ANNOTATE = ["markdown-it-py>=4.3", "python-multipart>=0.0.34", "starlette>=1.10,
 TEST = [
     *TRAIN,
     *ANNOTATE,
+    # Muse is compared with aMUSEd there. Later versions may leave its pipelines out.
+    "diffusers>=0.42,<0.43",
     # Pyright with its own Node.js; each minor version finds other errors.
     "basedpyright>=1.40.2,<1.41",
     # Checks the shape types.

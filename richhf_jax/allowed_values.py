@@ -49,18 +49,21 @@ _PARAMETERS = {
         " num_partitions num_cpu_devices ici_mesh_shape dcn_mesh_shape"
     ),
     # A model's sizes have upper limits, because a damaged or foreign model.json could ask for any.
-    Range(1, 1000): "num_layers num_encoder_layers num_decoder_layers depths",
+    Range(1, 1000): (
+        "num_layers num_encoder_layers num_decoder_layers depths num_conv_blocks layers_per_block num_steps"
+    ),
     Range(1, 2**20): (
         "patch_size grid emb_dim num_heads head_dim mlp_dim vocab_size stem_filters heatmap_layers"
         " heatmap_output_layer score_conv_layers score_dense_layers row_strips widths stem_width"
-        " projection_dim"
+        " projection_dim token_dim conv_dim conv_num_heads micro_condition_dim latent_dim code_dim"
+        " codebook_size norm_groups"
     ),
-    Range(1, 2**13): "task_feature_lengths[image]",
     # One token of a text is its end.
-    Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets] max_length",
+    Range(2, 2**16): "task_feature_lengths[inputs] task_feature_lengths[targets] max_length levels",
+    Range(1, 2**13): "task_feature_lengths[image]",
     Range(0): (
-        "end_id num_microbatches gallery_size task_feature_lengths shard_id topk step_offset"
-        " heatmap_loss_weight score_loss_weight keywords_loss_weight z_loss weight_decay"
+        "end_id pad_id guidance_scale num_microbatches gallery_size task_feature_lengths shard_id topk"
+        " step_offset heatmap_loss_weight score_loss_weight keywords_loss_weight z_loss weight_decay"
         " learning_rate_multipliers rate"
         " base_learning_rate min_learning_rate decay_factor contrast saturation temperature alpha"
         " plausibility_weight count_weights least_change"
@@ -70,7 +73,7 @@ _PARAMETERS = {
     Range(0, 1): (
         "misalignment_threshold crop_probability crop_shares jitter_probability grey_probability"
         " jpeg_probability shown_share brightness hue topp flip_probability shift radii strengths"
-        " clean_plausibility flaw_cost"
+        " clean_plausibility flaw_cost strength"
     ),
     Range(
         0, 1, is_open=True
@@ -94,6 +97,7 @@ CHOICES = {
     "fit": ("resize", "letterbox", "centre_crop"),
     "to": ("image", "prompt"),
     "metric_mode": ("min", "max"),
+    "schedule": ("cosine", "linear"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}

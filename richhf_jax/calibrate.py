@@ -22,7 +22,6 @@ from richhf_jax import (
     checkpoints,
     device_memory,
     errors,
-    export,
     feedback,
     foreign_text,
     gin_utils,
@@ -74,10 +73,10 @@ def calibrate(
         )
     checkpoint, step = checkpoints.find_checkpoint(checkpoint_path)
     directory = epath.Path(os.path.dirname(checkpoint))
-    if (directory / export.CHECKSUMS).exists():
+    if (directory / model_description.EXPORT_FILE).exists():
         raise errors.UserError(
-            f"{directory} is an export, whose {export.CHECKSUMS} would no longer be true: calibrate the"
-            " checkpoint that it was made of, then export again"
+            f"{directory} is an export, whose {model_description.EXPORT_FILE} would no longer be true:"
+            " calibrate the checkpoint that it was made of, then export again"
         )
     lock = locking.held(directory, "--gin.CHECKPOINT_PATH=DIR")
     with (

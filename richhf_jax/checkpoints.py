@@ -23,6 +23,10 @@ from richhf_jax import train_state as train_state_lib
 
 _POSITION, _METRICS = "data_position", "metrics"
 _NAME = re.compile(r"checkpoint_(\d+)")
+# TensorFlow's file, in the directory that was given or in the export's folder.
+_SAVED_MODEL = ("saved_model.pb", "saved_model/saved_model.pb")
+# What to do where a checkpoint doesn't fit the model of some gin files.
+_SAME_GIN = "give the same gin files and the same --gin. flags as in training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,18 +405,21 @@ def _wanted(directory: epath.Path, abstract_state: train_state_lib.TrainState) -
     _check_scanned_alike(directory, saved.keys(), wanted.keys())
     # Parameters first, because the message shows only the first three names.
     names = sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "params", name))
-    wrong = [
-        _describe(name, wanted.get(name), saved)
+    wrong = {
+        name: wanted.get(name)
         for name in names
         if name not in saved or name not in wanted or tuple(saved[name].shape) != wanted[name].shape
-    ]
+    }
     if wrong:
-        raise CheckpointError(_does_not_fit(directory, wrong) + ". For another model, give another MODEL_DIR")
+        raise misfit(directory, wrong, saved, f"{_SAME_GIN}. For another model, give another MODEL_DIR")
     return parts
 
 
 def _check_scanned_alike(
-    path: epath.PathLike, saved: Collection[tuple[str, ...]], wanted: Collection[tuple[str, ...]]
+    path: epath.PathLike,
+    saved: Collection[tuple[str, ...]],
+    wanted: Collection[tuple[str, ...]],
+    fix: str | None = None,
 ) -> None:
     """Checks that checkpoint and model agree on SCAN_LAYERS: on one array for all layers of a stack, or many.
 
@@ -420,6 +427,7 @@ def _check_scanned_alike(
       path: the checkpoint.
       saved: paths of names in the checkpoint.
       wanted: paths of names in the model.
+      fix: what to do if the model isn't that of gin files.
 
     Raises:
       CheckpointError: they don't agree.
@@ -432,19 +440,50 @@ def _check_scanned_alike(
         }
         if not renamed.isdisjoint(saved):
             theirs = in_checkpoint == "layers"
-            raise CheckpointError(
+            problem = (
                 f"{path} is of a model with SCAN_LAYERS = {theirs}, but this model has SCAN_LAYERS ="
-                f" {not theirs}: give --gin.SCAN_LAYERS={theirs} behind all gin files. Or let"
+                f" {not theirs}"
+            )
+            if fix:
+                raise CheckpointError(f"{problem}: {fix}")
+            raise CheckpointError(
+                f"{problem}: give --gin.SCAN_LAYERS={theirs} behind all gin files. Or let"
                 f" python -m richhf_jax.convert --from={path} --to=DIR --gin.SCAN_LAYERS={not theirs}"
                 " --gin_file=... write the parameters for this model, for INITIAL_CHECKPOINT_PATH or"
                 " CHECKPOINT_PATH"
             )
 
 
-def _does_not_fit(path: epath.PathLike, wrong: list[str]) -> str:
-    return (
-        f"{path} doesn't fit this model: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}\n"
-        "Give the same gin files and the same --gin. flags as in training"
+def misfit(
+    path: epath.PathLike,
+    wrong: Mapping[tuple[str, ...], Any],
+    saved: Mapping[tuple[str, ...], Any],
+    fix: str,
+    untrained: bool = False,
+) -> CheckpointError:
+    """Returns the error for parameters that aren't those of the model.
+
+    Args:
+      path: the checkpoint, or file of parameters.
+      wrong: path of names -> the model's array, where the checkpoint has another or none; None: the model has
+        none.
+      saved: path of names -> the array that the checkpoint has.
+      fix: what to do.
+      untrained: whether the checkpoint may be a conversion, which lacks what only training makes.
+    """
+    lines = [_describe(name, leaf, saved) for name, leaf in wrong.items()]
+    message = f"{path} doesn't fit this model: {'; '.join(lines[:3])}{' ...' if len(lines) > 3 else ''}\n"
+    if not untrained or not saved.keys().isdisjoint(wrong):
+        return CheckpointError(message + fix[0].upper() + fix[1:])
+    convert, start = "", os.fspath(path)
+    if start.endswith(".safetensors"):  # Training reads checkpoints alone.
+        convert, start = f"python -m richhf_jax.convert --from={start} --to=DIR --gin_file=..., then ", "DIR"
+    return CheckpointError(
+        f"{message}It lacks {len(wrong)} arrays and has all others, as a conversion of published weights,"
+        " which have no trained heads. Train from it first, with the gin files of the conversion:"
+        f" {convert}python -m richhf_jax.train --gin_file=... --gin_file=runs/train.gin"
+        f" --gin.INITIAL_CHECKPOINT_PATH={start} --gin.MODEL_DIR=RUN --gin.MIXTURE_OR_TASK_NAME=TASK"
+        f" --gin.TRAIN_STEPS=N. Or name a checkpoint that is trained. If this one is trained, {fix}"
     )
 
 
@@ -464,7 +503,7 @@ def _read(
 
 
 def save_params(model_dir: str, params: Any, step: int = 0, flax_mutables: Any = None) -> None:
-    """Writes parameters alone, as `checkpoint_<step>`, for `restore_params` and `restore_matching`.
+    """Writes parameters alone, as `checkpoint_<step>`, for `restore_inference_state` and `restore_matching`.
 
     It takes about 0.4 times the parameters' memory in addition to them.
 
@@ -528,6 +567,11 @@ def find_checkpoint(path: str) -> tuple[str, int]:
     directory = _absolute(path)
     if not _NAME.fullmatch(directory.name):
         newest = newest_checkpoint(directory)
+        if newest is None and any((directory / file).exists() for file in _SAVED_MODEL):
+            raise CheckpointError(
+                f"{directory} is a SavedModel, which is a program for TensorFlow and no checkpoint: name the"
+                " checkpoint that was exported, or another export of it (--to=safetensors)"
+            )
         if newest is None:
             raise CheckpointError(
                 f"no checkpoint_<step> in {directory}: train first, or name another directory"
@@ -538,21 +582,10 @@ def find_checkpoint(path: str) -> tuple[str, int]:
     return str(directory), int(directory.name.split("_")[1])
 
 
-def restore_params(path: str, abstract_params: Any) -> Any:
-    """Reads all parameters of a model from a checkpoint: their average, if it has one.
-
-    Args:
-      path: as for `find_checkpoint`.
-      abstract_params: `ShapeDtypeStruct`s with shardings.
-
-    Raises:
-      CheckpointError: there is no checkpoint, or a parameter is missing or of another shape.
-    """
-    return restore_inference_state(path, train_state_lib.InferenceState(abstract_params)).params
-
-
 def restore_inference_state(
-    path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
+    path: str,
+    abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState,
+    fix: str | None = None,
 ) -> train_state_lib.InferenceState:
     """Reads the parameters and the mutable collections of a model from a checkpoint.
 
@@ -561,13 +594,16 @@ def restore_inference_state(
     Args:
       path: as for `find_checkpoint`.
       abstract_state: `ShapeDtypeStruct`s with shardings.
+      fix: what to do where the checkpoint doesn't fit; None: the model is that of gin files, and the message
+        tells of these.
 
     Raises:
       CheckpointError: there is no checkpoint, or an array is missing or of another shape.
     """
-    found, absent = _restore_found(path, abstract_state)
-    if absent:
-        raise CheckpointError(_does_not_fit(path, absent))
+    found, wrong, saved = _restore_found(path, abstract_state, fix)
+    if wrong:
+        untrained = bool(found[0]) and not (epath.Path(find_checkpoint(path)[0]) / _POSITION).exists()
+        raise misfit(path, wrong, saved, fix or _SAME_GIN, untrained)
     params, mutables = map(traverse_util.unflatten_dict, found)
     return train_state_lib.InferenceState(params, mutables)
 
@@ -589,37 +625,43 @@ def restore_matching(
     Raises:
       CheckpointError: there is no checkpoint, or it shares no parameter with the model.
     """
-    found, absent = _restore_found(path, abstract_state)
+    found, wrong, saved = _restore_found(path, abstract_state)
     if not found[0]:
-        raise CheckpointError(f"{path} shares no parameter with this model")
-    logging.info("initialised %d arrays from %s, %d stay fresh", sum(map(len, found)), path, len(absent))
-    for line in absent:
-        logging.info("fresh: %s", line)
+        raise CheckpointError(
+            f"{path} shares no parameter with this model: name another checkpoint, or its model's gin files"
+        )
+    logging.info("initialised %d arrays from %s, %d stay fresh", sum(map(len, found)), path, len(wrong))
+    for name, leaf in wrong.items():
+        logging.info("fresh: %s", _describe(name, leaf, saved))
     return found
 
 
 def _restore_found(
-    path: str, abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState
-) -> tuple[tuple[dict, dict], list[str]]:
+    path: str,
+    abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState,
+    fix: str | None = None,
+) -> tuple[tuple[dict, dict], dict[tuple[str, ...], Any], dict[tuple[str, ...], Any]]:
     """Reads the arrays that a checkpoint has in the right shape, and lists those that it lacks.
 
     Returns:
-      (parameters, mutable collections), each {path of names: array}, and a line for each missing array.
+      (parameters, mutable collections), each {path of names: array}; the model's arrays that it lacks, or has
+      in another shape; and what it has.
     """
     directory = epath.Path(find_checkpoint(path)[0])
     checksums = array_checksums(directory)
     with _explained_damage(directory):
         tree = saved_arrays.metadata(directory)
-    item, absent = {}, []
+    item, wrong, there = {}, {}, {}
     places = {"params": train_state_lib.inference_part(tree), "flax_mutables": "flax_mutables"}
     if places["params"] != "params":
         logging.info("%s has an average of the parameters, which is read in their place", directory)
     for part, place in places.items():
         saved: dict[tuple, Any] = traverse_util.flatten_dict(tree.get(place, {}))
         wanted: dict[tuple, Any] = traverse_util.flatten_dict(getattr(abstract_state, part))
-        _check_scanned_alike(path, saved.keys(), wanted.keys())
+        _check_scanned_alike(path, saved.keys(), wanted.keys(), fix)
         fits = {n: leaf for n, leaf in wanted.items() if n in saved and tuple(saved[n].shape) == leaf.shape}
-        absent += [_describe(name, leaf, saved) for name, leaf in wanted.items() if name not in fits]
+        wrong |= {name: leaf for name, leaf in wanted.items() if name not in fits}
+        there |= saved
         if fits:  # Orbax can't restore an empty tree.
             item[place] = traverse_util.unflatten_dict(fits)
     restored = {}
@@ -627,7 +669,7 @@ def _restore_found(
         with _explained_damage(directory):
             restored = saved_arrays.checked(directory, saved_arrays.read(directory, item), item, checksums)
     params, mutables = (traverse_util.flatten_dict(restored.get(place, {})) for place in places.values())
-    return (params, mutables), absent
+    return (params, mutables), wrong, there
 
 
 def array_checksums(directory: epath.PathLike) -> dict[str, str] | None:

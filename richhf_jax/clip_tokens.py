@@ -10,6 +10,7 @@ either.
 """
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from richhf_jax import errors, reading
 START, END = "<|startoftext|>", "<|endoftext|>"
 FILE = "tokenizer.json"
 _OLDER_FILES = ("vocab.json", "merges.txt")
+_END_OF_WORD = "</w>"
+FIX = f"Take the {FILE} that was published with the weights"
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -29,6 +32,7 @@ class ClipTokens:
 
     Attributes:
       content: a tokenizer.json.
+      name: its path, for messages.
       start_id, end_id: ids of the two tokens around a text.
     """
 
@@ -46,35 +50,76 @@ class ClipTokens:
 
         self._bytes = tokenizers.decoders.ByteLevel()
         self.content = content
-        self._name = name
+        self.name = name
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # The library raises no narrower one.
             raise errors.UserError(
-                f"{name} is damaged, or no file of the tokenizers library: {error}"
+                f"{name} is damaged, or no file of the tokenizers library: {error}. {FIX}"
             ) from error
         # Settings of whoever wrote the file.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         start, end = (self._tokenizer.token_to_id(token) for token in (START, END))
         if start is None or end is None:
-            raise errors.UserError(f"{name} isn't CLIP's: its vocabulary has no {START} or no {END}")
+            raise errors.UserError(f"{name} isn't CLIP's: its vocabulary has no {START} or no {END}. {FIX}")
         self.start_id, self.end_id = start, end
+        self._ids: dict[str, int] = self._tokenizer.get_vocab()
+        self._merges = self._checked_merges()
+
+    def _checked_merges(self) -> list[list[str]]:
+        """Checks the ids, and returns the pairs of pieces that become one, in order.
+
+        CLIP's ids follow from the merges: [256 bytes, 256 bytes that end a word, merged pieces, start, end].
+        """
+        from tokenizers import pre_tokenizers
+
+        model = json.loads(self._tokenizer.to_str())["model"]
+        merges = model.get("merges", [])
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        ends = (f"{byte}{_END_OF_WORD}" for byte in alphabet)
+        for i, piece in enumerate([*alphabet, *ends, *map("".join, merges), START, END]):
+            if self._ids.get(piece) != i:
+                raise errors.UserError(
+                    f"{self.name} isn't CLIP's, or is damaged: in it {piece!r} has the id"
+                    f" {self._ids.get(piece)}, and not {i}, as CLIP's order has it (512 bytes, the pieces of"
+                    f" {len(merges)} merges, {START}, {END}). {FIX}"
+                )
+        return merges
 
     @property
     def size(self) -> int:
         """Number of ids."""
         return self._tokenizer.get_vocab_size()
 
-    def check_size(self, rows: int) -> None:
-        """Checks that the vocabulary is that of a network, whose table has this many rows.
+    def is_same(self, other: "ClipTokens") -> bool:
+        """Returns whether another file holds the same vocabulary, be it written in another way."""
+        return (self._ids, self._merges) == (other._ids, other._merges)
+
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token; None: there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def check_fits(self, rows: int, end_id: int | None) -> None:
+        """Checks that the vocabulary is that of a network.
+
+        Args:
+          rows: number of rows of the network's table.
+          end_id: the id at which the network pools a text; None: the highest.
 
         Raises:
-          errors.UserError: it has another number of ids, so it belongs to another model.
+          errors.UserError: it has another number of ids or another end, so it belongs to another model.
         """
         if self.size != rows:
             raise errors.UserError(
-                f"{self._name} has {self.size} tokens, the model {rows}: it is another model's vocabulary"
+                f"{self.name} has {self.size} tokens, the model {rows}: it is another model's vocabulary."
+                f" {FIX}"
+            )
+        pooled = rows - 1 if end_id is None else end_id
+        if self.end_id != pooled:
+            raise errors.UserError(
+                f"{self.name} ends a text with the id {self.end_id}, the model looks for {pooled}: it is"
+                f" another model's vocabulary. {FIX}"
             )
 
     def encode(
@@ -83,6 +128,7 @@ class ClipTokens:
         """Encodes texts as CLIP does.
 
         A longer text is cut after `length` - 2 tokens, wherever that is in a word. What follows the end is 0.
+        An end that is typed in a text stays there, and CLIP reads nothing behind it.
 
         Returns:
           The tokens; and of each text the number of words, between spaces, that are cut off at least partly.
@@ -91,10 +137,13 @@ class ClipTokens:
         words_cut = np.zeros(len(texts), np.int32)
         for row, text in enumerate(texts):
             encoded = self._tokenizer.encode(text, add_special_tokens=False)
-            kept = [self.start_id, *encoded.ids[: length - 2], self.end_id]
+            pieces = encoded.ids
+            kept = [self.start_id, *pieces[: length - 2], self.end_id]
             ids[row, : len(kept)] = kept
-            if len(encoded.ids) > length - 2:
-                first_cut = encoded.offsets[length - 2][0]
+            typed = pieces.index(self.end_id) + 1 if self.end_id in pieces else len(pieces)
+            read = min(typed, length - 2)
+            if len(pieces) > read:
+                first_cut = encoded.offsets[read][0]
                 words_cut[row] = len(text[_start_of_word(text, first_cut) :].split())
         return ids, words_cut
 
@@ -108,7 +157,7 @@ class ClipTokens:
         for i in itertools.takewhile(lambda i: i != self.end_id, ids):
             if i != self.start_id:
                 # A byte's own sign stands for a space.
-                pieces.append((self._tokenizer.id_to_token(i) or "").replace("</w>", "Ġ"))
+                pieces.append((self._tokenizer.id_to_token(i) or "").replace(_END_OF_WORD, "Ġ"))
         return self._bytes.decode(pieces).strip()
 
 
@@ -140,12 +189,12 @@ def read(path: epath.PathLike) -> ClipTokens:
     if not is_in(place):
         raise errors.UserError(f"{place} has no {FILE}, nor {' and '.join(_OLDER_FILES)}")
     lines = _read(merges).decode(errors="replace").splitlines()
-    rules = (line.split() for line in lines if line and not line.startswith("#version"))
+    rules = (line.split() for line in lines if line and "#version:" not in line)
     try:
         content = build(reading.read_json(vocabulary), [(left, right) for left, right in rules])
     except Exception as error:  # The library raises no narrower one.
         raise errors.UserError(
-            f"{merges} is damaged, or doesn't belong to {vocabulary.name}: {error}"
+            f"{merges} is damaged, or doesn't belong to {vocabulary.name}: {error}. {FIX}"
         ) from error
     return ClipTokens(content, str(vocabulary))
 
@@ -166,7 +215,7 @@ def build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> b
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    model = models.BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>", unk_token=END)
+    model = models.BPE(dict(vocabulary), list(merges), end_of_word_suffix=_END_OF_WORD, unk_token=END)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -133,7 +133,8 @@ def evaluate(
         _write_json(directory / "baselines.json", {row.name: row.metrics for row in rows[1:]})
         measured.write(directory)
         writing.write(directory / "predictions.jsonl", "".join(lines))
-        report.write_report(directory / "report.html", title, rows, curves, gallery, details)
+        score_range = trainer.model.outputs.score_range
+        report.write_report(directory / "report.html", title, rows, curves, gallery, details, score_range)
     print(report.format_tables(rows))
     print(f"\nresults in {directory}")
     return rows[0].metrics
@@ -159,7 +160,10 @@ def _collect(
         predictions.append(prediction)
     if cut and reads_text:
         length = cfg.task_feature_lengths["inputs"]
-        print(f"{cut} of {len(images)} prompts have more than {length} tokens and were cut at a word")
+        print(
+            f"{cut} of {len(images)} prompts weren't read to their end: they have more than {length} tokens,"
+            " or the token of the end among them"
+        )
     return images, targets, predictions
 
 

@@ -80,11 +80,13 @@ class Outputs:
       scores: kinds of `SCORES`, in the order of its array of scores.
       heatmaps: kinds of `HEATMAPS`, in the order of its array of heatmaps.
       keywords: whether it says which words of the prompt are misaligned.
+      score_range: the least and the greatest value that a score can have.
     """
 
     scores: tuple[str, ...]
     heatmaps: tuple[str, ...]
     keywords: bool
+    score_range: tuple[float, float] = (0.0, 1.0)
 
 
 ALL_OUTPUTS = Outputs(SCORES, HEATMAPS, True)
@@ -107,6 +109,11 @@ def task_prompts(variant: str, prompt: str) -> list[str]:
 def standardise_rating(rating: float) -> float:
     """Turns a 5-point Likert rating s into a score in [0, 1]: (s - 1) / 4 (section 3.4)."""
     return (rating - LIKERT_MIN) / (LIKERT_MAX - LIKERT_MIN)
+
+
+def rating_of_score(score: float) -> float:
+    """Turns a score in [0, 1] into a 5-point Likert rating; the inverse of `standardise_rating`."""
+    return LIKERT_MIN + (LIKERT_MAX - LIKERT_MIN) * score
 
 
 def tokenize_prompt(prompt: str) -> list[str]:
@@ -214,8 +221,9 @@ class RichFeedback:
 
     Attributes:
       id: the image's name (RichHF-18K's `filename`).
-      prompt: the text the image was generated from.
-      scores: kind -> [0, 1], higher is better. The kinds are those of `SCORES`.
+      prompt: the text the image was generated from; "" where a model that reads no text was given none.
+      scores: kind -> [0, 1], higher is better. The kinds are those of `SCORES`. A model's may have another
+        range, see `Outputs.score_range`.
       heatmaps: kind -> float32 [height, width] in [0, 1]. The kinds are those of `HEATMAPS`.
       tokens: the prompt's tokens, labelled; None: nothing says which of them are misaligned.
       uncertainty: kind of score -> standard deviation of the score, in its own unit; {} if nothing tells.

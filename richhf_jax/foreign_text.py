@@ -1,6 +1,6 @@
 """Prepares text that others made (ids, file names, notes) for a place where parts of it would act as markup.
 
-HTML isn't here: jinja2 escapes it in all templates.
+HTML isn't here: jinja2 escapes it in all templates. `is_blank` tells whether there is text at all.
 """
 
 import html
@@ -57,6 +57,15 @@ def for_markdown(text: str) -> str:
     '\\# \\[x\\]\\(javascript\\:alert\\) \\| &lt;b&gt;'
     """
     return _MARKDOWN.sub(r"\\\1", html.escape(for_terminal(text), quote=False))
+
+
+def is_blank(text: str) -> bool:
+    r"""Returns whether a text, such as a prompt, shows nothing: it has only spaces, or zero-width characters.
+
+    >>> is_blank(" \u200b\ufeff"), is_blank("a\u200b")
+    (True, False)
+    """
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def is_formula(cell: str) -> bool:

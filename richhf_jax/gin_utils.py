@@ -9,7 +9,6 @@ others; --verbosity=0 shows everything.
 
 import ast
 import contextlib
-import copy
 import difflib
 import inspect
 import logging
@@ -226,18 +225,6 @@ def macro(name: str) -> Any:
     if not re.search(rf"^{name} = ", gin.config_str(), re.MULTILINE):
         raise errors.UserError(f"no gin file sets {name}; is it a file of gin/models/?")
     return gin.get_configurable(f"{name}/gin.macro")()
-
-
-def parameter(name: str) -> Any:
-    """Returns the value that gin files give to a parameter, such as "augmentation.show.fit".
-
-    Raises:
-      errors.UserError: none does.
-    """
-    try:
-        return copy.deepcopy(gin.query_parameter(name))  # The copy of a macro is its value.
-    except ValueError as error:
-        raise errors.UserError(f"no gin file sets {name}; is it in a file of gin/models/?") from error
 
 
 def run(main: Callable[..., Any], compilation_cache: bool = False) -> None:

@@ -54,10 +54,8 @@ VOCABULARY_FILE = prompt_encoders.SENTENCEPIECE_FILE
 _CHECKSUMS = "checksums"
 _LARGEST = 2**20  # bytes of model.json
 _MOST_TOKENS = 2**14  # in the encoder: there are arrays of this size squared
-_FIX = (
-    "Bring it back from a copy; or give the training's command again, which writes it anew (a finished one"
-    " ends at once)"
-)
+# Files by which the directories of conversions and exports are known.
+CONVERSION_FILE, EXPORT_FILE = "conversion.txt", "SHA256SUMS"
 NOT_CALIBRATED = (
     "the uncertainties aren't calibrated for this checkpoint, so they may be too large or too small as a"
     " whole: calibrate them with `python -m richhf_jax.calibrate`"
@@ -92,11 +90,16 @@ class System:
     marks_words: bool = False
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it reads prompts; predictions of one that doesn't need none."""
+        return self.vocabulary_file is not None
+
+    @property
     def lengths(self) -> tuple[str, ...]:
         """The names of `ModelDescription.feature_lengths`."""
         return (
             "image",
-            *(("inputs",) if self.vocabulary_file else ()),
+            *(("inputs",) if self.reads_text else ()),
             *(("targets",) if self.marks_words else ()),
         )
 
@@ -156,9 +159,11 @@ class ModelDescription:
         """The model for predictions.
 
         Raises:
-          errors.UserError: as `encoder`.
+          errors.UserError: as `encoder` and `check_fit`.
         """
-        return SYSTEMS[self.system].model(self)
+        model = SYSTEMS[self.system].model(self)
+        check_fit(model, self.fit)
+        return model
 
     @functools.cached_property
     def encoder(self) -> Any:
@@ -169,6 +174,11 @@ class ModelDescription:
         """
         make = SYSTEMS[self.system].encoder
         return make(self) if make else None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the system reads prompts, see `System.reads_text`."""
+        return SYSTEMS[self.system].reads_text
 
     def of_step(self, step: int) -> "ModelDescription":
         """Returns the description of the checkpoint of this step: no other one's calibration is its own."""
@@ -230,20 +240,29 @@ _RESNET = System(
 )
 
 
-def _clip(description: ModelDescription) -> clip_model.ClipModel:
-    if description.network.outputs.heatmaps and description.fit == "centre_crop":
+def check_fit(model: models.BaseModel, fit: str) -> None:
+    """Checks that a model which predicts heatmaps sees all of each picture.
+
+    Raises:
+      errors.UserError: it doesn't.
+    """
+    if model.outputs.heatmaps and fit == "centre_crop":
         raise errors.UserError(
-            f"{description.system} predicts a heatmap, but crops pictures (fit 'centre_crop'): it would know"
-            " nothing of what is cropped off. Convert with --gin.FIT=\"'resize'\""
+            "the model predicts heatmaps, but crops pictures (FIT = 'centre_crop'): it would know nothing of"
+            " what is cropped off. Convert or train it with --gin.FIT=\"'resize'\""
         )
+
+
+def _clip(description: ModelDescription) -> clip_model.ClipModel:
     return clip_model.ClipModel(description.network, None)
 
 
 def _clip_encoder(description: ModelDescription) -> clip_tokens.ClipTokens:
     if description.vocabulary is None:
         raise errors.UserError(f"the model has no {clip_tokens.FILE}: prediction needs it")
-    tokens = clip_tokens.ClipTokens(description.vocabulary)
-    tokens.check_size(description.network.text_config.vocab_size)
+    tokens = clip_tokens.ClipTokens(description.vocabulary, f"{clip_tokens.FILE} beside {FILE}")
+    config = description.network.text_config
+    tokens.check_fits(config.vocab_size, config.end_id)
     return tokens
 
 
@@ -289,6 +308,19 @@ def system_of(content: Mapping[str, Any]) -> System:
     return SYSTEMS[name]
 
 
+def _again(directory: epath.Path) -> str:
+    """Returns how a directory is made again: by a conversion, an export or a training."""
+    if (directory / CONVERSION_FILE).exists():
+        return "convert the weights again, to a new directory"
+    if (directory / EXPORT_FILE).exists():
+        return "export the checkpoint again, to a new directory"
+    return "give the training's command again, which writes it anew (a finished one ends at once)"
+
+
+def _fix(directory: epath.Path) -> str:
+    return f"Bring it back from a copy; or {_again(directory)}"
+
+
 def write(directory: epath.PathLike, content: Mapping[str, Any], vocabulary: bytes | None) -> None:
     """Writes a model's description and its vocabulary into an existing directory.
 
@@ -321,23 +353,55 @@ def read(directory: epath.PathLike, dtype: str | None = None) -> ModelDescriptio
     path = directory / FILE
     if not path.exists():
         raise errors.UserError(
-            f"{directory} has no {FILE}, which says what its model is. Training writes it at its start: give"
-            " the training's command again (a finished one ends at once), or name another directory"
+            f"{directory} has no {FILE}, which says what its model is. {_fix(directory)}; or name another"
+            " directory"
         )
     with _explained(path):
-        content = reading.parse_json(reading.read_bytes(path, _LARGEST))
+        content = _read(path)
         file = system_of(content).vocabulary_file
         vocabulary = None if file is None else _read_vocabulary(directory / file)
         _check(content, vocabulary, path)
         return _parse(content, vocabulary, {"dtype": dtype} if dtype else {})
 
 
+def _read(path: epath.Path) -> dict[str, Any]:
+    return reading.parse_json(reading.read_bytes(path, _LARGEST))
+
+
 def _read_vocabulary(path: epath.Path) -> bytes:
     if not path.exists():
         raise errors.UserError(
-            f"{path.parent} has no {path.name}: copy the vocabulary that the training used to it"
+            f"{path.parent} has no {path.name}: copy the model's vocabulary to it; or {_again(path.parent)}"
         )
     return reading.read_bytes(path)
+
+
+def read_vocabulary(directory: epath.PathLike, file: str) -> bytes | None:
+    """Reads the vocabulary that a directory's model.json speaks of, without the rest of the description.
+
+    Args:
+      directory: a MODEL_DIR, or an export.
+      file: name of the vocabulary's file.
+
+    Returns:
+      What is in the file; None: there is no model.json, or it knows no such vocabulary.
+
+    Raises:
+      errors.UserError: model.json is damaged; or the vocabulary is missing, though model.json has its
+        checksum, or changed.
+    """
+    path = epath.Path(directory) / FILE
+    if not path.exists():
+        return None
+    with _explained(path):
+        content = _read(path)
+        if system_of(content).vocabulary_file != file:
+            return None
+        if file not in (content.get(_CHECKSUMS) or ()) and not (path.parent / file).exists():
+            return None
+        vocabulary = _read_vocabulary(path.parent / file)
+        _check(content, vocabulary, path)
+        return vocabulary
 
 
 def recorded_training(directory: epath.PathLike) -> dict[str, Any]:
@@ -354,11 +418,11 @@ def _explained(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise errors.UserError(f"{writing.reason(error)}. {_FIX}") from error
+        raise errors.UserError(f"{writing.reason(error)}. {_fix(path.parent)}") from error
     except KeyError as error:
-        raise errors.UserError(f"{path} lacks {error}. {_FIX}") from error
+        raise errors.UserError(f"{path} lacks {error}. {_fix(path.parent)}") from error
     except (AttributeError, TypeError, ValueError) as error:
-        raise errors.UserError(f"{path} makes no sense: {error}. {_FIX}") from error
+        raise errors.UserError(f"{path} makes no sense: {error}. {_fix(path.parent)}") from error
 
 
 def _is_whole(content: dict[str, Any]) -> bool:
@@ -413,12 +477,14 @@ def _check(content: dict[str, Any], vocabulary: bytes | None, path: epath.Path) 
         return
     own = {name: value for name, value in expected.items() if name != FILE}
     if not _is_whole(content):
-        raise errors.UserError(f"{path} isn't as it was written: its checksum differs. {_FIX}; {_MEANT}")
+        raise errors.UserError(
+            f"{path} isn't as it was written: its checksum differs. {_fix(path.parent)}; {_MEANT}"
+        )
     file = system_of(content).vocabulary_file
     if vocabulary is not None and file and own.get(file) != checksums.of_bytes(vocabulary):
         raise errors.UserError(
-            f"{path.parent / file} isn't the vocabulary that the model was trained with: its checksum is"
-            f" {checksums.of_bytes(vocabulary)}, {FILE} has {own.get(file)}. {_FIX}; {_MEANT}"
+            f"{path.parent / file} isn't the vocabulary that came with the model: its checksum is"
+            f" {checksums.of_bytes(vocabulary)}, {FILE} has {own.get(file)}. {_fix(path.parent)}; {_MEANT}"
         )
 
 

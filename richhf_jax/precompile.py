@@ -31,7 +31,16 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from richhf_jax import errors, feature_converters, gin_utils, keywords, models, partitioning, writing
+from richhf_jax import (
+    errors,
+    feature_converters,
+    gin_utils,
+    input_pipeline,
+    keywords,
+    models,
+    partitioning,
+    writing,
+)
 from richhf_jax import trainer as trainer_lib
 from richhf_jax.costs import counter, parts, plan
 from tasks import vocabulary
@@ -113,7 +122,7 @@ def step_shapes(step: str) -> dict[str, np.ndarray]:
         lengths,
         batch_size,
         variant=gin_utils.macro("VARIANT"),
-        letterbox=gin_utils.parameter("augmentation.show.fit") == "letterbox",
+        letterbox=input_pipeline.fit() == "letterbox",
     )
     marks_words = gin_utils.macro("MODEL").outputs.keywords
     if step == "predict" and marks_words and gin_utils.macro("CONSTRAINED_KEYWORDS"):

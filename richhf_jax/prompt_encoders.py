@@ -102,7 +102,7 @@ def load_sentencepiece(model: bytes | None) -> sentencepiece.SentencePieceProces
         vocabulary.LoadFromSerializedProto(model)
     except RuntimeError as error:
         raise errors.UserError(
-            f"{SENTENCEPIECE_FILE} beside model.json is damaged, or no SentencePiece model: copy the one that"
-            " the training used there"
+            f"{SENTENCEPIECE_FILE} beside model.json is damaged, or no SentencePiece model: copy the model's"
+            " own vocabulary there"
         ) from error
     return vocabulary

@@ -224,8 +224,6 @@ def _check_out(out: pathlib.Path, directories: Sequence[str]) -> None:
     Raises:
       errors.UserError: they can't.
     """
-    if out.is_dir():
-        raise errors.UserError(f"--out={out} is a folder: name a file")
     writing.check_file(str(out))
     folder = out.resolve().parent
     if out.name in _RESULTS and any(folder == pathlib.Path(find(one)).resolve() for one in directories):

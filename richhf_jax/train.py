@@ -319,6 +319,7 @@ def _write_description(
     content = model.describe(cfg.task_feature_lengths, stream.batch_shapes, input_pipeline.fit())
     if content is None:
         return
+    model_description.check_fit(model, input_pipeline.fit())
     initial = checkpoint_cfg.restore.path if checkpoint_cfg.restore else None
     training = {
         "task": cfg.mixture_or_task_name,

@@ -111,7 +111,9 @@ def read(path: epath.PathLike, names: Collection[str] | None = None) -> dict[str
         arrays = safetensors.numpy.load(content)
         header = reading.parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (safetensors.SafetensorError, KeyError, ValueError) as error:  # KeyError: a type that numpy lacks.
-        raise errors.UserError(f"{path} can't be read as float32 parameters: {error}") from error
+        raise errors.UserError(
+            f"{path} can't be read as float32 parameters: {error}; copy the file again"
+        ) from error
     check_header(path, header, names)
     expected = recorded_checksums(path, header.get(_METADATA, {}))
     for name, array in arrays.items():

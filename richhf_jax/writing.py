@@ -314,7 +314,12 @@ def check_file(path: epath.PathLike) -> None:
     code = code if os.path.isdir(folder) else errno.ENOENT
     code = errno.EISDIR if os.path.isdir(path) else code
     if code is not None:
-        raise errors.UserError(f"{os.fspath(path)}: {os.strerror(code)}. {FIX}")
+        raise errors.UserError(f"{os.fspath(path)}: {os.strerror(code)}. {_fix(code)}")
+
+
+def _fix(code: int | None) -> str:
+    """Returns what to do about an error of the operating system, by its code."""
+    return "Name a file, for instance one inside it" if code == errno.EISDIR else FIX
 
 
 def _is_url(path: epath.PathLike) -> bool:
@@ -324,7 +329,7 @@ def _is_url(path: epath.PathLike) -> bool:
 @contextlib.contextmanager
 def explained_disk_errors(
     path: epath.PathLike,
-    fix: str = FIX,
+    fix: str | None = None,
     also: tuple[type[Exception], ...] = (),
     only: Collection[int] | None = None,
 ) -> Iterator[None]:
@@ -332,7 +337,7 @@ def explained_disk_errors(
 
     Args:
       path: the file to name if the error names none.
-      fix: what remains of the results, and what to do.
+      fix: what remains of the results, and what to do; None: as `FIX`, or that a folder is no file.
       also: other exceptions that a library raises when it can't write.
       only: codes (`errno`) of the OSErrors to explain; others pass unchanged. None: all.
 
@@ -345,6 +350,7 @@ def explained_disk_errors(
         if isinstance(error, OSError) and only is not None and error.errno not in only:
             raise
         file, words = _file_and_words(error)
+        fix = fix or _fix(getattr(error, "errno", None))
         raise errors.UserError(f"{file or path}: {words}. {fix}") from error
 
 

@@ -6,11 +6,17 @@ Warnings are errors, too: see pyproject.toml.
 import atexit
 import fcntl
 import gc
+import json
 import os
 import pathlib
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 import hypothesis
 import jaxtyping
@@ -39,7 +45,7 @@ sys.modules["triton"] = None
 
 # Checks every call of these modules' functions against the annotations, shapes included; an int may stand for
 # a float. pytest's option --jaxtyping-packages does the same, but not in the workers of pytest-xdist.
-CHECKED = ("network", "losses", "decoding", "metrics", "pixels", "keywords", "models", "predict")
+CHECKED = ("network", "muse", "losses", "decoding", "metrics", "pixels", "keywords", "models", "predict")
 jaxtyping.install_import_hook(
     [f"richhf_jax.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
@@ -161,6 +167,46 @@ def random_values():
         return jax.tree_util.tree_map_with_path(value, shapes)
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def described():
+    """Lists the arrays of a model's variables: name -> "float32 (96, 512) embed vocab".
+
+    Those of collections beside the parameters are called "batch_stats/...".
+    """
+
+    from flax import traverse_util
+
+    def describe(variables):
+        found = {}
+        for collection in [name for name in variables if not name.endswith("_axes")]:
+            prefix = "" if collection == "params" else f"{collection}/"
+            axes = traverse_util.flatten_dict(variables[f"{collection}_axes"], sep="/")
+            for name, leaf in traverse_util.flatten_dict(variables[collection], sep="/").items():
+                of_leaf = " ".join(map(str, axes[f"{name}_axes"].names))
+                found[prefix + name] = f"{leaf.dtype} {leaf.shape} {of_leaf}"
+        return dict(sorted(found.items()))
+
+    return describe
+
+
+@pytest.fixture
+def check_golden(described, request: pytest.FixtureRequest):
+    """Compares a preset's variables with golden/NAME.json beside the test; UPDATE_GOLDEN writes the file."""
+
+    def check(name, variables):
+        found = described(variables)
+        file = request.path.parent / f"golden/{name}.json"
+        if os.environ.get("UPDATE_GOLDEN"):
+            file.write_text(json.dumps(found, indent=1) + "\n")
+        assert found == json.loads(file.read_text())
+        # T5X's partitioner takes no array two of whose axes have one name.
+        for array, description in found.items():
+            axes = [axis for axis in description.rpartition(") ")[2].split() if axis != "None"]
+            assert len(axes) == len(set(axes)), f"{array}: {description}"
+
+    return check
 
 
 @pytest.fixture(scope="session")
@@ -377,3 +423,131 @@ def driver(tmp_path_factory: pytest.TempPathFactory):
     driver = Chromium(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
     yield driver
     driver.quit()
+
+
+class RaterPage:
+    """A page for raters in Chromium, with the actions that the tests of all such pages need.
+
+    `site` has an `address` and the `secret` of a rater's link.
+    """
+
+    def __init__(self, driver, site):
+        self.driver, self.site, self.run = driver, site, driver.execute_script
+
+    def find(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def open(self, width: int = 1280, theme: str = "light") -> None:
+        self.driver.set_screen(width, theme)
+        self.driver.get(f"{self.site.address}/r/{self.site.secret}")
+        self.wait(lambda: self.run("return document.getElementById('guidelines')?.open"))
+        self.find("#guidelines button").click()
+        self.wait_for_task()
+
+    def reload(self) -> None:
+        self.driver.refresh()
+        self.wait_for_task()
+
+    def wait(self, condition) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 10, 0.02).until(lambda _: condition())
+
+    def wait_for_task(self) -> None:
+        self.wait(lambda: self.run("return document.getElementById('task')?.hidden === false"))
+
+    def wait_until_saved(self) -> None:
+        self.wait(lambda: self.find("#saved").text == "Saved")
+
+    def type(self, *keys: str) -> None:
+        """Presses keys without moving the focus."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+
+@pytest.fixture
+def rater_page(driver):
+    """Returns the class of pages for raters; the test also fails if a page writes to the console."""
+    driver.get("about:blank")
+    driver.get_log("browser")
+    yield RaterPage
+    assert driver.get_log("browser") == []
+    driver.get("about:blank")
+
+
+class LocalServer:
+    """An app on a server in this process, which may stop and start again at the same address."""
+
+    def __init__(self, app):
+        self.app = app
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        import uvicorn
+
+        config = uvicorn.Config(self.app, port=self.port, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture(scope="session")
+def local_server():
+    """Returns the class of servers in this process."""
+    return LocalServer
+
+
+class ServerProcess:
+    """The server of a project or a survey in its own process, which dies without a warning."""
+
+    def __init__(self, command: str, folder: pathlib.Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self._port}"
+        self._command = [
+            sys.executable, "-m", f"richhf_jax.{command}", "serve", str(folder), f"--port={self._port}",
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        root = pathlib.Path(__file__).resolve().parents[1]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, env=environment)
+        while True:
+            with socket.socket() as connection:
+                if connection.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            assert self._process.poll() is None
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture
+def start_server():
+    """Starts servers in processes of their own: of a command and a folder. They are killed at the end."""
+    servers = []
+
+    def start(command: str, folder: pathlib.Path) -> ServerProcess:
+        servers.append(ServerProcess(command, folder))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()

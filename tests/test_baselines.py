@@ -9,10 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from PIL import Image
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from richhf_jax import baselines, errors, feedback, gin_utils, model_description, partitioning
+from richhf_jax import (
+    RahfPredictor,
+    baselines,
+    errors,
+    feedback,
+    gin_utils,
+    model_description,
+    partitioning,
+)
 from richhf_jax import trainer as trainer_lib
 from richhf_jax.network import resnet
 
@@ -97,6 +107,46 @@ def test_images_of_a_size_that_heatmaps_cannot_have_are_refused():
     make_model(HEADS.replace(heatmap_kinds=())).check_image_size(20, 20)
 
 
+def description(heads, fit):
+    return model_description.ModelDescription(
+        resnet.ResNetFeedback(CONFIG, heads), {"image": 64}, fit, None, {}, None, system="resnet50_scores"
+    )
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 200), (200, 101), (40, 30), (333, 517)])
+def test_a_picture_reaches_the_network_as_from_hugging_faces_processor(rng, variables, size):
+    """The processor of microsoft/resnet-50, told to crop no more than the ends of the longer side."""
+    processor = ConvNextImageProcessorPil(
+        size={"shortest_edge": 64},
+        crop_pct=1.0,
+        resample=Image.Resampling.BICUBIC,
+        image_mean=resnet.PIXEL_MEAN,
+        image_std=resnet.PIXEL_DEVIATION,
+    )
+    params, mutables = variables
+    predictor = RahfPredictor(description(HEADS.replace(heatmap_kinds=()), "centre_crop"), params, 1)
+    image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+    features = predictor.features([predictor.prepare(image, "")], 1)
+    seen = []
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, resnet.ResNet):
+            seen.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        predictor.description.network.apply({"params": params, **mutables}, features["image"])
+    theirs = processor(Image.fromarray(image), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    levels = np.abs(np.asarray(seen[0]) - theirs) * 255 * np.array(resnet.PIXEL_DEVIATION)
+    assert levels.shape == (1, 64, 64, 3)
+    assert levels.max() <= 1.001  # One level, and the rounding of float32.
+
+
+def test_heatmaps_of_cropped_pictures_are_refused():
+    with pytest.raises(errors.UserError, match="predicts heatmaps, but crops pictures .*FIT=\"'resize'\""):
+        _ = description(HEADS, "centre_crop").model
+
+
 def test_the_summary_shows_the_networks_first_kind(batch):
     heat = np.full((BATCH, 1, PIXELS, PIXELS), 0.5, np.float32)
     (picture,) = make_model().summary_images(batch, lambda: {"heatmaps": heat}).values()
@@ -162,8 +212,8 @@ def configure(kind, *bindings):
 def test_from_training_to_predictions(kind, synthetic_data_dir, tmp_path, capsys):
     import seqio
 
-    from richhf_jax import RahfPredictor, train
     from richhf_jax import eval as eval_script
+    from richhf_jax import train
 
     seqio.set_tfds_data_dir_override(str(synthetic_data_dir))
     configure(kind, f"MODEL_DIR = '{tmp_path}/run'")

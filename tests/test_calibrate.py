@@ -170,7 +170,9 @@ def test_training_keeps_the_calibration_of_a_whole_file(run, directory, damaged)
         file = directory / "model.json"
         file.write_text(file.read_text().replace('"step": 7', '"step": 8'))
     content = models.describe_system("rahf", before.network, before.feature_lengths, before.fit, 0.5)
-    model = types.SimpleNamespace(has_uncertainty=True, describe=lambda *_: content)
+    model = types.SimpleNamespace(
+        outputs=feedback.ALL_OUTPUTS, has_uncertainty=True, describe=lambda *_: content
+    )
     stream = types.SimpleNamespace(batch_shapes={})
     train._write_description(
         model, config("train"), stream, checkpoints.CheckpointConfig(None), str(directory), 0, step=7

@@ -153,14 +153,13 @@ def test_an_average_is_restored_and_is_what_evaluation_and_the_next_training_rea
     wanted = abstract(num_partitions)
     restored, _ = restore(tmp_path, dataclasses.replace(wanted, ema_params=wanted.params))
     assert_equal(restored, averaged)
-    assert_equal(checkpoints.restore_params(str(tmp_path), wanted.params), AVERAGE)
     found = checkpoints.restore_inference_state(str(tmp_path), wanted)
     assert_equal(found, train_state.InferenceState(AVERAGE))
     found, _ = checkpoints.restore_matching(str(tmp_path), to_predict(bias=(4,)))
     np.testing.assert_array_equal(found["dense", "bias"], AVERAGE["dense"]["bias"])
     message = r"dense/kernel \(2, 5\): \(2, 4\) in the checkpoint"
     with pytest.raises(checkpoints.CheckpointError, match=message):
-        checkpoints.restore_params(str(tmp_path), abstract_params(kernel=(2, 5)))
+        checkpoints.restore_inference_state(str(tmp_path), to_predict(kernel=(2, 5)))
 
 
 @pytest.mark.parametrize("num_partitions", [1, 2])
@@ -199,7 +198,7 @@ def test_damage_to_an_average_is_found(tmp_path, large):
     content["checksum"] = checksums.of_json(content)
     (tmp_path / "checkpoint_3/checksums.json").write_text(json.dumps(content))
     with pytest.raises(checkpoints.CheckpointError, match="other numbers than were saved: ema_params/dense"):
-        checkpoints.restore_params(str(tmp_path), like(large).params)
+        checkpoints.restore_inference_state(str(tmp_path), like(large))
 
 
 @pytest.mark.parametrize("num_partitions", [1, 2])
@@ -268,6 +267,16 @@ def test_a_step_saved_twice_stays_as_it_was(tmp_path, state, abstract):
 def test_an_empty_directory_has_no_checkpoint(tmp_path, abstract):
     assert restore(tmp_path, abstract()) is None
     with pytest.raises(checkpoints.CheckpointError, match=f"no checkpoint_<step> in {tmp_path}: train first"):
+        checkpoints.find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "saved_model"])
+def test_a_saved_model_is_no_checkpoint(tmp_path, name):
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "saved_model.pb").touch()
+    with pytest.raises(
+        checkpoints.CheckpointError, match=f"{tmp_path} is a SavedModel, .* name the checkpoint"
+    ):
         checkpoints.find_checkpoint(str(tmp_path))
 
 
@@ -405,7 +414,7 @@ def test_after_a_flipped_bit_parameters_are_the_saved_ones_or_refused(tmp_path, 
     for path in files_of(tmp_path / "checkpoint_4"):
         for _ in flips(path):
             try:
-                found = checkpoints.restore_params(str(tmp_path), like(large).params)
+                found = checkpoints.restore_inference_state(str(tmp_path), like(large)).params
             except checkpoints.CheckpointError as error:
                 message = str(error)
                 assert str(path) in message or "params/dense/" in message
@@ -450,11 +459,9 @@ def test_a_changed_array_is_named(tmp_path, measured, large):
     message = (
         f"{tmp_path}/checkpoint_4 is damaged.*1 of 2 arrays have other numbers.*: params/dense/bias. Bring"
     )
-    for restore_ in (checkpoints.restore_params, checkpoints.restore_matching):
+    for restore_ in (checkpoints.restore_inference_state, checkpoints.restore_matching):
         with pytest.raises(checkpoints.CheckpointError, match=message):
-            restore_(
-                str(tmp_path), like(large) if restore_ == checkpoints.restore_matching else like(large).params
-            )
+            restore_(str(tmp_path), like(large))
 
 
 def test_a_checkpoint_without_checksums_is_taken_if_it_is_finite(tmp_path, large, capfd):
@@ -464,20 +471,20 @@ def test_a_checkpoint_without_checksums_is_taken_if_it_is_finite(tmp_path, large
     for step in (1, 2):
         (tmp_path / f"checkpoint_{step}/checksums.json").unlink()
     for _ in range(2):  # The warning comes once.
-        found = checkpoints.restore_params(str(tmp_path / "checkpoint_1"), like(large).params)
+        found = checkpoints.restore_inference_state(str(tmp_path / "checkpoint_1"), like(large)).params
         assert_equal(found, large.params)
     (warning,) = capfd.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {tmp_path}/checkpoint_1 has no checksums.json (an older version wro")
     with pytest.raises(
         checkpoints.CheckpointError, match="1 of 2 arrays have numbers.*finite: params/dense/b"
     ):
-        checkpoints.restore_params(str(tmp_path), like(large).params)
+        checkpoints.restore_inference_state(str(tmp_path), like(large))
 
 
 def test_parameters_of_another_type_are_checked_and_converted(tmp_path, large):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), large.params)
     checkpoints.save_params(str(tmp_path), half)
-    found = checkpoints.restore_params(str(tmp_path), like(large).params)
+    found = checkpoints.restore_inference_state(str(tmp_path), like(large)).params
     assert_equal(found, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half))
 
 
@@ -496,7 +503,7 @@ def test_a_pipe_in_a_checkpoint_is_not_read(tmp_path, large):
     (tmp_path / "checkpoint_0/state/_METADATA").unlink()
     os.mkfifo(tmp_path / "checkpoint_0/state/_METADATA")
     with pytest.raises(checkpoints.CheckpointError, match="_METADATA is a named pipe"):
-        checkpoints.restore_params(str(tmp_path), like(large).params)
+        checkpoints.restore_inference_state(str(tmp_path), like(large))
 
 
 def test_other_files_in_a_checkpoint_do_not_matter(tmp_path, large):
@@ -505,7 +512,7 @@ def test_other_files_in_a_checkpoint_do_not_matter(tmp_path, large):
         (tmp_path / "checkpoint_0" / place / "link").symlink_to("nowhere")
     os.mkfifo(tmp_path / "checkpoint_0/pipe")
     os.mkfifo(tmp_path / "checkpoint_0/state/pipe")
-    assert_equal(checkpoints.restore_params(str(tmp_path), like(large).params), large.params)
+    assert_equal(checkpoints.restore_inference_state(str(tmp_path), like(large)).params, large.params)
 
 
 @pytest.mark.parametrize("name", ["n 50%25", "n 50%", "run #1", "x?y", "a|b", "é *"])
@@ -513,7 +520,7 @@ def test_a_path_is_taken_as_it_is(tmp_path, state, name):
     other = tmp_path / "n 50%"  # The place of "n 50%25", were it a URL.
     checkpoints.save_params(str(other), jax.tree.map(jnp.zeros_like, state.params))
     checkpoints.save_params(str(tmp_path / name), state.params, 1)
-    found = checkpoints.restore_params(str(tmp_path / name), like(state).params)
+    found = checkpoints.restore_inference_state(str(tmp_path / name), like(state)).params
     assert_equal(found, state.params)
 
 
@@ -527,7 +534,7 @@ def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, state):
             write()
     checkpoints.save_params(str(tmp_path), state.params)
     tmp_path.rename(path := str(tmp_path.parent / "read[1]"))
-    assert_equal(checkpoints.restore_params(path, like(state).params), state.params)
+    assert_equal(checkpoints.restore_inference_state(path, like(state)).params, state.params)
 
 
 @pytest.mark.parametrize("part", ["params", "step"])
@@ -663,11 +670,11 @@ def test_a_model_dir_may_be_called_as_a_checkpoint(tmp_path, state):
     assert (pathlib.Path(found).name, step) == ("checkpoint_2", 2)
 
 
-def test_restore_params(tmp_path, state):
+def test_the_parameters_of_the_newest_checkpoint_or_of_a_named_one(tmp_path, state):
     save(tmp_path, state, [3])
-    wanted = abstract_params(kernel=(2, 4), bias=(4,))
+    wanted = to_predict(kernel=(2, 4), bias=(4,))
     for path in (tmp_path, tmp_path / "checkpoint_3"):
-        assert_equal(checkpoints.restore_params(str(path), wanted), state.params)
+        assert_equal(checkpoints.restore_inference_state(str(path), wanted).params, state.params)
 
 
 def test_parameters_alone(tmp_path, state):
@@ -695,10 +702,10 @@ def test_a_training_does_not_continue_from_parameters_alone(tmp_path, state, abs
         ({"kernel": (2, 4), "scale": (3,)}, r"dense/scale \(3,\): not in the checkpoint"),
     ],
 )
-def test_restore_params_names_the_parameter_and_both_shapes(tmp_path, state, shapes, message):
+def test_a_misfit_names_the_parameter_and_both_shapes(tmp_path, state, shapes, message):
     save(tmp_path, state, [3])
     with pytest.raises(checkpoints.CheckpointError, match=f"{tmp_path} doesn't fit this model: {message}"):
-        checkpoints.restore_params(str(tmp_path), abstract_params(**shapes))
+        checkpoints.restore_inference_state(str(tmp_path), to_predict(**shapes))
 
 
 def test_restore_matching_takes_what_fits_and_lists_the_rest(tmp_path, state, caplog):

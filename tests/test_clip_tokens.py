@@ -129,9 +129,12 @@ def test_tokens_are_those_of_transformers(files, prompts):
     older = clip_tokens.read(files)
     ids, words_cut = older.encode(prompts, LENGTH)
     np.testing.assert_array_equal(ids, expected)
-    too_long = [len(row) > LENGTH for row in theirs(prompts)["input_ids"]]
-    assert (words_cut > 0).tolist() == too_long
-    assert all(too_long[::100])
+    # Too long, or with something behind the first end.
+    whole = theirs(prompts)["input_ids"]
+    cut = [len(row) > LENGTH or row.index(older.end_id) < len(row) - 2 for row in whole]
+    assert (words_cut > 0).tolist() == cut
+    assert all(cut[::100])
+    assert sum(cut) > sum(len(row) > LENGTH for row in whole) > 0
 
 
 def test_both_forms_of_the_files_are_one(files, prompts, tmp_path):
@@ -162,6 +165,15 @@ def test_truncation_and_padding_in_the_file_are_left_out(files):
         ("", 4, 0, 0),
         ("  a  ", 3, 1, 0),
         ("red 猫", 4, 2, 1),  # two of three bytes would be no character
+        # CLIP reads nothing behind an end; a start is a token like others.
+        (f"a {END} red-star a", 9, 6, 2),
+        (f"a red{END}star {END} a", 12, 6, 3),
+        (f"a red {END}", 9, 3, 0),
+        (f"a {END} red star", 5, 3, 2),
+        (f"a red star {END}", 5, 3, 1),
+        (f"a {END.upper()} red", 20, 14, 0),
+        (f"{START} a {START} red", 9, 4, 0),
+        (f"{START} a {START} red", 5, 3, 1),
     ],
 )
 def test_words_that_are_cut(text, length, pieces, cut):
@@ -209,6 +221,60 @@ def test_damaged_files(tmp_path, damage, message):
             (tmp_path / name).write_text(content)
     with pytest.raises(errors.UserError, match=message):
         clip_tokens.read(tmp_path)
+
+
+def rotated(model):
+    pieces = [*model["vocab"]]
+    model["vocab"] = dict(zip(pieces, [*range(1, len(pieces)), 0], strict=True))
+
+
+def swapped(model):
+    model["merges"][7:9] = model["merges"][8:6:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model["merges"].clear(), r"'<\|startoftext\|>' has the id 772, .* of 0 merges"),
+        (lambda model: model["merges"].pop(), r"'<\|startoftext\|>' has the id 772, and not 771"),
+        (rotated, "'!' has the id 1, and not 0, as CLIP's order"),
+        (swapped, "has the id 520, and not 519"),
+        (
+            lambda model: model.update(type="WordLevel", unk_token="!", merges=[]),
+            r"'<\|startoftext\|>' has the id 772",
+        ),
+    ],
+)
+def test_ids_that_are_not_clips(change, message, files, tmp_path):
+    """Writes vocabularies of the right size, with start and end."""
+    content = json.loads(clip_tokens.read(vocabulary.SMALL_CLIP).content)
+    change(content["model"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(errors.UserError, match=f"tokenizer.json isn't CLIP's, or is damaged: .*{message}"):
+        clip_tokens.read(tmp_path)
+
+
+def test_merges_that_are_cut_off(files, tmp_path):
+    lines = (files / "merges.txt").read_text().splitlines()
+    (tmp_path / "vocab.json").write_bytes((files / "vocab.json").read_bytes())
+    # OpenAI's own file begins so.
+    (tmp_path / "merges.txt").write_text("\n".join(['"bpe_simple_vocab_16e6.txt#version: 0.2', *lines[1:]]))
+    whole = clip_tokens.read(tmp_path)
+    assert whole.is_same(clip_tokens.read(files))
+    assert whole.is_same(clip_tokens.ClipTokens(whole.content))
+    (tmp_path / "merges.txt").write_text("\n".join(lines[:-30]))
+    with pytest.raises(errors.UserError, match="vocab.json isn't CLIP's, or is damaged"):
+        clip_tokens.read(tmp_path)
+
+
+def test_the_end_must_be_the_one_at_which_a_network_pools():
+    tokens = clip_tokens.read(vocabulary.SMALL_CLIP)
+    for end_id in (None, 773):
+        tokens.check_fits(774, end_id)
+    with pytest.raises(errors.UserError, match="has 774 tokens, the model 775"):
+        tokens.check_fits(775, 773)
+    with pytest.raises(errors.UserError, match="ends a text with the id 773, the model looks for 5"):
+        tokens.check_fits(774, 5)
 
 
 def test_tasks_give_clips_tokens_where_gin_names_its_file(prompts):

@@ -282,12 +282,3 @@ def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):
 def test_a_logged_text_acts_on_no_terminal():
     record = logging.makeLogRecord({"msg": "%s:\n%s", "args": ("a\x1b[31m", "b\x9b")})
     assert gin_utils._Formatter("%(message)s").format(record) == "a\\x1b[31m:\nb\\x9b"
-
-
-def test_the_value_of_a_parameter():
-    gin_utils.parse_gin_flags(
-        gin_utils.DEFAULT_SEARCH_PATHS, ["models/rahf_tiny.gin", "augmentation/default.gin"], []
-    )
-    assert gin_utils.parameter("augmentation.show.fit") == "resize"
-    with pytest.raises(errors.UserError, match="no gin file sets augmentation.show.depth"):
-        gin_utils.parameter("augmentation.show.depth")

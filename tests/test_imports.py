@@ -27,6 +27,7 @@ feedback           |                |
 checksums          |                |
 shapes             | jax            |
 network            | jax            | shapes
+muse               | jax            | network shapes
 costs              | jax            |
 device_memory      | jax            | costs
 multihost          | jax            |
@@ -37,7 +38,7 @@ pixels             |                |
 prompt_encoders    |                | keywords
 reading            |                |
 clip_tokens        |                | reading
-inputs             |                | reading
+inputs             |                | foreign_text reading
 weights_file       |                | checksums foreign_text reading
 writing            |                | foreign_text
 locking            |                | foreign_text writing
@@ -50,7 +51,8 @@ word_table         |                |
 corruption         | tensorflow     | preprocessors word_table
 datasets           | tensorflow torch | agreement corruption foreign_text inputs locking reading
                                         word_table writing
-annotate           |                | agreement datasets foreign_text inputs reading writing
+pages              |                | foreign_text writing
+annotate           |                | agreement datasets foreign_text inputs pages reading writing
 gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
 metrics            |                |
 bootstrap          |                | metrics
@@ -61,8 +63,7 @@ clip_model         | jax            | losses models network shapes
 model_description  |                | allowed_values baselines checksums clip_model clip_tokens models
                                       network prompt_encoders reading writing
 optimizers         | jax            |
-pages              |                | foreign_text writing
-survey             |                | agreement foreign_text inputs pages reading writing
+survey             |                | agreement annotate foreign_text inputs pages reading writing
 partitioning       | jax            | device_memory
 postprocessors     |                | foreign_text
 feature_converters | tensorflow     | preprocessors
@@ -74,8 +75,8 @@ train_state        | jax            |
 sealing            | jax            | checksums reading writing
 saved_arrays       | jax            | foreign_text reading sealing writing
 checkpoints        | jax            | saved_arrays sealing train_state writing
-convert            | jax            | checkpoints foreign_text reading sealing train_state weights_file
-                                      writing
+convert            | jax            | checkpoints clip_tokens foreign_text model_description network reading
+                                      sealing train_state weights_file writing
 predict            | jax            | checkpoints checksums compilation_cache costs device_memory
                                       foreign_text inputs keywords locking model_description
                                       pages partitioning pixels sealing shapes train_state weights_file
@@ -89,6 +90,7 @@ benchmarks         | jax tensorflow | costs datasets device_memory export keywor
 split_predictions  | jax tensorflow | checkpoints input_pipeline keywords model_description models
                                       partitioning postprocessors trainer
 training_log       | jax            | costs trainer writing
+benchmarks.annotate |                |
 benchmarks.attention | jax            |
 benchmarks.clip    | tensorflow torch |
 benchmarks.gpu_check.__main__ |                |
@@ -119,6 +121,7 @@ ENTRY_POINTS = {
     *("calibrate", "train", "eval", "infer", "precompile", "tables"),
     *("export.__main__", "convert.__main__"),
     *(
+        "benchmarks.annotate",
         "benchmarks.attention",
         "benchmarks.clip",
         "benchmarks.input",
@@ -144,6 +147,8 @@ def needs_tensorflow(name: str) -> bool:
 # Works without the train extra. clu's writers, for `training_log`, import TensorFlow by themselves.
 CORE = {name for name in HOUSE if name not in ENTRY_POINTS | {"training_log"} and not needs_tensorflow(name)}
 CORE.add("export.__main__")
+# What it imports of `annotate` needs no TensorFlow.
+CORE.add("survey")
 
 SOURCES = sorted(
     [path for folder in ("richhf_jax", "tasks", "torch_twin") for path in (ROOT / folder).rglob("*.py")]
@@ -280,6 +285,8 @@ def test_the_core_imports_without_the_train_extra():
         if path != ROOT / "richhf_jax/__init__.py" and room(path) in CORE - {"torch_twin"}
     ]
     assert "richhf_jax.models" in modules
+    # It takes of `datasets` what needs none of this.
+    modules += ["richhf_jax.annotate.__main__", "richhf_jax.annotate.server"]
     blocked = HEAVY["tensorflow"] | HEAVY["torch"]
     run_python(
         "import importlib, sys\n"

@@ -73,6 +73,41 @@ def test_a_missing_file_is_named(copy, name, message):
         model_description.read(copy)
 
 
+@pytest.mark.parametrize("name", [FILE, VOCABULARY])
+@pytest.mark.parametrize(
+    ("maker", "fix"),
+    [
+        ("train_log", "or give the training's command again"),
+        ("conversion.txt", "or convert the weights again, to a new directory"),
+        ("SHA256SUMS", "or export the checkpoint again, to a new directory"),
+    ],
+)
+def test_the_fix_is_that_of_the_directorys_maker(copy, name, maker, fix):
+    (copy / maker).touch()
+    (copy / name).write_bytes((copy / name).read_bytes()[:-9])
+    for _ in range(2):
+        with pytest.raises(errors.UserError, match=f"{name}.* copy.*; {fix}"):
+            model_description.read(copy)
+        (copy / name).unlink(missing_ok=True)
+
+
+def test_a_vocabulary_without_the_rest_of_the_description(copy):
+    own = (copy / VOCABULARY).read_bytes()
+    assert model_description.read_vocabulary(copy, VOCABULARY) == own
+    assert model_description.read_vocabulary(copy, "tokenizer.json") is None
+    assert model_description.read_vocabulary(copy / "nowhere", VOCABULARY) is None
+    (copy / VOCABULARY).write_bytes(own[:-1])
+    with pytest.raises(errors.UserError, match="isn't the vocabulary that came with the model"):
+        model_description.read_vocabulary(copy, VOCABULARY)
+    (copy / VOCABULARY).unlink()
+    with pytest.raises(errors.UserError, match=f"has no {VOCABULARY}: copy the model's"):
+        model_description.read_vocabulary(copy, VOCABULARY)
+    content = json.loads((copy / FILE).read_text())
+    del content["checksums"]
+    (copy / FILE).write_text(json.dumps(content))
+    assert model_description.read_vocabulary(copy, VOCABULARY) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,10 +1,13 @@
 """Systems that predict only some outputs go through the same programs, from training to export."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import tarfile
 from typing import Any
 
 import jax
@@ -31,10 +34,12 @@ from richhf_jax import (
     models,
     partitioning,
     train,
+    weights_file,
 )
 from richhf_jax import eval as eval_script
 from richhf_jax.export import __main__ as export
 from richhf_jax.predict import __main__ as predict
+from richhf_jax.predict import forward
 
 TASK = "synthetic_rich_hf_multi_head"
 SIDE = 64  # That of the scenes.
@@ -129,6 +134,7 @@ TINY = model_description.System(
     model=lambda description: TinyModel(description.network),
 )
 SCORES = {"score_kinds": ("alignment", "overall")}
+THREE_SCORES = {"score_kinds": feedback.SCORES[:3]}
 ONE_SCORE = {"score_kinds": ("alignment",)}
 HEATMAPS = {"heatmap_kinds": ("misalignment",)}
 PARTITIONER = partitioning.PjitPartitioner(devices=jax.devices()[:1])
@@ -144,7 +150,7 @@ def make_dir(tmp_path):
     """Makes a MODEL_DIR of random parameters and statistics."""
 
     def make(**kinds) -> pathlib.Path:
-        directory = tmp_path / "_".join(kinds)
+        directory = tmp_path / "_".join(itertools.chain(*kinds.values()))
         directory.mkdir()
         model = TinyModel(Tiny(TinyConfig(**kinds)))
         shapes = {"image": (1, SIDE, SIDE, 3)}
@@ -236,18 +242,116 @@ def image(tmp_path):
     return path
 
 
-def run(*arguments: Any) -> int | str:
+def run(*arguments: Any, command: Any = predict) -> int | str:
     """Returns the exit code, or the message that ends the command."""
+    cache = ["--no-compilation-cache"] if command is predict else []
     with pytest.raises(SystemExit) as exit_info:
-        predict.main([*map(str, arguments), "--prompt", "a cat", "--no-compilation-cache"])
+        command.main([*map(str, arguments), *cache])
     return exit_info.value.code
+
+
+def test_an_image_needs_no_prompt(make_dir, image, tmp_path):
+    directory = make_dir(**SCORES)
+    predictor = RahfPredictor.from_checkpoint(directory)
+    alone, captioned = predictor(image), predictor(image, "a cat")
+    assert (alone.prompt, captioned.prompt) == ("", "a cat")
+    assert [one.scores for one in predictor([image, image])] == [alone.scores] * 2
+    assert alone.scores == captioned.scores
+    pixels = np.random.default_rng(0).random((2, 20, 30, 3), np.float32)
+    score = predictor.score_fn("overall")
+    np.testing.assert_array_equal(score(pixels), score(pixels, ["a cat", "a dog"]))
+    assert score(pixels[0]).shape == ()
+    # The command takes every kind of input without prompts.
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in "abc":
+        shutil.copy(image, folder / f"{name}.png")
+    (folder / "b.txt").write_text("a caption")
+    (folder / "t.csv").write_text("image\na.png\n")
+    (folder / "t.jsonl").write_text('{"image": "b.png"}\n')
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        tar.add(image, "in_tar.png")
+    inputs = folder / "c.png", folder, *(folder / f"t.{kind}" for kind in ("csv", "jsonl", "tar"))
+    flags = "--checkpoint", directory, "--report"
+    for number, place in enumerate(inputs):
+        assert run(*flags, "--out", tmp_path / f"out{number}", place) == 0
+    written = lines(tmp_path / "out1/predictions.jsonl")
+    assert [(line["id"], line["prompt"]) for line in written] == [
+        *(("a.png", ""), ("b.png", "a caption"), ("c.png", ""))
+    ]
+    assert all(line["scores"] == pytest.approx(alone.scores, abs=1e-6) for line in written)
+    page = (tmp_path / "out0/report.html").read_text()
+    assert "Image generated from" not in page
+    assert 'name="search"' not in page
+
+
+def untrained(make_dir, form: str = "checkpoint") -> tuple[pathlib.Path, pathlib.Path]:
+    """Makes a MODEL_DIR as conversion does, without the head. Returns it, and the place of its parameters."""
+    directory = make_dir(**SCORES)
+    state = jax.device_get(RahfPredictor.from_checkpoint(directory).state)
+    shutil.rmtree(directory / "checkpoint_0")
+    params = {name: part for name, part in state.params.items() if name != "scores"}
+    if form == "checkpoint":
+        params, mutables = jax.tree.map(jnp.asarray, (params, state.flax_mutables))
+        checkpoints.save_params(str(directory), params, flax_mutables=mutables)
+        return directory, directory / "checkpoint_0"
+    arrays = forward.flatten(dataclasses.replace(state, params=params))
+    weights_file.write(directory / weights_file.FILE, arrays, {})
+    return directory, directory / weights_file.FILE
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "safetensors"])
+@pytest.mark.parametrize("command", [predict, export], ids=["predict", "export"])
+def test_a_conversion_without_heads_is_to_be_trained(make_dir, image, tmp_path, form, command):
+    directory, place = untrained(make_dir, form)
+    flags = [image] if command is predict else ["--to", "safetensors"]
+    message = str(run("--checkpoint", directory, "--out", tmp_path / "out", *flags, command=command))
+    assert f"{place} doesn't fit this model: scores/bias (2,): not in the checkpoint; scores/" in message
+    assert "It lacks 2 arrays and has all others" in message
+    if form == "safetensors":
+        assert f"python -m richhf_jax.convert --from={place} --to=DIR --gin_file=..., then python" in message
+    start = place if form == "checkpoint" else "DIR"
+    assert f"runs/train.gin --gin.INITIAL_CHECKPOINT_PATH={start} --gin.MODEL_DIR=RUN" in message
+    assert f"If this one is trained, bring {directory}/model.json back" in message
+    assert "the same gin files" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_tells_of_training_and_of_gin(make_dir):
+    given = {"model": TinyModel(Tiny(TinyConfig(**SCORES))), "partitioner": PARTITIONER, "baseline_fns": ()}
+    with pytest.raises(errors.UserError) as caught:
+        eval_script.evaluate(
+            checkpoint_path=str(untrained(make_dir)[0]), dataset_cfg=config("test"), output_dir="no", **given
+        )
+    message = str(caught.value)
+    assert "python -m richhf_jax.train --gin_file=... --gin_file=runs/train.gin" in message
+    assert message.endswith("trained, give the same gin files and the same --gin. flags as in training")
+
+
+def test_parameters_of_another_shape_are_another_models(make_dir, image, tmp_path):
+    directory = make_dir(**SCORES)
+    shutil.copy(make_dir(**THREE_SCORES) / "model.json", directory)
+    message = str(run("--checkpoint", directory, "--out", tmp_path / "out", image))
+    assert "scores/bias (3,): (2,) in the checkpoint" in message
+    assert f"\nBring {directory}/model.json back" in message
+    assert "richhf_jax.train" not in message
 
 
 @pytest.mark.parametrize("heatmaps", ["png", "npz"])
 @pytest.mark.parametrize("kinds", [SCORES, ONE_SCORE, HEATMAPS], ids=["scores", "one", "heatmaps"])
 def test_the_command_leaves_out_what_a_system_lacks(make_dir, image, tmp_path, kinds, heatmaps):
     directory, out = make_dir(**kinds), tmp_path / "out"
-    flags = ("--checkpoint", directory, "--out", out, image, "--report", "--heatmaps", heatmaps)
+    flags = (
+        "--checkpoint",
+        directory,
+        "--out",
+        out,
+        image,
+        "--prompt=a cat",
+        "--report",
+        "--heatmaps",
+        heatmaps,
+    )
     assert run(*flags) == 0
     (line,) = lines(out / "predictions.jsonl")
     assert line["image_size"] == [30, 20]
@@ -342,21 +446,51 @@ def test_an_export_predicts_the_same(make_dir, square, tmp_path, to, kinds):
     assert ("misalignment" in card, "overall" in card) == (kinds is HEATMAPS, kinds is SCORES)
     assert "words" not in card
     assert "vocabulary" not in card
+    assert "PROMPT" not in card
+    assert "prompt" not in card
     if to == "stablehlo":
-        command = [sys.executable, "example.py", str(square), "a cat"]
-        printed = subprocess.run(command, cwd=new, capture_output=True, text=True, check=True).stdout
+        assert "python example.py IMAGE`" in card
+        printed = example(new, square)
         assert json.loads(printed) == (
             {} if kinds is HEATMAPS else {"scores": pytest.approx(found.scores, abs=1e-6)}
         )
         assert (new / "heatmaps.npy").exists() == (kinds is HEATMAPS)
 
 
+def example(directory: pathlib.Path, *arguments: Any, code: int = 0) -> str:
+    """Runs an export's example.py where no library for texts can be imported. Returns what it prints."""
+    for name in ("sentencepiece", "tensorflow_text"):
+        (directory / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r})")
+    command = [sys.executable, "example.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
 def test_a_saved_model_of_a_system_that_reads_no_text(make_dir, square, tmp_path):
-    directory = make_dir(**SCORES)
-    export.export(str(directory), "savedmodel", str(tmp_path / "new"))
-    expected = RahfPredictor.from_checkpoint(directory)(square, "a cat").scores
-    command = [sys.executable, "example.py", str(square), "a cat"]
-    printed = subprocess.run(command, cwd=tmp_path / "new", capture_output=True, text=True, check=True).stdout
-    name, scores = printed.split(maxsplit=1)
+    directory, new = make_dir(**SCORES), tmp_path / "new"
+    export.export(str(directory), "savedmodel", str(new))
+    assert json.loads((new / "interface.json").read_text())["requires"] == ["tensorflow"]
+    card = (new / "MODEL_CARD.md").read_text()
+    assert "python example.py IMAGE`" in card
+    assert "tensorflow-text" not in card
+    assert "prompt" not in card.lower()
+    expected = RahfPredictor.from_checkpoint(directory)(square).scores
+    name, scores = example(new, square).split(maxsplit=1)
     assert name == "scores"
     assert json.loads(scores) == pytest.approx(list(expected.values()), abs=1e-5)
+
+
+def test_an_example_sees_the_picture_as_the_predictor_does(make_dir, square, tmp_path):
+    directory, new = make_dir(**SCORES), tmp_path / "new"
+    content = json.loads((directory / "model.json").read_text()) | {"fit": "centre_crop"}
+    content.pop("checksums")
+    (directory / "model.json").write_text(json.dumps(content))
+    export.export(str(directory), "stablehlo", str(new))
+    wide = tmp_path / "wide.png"
+    # The ends, which are cropped off, are white.
+    picture = Image.new("RGB", (SIDE * 4 + 1, SIDE * 2), "white")
+    picture.paste(Image.open(square).resize((SIDE * 2, SIDE * 2)), (SIDE, 0))
+    picture.save(wide)
+    expected = RahfPredictor.from_checkpoint(directory)(wide).scores
+    assert json.loads(example(new, wide))["scores"] == pytest.approx(expected, abs=1e-6)

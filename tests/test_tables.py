@@ -158,7 +158,8 @@ def test_no_file_of_an_evaluation_is_overwritten(two, capsys):
     message = refusal([*two, f"--out={two[1]}/metrics.json"], capsys)
     assert "metrics.json is a file of an evaluation: name another file" in message
     assert pathlib.Path(two[1], "metrics.json").read_bytes() == before
-    assert f"--out={two[1]} is a folder: name a file" in refusal([*two, f"--out={two[1]}"], capsys)
+    message = refusal([*two, f"--out={two[1]}"], capsys)
+    assert f"{two[1]}: Is a directory. Name a file, for instance one inside it" in message
     for _ in range(2):
         tables.main([*two, f"--out={two[1]}/tables.txt"])
 

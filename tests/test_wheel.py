@@ -81,7 +81,8 @@ def test_the_wheel_holds_templates_vocabulary_and_examples(wheel):
     for name in (
         "pages/templates/report.html", "pages/templates/look.css", "export/MODEL_CARD.md",
         "export/example_stablehlo.py", "annotate/templates/annotate.html", "annotate/static/annotate.js",
-        "annotate/static/annotate.css", "annotate/static/icon.svg",
+        "annotate/static/annotate.css", "annotate/static/icon.svg", "annotate/static/rater.js",
+        "survey/templates/survey.html", "survey/static/survey.js", "survey/static/survey.css",
     ):  # fmt: skip
         assert f"richhf_jax/{name}" in names
     assert "tasks/sentencepiece_small.model" in names

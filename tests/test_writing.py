@@ -231,6 +231,11 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch
     assert path.read_text() == "old"
 
 
+def test_a_folder_in_place_of_a_file_is_told_at_writing_too(tmp_path):
+    with pytest.raises(errors.UserError, match=f"^{tmp_path}: Is a directory. Name a file, for instance one"):
+        writing.write_or_print("text", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
@@ -474,8 +479,8 @@ def test_a_link_to_an_empty_directory_is_followed(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no/a.html", "no/a.html: No such file or directory"),
-        (".", "Is a directory"),
+        ("no/a.html", "no/a.html: No such file or directory. Make the folder, "),
+        (".", "Is a directory. Name a file, for instance one inside it$"),
         ("file/a.html", "No such file"),
     ],
 )

@@ -10,74 +10,103 @@ taken, and the exit code is 3.
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import json
 import pathlib
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from richhf_jax import errors, inputs, reading, writing
-from richhf_jax.annotate import intake, project, transfer
+from richhf_jax.annotate import commands, dataset, intake, manage, project, suggestions, transfer
+from richhf_jax.annotate.settings import MOST_RATERS
 from richhf_jax.annotate.store import Store
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import bounded_lines
 
-SOME_FAILED = 3
-_FORMATS = ("raw", "scores", "label-studio")
-_SHOWN_FAILURES = 10
-_EXPOSED = """\
-warning: every computer that reaches this one can open the page at port {port}, and links and answers travel
-unencrypted. Outside a network that you trust, serve at 127.0.0.1 and put a proxy with TLS before it, such as
-`caddy reverse-proxy --from annotate.example.org --to 127.0.0.1:{port}`."""
+_FORMATS = ("raw", "scores", "label-studio", "dataset")
 
 
 def init(options: argparse.Namespace) -> int:
     """Makes a project. Returns the exit code."""
     gold = intake.read_gold(options.gold) if options.gold else {}
     order = intake.read_order(options.order) if options.order else []
+    predictions = suggestions.read(options.suggest) if options.suggest else {}
     given = inputs.Inputs(options.images, options.prompt)
     config = dataclasses.replace(project.Config(), raters=options.raters)
     failures: list[str] = []
     with writing.new_directory(options.project, "PROJECT") as folder:
-        items = list(intake.items(folder, given, gold, failures))
+        items = list(intake.items(folder, given, gold, failures, options.link))
         if not items:
-            raise errors.UserError("\n".join([*failures[:_SHOWN_FAILURES], "no image can be taken"]))
+            raise errors.UserError("\n".join([*failures[: commands.SHOWN_FAILURES], "no image can be taken"]))
         store = Store.create(folder, config, items)
         _set_order(store, options.order, order)
+        _suggest(store, options.suggest, predictions, failures)
         secret = store.make_manager()
         store.close()
+        links = _links(folder)
     golds = sum(item.gold is not None for item in items)
     print(
         f"{options.project}: {len(items):,} images, {golds:,} of them gold; {config.raters} raters an image"
     )
+    print(links)
     print(f"the manager's link, shown once: {options.url}/m/{secret}")
     return _told_failures(failures, gold.keys() - {item.id for item in items})
 
 
 def add(store: Store, options: argparse.Namespace) -> int:
-    """Adds images to a project, or changes the order. Returns the exit code."""
-    if not (options.images or options.order):
-        raise errors.UserError("nothing to add: give --images or --order")
+    """Adds images or suggestions to a project, or changes the order. Returns the exit code."""
+    if not (options.images or options.order or options.suggest):
+        raise errors.UserError("nothing to add: give --images, --order or --suggest")
     gold = intake.read_gold(options.gold) if options.gold else {}
+    predictions = suggestions.read(options.suggest) if options.suggest else {}
     failures: list[str] = []
     taken: set[str] = set()
     if options.images:
         given = inputs.Inputs(options.images, options.prompt)
         # All images are decoded before the transaction, for which raters would wait.
-        items = list(intake.items(store.folder, given, gold, failures))
+        items = list(intake.items(store.folder, given, gold, failures, options.link))
         taken = {item.id for item in items}
         print(f"{store.add_items(items):,} new images")
+        print(_links(store.folder))
     if options.order:
         _set_order(store, options.order, intake.read_order(options.order))
+    _suggest(store, options.suggest, predictions, failures)
     return _told_failures(failures, gold.keys() - taken)
+
+
+def _links(folder: pathlib.Path) -> str:
+    files = list((folder / project.IMAGES).iterdir())
+    return (
+        f"{project.IMAGES}/: {len(files):,} files, {sum(file.is_symlink() for file in files):,} of them links"
+    )
 
 
 def _set_order(store: Store, path: str | None, order: Sequence[str]) -> None:
     if path and not store.prioritise(order):
         raise errors.UserError(f"{path}: it names no image of the project; it must have their ids")
+
+
+def _suggest(
+    store: Store, path: str | None, predictions: Mapping[str, Mapping[str, Any]], failures: list[str]
+) -> None:
+    """Gives images their suggestions, and warns where a lack of one tells a gold image from the others."""
+    if not path:
+        return
+    radius = store.config.point_radius
+    given = suggestions.added(store.items(), path, predictions, radius, failures)
+    items = [dataclasses.replace(item, suggestion=suggestion) for item, suggestion in given]
+    store.add_items(items)
+    print(f"{len(items):,} images have a suggestion")
+    golds = [item for item in store.items() if item.gold is not None][store.config.calibration_items :]
+    lacking = sum(item.suggestion is None for item in golds)
+    if items and lacking:
+        print(
+            f"warning: {lacking:,} gold images behind the first round have no suggestion, by which raters may"
+            " tell them from the others: predict them, too",
+            file=sys.stderr,
+        )
 
 
 def _told_failures(failures: Sequence[str], lost_gold: set[str]) -> int:
@@ -86,25 +115,7 @@ def _told_failures(failures: Sequence[str], lost_gold: set[str]) -> int:
         *failures,
         *(f"{for_terminal(name)}: a gold answer, but no image" for name in sorted(lost_gold)),
     ]
-    for line in failures[:_SHOWN_FAILURES]:
-        print(f"left out: {line}", file=sys.stderr)
-    if len(failures) > _SHOWN_FAILURES:
-        print(f"left out: {len(failures) - _SHOWN_FAILURES:,} others", file=sys.stderr)
-    return SOME_FAILED if failures else 0
-
-
-def raters(store: Store, options: argparse.Namespace) -> int:
-    """Adds raters, gives them new links, or deactivates them."""
-    ids = {person.name: person.id for person in store.people()}
-    for name in options.names:
-        if options.action == "deactivate":
-            if name not in ids:
-                raise errors.UserError(f"there is no rater named {for_terminal(name)}: see `status`")
-            store.deactivate(ids[name])
-        else:
-            secret = store.add_rater(name) if options.action == "add" else store.renew(name)
-            print(f"{for_terminal(name)}\t{options.url}/r/{secret}")
-    return 0
+    return commands.told_failures(failures)
 
 
 def manager(store: Store, options: argparse.Namespace) -> int:
@@ -117,46 +128,38 @@ def serve(store: Store, options: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
     from richhf_jax.annotate import server
 
-    if options.host not in ("127.0.0.1", "::1", "localhost"):
-        print(_EXPOSED.format(port=options.port), file=sys.stderr)
-    print(f"serving {options.project} at http://{options.host}:{options.port}; Ctrl-C ends it")
+    commands.announce(options, options.project)
     server.serve(store, options.host, options.port)
     return 0
 
 
 def status(store: Store, options: argparse.Namespace) -> int:
     """Prints how far the project and each rater are."""
-    answers = list(store.answers(finished=False))
-    counts = collections.Counter(a.item.id for a in transfer.counted(store))
-    ordinary = [item.id for item in store.items() if item.gold is None]
-    finished = sum(counts[name] >= store.config.raters for name in ordinary)
-    print(f"{finished:,} of {len(ordinary):,} images have {store.config.raters} answers")
-    if waiting := store.for_manager():
-        print(f"{len(waiting):,} were skipped or called broken by two raters: {', '.join(waiting[:5])}")
+    found = manage.overview(store)
+    counts, waiting = found["counts"], found["waiting"]
+    print(f"{counts['finished']:,} of {counts['images']:,} images have {store.config.raters} answers")
+    if waiting:
+        names = ", ".join(map(for_terminal, waiting[:5]))
+        print(f"{len(waiting):,} were skipped or called broken by two raters: {names}")
     print(f"{'rater':20} {'done':>6} {'open':>6} {'skipped':>8} {'median s':>9} {'gold':>6}")
-    for person in store.people():
-        if person.is_manager:
-            continue
-        mine = [a for a in answers if a.person.id == person.id and not a.is_calibration]
-        states = collections.Counter(a.state for a in mine)
-        seconds = [a.seconds for a in mine if a.state == "done"]
-        scores = [a.score for a in mine if a.score is not None]
+    for rater in found["raters"]:
+        seconds, gold = rater["seconds"], rater["gold"]
         print(
-            f"{for_terminal(person.name):20} {states['done']:6} {states['draft']:6}"
-            f" {states['skipped'] + states['broken']:8}"
-            f" {statistics.median(seconds) if seconds else 0:9.0f}"
-            f" {f'{statistics.mean(scores):.2f}' if scores else '–':>6}"
-            f"{'' if person.active else ' (deactivated)'}"
+            f"{for_terminal(rater['name']):20} {rater['done']:6} {rater['open']:6} {rater['skipped']:8}"
+            f" {'–' if seconds is None else f'{seconds:.0f}':>9} {'–' if gold is None else f'{gold:.2f}':>6}"
+            f"{'' if rater['active'] else ' (deactivated)'}"
         )
     return 0
 
 
 def export(store: Store, options: argparse.Namespace) -> int:
     """Writes the answers that count."""
+    if options.format == "dataset":
+        return _export_dataset(store, options)
     writing.check_file(options.out)
     with writing.explained_disk_errors(options.out):
         if options.format == "label-studio":
-            tasks = transfer.label_studio_tasks(store, options.names)
+            tasks = transfer.label_studio_tasks(store, options.names, options.first_answers)
             text = json.dumps(tasks, ensure_ascii=False, allow_nan=False, indent=1)
             config = pathlib.Path(options.out).with_suffix(".xml")
             writing.write(config, transfer.label_studio_config(store))
@@ -164,11 +167,20 @@ def export(store: Store, options: argparse.Namespace) -> int:
             print(f"{options.out}: {len(tasks):,} tasks; their labelling configuration: {config}")
         else:
             lines = (transfer.raw_lines if options.format == "raw" else transfer.scores_csv)(
-                store, options.names
+                store, options.names, options.first_answers
             )
             with writing.atomic(options.out) as new, new.open("w", encoding="utf-8") as file:
                 count = sum(bool(file.write(line)) for line in lines)
             print(f"{options.out}: {count - (options.format == 'scores'):,} answers")
+    return 0
+
+
+def _export_dataset(store: Store, options: argparse.Namespace) -> int:
+    if options.names:
+        raise errors.UserError("a data set doesn't say who rated: leave out --names")
+    with writing.explained_disk_errors(options.out), writing.new_directory(options.out, "OUT") as folder:
+        sizes = dataset.write(store, folder, options.first_answers)
+    print(f"{options.out}: {', '.join(f'{size:,} {split}' for split, size in sizes.items())}")
     return 0
 
 
@@ -186,24 +198,6 @@ def import_(store: Store, options: argparse.Namespace) -> int:
     return 0
 
 
-def backup(store: Store, options: argparse.Namespace) -> int:
-    """Copies the database while the server may run."""
-    writing.check_file(options.out)
-    with writing.explained_disk_errors(options.out):
-        store.backup(pathlib.Path(options.out))
-    print(
-        f"{options.out}: the database; it holds neither {project.CONFIG} and {project.GUIDELINES}"
-        f" nor {project.IMAGES}/"
-    )
-    return 0
-
-
-def _raters(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 1000")
-    return int(text)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line; None: that of the process."""
     parser = argparse.ArgumentParser(
@@ -211,48 +205,49 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
+        one = parsers.add_parser(name, help=text, description=text)
         one.set_defaults(run=run)
         return one
 
     one = command("init", init, "make a project from images and prompts")
     _add_inputs(one, required=True)
-    one.add_argument("--raters", type=_raters, default=3, help="answers an image; default %(default)s")
-    _add_url(one)
-    one = command("add", add, "add images to a project, or change the order")
+    one.add_argument(
+        "--raters", type=commands.number(MOST_RATERS), default=3, help="answers an image; default %(default)s"
+    )
+    commands.add_url(one)
+    one = command("add", add, "add images or suggestions to a project, or change the order")
     _add_inputs(one, required=False)
-    one = command("raters", raters, "add raters, give them new links, deactivate them")
-    one.add_argument("action", choices=("add", "renew", "deactivate"))
-    one.add_argument("project", metavar="PROJECT")
-    one.add_argument("names", nargs="+", metavar="NAME")
-    _add_url(one)
+    commands.add_raters(command, "PROJECT")
     one = command("manager", manager, "print a new link to the manager's page")
     one.add_argument("project", metavar="PROJECT")
-    _add_url(one)
-    one = command("serve", serve, "serve the page")
-    one.add_argument("project", metavar="PROJECT")
-    one.add_argument("--host", default="127.0.0.1", help="address to serve at; default %(default)s")
-    one.add_argument("--port", type=int, default=8080, help="default %(default)s")
+    commands.add_url(one)
+    commands.add_serve(command, "PROJECT", serve)
     command("status", status, "print how far raters are").add_argument("project", metavar="PROJECT")
     one = command("export", export, "write the answers")
     one.add_argument("project", metavar="PROJECT")
-    one.add_argument("out", metavar="OUT", help="overwritten if it exists")
+    one.add_argument(
+        "out", metavar="OUT", help="a file, overwritten if it exists; of a data set, a new folder"
+    )
     one.add_argument(
         "--format",
         choices=_FORMATS,
         default="raw",
-        help="raw ratings for datasets.consolidate (default), a CSV of scores, or Label Studio's JSON",
+        help="raw ratings for datasets.consolidate (default), a CSV of scores, Label Studio's JSON, or a"
+        " folder of records and images for datasets.rich_hf_18k",
     )
     one.add_argument("--names", action="store_true", help="write raters' names instead of pseudonyms")
+    one.add_argument(
+        "--first-answers",
+        action="store_true",
+        help="write what raters answered before they saw a suggestion",
+    )
     one = command("import", import_, "take answers: raw ratings, or Label Studio's JSON (.json)")
     one.add_argument("project", metavar="PROJECT")
     one.add_argument("file", metavar="FILE")
-    one = command("backup", backup, "copy the database, also while the server runs")
-    one.add_argument("project", metavar="PROJECT")
-    one.add_argument("out", metavar="OUT.db", help="overwritten if it exists")
+    commands.add_backup(command, "PROJECT")
     return parser.parse_args(arguments)
 
 
@@ -266,16 +261,15 @@ def _add_inputs(parser: argparse.ArgumentParser, required: bool) -> None:
         help="images, folders, .csv, .jsonl, .parquet or .tar, as for predict",
     )
     parser.add_argument("--prompt", help="the prompt of images that have no .txt")
+    parser.add_argument(
+        "--link", action="store_true", help="link the images that need no change, instead of copying them"
+    )
     parser.add_argument("--gold", metavar="FILE", help="right answers of some of the images, as raw ratings")
     parser.add_argument("--order", metavar="FILE", help="predict's order.csv: the images that come first")
-
-
-def _add_url(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--url",
-        type=lambda text: text.rstrip("/"),
-        default="http://127.0.0.1:8080",
-        help="where raters reach the server, for links; default %(default)s",
+        "--suggest",
+        metavar="FILE",
+        help="predict's predictions.jsonl: a rater sees the model's answer after their own first one",
     )
 
 

@@ -16,15 +16,19 @@ import richhf_jax
 from richhf_jax import feedback
 from richhf_jax.annotate.project import Config
 from richhf_jax.datasets import ratings
+from richhf_jax.inputs.record import printable
 
 # The name of the misaligned words as a part of an answer.
 WORDS = "words"
 _PARTS = (*feedback.HEATMAPS, WORDS)
 _FIELDS = {*(f"{kind}_points" for kind in feedback.HEATMAPS), "token_labels", "nothing", "ratings", "comment"}
-_MAX_COMMENT = 10_000
+# Characters of a comment, and of a reason.
+MAX_COMMENT = 10_000
 _TOOL_VERSION = f"richhf_jax {richhf_jax.__version__}"
 
 Answer = dict[str, Any]
+# Those fields of an answer that a model gave, without `nothing` and `comment`; of `ratings` those it gave.
+Suggestion = dict[str, Any]
 
 
 class InvalidAnswer(ValueError):
@@ -103,8 +107,8 @@ def checked(answer: Any, prompt: str, size: tuple[int, int]) -> Answer:
         raise InvalidAnswer("values of `nothing` must be true or false")
     if not isinstance(scores, dict) or set(scores) != set(feedback.SCORES):
         raise InvalidAnswer(f"`ratings` must be an object with {', '.join(feedback.SCORES)}")
-    if not isinstance(comment, str) or len(comment) > _MAX_COMMENT:
-        raise InvalidAnswer(f"`comment` must be text of at most {_MAX_COMMENT} characters")
+    if not isinstance(comment, str) or len(comment) > MAX_COMMENT:
+        raise InvalidAnswer(f"`comment` must be text of at most {MAX_COMMENT} characters")
     given = {kind: feedback.LIKERT_MIN if value is None else value for kind, value in scores.items()}
     try:
         rating = to_rating({**answer, "ratings": given}, "an image", prompt, size, "a rater", 1)
@@ -115,7 +119,7 @@ def checked(answer: Any, prompt: str, size: tuple[int, int]) -> Answer:
         "token_labels": list(rating.token_labels),
         "nothing": nothing,
         "ratings": {k: None if scores[k] is None else rating.ratings[k] for k in feedback.SCORES},
-        "comment": comment,
+        "comment": printable(comment),
     }
 
 

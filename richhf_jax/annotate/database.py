@@ -1,4 +1,4 @@
-"""The SQLite file of a project: its tables, connections and transactions.
+"""The SQLite file of a project or a survey: its tables, connections and transactions.
 
 A transaction that has ended is on the disk (WAL with synchronous=FULL): neither SIGKILL nor a power cut takes
 it back. Any threads and processes may use one file at once.
@@ -6,6 +6,7 @@ it back. Any threads and processes may use one file at once.
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import sqlite3
 import threading
@@ -14,15 +15,14 @@ from collections.abc import Iterator
 
 from richhf_jax import errors, writing
 
-SCHEMA = 1
-# Says that a database is ours: "RHFa" in ASCII.
-_APPLICATION = 0x52484661
 # Longest wait for another process that writes.
 _PATIENCE_SECONDS = 30
-_TABLES = """
+PEOPLE = """
 CREATE TABLE people (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, secret BLOB UNIQUE, is_manager INTEGER NOT NULL,
     active INTEGER NOT NULL DEFAULT 1, passed INTEGER NOT NULL DEFAULT 0, round INTEGER NOT NULL DEFAULT 0);
+"""
+_TABLES = """
 CREATE TABLE items (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, file TEXT NOT NULL,
     width INTEGER NOT NULL, height INTEGER NOT NULL, gold TEXT, priority INTEGER NOT NULL,
@@ -39,9 +39,48 @@ CREATE TABLE answers (
     score REAL, reason TEXT NOT NULL DEFAULT '', excluded TEXT, UNIQUE (item, person, round));
 CREATE INDEX answers_of_person ON answers (person, state);
 """
+# What each version from 2 on adds.
+_ADDITIONS = (
+    # A model's suggestion; the rater's answer before they saw one, and the one that they saw.
+    (
+        "ALTER TABLE items ADD COLUMN suggestion TEXT",
+        "ALTER TABLE answers ADD COLUMN first TEXT",
+        "ALTER TABLE answers ADD COLUMN shown TEXT",
+    ),
+    # All that is counted of a rater's answers, at each next image, is in the index.
+    (
+        "DROP INDEX answers_of_person",
+        "CREATE INDEX answers_of_person ON answers (person, state, is_calibration, seconds, item)",
+    ),
+)
 
 
-def create(path: pathlib.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """What a kind of database holds.
+
+    Attributes:
+      application: the number that says in the file which kind it is.
+      tables: the statements that make the tables of version 1.
+      additions: statements that each later version adds to the one before; a database of an older version
+        gets them when it is opened.
+    """
+
+    application: int
+    tables: str
+    additions: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def version(self) -> int:
+        """The version of the tables."""
+        return 1 + len(self.additions)
+
+
+# "RHFa" in ASCII.
+PROJECT = Schema(0x52484661, PEOPLE + _TABLES, _ADDITIONS)
+
+
+def create(path: pathlib.Path, schema: Schema) -> None:
     """Makes an empty database.
 
     Raises:
@@ -52,17 +91,29 @@ def create(path: pathlib.Path) -> None:
         raise errors.UserError(f"{path} is there already: name a new folder")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
+        additions = "".join(f"{statement};" for some in schema.additions for statement in some)
         db.executescript(
-            f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}"
-            f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA}; COMMIT;"
+            f"PRAGMA synchronous = FULL; BEGIN; {schema.tables}{additions}"
+            f"PRAGMA application_id = {schema.application}; PRAGMA user_version = {schema.version}; COMMIT;"
         )
+
+
+@contextlib.contextmanager
+def explained_errors(path: pathlib.Path) -> Iterator[None]:
+    """Turns errors at opening a database into a UserError that says what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise errors.UserError(
+            f"{path}: {error}. Give the right to write the folder, or restore the file from a backup"
+        ) from error
 
 
 class Database:
     """The open file, with a connection for each thread that is at work."""
 
-    def __init__(self, path: pathlib.Path):
-        """Opens a file that `create` made.
+    def __init__(self, path: pathlib.Path, schema: Schema):
+        """Opens a file that `create` made. One of an older version is brought to this one.
 
         Raises:
           errors.UserError: it is another file, or a newer version made it.
@@ -73,15 +124,26 @@ class Database:
         # Threads wait here in turn. SQLite's own waiting is for other processes, and isn't fair.
         self._lock = threading.Lock()
         with self.connection() as db:
-            application, schema = (
-                db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
-        if application != _APPLICATION:
-            raise errors.UserError(f"{path} is no project's database: restore it from a backup")
-        if schema > SCHEMA:
+            application, version = (_pragma(db, name) for name in ("application_id", "user_version"))
+        if application != schema.application:
+            self.close()
+            raise errors.UserError(f"{path} is another database: restore this one from a backup")
+        if version > schema.version:
+            self.close()
             raise errors.UserError(
-                f"{path} was made by a newer richhf_jax (schema {schema}, here {SCHEMA}): update richhf_jax"
+                f"{path} was made by a newer richhf_jax (schema {version}, here {schema.version}):"
+                " update richhf_jax"
             )
+        if version < schema.version:
+            self._upgrade(schema)
+
+    def _upgrade(self, schema: Schema) -> None:
+        with self.transaction() as db:
+            # Read again: another process may have been first.
+            for statements in schema.additions[_pragma(db, "user_version") - 1 :]:
+                for statement in statements:
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {schema.version}")
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -92,10 +154,18 @@ class Database:
             # mode=rw never makes a file: a project that was deleted stays deleted.
             address = f"file:{urllib.parse.quote(str(self._path.absolute()))}?mode=rw"
             db = sqlite3.connect(
-                address, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+                address,
+                timeout=_PATIENCE_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=True,
             )
             db.row_factory = sqlite3.Row
-            db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            try:
+                db.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            except sqlite3.Error:
+                db.close()
+                raise
         try:
             yield db
         finally:
@@ -133,3 +203,7 @@ class Database:
         """Closes the connections that no thread uses."""
         while self._idle:
             self._idle.pop().close()
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return db.execute(f"PRAGMA {name}").fetchone()[0]

@@ -2,12 +2,11 @@
 
 Images are those that `predict` takes. The project keeps a copy of each as `inputs.images.checked` gives it:
 upright, 8 bits a colour, one frame, without metadata, in a format that browsers show. So a browser,
-TensorFlow and the predictor count the same pixels.
+TensorFlow and the predictor count the same pixels. A file that is so already may be linked instead.
 """
 
 import contextlib
 import csv
-import hashlib
 import os
 import pathlib
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ def items(
     given: inputs.Inputs,
     gold: dict[str, ratings.Rating],
     failures: list[str],
+    link: bool = False,
 ) -> Iterator[Item]:
     """Copies images into a project's folder and yields their items.
 
@@ -36,6 +36,7 @@ def items(
       given: images with prompts.
       gold: image's name -> its right answer.
       failures: gets a line for each image that can't be taken, and why.
+      link: whether to link the files that a copy would equal.
     """
     writing.make_folder(folder / project.IMAGES)
     seen: set[str] = set()
@@ -44,25 +45,52 @@ def items(
             if record.id in seen:
                 raise InputError("an image of this name was there before; give it another id")
             seen.add(record.id)
-            yield _item(folder, record, gold.get(record.id))
+            yield _item(folder, record, gold.get(record.id), link)
         except (InputError, images.ImageError) as error:
             failures.append(f"{for_terminal(record.id)}: {for_terminal(str(error))}")
 
 
-def _item(folder: pathlib.Path, record: Record, gold: ratings.Rating | None) -> Item:
-    data, prompt = record.load()
+def _item(folder: pathlib.Path, record: Record, gold: ratings.Rating | None, link: bool) -> Item:
+    found, prompt = record.load()
+    if record.id in (".", "..") or "\n" in record.id:
+        raise InputError("browsers can't ask for an image of this id: give another id")
     if not feedback.tokenize_prompt(prompt):
         raise InputError("the prompt has no words")
-    data = images.checked(data)
+    data = images.checked(found)
     container = containers.read(data)
     if gold and (gold.prompt, gold.width, gold.height) != (prompt, container.width, container.height):
         raise InputError("its gold answer is for another prompt or size")
-    # Named by the content: other people's names never become paths.
-    name = f"{hashlib.sha256(data).hexdigest()[:32]}.{container.format.lower()}"
-    if not (folder / project.IMAGES / name).exists():
-        writing.write(folder / project.IMAGES / name, data)
+    target = record.path if link and found == data else ""
+    name = keep(folder / project.IMAGES, data, container.format, target)
     right = answers.of_rating(gold) if gold else None
     return Item(record.id, prompt, name, container.width, container.height, right)
+
+
+def keep(folder: pathlib.Path, data: bytes, form: str, target: str = "") -> str:
+    """Keeps an image in a folder; a link that is there is made anew or becomes a copy.
+
+    Args:
+      folder: the folder.
+      data: the image's bytes.
+      form: its format, such as "PNG".
+      target: the file with these bytes that is to be linked; '' copies them.
+
+    Returns:
+      The file's name.
+    """
+    # Named by the content: other people's names never become paths.
+    place = folder / f"{project.content_name(data)}.{form.lower()}"
+    if place.exists() and not place.is_symlink():
+        return place.name
+    if target:
+        new = place.with_name(f".{place.name}.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(os.path.realpath(target))
+        writing.move(new, place)
+    else:
+        place.unlink(missing_ok=True)  # Through a link, `write` would change the file that it leads to.
+        writing.write(place, data)
+    return place.name
 
 
 def read_gold(path: str) -> dict[str, ratings.Rating]:

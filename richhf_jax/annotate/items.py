@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from richhf_jax import errors
-from richhf_jax.annotate import project, records
-from richhf_jax.annotate.database import Database
+from richhf_jax.annotate import database, project, records
 from richhf_jax.annotate.people import People
 from richhf_jax.annotate.records import Item
 from richhf_jax.foreign_text import for_terminal
@@ -21,12 +20,13 @@ class Items(People):
         self.folder = folder
         self.config = project.read_config(folder)
         self._clock = clock
-        super().__init__(Database(folder / project.DATABASE))
+        super().__init__(database.Database(folder / project.DATABASE, database.PROJECT))
 
     def add_items(self, items: Iterable[Item]) -> int:
         """Adds items, all or none. Returns how many are new.
 
-        One that is there with the same prompt and file isn't new; it gets the gold answer if it has none.
+        One that is there with the same prompt and file isn't new; it gets the gold answer if it has none, and
+        the suggestion in place of its own.
 
         Raises:
           errors.UserError: an item of this id is there with another prompt or file, or a gold answer comes
@@ -36,13 +36,15 @@ class Items(People):
             return sum(self._add_item(db, item) for item in items)
 
     def _add_item(self, db: sqlite3.Connection, item: Item) -> bool:
-        gold = None if item.gold is None else json.dumps(item.gold)
+        gold, suggestion = (
+            None if part is None else json.dumps(part) for part in (item.gold, item.suggestion)
+        )
         known = db.execute("SELECT * FROM items WHERE id = ?", (item.id,)).fetchone()
         if known is None:
             db.execute(
-                "INSERT INTO items (id, prompt, file, width, height, gold, priority)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (item.id, item.prompt, item.file, item.width, item.height, gold, item.priority),
+                "INSERT INTO items (id, prompt, file, width, height, gold, priority, suggestion)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (item.id, item.prompt, item.file, item.width, item.height, gold, item.priority, suggestion),
             )
             return True
         if (known["prompt"], known["file"]) != (item.prompt, item.file):
@@ -56,7 +58,11 @@ class Items(People):
                 f"{for_terminal(item.id)}: raters have it already, so it can't become a gold item: leave it"
                 " out"
             )
-        db.execute("UPDATE items SET gold = coalesce(gold, ?) WHERE number = ?", (gold, known["number"]))
+        db.execute(
+            "UPDATE items SET gold = coalesce(gold, ?), suggestion = coalesce(?, suggestion)"
+            " WHERE number = ?",
+            (gold, suggestion, known["number"]),
+        )
         return False
 
     def prioritise(self, names: Sequence[str]) -> int:

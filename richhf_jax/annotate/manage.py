@@ -1,100 +1,189 @@
-"""What the manager sees: how far the project is, the raters, and the images by disagreement."""
+"""What the manager sees: how far the project is, the raters, and the images by disagreement.
+
+Excluded answers count in no figure, and those of the practice in none of a rater's.
+"""
 
 import collections
 import statistics
-from collections.abc import Iterable, Mapping
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from richhf_jax import feedback
 from richhf_jax.agreement import rater_scores
+from richhf_jax.annotate import answers as forms
 from richhf_jax.annotate import transfer
 from richhf_jax.annotate.project import Config
 from richhf_jax.annotate.records import Answer, Item, Person
 from richhf_jax.annotate.store import Store
-from richhf_jax.datasets import rater_agreement, ratings
+from richhf_jax.datasets import consolidate, rater_agreement, ratings
+from richhf_jax.pages import overlay
 
 ENDINGS = ("skipped", "broken")
+# Longest side of a heatmap's picture, in pixels.
+_PICTURE_SIDE = 1024
 
 
-def overview(store: Store) -> dict[str, Any]:
-    """Returns the values of the manager's page."""
+def overview(store: Store, search: str = "") -> dict[str, Any]:
+    """Returns the values of the manager's page, of which `status` prints some.
+
+    Args:
+      store: the project.
+      search: leaves out items whose name and prompt lack this text; capitals don't matter.
+    """
     items, config = list(store.items()), store.config
     answers = [answer for answer in store.answers(finished=False) if answer.excluded is None]
+    waiting = store.for_manager()
+    waits = set(waiting)
     by_item: dict[str, list[Answer]] = collections.defaultdict(list)
+    by_rater: dict[int, list[Answer]] = collections.defaultdict(list)
     for answer in answers:
-        if not answer.is_calibration and answer.item.gold is None:
-            by_item[answer.item.id].append(answer)
-    counted = {name: _finished(given) for name, given in by_item.items()}
+        by_item[answer.item.id].append(answer)
+        if not answer.is_calibration:
+            by_rater[answer.person.id].append(answer)
     wanted = [item for item in items if item.gold is None]
-    has_practice = config.calibration_items > 0 and len(wanted) < len(items)
-    raters = [person for person in store.people() if not person.is_manager]
-    scores = _scores(counted.values(), config)
+    counted = [_finished(by_item[item.id]) for item in wanted]
+    listed = [
+        item
+        for item in items
+        if (item.gold is None or item.id in waits)
+        and search.casefold() in f"{item.id}\n{item.prompt}".casefold()
+    ]
+    scores = _scores(counted, config)
     return {
         "title": config.title,
         "counts": {
             "images": len(wanted),
-            "finished": sum(len(given) >= config.raters for given in counted.values()),
-            "answers": sum(map(len, counted.values())),
+            "finished": sum(len(given) >= config.raters for given in counted),
+            "answers": sum(map(len, counted)),
             "wanted": config.raters * len(wanted),
         },
-        "has_practice": has_practice,
+        "waiting": waiting,
+        "search": search,
+        "has_practice": config.calibration_items > 0 and len(wanted) < len(items),
         "scales": [scale.name for scale in config.scales],
-        "raters": [_rater(rater, answers, scores) for rater in raters],
-        "items": sorted((_item(item, by_item[item.id], config) for item in wanted), key=_worst_first),
+        "raters": [_rater(one, by_rater[one.id], scores) for one in store.people() if not one.is_manager],
+        "items": sorted(
+            (_item(item, by_item[item.id], config, item.id in waits) for item in listed), key=_worst_first
+        ),
     }
 
 
 def agreement(store: Store) -> dict[str, Any]:
     """Returns the values of the page of the raters' agreement; see `RaterAgreement.summary`.
 
-    Raises:
-      errors.UserError: the project doesn't ask all that raw ratings have.
+    Only parts that are asked have figures. Answers that lack one, because it was asked later, are left out.
     """
+    config, left_out = store.config, 0
     images: dict[str, list[ratings.Rating]] = collections.defaultdict(list)
-    for rating in transfer.counted_ratings(store):
-        images[rating.image_id].append(rating)
-    found = rater_agreement.RaterAgreement()
+    for answer in transfer.counted(store):
+        if forms.missing(answer.answer, config):
+            left_out += 1
+        else:
+            images[answer.item.id].append(_rating(answer, config))
+    collected = rater_agreement.RaterAgreement()
     for given in images.values():
-        found.add(given)
-    return {"title": store.config.title, "agreement": None, **found.summary()}
+        collected.add(given)
+    found, asked = collected.summary(), {part.name for part in (*config.kinds, *config.scales)}
+    for name in ("agreement", "point_agreement"):
+        found[name] = {kind: part for kind, part in found.get(name, {}).items() if kind in asked}
+    if not config.words:
+        found.pop("word_agreement", None)
+    suggested = [answer for answer in transfer.counted(store) if answer.first is not None]
+    return {
+        "title": config.title,
+        "suggested": len(suggested),
+        "changed": sum(answer.is_changed for answer in suggested),
+        "has_shared": max(map(len, images.values()), default=0) > 1,
+        "left_out": left_out,
+        "agreement": found["agreement"],
+        "word_agreement": found.get("word_agreement"),
+        "point_agreement": found["point_agreement"],
+    }
+
+
+def _rating(answer: Answer, config: Config) -> ratings.Rating:
+    """Returns an answer as a line of raw ratings, in which scales that aren't asked have the lowest value."""
+    item = answer.item
+    given = {kind: value or feedback.LIKERT_MIN for kind, value in answer.answer["ratings"].items()}
+    size, rater = (item.width, item.height), answer.person.known_as(names=False)
+    filled = answer.answer | {"ratings": given}
+    return forms.to_rating(filled, item.id, item.prompt, size, rater, config.point_radius)
 
 
 def item_view(store: Store, item: Item) -> dict[str, Any]:
     """Returns the values of the page of one image, with all its answers."""
+    config = store.config
     answers = [a for a in store.answers(finished=False, item_id=item.id) if a.state != "draft"]
-    tokens = feedback.tokenize_prompt(item.prompt)
-    counted = sum(answer.excluded is None and answer.state == "done" for answer in answers)
     return {
-        "title": store.config.title,
+        "title": config.title,
         "item": item,
-        "kinds": [kind.name for kind in store.config.kinds],
-        "scales": [scale.name for scale in store.config.scales],
-        "can_reassign": any(a.state in ENDINGS and a.excluded is None for a in answers),
-        "radius": store.config.point_radius * item.height,
-        # Disks that all raters drew are as strong as the mean of their maps.
-        "share": round(1 / max(counted, 1), 3),
-        "answers": [
-            {
-                "id": answer.id,
-                "rater": answer.person.name,
-                "state": answer.state,
-                "reason": answer.reason,
-                "excluded": answer.excluded,
-                "seconds": answer.seconds,
-                "ratings": answer.answer["ratings"],
-                "comment": answer.answer["comment"],
-                "points": {kind: answer.answer[f"{kind}_points"] for kind in feedback.HEATMAPS},
-                "words": [
-                    token
-                    for token, label in zip(tokens, answer.answer["token_labels"], strict=True)
-                    if label == feedback.MISALIGNED
-                ],
-            }
-            for answer in answers
+        "path": path(item.id),
+        "kinds": [kind.name for kind in config.kinds],
+        "scales": [scale.name for scale in config.scales],
+        "was_skipped": any(a.state in ENDINGS and a.excluded is None for a in answers),
+        "candidates": store.candidates(item.id),
+        "radius": config.point_radius * item.height,
+        "marked": {kind.name: any(_points(answers, kind.name, config)) for kind in config.kinds},
+        "answers": [{"number": i, **_answer(answer)} for i, answer in enumerate(answers, 1)],
+    }
+
+
+def path(item_id: str) -> str:
+    """Returns an item's name as one part of an address."""
+    return urllib.parse.quote(item_id, safe="")
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    given = answer.answer
+    tokens = feedback.tokenize_prompt(answer.item.prompt)
+    return {
+        "id": answer.id,
+        "rater": answer.person.name,
+        "state": answer.state,
+        "is_done": answer.state == "done",
+        "counts": answer.state == "done" and answer.excluded is None,
+        "is_calibration": answer.is_calibration,
+        "reason": answer.reason,
+        "excluded": answer.excluded,
+        "seconds": answer.seconds,
+        "ratings": given["ratings"],
+        "comment": given["comment"],
+        "points": {kind: given[f"{kind}_points"] for kind in feedback.HEATMAPS},
+        "words": [
+            token
+            for token, label in zip(tokens, given["token_labels"], strict=True)
+            if label == feedback.MISALIGNED
         ],
     }
+
+
+def heatmap(store: Store, item: Item, kind: str) -> bytes | None:
+    """Draws an image's consolidated heatmap as the pages do: a transparent PNG of the image's shape.
+
+    Returns:
+      None where the answers that count mark nothing of this kind.
+    """
+    points = _points(store.answers(item_id=item.id), kind, store.config)
+    if not any(points):
+        return None
+    mean = consolidate.consolidated_heatmap(
+        points, item.height, item.width, store.config.point_radius * item.height
+    )
+    scale = min(1, _PICTURE_SIDE / max(item.width, item.height))
+    size = max(1, round(scale * item.width)), max(1, round(scale * item.height))
+    return overlay.png(overlay.picture(overlay.resize(mean / np.float32(255), size)))
+
+
+def _points(answers: Iterable[Answer], kind: str, config: Config) -> list[Sequence[ratings.Point]]:
+    """Returns the points of one kind of each answer that counts, without those that weren't asked for it."""
+    return [
+        answer.answer[f"{kind}_points"]
+        for answer in _finished(answers)
+        if answer.excluded is None and kind not in forms.missing(answer.answer, config)
+    ]
 
 
 def _finished(answers: Iterable[Answer]) -> list[Answer]:
@@ -103,19 +192,22 @@ def _finished(answers: Iterable[Answer]) -> list[Answer]:
 
 def _scores(images: Iterable[list[Answer]], config: Config) -> dict[str, dict[int, dict[str, float]]]:
     """Returns scale -> rater -> `rater_scores`, of the finished answers on each image."""
-    rows = [(image, answer) for image, given in enumerate(images) for answer in given]
-    items = np.array([image for image, _ in rows], int)
-    raters = np.array([answer.person.id for _, answer in rows], int)
-    columns = {
-        scale.name: np.array([answer.answer["ratings"][scale.name] for _, answer in rows])
-        for scale in config.scales
-    }
-    return {name: rater_scores(items, raters, column) for name, column in columns.items()}
+    found = {}
+    for scale in config.scales:
+        # An answer has no value on a scale that was asked later.
+        rows = [
+            (image, answer.person.id, value)
+            for image, given in enumerate(images)
+            for answer in given
+            if (value := answer.answer["ratings"][scale.name]) is not None
+        ]
+        found[scale.name] = rater_scores(*np.array(rows, int).reshape(-1, 3).T)
+    return found
 
 
-def _rater(rater: Person, answers: list[Answer], scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
-    own = [answer for answer in answers if answer.person.id == rater.id and not answer.is_calibration]
+def _rater(rater: Person, own: list[Answer], scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
     done = _finished(own)
+    # Who skips an image gives no answer that could be wrong.
     gold = [answer.score for answer in done if answer.score is not None]
     return {
         "id": rater.id,
@@ -123,6 +215,7 @@ def _rater(rater: Person, answers: list[Answer], scores: Mapping[str, Mapping[in
         "active": rater.active,
         "passed": rater.passed,
         "done": len(done),
+        "open": sum(answer.state == "draft" for answer in own),
         "skipped": sum(answer.state in ENDINGS for answer in own),
         "seconds": statistics.median(answer.seconds for answer in done) if done else None,
         "gold": statistics.fmean(gold) if gold else None,
@@ -130,16 +223,20 @@ def _rater(rater: Person, answers: list[Answer], scores: Mapping[str, Mapping[in
     }
 
 
-def _item(item: Item, answers: list[Answer], config: Config) -> Mapping[str, Any]:
+def _item(item: Item, answers: list[Answer], config: Config, waits: bool) -> Mapping[str, Any]:
     done = _finished(answers)
     spreads = []
     for scale in config.scales:
-        ratings = [answer.answer["ratings"][scale.name] for answer in done]
-        if len(ratings) > 1:
-            spreads.append(max(ratings) - min(ratings))
+        given = [a.answer["ratings"][scale.name] for a in done]
+        known = [value for value in given if value is not None]
+        if len(known) > 1:
+            spreads.append(max(known) - min(known))
     return {
         "id": item.id,
+        "path": path(item.id),
         "prompt": item.prompt,
+        "is_gold": item.gold is not None,
+        "waits": waits,
         "answers": len(done),
         "apart": statistics.fmean(spreads) if spreads else None,
         "reasons": [
@@ -150,5 +247,5 @@ def _item(item: Item, answers: list[Answer], config: Config) -> Mapping[str, Any
     }
 
 
-def _worst_first(view: Mapping[str, Any]) -> tuple[int, float]:
-    return -len(view["reasons"]), -(view["apart"] or 0)
+def _worst_first(view: Mapping[str, Any]) -> tuple[bool, int, float]:
+    return not view["waits"], -len(view["reasons"]), -(view["apart"] or 0)

@@ -1,7 +1,8 @@
-"""The people of a project, and the secrets of their links."""
+"""The people of a project or a survey, and the secrets of their links."""
 
 import hashlib
 import hmac
+import pathlib
 import secrets
 import sqlite3
 
@@ -18,6 +19,14 @@ class People:
 
     def __init__(self, database: Database):
         self._database = database
+
+    def close(self) -> None:
+        """Closes the database."""
+        self._database.close()
+
+    def backup(self, path: pathlib.Path) -> None:
+        """Copies the database to a file; see `database.Database.backup`."""
+        self._database.backup(path)
 
     def add_rater(self, name: str) -> str:
         """Adds a rater. Returns the secret of their link, which is kept as a hash alone.

@@ -3,22 +3,23 @@
     PROJECT/project.db      people, items and answers; see `store`
     PROJECT/config.json     the settings: see `Config`
     PROJECT/guidelines.md   what raters read first, in Markdown
-    PROJECT/images/         the images, named by their content
+    PROJECT/images/         the images, named by their content; or links to them
 
 Both text files may be edited; a server reads them when it starts.
 """
 
 import dataclasses
-import json
-import math
+import hashlib
 import pathlib
 from typing import Any
 
 from richhf_jax import errors, feedback, writing
+from richhf_jax.annotate import settings
+from richhf_jax.annotate.settings import SettingError
 from richhf_jax.datasets import ratings
-from richhf_jax.inputs.record import InputError, parsed_json
 
-DATABASE, CONFIG, GUIDELINES, IMAGES = "project.db", "config.json", "guidelines.md", "images"
+DATABASE, IMAGES = "project.db", "images"
+_IMAGE_FIX = "Put the image back; or where it is elsewhere now, name it to `add --images` by the same id"
 _DEFAULT_GUIDELINES = """\
 Look at the image first, then read the prompt.
 
@@ -115,14 +116,37 @@ class Config:
 
 
 # Settings of numbers -> type, lowest, highest.
-_NUMBERS: dict[str, tuple[type, float, float]] = {
-    "raters": (int, 1, 1000),
+_NUMBERS: settings.Limits = {
+    "raters": (int, 1, settings.MOST_RATERS),
     "calibration_items": (int, 0, 1000),
     "calibration_threshold": (float, 0, 1),
     "gold_rate": (float, 0, 0.99),
     "lease_minutes": (float, 1, 1e6),
     "seed": (int, 0, 2**63),
 }
+
+
+def content_name(data: bytes) -> str:
+    """Returns the name of an image's file, without its extension, by the image's bytes."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def read_image(path: pathlib.Path) -> bytes:
+    """Reads an image of a project. Where the file is a link, others may have changed the image.
+
+    Raises:
+      errors.UserError: it can't be read, or a link leads to another image than the one that was taken.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        place = f"{path}, a link to {path.readlink()}" if path.is_symlink() else path
+        raise errors.UserError(f"{place}: {writing.reason(error)}. {_IMAGE_FIX}") from error
+    if path.is_symlink() and content_name(data) != path.stem:
+        raise errors.UserError(
+            f"{path.readlink()} isn't the image any more that the project took. {_IMAGE_FIX}"
+        )
+    return data
 
 
 def write_config(folder: pathlib.Path, config: Config) -> None:
@@ -132,9 +156,8 @@ def write_config(folder: pathlib.Path, config: Config) -> None:
       OSError: they can't be written.
     """
     fields = dataclasses.asdict(config)
-    writing.write(folder / GUIDELINES, fields.pop("guidelines"))
     fields["point_radius"] = ratings.radius_rule(config.point_radius)
-    writing.write(folder / CONFIG, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+    settings.write(folder, fields)
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -143,77 +166,43 @@ def read_config(folder: pathlib.Path) -> Config:
     Raises:
       errors.UserError: the folder is no project, or a setting is wrong; the message names it.
     """
-    place = folder / CONFIG
-    if not place.is_file() or not (folder / DATABASE).is_file():
-        raise errors.UserError(
-            f"{folder} is no project: it lacks {CONFIG} or {DATABASE};"
-            " make one with `python -m richhf_jax.annotate init`"
-        )
-    with writing.explained_disk_errors(place, "Give the right to read it"):
-        text = place.read_text(encoding="utf-8")
-        guidelines = (folder / GUIDELINES).read_text(encoding="utf-8")
-    try:
-        return _parsed(parsed_json(text), guidelines)
-    except (InputError, _SettingError) as error:
-        raise errors.UserError(f"{place}: {error}") from None
+    what = "no project: it lacks {}; make one with `python -m richhf_jax.annotate init`"
+    return settings.read(folder, DATABASE, what, _parsed)
 
 
-class _SettingError(ValueError):
-    """A setting is wrong; the message names it."""
-
-
-def _parsed(fields: Any, guidelines: str) -> Config:
-    if not isinstance(fields, dict):
-        raise _SettingError("it must be a JSON object")
-    known = {field.name for field in dataclasses.fields(Config)} - {"guidelines"}
-    if unknown := sorted(set(fields) - known):
-        raise _SettingError(f"unknown setting `{unknown[0]}`; the settings are {', '.join(sorted(known))}")
-    values: dict[str, Any] = dict(fields)
-    for name in ("title", "words"):
-        if name in values and not isinstance(values[name], str):
-            raise _SettingError(f"`{name}` must be text")
-    for name, (kind, low, high) in _NUMBERS.items():
-        if name in values:
-            values[name] = _number(name, values[name], kind, low, high)
+def _parsed(values: dict[str, Any]) -> Config:
+    settings.check(values, Config, ("title", "words"), _NUMBERS)
     if "point_radius" in values:
         try:
             values["point_radius"] = ratings.parse_radius(values["point_radius"])
         except ratings.RatingError as error:
-            raise _SettingError(str(error)) from None
+            raise SettingError(str(error)) from None
     if "kinds" in values:
         values["kinds"] = tuple(Kind(**part) for part in _parts(values["kinds"], "kinds", feedback.HEATMAPS))
     if "scales" in values:
         parts = _parts(values["scales"], "scales", feedback.SCORES)
         values["scales"] = tuple(_scale(part) for part in parts)
-    config = Config(**values, guidelines=guidelines)
+    config = Config(**values)
     if not (config.kinds or config.words or config.scales):
-        raise _SettingError("nothing is asked: `kinds`, `words` and `scales` are all empty")
+        raise SettingError("nothing is asked: `kinds`, `words` and `scales` are all empty")
     return config
-
-
-def _number(name: str, value: Any, kind: type, low: float, high: float) -> float:
-    kinds = (int,) if kind is int else (int, float)
-    if type(value) not in kinds or not low <= value <= high or not math.isfinite(value):
-        whole = "a whole number" if kind is int else "a number"
-        raise _SettingError(f"`{name}` must be {whole} from {low:g} to {high:g}, got {value!r}")
-    return value
 
 
 def _parts(parts: Any, name: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Checks a list of objects with distinct names and a question."""
     fields = {"name", "question"} | ({"anchors"} if name == "scales" else set())
     if not isinstance(parts, list) or not all(isinstance(p, dict) and set(p) == fields for p in parts):
-        raise _SettingError(f"`{name}` must be a list of objects with {', '.join(sorted(fields))}")
+        raise SettingError(f"`{name}` must be a list of objects with {', '.join(sorted(fields))}")
     found = [part["name"] for part in parts]
     if any(part not in names for part in found) or len(set(found)) < len(found):
-        raise _SettingError(f"names in `{name}` must be different ones of {', '.join(names)}; got {found}")
+        raise SettingError(f"names in `{name}` must be different ones of {', '.join(names)}; got {found}")
     if not all(isinstance(part["question"], str) and part["question"].strip() for part in parts):
-        raise _SettingError(f"each `question` in `{name}` must be text")
+        raise SettingError(f"each `question` in `{name}` must be text")
     return parts
 
 
 def _scale(part: dict[str, Any]) -> Scale:
     anchors, steps = part["anchors"], feedback.LIKERT_MAX - feedback.LIKERT_MIN + 1
     if not (isinstance(anchors, list) and len(anchors) == steps and all(isinstance(a, str) for a in anchors)):
-        raise _SettingError(f"`anchors` of {part['name']} must be {steps} texts, the worst answer first")
+        raise SettingError(f"`anchors` of {part['name']} must be {steps} texts, the worst answer first")
     return Scale(part["name"], part["question"], tuple(anchors))

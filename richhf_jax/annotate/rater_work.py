@@ -16,6 +16,10 @@ _SKIPS = 2
 _DONE = (
     "(SELECT count(*) FROM answers WHERE item = items.number AND answers.state = 'done' AND excluded IS NULL)"
 )
+_SKIPPED = (
+    "(SELECT count(DISTINCT person) FROM answers WHERE item = items.number"
+    " AND answers.state IN ('skipped', 'broken') AND excluded IS NULL)"
+)
 
 
 class RaterWork(Items):
@@ -87,11 +91,16 @@ class RaterWork(Items):
     ) -> dict[str, Any] | None:
         """Ends a rater's work on an item. The same answer again changes nothing.
 
+        Where the item has a suggestion, the first answer ends nothing: it is kept, the rater sees the
+        suggestion, and what they then answer counts. Who knows a draft's revision after the first answer has
+        got the suggestion, for every reply with the one holds the other.
+
         Args: as `save`.
 
         Returns:
           In the first round {"score": 0 to 1, "answer": the right one, "left": items left in the round,
-          "passed": bool, or None before its end}, else None. Who fails begins a new round.
+          "passed": bool, or None before its end}. Who fails begins a new round. After the first answer
+          {"suggestion": the model's, "revision": the draft's}. Else None.
 
         Raises:
           NotYours, Conflict, answers.InvalidAnswer: as `save`.
@@ -99,50 +108,71 @@ class RaterWork(Items):
         """
         with self._database.transaction() as db:
             row = self._mine(db, person, item_id)
+            answer = forms.checked(answer, row["prompt"], records.size(row))
             # The reply may have been lost, and the page sends the same again.
             if row["state"] == "done" and json.loads(row["answer"]) == answer:
                 return self._feedback(db, row, row["score"])
+            if self._is_resent(row, revision, answer):
+                return {"suggestion": records.parsed(row["shown"]), "revision": row["revision"]}
             row = self._open(db, person, item_id, revision)
-            if missing := forms.missing(forms.checked(answer, row["prompt"], records.size(row)), self.config):
+            if missing := forms.missing(answer, self.config):
                 raise Incomplete(missing)
-            self._write(db, row, "done", answer, seconds)
+            is_first = row["first"] is None
+            has_more = is_first and row["suggestion"] is not None and not row["is_calibration"]
+            revision = self._write(db, row, "draft" if has_more else "done", answer, seconds)
             score = None
-            if row["gold"] is not None:
+            # A rater is judged by what they saw themselves.
+            if row["gold"] is not None and is_first:
                 score = forms.gold_score(answer, json.loads(row["gold"]), self.config, row["height"])
                 db.execute("UPDATE answers SET score = ? WHERE id = ?", (score, row["id"]))
+            if has_more:
+                db.execute(
+                    "UPDATE answers SET first = answer, shown = ? WHERE id = ?",
+                    (row["suggestion"], row["id"]),
+                )
+                return {"suggestion": records.parsed(row["suggestion"]), "revision": revision}
             self._fill(db, row["number"])
             if row["is_calibration"]:
                 self._end_round(db, person)
             return self._feedback(db, row, score)
 
+    def _is_resent(self, row: sqlite3.Row, revision: int, answer: forms.Answer) -> bool:
+        """Tells whether a first answer comes again, because the page missed the reply to it."""
+        return (
+            row["state"] == "draft"
+            and row["first"] is not None
+            and row["revision"] == revision + 1
+            and json.loads(row["answer"]) == answer
+        )
+
     def skip(self, person: Person, item_id: str, revision: int, reason: str, broken: bool) -> None:
-        """Ends a rater's work on an item without an answer.
+        """Ends a rater's work on an item without an answer. The same again changes nothing.
 
         An item that a second rater skips, or calls broken, goes to the manager.
 
         Raises:
           NotYours, Conflict: as `save`.
+          answers.InvalidAnswer: the reason is too long.
         """
+        if len(reason) > forms.MAX_COMMENT:
+            raise forms.InvalidAnswer(f"a reason must have at most {forms.MAX_COMMENT} characters")
+        state, reason = "broken" if broken else "skipped", printable(reason)
         with self._database.transaction() as db:
+            row = self._mine(db, person, item_id)
+            # As in `finish`: the reply may have been lost.
+            if (row["state"], row["reason"]) == (state, reason):
+                return
             row = self._open(db, person, item_id, revision)
             db.execute(
-                "UPDATE answers SET state = ?, reason = ?, changed = ?, revision = revision + 1, score = ?"
-                " WHERE id = ?",
-                (
-                    "broken" if broken else "skipped",
-                    printable(reason),
-                    self._clock(),
-                    None if row["gold"] is None else 0.0,
-                    row["id"],
-                ),
+                "UPDATE answers SET state = ?, reason = ?, changed = ?, revision = revision + 1,"
+                " score = coalesce(score, ?) WHERE id = ?",
+                # Nobody passes the first round by skipping it.
+                (state, reason, self._clock(), 0.0 if row["is_calibration"] else None, row["id"]),
             )
-            skips = db.execute(
-                "SELECT count(DISTINCT person) FROM answers WHERE item = ? AND excluded IS NULL"
-                " AND state IN ('skipped', 'broken')",
-                (row["number"],),
-            ).fetchone()[0]
-            if skips >= _SKIPS:
-                db.execute("UPDATE items SET state = 'manager' WHERE number = ?", (row["number"],))
+            db.execute(
+                f"UPDATE items SET state = 'manager' WHERE number = ? AND {_SKIPPED} >= ?",
+                (row["number"], _SKIPS),
+            )
             if row["is_calibration"]:
                 self._end_round(db, person)
 
@@ -189,7 +219,8 @@ class RaterWork(Items):
         """Returns a rater's draft that has the given revision and still a place."""
         row = self._mine(db, person, item_id)
         if row["revision"] != revision:
-            raise Conflict(row["revision"], json.loads(row["answer"]))
+            suggestion = records.parsed(row["shown"]) if row["state"] == "draft" else None
+            raise Conflict(row["revision"], json.loads(row["answer"]), suggestion)
         if row["state"] != "draft" or not self._has_place(db, row, self._clock()):
             raise Closed
         return row
@@ -275,9 +306,15 @@ class RaterWork(Items):
         )
 
     def _reopen(self, db: sqlite3.Connection) -> None:
-        """Opens full items that lack answers: one was excluded, or `raters` was raised."""
+        """Opens full items that lack answers, and those of the manager that too few raters have skipped.
+
+        For an answer was excluded, or `raters` was raised.
+        """
         db.execute(
-            f"UPDATE items SET state = 'open' WHERE state = 'full' AND {_DONE} < ?", (self.config.raters,)
+            "UPDATE items SET state ="
+            f" CASE WHEN gold IS NULL AND {_DONE} >= :raters THEN 'full' ELSE 'open' END"
+            f" WHERE state = 'full' AND {_DONE} < :raters OR state = 'manager' AND {_SKIPPED} < :skips",
+            {"raters": self.config.raters, "skips": _SKIPS},
         )
 
 

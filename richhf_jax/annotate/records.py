@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sqlite3
+from typing import Any
 
 from richhf_jax.annotate import answers as forms
 
@@ -10,6 +11,9 @@ from richhf_jax.annotate import answers as forms
 ANSWERS_BESIDE_ITEMS = (
     "SELECT answers.*, items.id AS item_id, items.* FROM answers JOIN items ON items.number = answers.item"
 )
+
+# Seconds of work on one image that a rater can have had, idle time left out.
+MAX_SECONDS = 1_000_000
 
 
 class NotYours(Exception):
@@ -23,9 +27,9 @@ class Closed(NotYours):
 class Conflict(Exception):
     """The answer has another revision than the caller knows: another tab has changed it."""
 
-    def __init__(self, revision: int, answer: forms.Answer):
+    def __init__(self, revision: int, answer: Any, suggestion: forms.Suggestion | None = None):
         super().__init__(f"the answer has revision {revision}")
-        self.revision, self.answer = revision, answer
+        self.revision, self.answer, self.suggestion = revision, answer, suggestion
 
 
 class Incomplete(Exception):
@@ -47,6 +51,7 @@ class Item:
       width, height: pixels.
       gold: the right answer, see `answers`; None where none is known.
       priority: items of a higher one come first.
+      suggestion: a model's answer, see `suggestions`; None where there is none.
     """
 
     id: str
@@ -56,6 +61,7 @@ class Item:
     height: int
     gold: forms.Answer | None = None
     priority: int = 0
+    suggestion: forms.Suggestion | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +74,17 @@ class Person:
     active: bool
     passed: bool
 
+    def known_as(self, names: bool) -> str:
+        """Returns the name for an export: the true one, or the pseudonym."""
+        return self.name if names else f"rater-{self.id}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
     """An item in a rater's hands.
 
-    `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent.
+    `state` is "draft", "done", "skipped" or "broken"; `seconds` is the time spent. `suggestion` is what the
+    rater may see: None before their own first answer.
     """
 
     item: Item
@@ -82,6 +93,7 @@ class Work:
     state: str
     is_calibration: bool
     seconds: float
+    suggestion: forms.Suggestion | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +127,11 @@ class Answer:
       seconds: time spent.
       started, changed: seconds since 1970.
       is_calibration: whether it belongs to the first round.
-      score: `answers.gold_score`; None where the item isn't gold.
+      score: `answers.gold_score`, or 0 for a skip in the first round; else None.
       reason: why the item was skipped.
       excluded: why the answer doesn't count; None where it counts.
+      first: the rater's answer before they saw a suggestion; None where they saw none, or it isn't known.
+      shown: the suggestion that they saw, {} if it isn't known; None where they saw none.
     """
 
     id: int
@@ -133,11 +147,23 @@ class Answer:
     score: float | None
     reason: str
     excluded: str | None
+    first: forms.Answer | None
+    shown: forms.Suggestion | None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the rater changed their answer after they saw a suggestion; comments don't count."""
+        return self.first is not None and self.first | {"comment": ""} != self.answer | {"comment": ""}
 
 
 def size(row: sqlite3.Row) -> tuple[int, int]:
     """Returns the width and height of a row of `items`."""
     return row["width"], row["height"]
+
+
+def parsed(text: str | None) -> Any:
+    """Parses a column of JSON that may be empty."""
+    return None if text is None else json.loads(text)
 
 
 def person(row: sqlite3.Row) -> Person:
@@ -152,8 +178,9 @@ def item(row: sqlite3.Row, name: str = "id") -> Item:
         row["prompt"],
         row["file"],
         *size(row),
-        None if row["gold"] is None else json.loads(row["gold"]),
+        parsed(row["gold"]),
         row["priority"],
+        parsed(row["suggestion"]),
     )
 
 
@@ -166,6 +193,7 @@ def work(row: sqlite3.Row) -> Work:
         row["state"],
         bool(row["is_calibration"]),
         row["seconds"],
+        parsed(row["shown"]),
     )
 
 
@@ -178,5 +206,7 @@ def answer(row: sqlite3.Row, giver: Person) -> Answer:
         person=giver,
         answer=json.loads(row["answer"]),
         is_calibration=bool(row["is_calibration"]),
+        first=parsed(row["first"]),
+        shown=parsed(row["shown"]),
         **{name: row[name] for name in same},
     )

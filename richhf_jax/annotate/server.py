@@ -5,20 +5,19 @@ Prompts reach the browser as JSON or escaped.
 
 import dataclasses
 import re
-import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from richhf_jax import errors, feedback
-from richhf_jax.annotate import manage, web
-from richhf_jax.annotate.answers import InvalidAnswer
+from richhf_jax.annotate import manage, suggestions, web
+from richhf_jax.annotate.answers import InvalidAnswer, Suggestion
 from richhf_jax.annotate.records import Conflict, Incomplete, Item, Person, Work
 from richhf_jax.annotate.store import Store
 
@@ -46,7 +45,7 @@ SHORTCUTS = (
 )
 
 
-def make_app(store: Store) -> Starlette:
+def make_app(store: Store) -> ASGIApp:
     """Makes the app of a project's store."""
     server = Server(store)
     routes = [
@@ -60,13 +59,21 @@ def make_app(store: Store) -> Starlette:
         Route("/manage/agreement", server.agreement),
         Route("/manage/items/{item:path}", server.manage_item),
         Route("/manage/image/{item:path}", server.manage_image),
+        Route("/manage/heatmap/{kind}/{item:path}", server.heatmap),
         Route("/manage/deactivate", server.deactivate, methods=["POST"]),
         Route("/manage/exclude", server.exclude, methods=["POST"]),
+        Route("/manage/include", server.include, methods=["POST"]),
         Route("/manage/reassign", server.reassign, methods=["POST"]),
     ]
     handlers = {
         Conflict: lambda request, error: JSONResponse(
-            {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer}, 409
+            {
+                "error": "Another tab has changed it.",
+                "revision": error.revision,
+                "answer": error.answer,
+                "suggestion": server.suggestion(error.suggestion),
+            },
+            409,
         ),
         Incomplete: lambda request, error: JSONResponse(
             {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422
@@ -107,8 +114,8 @@ class Server(web.Site):
         message = None if work else NO_WORK
         return JSONResponse(
             {
-                "work": work and _work_json(work),
-                "progress": dataclasses.asdict(progress),
+                "work": work and _work_json(work) | {"suggestion": self.suggestion(work.suggestion)},
+                "progress": dataclasses.asdict(progress) | {"total_open": _about(progress.total_open)},
                 "message": message,
             }
         )
@@ -122,12 +129,21 @@ class Server(web.Site):
         return JSONResponse({"revision": revision})
 
     async def finish(self, request: Request) -> Response:
-        """Ends an image's answer; in the practice the reply holds the right answers."""
+        """Ends an image's answer; in the practice the reply holds the right answers.
+
+        A first answer may be followed by a suggestion, which the reply holds, and another answer.
+        """
         person, item, body = await self._write(request)
         found = await run_in_threadpool(
             self._store.finish, person, item, body["revision"], body["answer"], body["seconds"]
         )
+        if found and "suggestion" in found:
+            return JSONResponse(found | {"suggestion": self.suggestion(found["suggestion"])})
         return JSONResponse({"feedback": found and self._feedback(found)})
+
+    def suggestion(self, suggestion: Suggestion | None) -> dict[str, Any] | None:
+        """Returns what the script needs of a suggestion that its rater may see."""
+        return None if suggestion is None else suggestions.for_page(suggestion, self._store.config)
 
     def _feedback(self, found: Mapping[str, Any]) -> dict[str, Any]:
         lines = [f"Your answer is {found['score']:.0%} like ours."]
@@ -159,16 +175,14 @@ class Server(web.Site):
     async def manage(self, request: Request) -> Response:
         """Returns the manager's page."""
         await self.person(request, is_manager=True)
-        values = await run_in_threadpool(manage.overview, self._store)
+        search = request.query_params.get("search", "")
+        values = await run_in_threadpool(manage.overview, self._store, search)
         return self.page(request, "manage.html", values | {"shown": SHOWN})
 
     async def agreement(self, request: Request) -> Response:
         """Returns the page of the raters' agreement, which takes seconds for thousands of answers."""
         await self.person(request, is_manager=True)
-        try:
-            values = await run_in_threadpool(manage.agreement, self._store)
-        except errors.UserError as error:
-            raise HTTPException(400, str(error)) from None
+        values = await run_in_threadpool(manage.agreement, self._store)
         return self.page(request, "agreement.html", values)
 
     async def manage_item(self, request: Request) -> Response:
@@ -182,34 +196,52 @@ class Server(web.Site):
         item = await self._any_item(request)
         return await run_in_threadpool(web.image, self._store.image_path(item))
 
+    async def heatmap(self, request: Request) -> Response:
+        """Returns the picture of an image's consolidated heatmap."""
+        item, kind = await self._any_item(request), request.path_params["kind"]
+        picture = kind in feedback.HEATMAPS and await run_in_threadpool(
+            manage.heatmap, self._store, item, kind
+        )
+        if not picture:
+            raise HTTPException(404, "Nothing is marked.")
+        return Response(picture, media_type="image/png")
+
     async def deactivate(self, request: Request) -> Response:
         """Withdraws a rater's link; their answers stay."""
         await self.person(request, is_manager=True)
-        form = await request.form()
+        form = await request.form(max_files=0)
         await run_in_threadpool(self._store.deactivate, web.number(form, "rater"))
         return RedirectResponse("/manage", 303)
 
     async def exclude(self, request: Request) -> Response:
         """Makes an answer not count, for a reason."""
         await self.person(request, is_manager=True)
-        form = await request.form()
-        try:
-            await run_in_threadpool(
-                self._store.exclude, web.number(form, "answer"), str(form.get("reason", ""))
-            )
-        except KeyError:
-            raise HTTPException(404, "There is no such answer.") from None
-        return RedirectResponse("/manage", 303)
+        form = await request.form(max_files=0)
+        return await self._decide(
+            self._store.exclude, web.number(form, "answer"), str(form.get("reason", ""))
+        )
+
+    async def include(self, request: Request) -> Response:
+        """Makes an excluded answer count."""
+        await self.person(request, is_manager=True)
+        return await self._decide(self._store.include, web.number(await request.form(max_files=0), "answer"))
 
     async def reassign(self, request: Request) -> Response:
-        """Gives an image that was skipped back to the raters."""
+        """Gives an image to the raters, or to the one that the form names."""
         await self.person(request, is_manager=True)
-        item = str((await request.form()).get("item", ""))
+        form = await request.form(max_files=0)
+        rater = web.number(form, "rater") if form.get("rater") else None
+        return await self._decide(self._store.reassign, str(form.get("item", "")), rater)
+
+    async def _decide(self, decide: Callable[..., str], *arguments: Any) -> Response:
+        """Runs one of the manager's decisions, which returns the image's name, and shows the image again."""
         try:
-            await run_in_threadpool(self._store.reassign, item)
+            item = await run_in_threadpool(decide, *arguments)
+        except KeyError:
+            raise HTTPException(404, "There is no such answer.") from None
         except errors.UserError as error:
             raise HTTPException(400, str(error)) from None
-        return RedirectResponse("/manage", 303)
+        return RedirectResponse(f"/manage/items/{manage.path(item)}", 303)
 
     async def _any_item(self, request: Request) -> Item:
         """Returns the item of a manager's request."""
@@ -233,11 +265,11 @@ def serve(store: Store, host: str, port: int) -> None:
 
 
 def _work_json(work: Work) -> dict[str, Any]:
-    """Returns what the script needs of an image; nothing that tells a gold item."""
+    """Returns what the script needs of an image; nothing that tells a gold item or its suggestion."""
     item = work.item
     return {
         "id": item.id,
-        "image": f"/image/{urllib.parse.quote(item.id, safe='')}",
+        "image": f"/image/{manage.path(item.id)}",
         "width": item.width,
         "height": item.height,
         "pieces": _pieces(item.prompt),
@@ -246,6 +278,16 @@ def _work_json(work: Work) -> dict[str, Any]:
         "is_calibration": work.is_calibration,
         "seconds": work.seconds,
     }
+
+
+def _about(count: int) -> int:
+    """Rounds up to tens, or to two digits. A rater who knew the number would see which images are gold.
+
+    >>> _about(0), _about(3), _about(30), _about(1204)
+    (0, 10, 30, 1300)
+    """
+    step = 10 ** max(1, len(str(count)) - 2)
+    return -(-count // step) * step
 
 
 def _pieces(prompt: str) -> list[tuple[str, bool]]:

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 from richhf_jax import errors, writing
 from richhf_jax.annotate import answers as forms
-from richhf_jax.annotate import assignment, database, project, records
+from richhf_jax.annotate import assignment, database, project, records, settings
 from richhf_jax.annotate.rater_work import RaterWork
-from richhf_jax.annotate.records import Answer, Item
+from richhf_jax.annotate.records import Answer, Item, Person
 from richhf_jax.datasets import ratings
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import printable
 
 # An item that the manager gives to a rater is kept for them for a week.
 _GIVEN_SECONDS = 7 * 24 * 3600
+_NO_PLACE = "has all its answers, or raters are at work on it: exclude an answer first"
 
 
 class Store(RaterWork):
@@ -32,15 +33,10 @@ class Store(RaterWork):
           errors.UserError: the folder is no project, its settings are wrong, or a newer version made it.
         """
         place = pathlib.Path(folder)
-        try:
+        with database.explained_errors(place / project.DATABASE):
             super().__init__(place, clock)
             with self._database.transaction() as db:
                 self._reopen(db)
-        except sqlite3.Error as error:
-            raise errors.UserError(
-                f"{place / project.DATABASE}: {error}. Give the right to write the folder, or restore"
-                " the file from a backup"
-            ) from error
 
     @classmethod
     def create(
@@ -58,19 +54,11 @@ class Store(RaterWork):
         """
         place = pathlib.Path(folder)
         writing.make_folder(place)
-        database.create(place / project.DATABASE)
+        database.create(place / project.DATABASE, database.PROJECT)
         project.write_config(place, config)
         store = cls(place, clock)
         store.add_items(items)
         return store
-
-    def close(self) -> None:
-        """Closes the database."""
-        self._database.close()
-
-    def backup(self, path: pathlib.Path) -> None:
-        """Copies the database to a file; see `database.Database.backup`."""
-        self._database.backup(path)
 
     # The manager's part.
 
@@ -94,19 +82,50 @@ class Store(RaterWork):
             rows = db.execute("SELECT id FROM items WHERE state = 'manager' ORDER BY number")
             return [row[0] for row in rows]
 
-    def exclude(self, answer_id: int, reason: str) -> None:
+    def exclude(self, answer_id: int, reason: str) -> str:
         """Makes an answer not count. It is kept, and its item gets another one.
 
+        Returns:
+          The item's id.
+
         Raises:
-          KeyError: there is no such answer.
+          KeyError: there is no such answer, or it is a draft.
         """
         with self._database.transaction() as db:
-            changed = db.execute(
-                "UPDATE answers SET excluded = ? WHERE id = ?", (printable(reason), answer_id)
-            ).rowcount
-            if not changed:
-                raise KeyError(answer_id)
+            row = self._ended(db, answer_id)
+            db.execute("UPDATE answers SET excluded = ? WHERE id = ?", (printable(reason), answer_id))
             self._reopen(db)
+            return row["item_id"]
+
+    def include(self, answer_id: int) -> str:
+        """Makes an answer count that was excluded.
+
+        Returns:
+          The item's id.
+
+        Raises:
+          KeyError: as `exclude`.
+          errors.UserError: others have taken its place meanwhile, or it was skipped: who skipped an item may
+            have it given back, see `reassign`.
+        """
+        with self._database.transaction() as db:
+            row = self._ended(db, answer_id)
+            name = for_terminal(row["item_id"])
+            if row["state"] != "done":
+                raise errors.UserError(f"{name} was skipped: there is no answer that could count")
+            others = assignment.other_places(db, row["number"], row["person"], self._clock())
+            if row["gold"] is None and others >= self.config.raters:
+                raise errors.UserError(f"{name} {_NO_PLACE}")
+            db.execute("UPDATE answers SET excluded = NULL WHERE id = ?", (answer_id,))
+            self._fill(db, row["number"])
+            return row["item_id"]
+
+    def _ended(self, db: sqlite3.Connection, answer_id: int) -> sqlite3.Row:
+        """Returns an answer that is no draft, beside its item."""
+        rows = self._rows(db, "answers.id = ? AND answers.state != 'draft'", answer_id)
+        if not rows:
+            raise KeyError(answer_id)
+        return rows[0]
 
     def add_answers(self, given: Iterable[tuple[ratings.Rating, str, float]]) -> int:
         """Adds finished answers from elsewhere, all or none.
@@ -153,55 +172,88 @@ class Store(RaterWork):
         if item["gold"] is None and others >= self.config.raters:
             raise errors.UserError(
                 f"{place}: {others} raters have answered or are at work, and `raters` in"
-                f" {project.CONFIG} allows no more"
+                f" {settings.CONFIG} allows no more"
             )
         self._insert(db, item["number"], person, 0, False, now)
         row = self._rows(db, "answers.person = ? AND items.number = ?", person, item["number"])[0]
         self._write(db, row, "done", answer, seconds)
+        if rating.suggested:  # By which suggestion isn't known here.
+            db.execute("UPDATE answers SET shown = '{}' WHERE id = ?", (row["id"],))
         self._fill(db, item["number"])
 
-    def reassign(self, item_id: str, person_id: int | None = None) -> None:
-        """Gives an item that was skipped back to the raters, or to one of them.
+    def reassign(self, item_id: str, person_id: int | None = None) -> str:
+        """Gives an item to the raters, or to one of them. Earlier skips no longer count.
 
         Args:
           item_id: the item.
           person_id: who gets it next, and keeps it for a week; None: anyone.
 
+        Returns:
+          The item's id.
+
         Raises:
-          errors.UserError: there is no such item, it has all its answers, or the rater has answered it.
+          errors.UserError: there is no such item, or the rater can't get it; the message says why.
         """
         now = self._clock()
         with self._database.transaction() as db:
-            item = db.execute("SELECT * FROM items WHERE id = ?", (item_id,)).fetchone()
-            if item is None:
-                raise errors.UserError(f"{for_terminal(item_id)}: the project has no such item")
+            item = self._known(db, item_id)
             number = item["number"]
+            if person_id is not None and (obstacle := self._obstacle(db, item, person_id, now)):
+                raise errors.UserError(obstacle)
             db.execute(
                 "UPDATE answers SET excluded = 'reassigned'"
-                " WHERE item = ? AND state IN ('skipped', 'broken')",
+                " WHERE item = ? AND state IN ('skipped', 'broken') AND excluded IS NULL",
                 (number,),
             )
-            db.execute("UPDATE items SET state = 'open' WHERE number = ?", (number,))
-            self._fill(db, number)
+            self._reopen(db)
             if person_id is not None:
-                self._give(db, item, person_id, now)
+                self._give(db, number, person_id, now)
+            return item_id
 
-    def _give(self, db: sqlite3.Connection, item: sqlite3.Row, person_id: int, now: float) -> None:
-        """Makes a draft of an item for a rater, or opens the one that they skipped."""
-        if assignment.other_places(db, item["number"], person_id, now) >= self.config.raters:
-            raise errors.UserError(
-                f"{for_terminal(item['id'])} has all its answers, or raters are at work: exclude an answer"
-                " first"
-            )
-        number, end = item["number"], now + _GIVEN_SECONDS
-        mine = db.execute(
-            "SELECT * FROM answers WHERE item = ? AND person = ? ORDER BY round DESC", (number, person_id)
+    def candidates(self, item_id: str) -> list[Person]:
+        """Returns the raters whom `reassign` can give an item to.
+
+        Raises:
+          errors.UserError: there is no such item.
+        """
+        now = self._clock()
+        with self._database.connection() as db:
+            item = self._known(db, item_id)
+            rows = db.execute("SELECT * FROM people ORDER BY id").fetchall()
+            return [records.person(row) for row in rows if not self._obstacle(db, item, row["id"], now)]
+
+    def _known(self, db: sqlite3.Connection, item_id: str) -> sqlite3.Row:
+        item = db.execute("SELECT * FROM items WHERE id = ?", (item_id,)).fetchone()
+        if item is None:
+            raise errors.UserError(f"{for_terminal(item_id)}: the project has no such item")
+        return item
+
+    def _obstacle(self, db: sqlite3.Connection, item: sqlite3.Row, person_id: int, now: float) -> str | None:
+        """Returns why an item can't be given to a person; None where it can."""
+        name, number = for_terminal(item["id"]), item["number"]
+        if item["gold"] is not None:
+            return f"{name} is a gold image, which comes to each rater by itself: give it back to anyone"
+        person = db.execute("SELECT * FROM people WHERE id = ?", (person_id,)).fetchone()
+        if person is None or person["is_manager"] or not person["active"]:
+            return "this person is no active rater: choose another one"
+        if not person["passed"] and assignment.calibration_numbers(db, self.config):
+            return "this rater is still in the practice: choose another one"
+        ended = db.execute(
+            "SELECT 1 FROM answers WHERE item = ? AND person = ? AND state = 'done'", (number, person_id)
         ).fetchone()
-        if mine is None:
+        if ended:
+            return f"this rater has answered {name}: choose another one"
+        if assignment.other_places(db, number, person_id, now) >= self.config.raters:
+            return f"{name} {_NO_PLACE}"
+        return None
+
+    def _give(self, db: sqlite3.Connection, number: int, person_id: int, now: float) -> None:
+        """Makes a draft of an item for a rater, or opens the one that they have or skipped."""
+        draft = (number, person_id)
+        if not db.execute("SELECT 1 FROM answers WHERE item = ? AND person = ?", draft).fetchone():
             self._insert(db, number, person_id, 0, False, now)
-        elif mine["state"] == "done":
-            raise errors.UserError(f"this rater has answered {for_terminal(item['id'])}: choose another one")
         db.execute(
-            "UPDATE answers SET state = 'draft', excluded = NULL, expires = ? WHERE item = ? AND person = ?",
-            (end, number, person_id),
+            "UPDATE answers SET state = 'draft', reason = '', excluded = NULL, expires = ?"
+            " WHERE item = ? AND person = ?",
+            (now + _GIVEN_SECONDS, *draft),
         )

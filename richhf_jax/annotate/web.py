@@ -9,9 +9,9 @@ import collections
 import hashlib
 import importlib.resources
 import json
-import math
 import pathlib
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,16 +24,17 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from richhf_jax import errors
+from richhf_jax.annotate import project
 from richhf_jax.annotate.people import People
-from richhf_jax.annotate.records import NotYours, Person
+from richhf_jax.annotate.records import MAX_SECONDS, Conflict, NotYours, Person
 from richhf_jax.inputs import containers
 
 # Bytes of a request's body. The largest answer, with 1,000 points of a kind, is a tenth of it.
@@ -51,8 +52,9 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    # The first address holds the secret.
-    "Referrer-Policy": "no-referrer",
+    # The first address holds the secret, so no other site gets it. "no-referrer" would do the same, but then
+    # browsers send forms with the Origin "null", which `Guard` refuses.
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
@@ -93,7 +95,10 @@ class Attempts:
 
 
 class Guard:
-    """Wraps the app: sets the headers of every response, and refuses writes that other sites' pages send."""
+    """Wraps the whole app: sets every response's headers, and refuses writes that other sites' pages send.
+
+    A connection whose request's body wasn't read to its end is closed.
+    """
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -103,20 +108,31 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
+        headers = Headers(scope=scope)
+        has_more = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
+
+        async def receive_body() -> Message:
+            nonlocal has_more
+            message = await receive()
+            has_more = message.get("more_body", False)
+            return message
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
                 headers.setdefault("Cache-Control", "no-store")
+                if has_more:
+                    # Else the server would read the rest, however long it is, to throw it away.
+                    headers["Connection"] = "close"
             await send(message)
 
-        headers = Headers(scope=scope)
         # Browsers send an Origin with every write. Behind a proxy the scheme may differ, the host may not.
         origin = headers.get("Origin", "").partition("://")[2]
         if scope["method"] not in ("GET", "HEAD") and (not origin or origin != headers.get("Host")):
             response = JSONResponse({"error": "The request comes from another site's page."}, 403)
             return await response(scope, receive, send_with_headers)
-        return await self._app(scope, receive, send_with_headers)
+        return await self._app(scope, receive_body, send_with_headers)
 
 
 class Site:
@@ -139,7 +155,7 @@ class Site:
         )
         self._templates = Jinja2Templates(env=environment)
 
-    def app(self, routes: Sequence[BaseRoute], handlers: Mapping[Any, Any]) -> Starlette:
+    def app(self, routes: Sequence[BaseRoute], handlers: Mapping[Any, Any]) -> ASGIApp:
         """Makes the app of the site's own routes and handlers of errors, and of those that all sites have."""
         look = importlib.resources.files("richhf_jax.pages") / "templates/look.css"
 
@@ -148,10 +164,16 @@ class Site:
 
         common: dict[Any, Any] = {
             HTTPException: self._http_error,
+            Conflict: lambda request, error: JSONResponse(
+                {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer},
+                409,
+            ),
             NotYours: lambda request, error: error_reply(404, "This image is not open for you."),
             sqlite3.OperationalError: _storage_error,
+            # A browser was closed, or lost its network. Nobody reads the reply.
+            ClientDisconnect: lambda request, error: Response(status_code=400),
         }
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/r/{secret}", self._enter),
                 Route("/m/{secret}", self._enter),
@@ -159,10 +181,10 @@ class Site:
                 Route("/static/look.css", get_look),
                 Mount("/static", StaticFiles(packages=[(name, "static") for name in self._packages])),
             ],
-            middleware=[Middleware(Guard)],
             exception_handlers=common | dict(handlers),
             max_body_size=MAX_BODY,
         )
+        return Guard(app)
 
     def page(self, request: Request, template: str, values: Mapping[str, Any], status: int = 200) -> Response:
         """Returns a page made of a template."""
@@ -205,7 +227,7 @@ class Site:
 
 
 async def body(request: Request, fields: Mapping[str, type]) -> dict[str, Any]:
-    """Returns a request's body: a JSON object with fields of these types; `seconds` is not negative."""
+    """Returns a request's body: a JSON object with fields of these types; `seconds` is 0 to MAX_SECONDS."""
     try:
         found = json.loads(await request.body())
     except (ValueError, RecursionError):
@@ -214,8 +236,8 @@ async def body(request: Request, fields: Mapping[str, type]) -> dict[str, Any]:
         kinds = (float, int) if kind is float else (kind,)
         if not isinstance(found, dict) or type(found.get(name)) not in kinds:
             raise HTTPException(400, f"The request's {name!r} must be of type {kind.__name__}.")
-    if not 0 <= found.get("seconds", 0) < math.inf:
-        raise HTTPException(400, "The request's 'seconds' must be a positive number.")
+    if not 0 <= found.get("seconds", 0) <= MAX_SECONDS:
+        raise HTTPException(400, f"The request's 'seconds' must be 0 to {MAX_SECONDS}.")
     return found
 
 
@@ -229,7 +251,12 @@ def number(form: FormData, name: str) -> int:
 
 def image(path: pathlib.Path) -> Response:
     """Returns an image. Its bytes alone say of which type it is."""
-    data = path.read_bytes()
+    try:
+        data = project.read_image(path)
+    except errors.UserError as error:
+        print(error, file=sys.stderr)  # For who serves the page; raters learn no paths.
+        told = "The image is missing or has changed. Please tell who sent you the link."
+        raise HTTPException(404, told) from None
     try:
         form = containers.read(data).format
     except containers.ImageError as error:
@@ -248,7 +275,7 @@ def error_reply(status: int, text: str) -> Response:
     return JSONResponse({"error": text}, status)
 
 
-def run(app: Starlette, host: str, port: int) -> None:
+def run(app: ASGIApp, host: str, port: int) -> None:
     """Serves an app until it is interrupted."""
     # A log of requests would hold the secrets of the links.
     uvicorn.run(app, host=host, port=port, access_log=False, server_header=False, log_level="warning")

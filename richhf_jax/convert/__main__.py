@@ -16,7 +16,6 @@ predictions model.json and the vocabulary: vocabulary.model, or CLIP's tokenizer
 """
 
 import contextlib
-import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import safetensors
 from absl import flags
 from flax import traverse_util
 
-from richhf_jax import clip_tokens, errors, gin_utils, reading, train_state, writing
+from richhf_jax import errors, gin_utils, reading, train_state, writing
 from richhf_jax.convert import (
     clip,
     huggingface,
@@ -37,10 +36,11 @@ from richhf_jax.convert import (
     resnet,
     t5x,
     vit_npz,
+    vocabularies,
     writers,
 )
 from richhf_jax.convert.source import ConvertError, Source
-from richhf_jax.model_description import SYSTEMS, VOCABULARY_FILE, ModelDescription
+from richhf_jax.model_description import CONVERSION_FILE, SYSTEMS, ModelDescription
 
 _FROM = flags.DEFINE_multi_string(
     "from",
@@ -201,13 +201,12 @@ def describe(
       paths: where the parameters came from.
       lengths: feature lengths, of which the system's are taken: "image" in pixels, "inputs" and "targets" in
         tokens.
-      vocabulary: path of a SentencePiece model; only a local one is read. None: the small one of `tasks/`.
-        For CLIP, path of a tokenizer.json; None: that of `paths`.
+      vocabulary: path of the vocabulary, see `vocabularies.find`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
       fit: how pictures become square, see `pixels.square`.
 
     Raises:
-      errors.UserError: CLIP's vocabulary is damaged, or another model's.
+      errors.UserError: see `vocabularies.find`.
     """
     system = SYSTEMS[model.system]
     network = model.module
@@ -220,46 +219,15 @@ def describe(
                 if hasattr(config, "scan_layers")
             }
         )
-    read = _clip_vocabulary if system.vocabulary_file == clip_tokens.FILE else _sentencepiece
     return ModelDescription(
         network,
         {name: lengths[name] for name in system.lengths},
         fit,
         model.misalignment_threshold if system.marks_words else None,
         {"converted_from": ", ".join(paths)},
-        read(model, paths, vocabulary) if system.vocabulary_file else None,
+        vocabularies.find(model, paths, vocabulary),
         system=model.system,
     )
-
-
-def _sentencepiece(model: Any, paths: Sequence[str], path: str | None) -> bytes | None:
-    """Reads the SentencePiece model at a local path; None: the small one."""
-    del model, paths
-    place = _small_vocabulary("sentencepiece_small.model") if path is None else pathlib.Path(path)
-    return place.read_bytes() if place.is_file() else None
-
-
-def _clip_vocabulary(model: Any, paths: Sequence[str], path: str | None) -> bytes | None:
-    """Reads CLIP's vocabulary at a path, or else the one that lies beside weights; None: there is none."""
-    folders = [pathlib.Path(one) for one in paths]
-    folders = [one if one.is_dir() else one.parent for one in folders]
-    if path == "clip_small":
-        path = str(_small_vocabulary("clip_small.json"))
-    places = [path] if path else [one for one in folders if clip_tokens.is_in(one)]
-    if not places:
-        return None
-    tokens = clip_tokens.read(places[0])
-    tokens.check_size(model.vocab_size)
-    return tokens.content
-
-
-def _small_vocabulary(name: str) -> pathlib.Path:
-    """Finds the vocabulary beside `tasks`, without importing `tasks` and so TensorFlow."""
-    tasks = importlib.util.find_spec("tasks")
-    # `tasks` is installed with this package.
-    assert tasks is not None
-    assert tasks.origin is not None
-    return pathlib.Path(tasks.origin).parent / name
 
 
 def convert(
@@ -305,14 +273,13 @@ def convert(
     ):
         for line in _WRITERS[output](directory, conversion.tensors, configs):
             print(line)
-        writing.write(directory / "conversion.txt", table + "\n")
+        writing.write(directory / CONVERSION_FILE, table + "\n")
         gin_utils.write_operative_config(directory / "config.gin")
         if description and output != "huggingface":
             description.write(directory)
             file = SYSTEMS[description.system].vocabulary_file
-            if file and description.vocabulary is None:
-                kind = "SentencePiece model" if file == VOCABULARY_FILE else "vocabulary"
-                print(f"for predictions, copy the {kind} to {to}/{file}")
+            if file and description.vocabulary is None:  # CLIP's is never missing.
+                print(f"for predictions, copy the SentencePiece model to {to}/{file}")
     return table
 
 
@@ -332,6 +299,8 @@ def main() -> None:
     }
     model.check_image_size(lengths["image"], lengths["image"])
     fit = gin_utils.macro("FIT")
+    for path in paths:  # What is wrong with the weights comes before what is wrong with the vocabulary.
+        open_weights(path)
     description = describe(
         model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
     )

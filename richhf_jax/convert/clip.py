@@ -10,8 +10,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from richhf_jax.convert import huggingface, safetensors_files, torch_files
 from richhf_jax.convert.source import ConvertError, Source, State, Tensor, read_json
+from richhf_jax.network import clip
 
 # `hidden_act` -> TowerConfig.quick_gelu.
 QUICK_GELU = {"quick_gelu": True, "gelu": False}
@@ -20,6 +23,7 @@ _TEXT = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, 
 _VISION = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
 _VISION |= {"patch_size": 32}
 _BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}
+_PREPROCESSOR = "preprocessor_config.json"
 # Models that are no CLIP, though they hold one of its towers or look like it.
 _NO_CLIP = {
     "clip_text_model": "CLIP's text tower alone: the similarity needs both towers",
@@ -35,11 +39,11 @@ _LAYER = {
     "mlp/wo": ("mlp.fc2", "mlp.c_proj"),
 }
 _QKV = ("query", "key", "value")
-# What a state dict of open_clip is known by, also one whose text tower is an object of its own.
-_OPEN_CLIP = "visual.conv1.weight"
+_PATCHES = "visual.conv1.weight"
+# What a state dict of open_clip is known by, also one tower, or one whose text tower is an object of its own.
+_OPEN_CLIP = (_PATCHES, "transformer.resblocks.0.attn.in_proj_weight")
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def is_huggingface(path: str) -> bool:
@@ -61,6 +65,9 @@ def open_huggingface(path: str) -> Source:
         raise ConvertError(f"{directory / 'config.json'}: the model is {_NO_CLIP[kind]}")
     state = huggingface.read_weights(directory)
     try:
+        if (file := directory / _PREPROCESSOR).is_file():
+            pixels = read_json(file)
+            _check_pixels(file, pixels.get("image_mean"), pixels.get("image_std"))
         source = _open_huggingface(path, config, state.tensors)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise huggingface.senseless(directory, error) from error
@@ -91,14 +98,53 @@ def _open_huggingface(path: str, config: Mapping[str, Any], state: Mapping[str, 
         tensors=tensors,
         unused=huggingface.unused(state, tensors),
         settings={
-            **_tower_settings(path, "text_config", text),
+            **text_settings(path, text),
             **_tower_settings(path, "vision_config", vision),
-            # The highest id is the end's, too, where no `eos_token_id` says so.
-            "text_config.end_id": None
-            if text["eos_token_id"] in (2, text["vocab_size"] - 1)
-            else text["eos_token_id"],
         },
     )
+
+
+def _check_pixels(file: pathlib.Path, mean: Any, deviation: Any) -> None:
+    """Checks that weights take pixels as our network makes them.
+
+    Args:
+      file: the configuration, for messages.
+      mean, deviation: those that it gives for the three colours; None: it gives none.
+
+    Raises:
+      ConvertError: they are others, or none at all.
+    """
+    for name, theirs, ours in (("mean", mean, clip.MEAN), ("deviation", deviation, clip.DEVIATION)):
+        if theirs is None:
+            continue
+        if not np.allclose(theirs, ours, atol=1e-3):
+            raise ConvertError(
+                f"{file}: the weights take pixels of the {name} {theirs}; our CLIP has OpenAI's only,"
+                f" {[*ours]}, so every prediction would be wrong"
+            )
+
+
+def start_id(folder: pathlib.Path) -> int | None:
+    """Returns the id before a text by a directory's config.json; None: it says none, or 0 as older ones do.
+
+    The older ones say 0, 1 and 2 of start, padding and end, which are no special tokens of CLIP's vocabulary.
+    """
+    file = folder / "config.json"
+    if not file.is_file() or not isinstance(config := read_json(file).get("text_config"), dict):
+        return None
+    return config.get("bos_token_id") or None
+
+
+def with_text_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of a text tower alone, with what its file leaves out."""
+    return _section({"text_config": config}, "text_config", _TEXT)
+
+
+def text_settings(path: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `Source.settings` of a text tower's configuration."""
+    # The highest id is the end's, too, where no `eos_token_id` says so.
+    end_id = None if text["eos_token_id"] in (2, text["vocab_size"] - 1) else text["eos_token_id"]
+    return _tower_settings(path, "text_config", text) | {"text_config.end_id": end_id}
 
 
 def _section(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,23 +170,35 @@ def _huggingface_names(text_layers: int, vision_layers: int) -> dict[str, str]:
     """Returns our names -> Hugging Face's, without the image tower's class token and positions."""
     names = {
         "logit_scale": "logit_scale",
-        "text_projection/kernel": "text_projection.weight",
         "image_projection/kernel": "visual_projection.weight",
-        "text/token_embedder/embedding": "text_model.embeddings.token_embedding.weight",
-        "text/position_embedding/embedding": "text_model.embeddings.position_embedding.weight",
         "vision/patch_embedding/kernel": "vision_model.embeddings.patch_embedding.weight",
     }
     modules = {
-        "text/encoder_norm": "text_model.final_layer_norm",
         "vision/pre_encoder_norm": "vision_model.pre_layrnorm",
         "vision/encoder_norm": "vision_model.post_layernorm",
     }
-    for stack, depth in (("text", text_layers), ("vision", vision_layers)):
-        for i in range(depth):
-            ours, theirs = f"{stack}/layers_{i}", f"{stack}_model.encoder.layers.{i}"
-            modules |= {f"{ours}/{name}": f"{theirs}.{other}" for name, (other, _) in _LAYER.items()}
-            modules |= {f"{ours}/attention/{name}": f"{theirs}.self_attn.{name[0]}_proj" for name in _QKV}
+    modules |= _layer_modules("vision", vision_layers)
+    return names | _parameters(modules) | text_names(text_layers)
+
+
+def text_names(num_layers: int) -> dict[str, str]:
+    """Returns our names of the text tower's parameters, and its projection's -> Hugging Face's."""
+    names = {
+        "text_projection/kernel": "text_projection.weight",
+        "text/token_embedder/embedding": "text_model.embeddings.token_embedding.weight",
+        "text/position_embedding/embedding": "text_model.embeddings.position_embedding.weight",
+    }
+    modules = {"text/encoder_norm": "text_model.final_layer_norm"} | _layer_modules("text", num_layers)
     return names | _parameters(modules)
+
+
+def _layer_modules(stack: str, depth: int) -> dict[str, str]:
+    modules = {}
+    for i in range(depth):
+        ours, theirs = f"{stack}/layers_{i}", f"{stack}_model.encoder.layers.{i}"
+        modules |= {f"{ours}/{name}": f"{theirs}.{other}" for name, (other, _) in _LAYER.items()}
+        modules |= {f"{ours}/attention/{name}": f"{theirs}.self_attn.{name[0]}_proj" for name in _QKV}
+    return modules
 
 
 def _open_clip_names(text_layers: int, vision_layers: int) -> dict[str, str]:
@@ -151,7 +209,7 @@ def _open_clip_names(text_layers: int, vision_layers: int) -> dict[str, str]:
         "image_projection/kernel": "visual.proj",
         "text/token_embedder/embedding": "token_embedding.weight",
         "text/position_embedding/embedding": "positional_embedding",
-        "vision/patch_embedding/kernel": _OPEN_CLIP,
+        "vision/patch_embedding/kernel": _PATCHES,
     }
     modules = {
         "text/encoder_norm": "ln_final",
@@ -216,6 +274,10 @@ def open_open_clip(path: str) -> Source:
         )
     if "token_embedding.weight" not in state:
         raise ConvertError(f"{file}: the weights hold no text tower: the similarity needs both towers")
+    if _PATCHES not in state:
+        raise ConvertError(f"{file}: the weights hold no image tower: the similarity needs both towers")
+    if any(name.startswith("visual.layer1.") for name in state):
+        raise ConvertError(f"{file}: its image tower is a ResNet; our CLIP's is a ViT")
     stacks = {"text": "transformer.resblocks.", "vision": "visual.transformer.resblocks."}
     depths = [huggingface.depth(state, prefix) for prefix in stacks.values()]
     names = _open_clip_names(*depths)
@@ -271,11 +333,13 @@ def _open_clip_settings(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> tu
     settings: dict[str, Any] = {"text_config.end_id": None}
     if not file.is_file():
         return settings, (
-            f"there is no {file.name}, so the heads and the activation aren't checked: make sure that the gin"
-            " files are the model's"
+            f"there is no {file.name}, so heads, activation, and the pixels' mean and deviation aren't"
+            " checked: make sure that the gin files are the model's, and that the pixels are OpenAI's"
         )
     config = read_json(file)
     try:
+        pixels = config.get("preprocess_cfg", {})
+        _check_pixels(file, pixels.get("mean"), pixels.get("std"))
         model = config.get("model_cfg", config)
         quick_gelu = bool(model.get("quick_gelu", False))
         for name in ("text", "vision"):
@@ -283,7 +347,7 @@ def _open_clip_settings(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> tu
         settings["text_config.num_heads"] = model["text_cfg"]["heads"]
         width = tensors["vision/class_token"].shape[0]
         settings["vision_config.num_heads"] = width // model["vision_cfg"].get("head_width", 64)
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConvertError(f"{file} makes no sense: {type(error).__name__}: {error}") from error
     return settings, ""
 

@@ -28,6 +28,8 @@ T5_FIXED = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
+# The files of weights, in either format.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 T5_TYPES = ("t5", "mt5")
 POSITIONS, CLASS_TOKEN = "embeddings.position_embeddings", "embeddings.cls_token"
 # Names of the token table. Where a file has several of them, they are one table.
@@ -93,7 +95,7 @@ def _open_t5(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     # Transformers 5 always writes tie_word_embeddings = true; its former meaning has another name.
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)) is not False
     tied = scaled and config["model_type"] == "t5"
-    depths = _depth_in(config, "num_layers"), _depth_in(config, "num_decoder_layers", config["num_layers"])
+    depths = depth_in(config, "num_layers"), depth_in(config, "num_decoder_layers", config["num_layers"])
     if not any(name.startswith("decoder.block.") for name in state):
         depths = depths[0], 0
     tensors = t5_tensors(state, tied=tied)
@@ -126,7 +128,7 @@ def _open_vit(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor])
     height, width = np.broadcast_to(config.get("image_size", 224), 2).tolist()
     patch_size = config.get("patch_size", 16)
     tensors = vit_tensors(state, prefix, (height // patch_size, width // patch_size))
-    names = vit_names(_depth_in(config, "num_hidden_layers"))
+    names = vit_names(depth_in(config, "num_hidden_layers"))
     if not config.get("qkv_bias", True):
         names = {
             ours: theirs for ours, theirs in names.items() if not re.search("(query|key|value)/bias", ours)
@@ -145,7 +147,7 @@ def _open_vit(path: str, config: Mapping[str, Any], state: Mapping[str, Tensor])
     )
 
 
-def _depth_in(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def depth_in(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """Returns a number of layers. Raises KeyError or ValueError where there is none, or one without sense."""
     depth = config[name] if default is None else config.get(name) or default
     if type(depth) is not int or not 0 < depth <= MAX_LAYERS:
@@ -370,18 +372,23 @@ def _pixel_note(directory: pathlib.Path) -> str:
     )
 
 
-def read_weights(directory: pathlib.Path) -> State:
-    """Reads the weights of a directory; safetensors go before torch's own files."""
-    readers = {
-        "model.safetensors": lambda path: State(safetensors_files.read_safetensors(path)),
-        "pytorch_model.bin": torch_files.read_torch_file,
-    }
-    for name, read in readers.items():
+def read_weights(directory: pathlib.Path, names: tuple[str, str] = WEIGHTS) -> State:
+    """Reads the weights of a directory; safetensors go before torch's own files.
+
+    Args:
+      directory: where they are.
+      names: the files' names, in either format.
+
+    Raises:
+      ConvertError: there are none, or they are damaged.
+    """
+    readers = (lambda path: State(safetensors_files.read_safetensors(path)), torch_files.read_torch_file)
+    for name, read in zip(names, readers, strict=True):
         if (directory / name).is_file():
             return read(directory / name).unwrapped()
         if (directory / f"{name}.index.json").is_file():
             return _read_shards(directory / f"{name}.index.json", read).unwrapped()
-    raise ConvertError(f"{directory} holds no weights: no {' and no '.join(readers)}, whole or in shards")
+    raise ConvertError(f"{directory} holds no weights: no {' and no '.join(names)}, whole or in shards")
 
 
 def _read_shards(index: pathlib.Path, read: Callable[[pathlib.Path], State]) -> State:

@@ -14,6 +14,7 @@ from richhf_jax.convert import layers
 from richhf_jax.convert.source import ConvertError, Source, Tensor
 
 LOADED, RESAMPLED, INITIALISED, UNUSED = "loaded", "resampled", "initialised", "unused"
+_VARIANCE = "/norm/var"  # of batch statistics
 _POSITION_TABLE = "position_embedding/embedding"
 # The most positions of a table to resample: those of 4096 x 4096 pixels in patches of 16.
 _MAX_POSITIONS = 2**16
@@ -26,6 +27,8 @@ _GIN_NAMES = {
     "resnet_config": "resnet.ResNetConfig",
     "text_config": "clip.TextConfig",
     "vision_config": "clip.VisionConfig",
+    "transformer_config": "transformer.TransformerConfig",
+    "vqgan_config": "vqgan.VQGANConfig",
 }
 
 
@@ -123,12 +126,15 @@ def _merge(sources: Sequence[Source]) -> dict[str, tuple[int, Tensor]]:
             if name in found:
                 first = sources[found[name][0] - 1].path
                 raise ConvertError(f"{name} is in both {first} and {source.path}: give one of them")
-            found[name] = number, _checked(tensor, source.path)
+            found[name] = number, _checked(tensor, source.path, name.endswith(_VARIANCE))
     return found
 
 
-def _checked(tensor: Tensor, path: str) -> Tensor:
-    """Returns a tensor whose `read` raises ConvertError for everything but finite floating-point numbers."""
+def _checked(tensor: Tensor, path: str, is_variance: bool = False) -> Tensor:
+    """Returns a tensor whose `read` raises ConvertError for everything but finite floating-point numbers.
+
+    Of a variance, negative numbers are refused, too: a square root makes them NaN.
+    """
 
     def read() -> np.ndarray:
         try:
@@ -150,6 +156,11 @@ def _checked(tensor: Tensor, path: str) -> Tensor:
             raise ConvertError(
                 f"{path}: {bad} of the {array.size} numbers of {tensor.origin} are NaN or infinite:"
                 " the file is damaged, or its training has failed"
+            )
+        if is_variance and (negative := np.count_nonzero(array < 0)):
+            raise ConvertError(
+                f"{path}: {negative} of the {array.size} numbers of {tensor.origin} are negative, which no"
+                " variance can be: the file is damaged; get it anew"
             )
         return array
 

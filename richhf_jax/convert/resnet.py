@@ -26,6 +26,8 @@ from richhf_jax.train_state import MUTABLES
 # A name that state dicts of torchvision and timm have, and no other model that we read.
 _MARK = "layer1.0.conv1.weight"
 _KIND = "resnet"
+# timm's names of the architecture. Variants of it may have the same arrays, and compute something else.
+_TIMM = re.compile(r"(tv_|gluon_|wide_)?resnet\d+(_v1b|_2)?(\..+)?")
 # Hugging Face's settings that our network has with these values only; they are the defaults there, too.
 _FIXED = {
     "layer_type": "bottleneck",
@@ -53,7 +55,10 @@ def is_resnet(path: str) -> bool:
         content = read_json(config)
         return content.get("model_type") == _KIND or _KIND in str(content.get("architecture"))
     place = pathlib.Path(path)
-    return place.is_file() and any(name.endswith(_MARK) for name in _read(place).tensors)
+    # A CLIP may have a ResNet, too.
+    return place.is_file() and any(
+        name.endswith(_MARK) and "visual." not in name for name in _read(place).tensors
+    )
 
 
 def open_resnet(path: str) -> Source:
@@ -68,6 +73,11 @@ def open_resnet(path: str) -> Source:
     state = (huggingface.read_weights(place) if directory else _read(place)).unwrapped()
     config = read_json(place / "config.json") if directory else {}
     if config.get("model_type") != _KIND:
+        if config and not _TIMM.fullmatch(kind := str(config.get("architecture"))):
+            raise ConvertError(
+                f"{place / 'config.json'}: architecture is {kind!r}; our ResNet is timm's 'resnet50' only:"
+                " variants of it compute something else"
+            )
         depths = _depths(path, [rf"layer{stage}\.(\d+)\." for stage in range(1, 5)], state.tensors)
         names = _names(depths, _torchvision_modules)
         return _source(path, "ResNet of torchvision or timm", depths, names, state)

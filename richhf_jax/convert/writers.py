@@ -24,7 +24,9 @@ def write_checkpoint(directory: pathlib.Path, tensors: Mapping[str, Tensor], con
     """Writes checkpoint_0 in `directory`, for INITIAL_CHECKPOINT_PATH. Returns no lines for the user."""
     del configs
     device = jax.local_devices(backend="cpu")[0]
-    save_checkpoint(directory, {name: jax.device_put(array, device) for name, array in _read(tensors)}, 0)
+    save_checkpoint(
+        directory, {name: jax.device_put(array, device) for name, array in read_in_order(tensors)}, 0
+    )
     return []
 
 
@@ -47,7 +49,7 @@ def save_checkpoint(directory: pathlib.Path, params: Mapping[str, jax.Array], st
 def write_safetensors(directory: pathlib.Path, tensors: Mapping[str, Tensor], configs: Any) -> list[str]:
     """Writes model.safetensors, with our names joined by "/". Returns no lines for the user."""
     del configs
-    _save(directory, dict(_read(tensors)), own.SAFETENSORS_METADATA)
+    _save(directory, dict(read_in_order(tensors)), own.SAFETENSORS_METADATA)
     return []
 
 
@@ -110,7 +112,7 @@ def _is_there(names: Any, tensors: Mapping[str, Tensor], lines: list[str], part:
     return not absent
 
 
-def _read(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+def read_in_order(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and values in the order of the source, so that layers stacked there are read once."""
     for name in sorted(tensors, key=lambda name: layers.natural_order(tensors[name].origin)):
         # A view would keep the whole array in memory, and safetensors writes memory without its strides.
@@ -121,7 +123,8 @@ def _read(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
 def _to_torch(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     wanted = {name: tensors[name] for name in names}
     return {
-        names[name]: np.ascontiguousarray(huggingface.to_torch(name, array)) for name, array in _read(wanted)
+        names[name]: np.ascontiguousarray(huggingface.to_torch(name, array))
+        for name, array in read_in_order(wanted)
     }
 
 

@@ -74,6 +74,21 @@ def mean_heatmap(heatmaps: Iterable[np.ndarray]) -> np.ndarray:
     return np.rint(total / count * 255).astype(np.uint8)
 
 
+def consolidated_heatmap(
+    points: Iterable[Sequence[ratings.Point]], height: int, width: int, radius: float
+) -> np.ndarray:
+    """Averages the heatmaps of raters' points; see `point_heatmap` and `mean_heatmap`.
+
+    Args:
+      points: each rater's points.
+      height, width, radius: as for `point_heatmap`.
+
+    Returns:
+      uint8 [height, width].
+    """
+    return mean_heatmap(point_heatmap(given, height, width, radius) for given in points)
+
+
 def majority_labels(labels: Sequence[Sequence[int]]) -> list[int]:
     """Takes a majority vote of the raters on each token; a tie is aligned.
 
@@ -112,8 +127,8 @@ def consolidate(image_ratings: Sequence[ratings.Rating]) -> dict[str, str | floa
     for kind, field in feedback.SCORE_FIELDS.items():
         record[field] = float(np.mean([feedback.standardise_rating(r.ratings[kind]) for r in image_ratings]))
     for kind, field in feedback.HEATMAP_FIELDS.items():
-        heatmaps = (point_heatmap(r.points[kind], r.height, r.width, radius) for r in image_ratings)
-        mean = mean_heatmap(heatmaps)
+        points = (r.points[kind] for r in image_ratings)
+        mean = consolidated_heatmap(points, first.height, first.width, radius)
         record[field] = encode_png(mean) if mean.any() else _encode_empty(mean.shape)
     labels = majority_labels([r.token_labels for r in image_ratings])
     record[feedback.KEYWORDS_FIELD] = feedback.format_labels(labels)

@@ -61,7 +61,7 @@ class RaterAgreement:
         items, raters = np.array([answer[:2] for answer in self._answers]).T
         values = np.array([answer[2] for answer in self._answers])
         columns: dict[str, np.ndarray] = dict(zip(feedback.SCORES, values.T, strict=True))
-        positive, voters = np.array(self._words).T
+        positive, voters = np.array(self._words, int).reshape(-1, 2).T
         return found | {
             "agreement": {kind: _scores(items, raters, column) for kind, column in columns.items()},
             "word_agreement": {

@@ -14,9 +14,11 @@ image need not be neighbours.
     ratings                {"plausibility": int, "alignment": int, "aesthetics": int, "overall": int}, 1 to 5
     tool_version           str    the annotation tool's version
     point_radius           str    "height/20": the radius of a point's disk as a share of the image's height
+    suggested              bool   whether the rater saw a model's answer before they gave this one; false if
+                                  it is missing
 
 Tokens are those of `feedback.tokenize_prompt`. All lines of an image have the same prompt, size and point
-radius. Every field is required. Further fields and blank lines are ignored.
+radius. Every other field is required. Further fields and blank lines are ignored.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ class RatingError(ValueError):
 class Rating:
     """One rater's answer on one image. `points`: kind of heatmap -> (x, y) in pixels.
 
-    `point_radius` is a share of the image's height.
+    `point_radius` is a share of the image's height. `suggested`: whether the rater saw a model's answer.
     """
 
     image_id: str
@@ -58,6 +60,7 @@ class Rating:
     ratings: dict[str, int]
     tool_version: str
     point_radius: float
+    suggested: bool = False
 
     def to_json(self) -> str:
         """Returns the answer as a line of a file of raw ratings."""
@@ -72,6 +75,7 @@ class Rating:
                 "ratings": self.ratings,
                 "tool_version": self.tool_version,
                 "point_radius": radius_rule(self.point_radius),
+                **({"suggested": True} if self.suggested else {}),
             },
             ensure_ascii=False,
         )
@@ -107,6 +111,7 @@ def parse_rating(line: str | bytes) -> Rating:
         },
         tool_version=_text(fields, "tool_version"),
         point_radius=parse_radius(_text(fields, "point_radius")),
+        suggested=_flag(fields, "suggested"),
     )
 
 
@@ -152,13 +157,19 @@ def _get(fields: dict, name: str, kind: type, wanted: str, where: str = ""):
 
 def _text(fields: dict, name: str) -> str:
     text = _get(fields, name, str, "a string")
-    if not text.strip():
+    if foreign_text.is_blank(text):
         raise RatingError(f"{name} is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RatingError(f"{name} can't be written as UTF-8: {error.reason}") from None
     return text
+
+
+def _flag(fields: dict, name: str) -> bool:
+    if type(value := fields.get(name, False)) is not bool:
+        raise RatingError(f"{name} must be true or false, got {_show(value)}")
+    return value
 
 
 def _integer(fields: dict, name: str, low: int, high: int, where: str) -> int:

@@ -4,16 +4,16 @@ A record is: uint64 length, uint32 checksum of these 8 bytes; the data; uint32 c
 https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
+import functools
 import struct
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, cast
 
 import google_crc32c
 from google.protobuf import message
-from tensorflow_datasets.proto import tf_example_pb2
 
-# The generated module makes its classes at run time, unseen by type checkers.
-_Example = cast(Any, tf_example_pb2).Example
+from richhf_jax import errors
+
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
 _HEADER_BYTES, _FOOTER_BYTES = _LENGTH.size + _CHECKSUM.size, _CHECKSUM.size
@@ -85,7 +85,7 @@ def offsets(file: IO[bytes], end: int) -> Iterator[int]:
 
 def serialize_example(values: Mapping[str, str | float | bytes]) -> bytes:
     """Serialises a tf.train.Example with one value per feature; equal values give equal bytes."""
-    example = _Example()
+    example = _example_class()()
     for name, value in values.items():
         feature = example.features.feature[name]
         if isinstance(value, float):
@@ -102,9 +102,26 @@ def parse_example(data: bytes) -> Mapping[str, Any]:
       RecordError: the data is no tf.train.Example.
     """
     try:
-        return _Example.FromString(data).features.feature
+        return _example_class().FromString(data).features.feature
     except message.DecodeError as error:
         raise RecordError("no tf.train.Example") from error
+
+
+@functools.cache
+def _example_class() -> Any:
+    """Imports tf.train.Example, which only those need who read or write examples.
+
+    Raises:
+      errors.UserError: TFDS, which has it, is missing.
+    """
+    try:
+        from tensorflow_datasets.proto import tf_example_pb2
+    except ImportError as error:
+        raise errors.UserError(
+            "records need TensorFlow Datasets: `pip install tensorflow-datasets`"
+        ) from error
+    # The generated module makes its classes at run time, unseen by type checkers.
+    return cast(Any, tf_example_pb2).Example
 
 
 def _data_size(header: bytes) -> int:

@@ -1,3 +1,1 @@
 """Exports checkpoints to programs and weights for use elsewhere: `python -m richhf_jax.export`."""
-
-CHECKSUMS = "SHA256SUMS"  # of all files of an export

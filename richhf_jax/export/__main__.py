@@ -4,13 +4,15 @@
 
     stablehlo    rahf.stablehlo: all outputs in one program, for CPU, GPU and TPU and any number of images;
                  its parameters are in model.safetensors
-    savedmodel   saved_model/: a TensorFlow SavedModel that takes image bytes and prompts, or arrays; it has
-                 tensorflow-text's operations, as TensorFlow Serving does (pip install -e '.[export]')
+    savedmodel   saved_model/: a TensorFlow SavedModel that takes image bytes and prompts, or arrays; if it
+                 reads text, it has tensorflow-text's operations, as TensorFlow Serving does
+                 (pip install -e '.[export]')
     safetensors  model.safetensors
     orbax        checkpoint_<step>/ without optimizer state
 
 Each has model.json, vocabulary.model, MODEL_CARD.md and SHA256SUMS beside it. `RahfPredictor` and
-`richhf_jax.predict` take each, except savedmodel, as a checkpoint.
+`richhf_jax.predict` take each, except savedmodel, as a checkpoint: they read the parameters and what
+describes the model, not the program.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from absl import logging
 
 from richhf_jax import errors, model_description, writing
 from richhf_jax.convert import own
-from richhf_jax.export import CHECKSUMS, card, program, stablehlo, weights
+from richhf_jax.export import card, program, stablehlo, weights
 from richhf_jax.predict import forward, predictor
 
 INTERFACE = "interface.json"
@@ -67,14 +69,14 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
             " give another --to"
         )
     saved_model.write(directory, job.description, job.params)
-    interface = program.interface(job.description) | {"requires": list(saved_model.REQUIRES)}
+    interface = program.interface(job.description) | {"requires": saved_model.requires(job.description)}
     _write_guide(directory, interface)
     shutil.copyfile(_HERE / "example_saved_model.py", directory / _EXAMPLE)
 
 
 def _reads_sentencepiece_or_nothing(description: model_description.ModelDescription) -> bool:
     vocabulary = model_description.SYSTEMS[description.system].vocabulary_file
-    return vocabulary in (None, model_description.VOCABULARY_FILE)
+    return not description.reads_text or vocabulary == model_description.VOCABULARY_FILE
 
 
 def _write_guide(directory: pathlib.Path, interface: dict[str, Any]) -> None:
@@ -89,7 +91,7 @@ def _write_checksums(directory: pathlib.Path) -> None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
-    writing.write(directory / CHECKSUMS, "".join(lines))
+    writing.write(directory / model_description.EXPORT_FILE, "".join(lines))
 
 
 FORMATS: dict[str, Callable[[pathlib.Path, Job], None]] = {

@@ -1,19 +1,22 @@
 """Scores an image with the exported program, without richhf_jax: python example.py IMAGE PROMPT.
 
 pip install flatbuffers jax pillow safetensors sentencepiece
+
+A model that reads no text takes no PROMPT, and needs no sentencepiece.
 """
 
 import hashlib
+import importlib
 import json
 import pathlib
 import re
 import sys
+import unicodedata
 
 import jax
 import jax.export
 import numpy as np
 import safetensors.numpy
-import sentencepiece
 from PIL import Image, ImageOps
 
 here = pathlib.Path(__file__).parent
@@ -32,8 +35,10 @@ interface = json.loads(checked("interface.json"))
 side, length, target_length = (
     interface.get(name) for name in ("image_side", "inputs_length", "targets_length")
 )
-# A model that reads no text has no vocabulary.
-vocabulary = length and sentencepiece.SentencePieceProcessor(model_proto=checked("vocabulary.model"))
+reads_text = "prompts" in interface
+if reads_text:
+    sentencepiece = importlib.import_module("sentencepiece")
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=checked("vocabulary.model"))
 
 
 def tokens(text):
@@ -58,20 +63,27 @@ def square_of(path):
     except Exception as error:  # A broken image may raise anything.
         sys.exit(f"{path} is no image that can be read: {error}")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    width, height = image.size
+    if min(width, height) < (least := interface["least_side"]):
+        sys.exit(f"{path}: the image has {width} x {height} pixels; {least} x {least} are the least")
     width = height = side
     if interface["fit"] == "letterbox":
         width, height = (max(round(pixels * side / max(image.size)), 1) for pixels in image.size)
-    left, top = (side - width) // 2, (side - height) // 2
-    square = Image.new("RGB", (side, side))
-    square.paste(image.resize((width, height), Image.Resampling.BILINEAR), (left, top))
-    return np.asarray(square), np.array([top, left, top + height, left + width], np.int32)
+    if interface["fit"] == "centre_crop":
+        width, height = (int(side * pixels / min(image.size)) for pixels in image.size)
+    resampling = Image.Resampling.BICUBIC if interface["fit"] == "centre_crop" else Image.Resampling.BILINEAR
+    left, top = int((width - side) / 2), int((height - side) / 2)
+    square = image.resize((width, height), resampling).crop((left, top, left + side, top + side))
+    return np.asarray(square), np.array([-top, -left, height - top, width - left], np.int32)
 
 
-def main(path, prompt):
+def main(path, prompt=""):
     """Prints scores and words; writes the heatmaps to heatmaps.npy. It leaves out what the model lacks."""
+    if reads_text and all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in prompt):
+        sys.exit("the prompt is empty")
     image, box = square_of(path)
     inputs = {"image": image[None]}
-    if length:
+    if reads_text:
         prompts = [tokens(form.replace("{prompt}", prompt)) for form in interface["prompts"]]
         inputs["encoder_input_tokens"] = np.array([prompts], np.int32)
     if target_length:
@@ -109,4 +121,4 @@ def main(path, prompt):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)
+    main(*sys.argv[1:]) if len(sys.argv) == 2 + reads_text else sys.exit(__doc__)

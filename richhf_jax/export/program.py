@@ -54,7 +54,7 @@ def input_shapes(description: ModelDescription, batch: Any) -> dict[str, jax.Sha
     """Returns the inputs of `make`'s function; `batch` may be a symbol of `jax.export`."""
     lengths = description.feature_lengths
     shapes: dict[str, Any] = {"image": ((lengths["image"], lengths["image"], 3), jnp.uint8)}
-    if description.encoder:
+    if description.reads_text:
         prompts = len(feedback.task_prompts(description.model.variant, ""))
         shapes["encoder_input_tokens"] = ((prompts, lengths["inputs"]), jnp.int32)
     if description.model.outputs.keywords:
@@ -71,8 +71,8 @@ def interface(description: ModelDescription) -> dict[str, Any]:
     for name in ("inputs", "targets"):
         if name in lengths:
             content[f"{name}_length"] = lengths[name]
-    content["fit"] = description.fit
-    if description.encoder:
+    content |= {"fit": description.fit, "least_side": forward.MIN_SIDE}
+    if description.reads_text:
         content["prompts"] = feedback.task_prompts(description.model.variant, "{prompt}")
     if outputs.keywords:
         content["separators"] = feedback.SEPARATORS.pattern

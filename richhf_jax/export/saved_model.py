@@ -4,8 +4,8 @@ serving_default   takes image bytes and prompts; the graph decodes and encodes t
                   that reads no text takes image bytes alone
 arrays            takes the arrays of `program.input_shapes`
 
-tensorflow-text's operations encode the prompts. TensorFlow Serving links them; in Python the model loads only
-after `import tensorflow_text`.
+tensorflow-text's operations encode the prompts, if the system reads any. TensorFlow Serving links them; in
+Python such a model loads only after `import tensorflow_text`.
 """
 
 import pathlib
@@ -26,13 +26,16 @@ from richhf_jax.export import program, stablehlo
 from richhf_jax.model_description import ModelDescription
 
 FOLDER = "saved_model"
-# Packages that a program must install and import to load the model.
-REQUIRES = ("tensorflow", "tensorflow-text")
+
+
+def requires(description: ModelDescription) -> list[str]:
+    """Returns the packages that a program must install and import to load the model."""
+    return ["tensorflow", "tensorflow-text"] if description.reads_text else ["tensorflow"]
 
 
 def write(directory: pathlib.Path, description: ModelDescription, params: program.Arrays) -> None:
     """Writes the SavedModel into a folder of the directory. Its variables are the parameters."""
-    reader = PromptReader(description) if description.encoder else None
+    reader = PromptReader(description) if description.reads_text else None
     model = tf.Module()
     model.parameters = {
         name: tf.Variable(value, trainable=False, name=name) for name, value in params.items()

@@ -5,6 +5,8 @@
     .csv .jsonl .parquet      columns `image` (a path; in parquet also bytes), `prompt`, optionally `id`
     .tar                      pairs <key>.<image extension> and <key>.txt
 
+A model that reads no text needs no prompts: texts, columns and cells of prompts may then be missing.
+
 A folder is listed once, and its names stay in memory. A table or a tar is streamed twice: once to count its
 records, once to give them. A tar's key stays in memory until the other half of its pair comes.
 """
@@ -61,12 +63,13 @@ class Inputs:
     `len()` is the number of records. Each iteration begins with the first one.
     """
 
-    def __init__(self, paths: Sequence[str], prompt: str | None = None):
+    def __init__(self, paths: Sequence[str], prompt: str | None = None, needs_prompts: bool = True):
         """Lists the folders and counts the records of the other places.
 
         Args:
           paths: images, folders, tables and tars.
           prompt: the prompt of single images, and of images in folders that have no .txt beside them.
+          needs_prompts: whether an image without a prompt doesn't load; else its prompt is "".
 
         Raises:
           errors.UserError: a place doesn't exist, can't be opened, has an unknown extension, lacks a column
@@ -79,7 +82,7 @@ class Inputs:
                 raise errors.UserError(str(error)) from error
         for path in paths:  # A mistake in the last path is found before the others are read.
             _check_kind(path, prompt)
-        self._places = [_listed(path, prompt) for path in paths]
+        self._places = [_listed(path, prompt, needs_prompts) for path in paths]
 
     def __len__(self) -> int:
         return sum(place.count for place in self._places)
@@ -149,20 +152,21 @@ def _check_kind(path: str, prompt: str | None) -> None:
         raise errors.UserError(f"{path}: has prompts of its own, --prompt would be ignored; leave it out")
 
 
-def _listed(path: str, prompt: str | None) -> _Place:
+def _listed(path: str, prompt: str | None, needs_prompts: bool) -> _Place:
     """Makes a place of a path that `_check_kind` passed, and counts its records."""
     with _explained(path):
         if os.path.isdir(path):
             names = list(files.folder_names(path))
-            place = _Place(
-                path, functools.partial(files.folder_records, path, names, prompt), len(names), None
-            )
+            read = functools.partial(files.folder_records, path, names, prompt, needs_prompts)
+            place = _Place(path, read, len(names), None)
         elif _extension(path) in IMAGE_EXTENSIONS:
-            place = _Place(path, functools.partial(files.image_records, path, prompt), 1, os.stat(path))
+            read = functools.partial(files.image_records, path, prompt, needs_prompts)
+            place = _Place(path, read, 1, os.stat(path))
         else:
-            status, read = os.stat(path), functools.partial(_READERS[_extension(path)], path)
-            is_parquet = read.func is parquet.parquet_records
-            count = parquet.count_rows(path) if is_parquet else sum(1 for _ in read())
+            status, reader = os.stat(path), _READERS[_extension(path)]
+            read = functools.partial(reader, path, needs_prompts)
+            is_parquet = reader is parquet.parquet_records
+            count = parquet.count_rows(path, needs_prompts) if is_parquet else sum(1 for _ in read())
             place = _Place(path, read, count, status)
     if not place.count:
         raise _empty(path)

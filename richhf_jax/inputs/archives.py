@@ -23,10 +23,11 @@ _GZIP = b"\x1f\x8b"
 _MAX_WAITING = 1 << 20
 
 
-def tar_records(path: str) -> Iterator[Record]:
+def tar_records(path: str, needs_prompts: bool = True) -> Iterator[Record]:
     """Yields a record for each pair, in the order of the pairs' second halves.
 
-    Then come records that don't load: one for each half without its other, and one if the tar is damaged.
+    Then come, in the tar's order, the halves without their other. An image is a record of its own if no
+    prompts are needed; any other half is a record that doesn't load. The last is one if the tar is damaged.
 
     Raises:
       errors.UserError: the tar is compressed.
@@ -40,23 +41,31 @@ def tar_records(path: str) -> Iterator[Record]:
             for key, extension, member in _halves(file):
                 other_extension, other = waiting.setdefault(key, (extension, member))
                 if other is member:
-                    if len(waiting) > _MAX_WAITING:
+                    if len(waiting) <= _MAX_WAITING:
+                        continue
+                    first, (first_extension, first_member) = next(iter(waiting.items()))
+                    if needs_prompts or first_extension == ".txt":
                         raise tars.TarError(
                             f"{_MAX_WAITING} files wait for their pair; pack the tar with `tar --sort=name`"
                         )
+                    del waiting[first]
+                    yield _pair(path, first, first_member, None)
                 elif (extension == ".txt") == (other_extension == ".txt"):
                     yield _broken_member(path, key, f"both {other_extension} and {extension} are there")
                 else:
                     del waiting[key]
                     image, text = (other, member) if extension == ".txt" else (member, other)
-                    yield _pair(path, key, image, text)
+                    yield _pair(path, key, image, text, needs_prompts)
         except tars.TarError as error:
             problem = f"cut off or broken behind the last member found, the rest is lost: {error}"
         twice = _with_both_halves(file, waiting) if waiting else set()
     for key, (extension, member) in waiting.items():
         lacks = f"has no {'image' if extension == '.txt' else '.txt with its prompt'} beside it in the tar"
         why = member.problem or ("is there twice" if key in twice else lacks)
-        yield _broken_member(path, key, f"{key}{extension} {why}")
+        if member.problem or key in twice or needs_prompts or extension == ".txt":
+            yield _broken_member(path, key, f"{key}{extension} {why}")
+        else:
+            yield _pair(path, key, member, None)
     if problem:
         yield broken_record(f"{os.path.basename(path)}:end", f"{path}: {problem}")
 
@@ -91,15 +100,20 @@ def _with_both_halves(file: io.BufferedReader, keys: Collection[str]) -> set[str
     return found[True] & found[False]
 
 
-def _pair(path: str, key: str, image: tars.Member, text: tars.Member) -> Record:
+def _pair(
+    path: str, key: str, image: tars.Member, text: tars.Member | None, needs_prompt: bool = False
+) -> Record:
     for half in (image, text):
-        if half.problem:
+        if half and half.problem:
             return _broken_member(path, key, f"{half.name} {half.problem}")
-    return Record(printable(key), functools.partial(_load_pair, path, key, image, text))
+    return Record(printable(key), functools.partial(_load_pair, path, key, image, text, needs_prompt))
 
 
-def _load_pair(path: str, key: str, image: tars.Member, text: tars.Member) -> tuple[bytes, str]:
-    where = f"{path}, {key}"
-    prompt = read_bytes(path, f"{where}.txt", "", text.offset, text.size, MAX_TEXT_BYTES)
-    prompt = checked_prompt(prompt, f"{where}.txt")
+def _load_pair(
+    path: str, key: str, image: tars.Member, text: tars.Member | None, needs_prompt: bool
+) -> tuple[bytes, str]:
+    where, prompt = f"{path}, {key}", ""
+    if text:
+        data = read_bytes(path, f"{where}.txt", "", text.offset, text.size, MAX_TEXT_BYTES)
+        prompt = checked_prompt(data, f"{where}.txt", needs_prompt)
     return read_bytes(path, where, "", image.offset, image.size), prompt

@@ -25,9 +25,10 @@ _PROMPT_FIX = "the image needs a prompt: write it into this file, or give --prom
 _TEXT_EXTENSIONS = tuple(f".{''.join(letters)}" for letters in itertools.product("tT", "xX", "tT"))
 
 
-def image_records(path: str, prompt: str | None) -> Iterator[Record]:
+def image_records(path: str, prompt: str | None, needs_prompt: bool = True) -> Iterator[Record]:
     """Yields the record of one image. `prompt` is taken, or else the sidecar."""
-    yield Record(printable(os.path.basename(path)), functools.partial(_load_file, path, prompt, None))
+    load = functools.partial(_load_file, path, prompt, None, needs_prompt)
+    yield Record(printable(os.path.basename(path)), load, path=path)
 
 
 def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> Iterator[str | Record]:
@@ -84,21 +85,24 @@ def folder_names(root: str, inner: str = "", above: frozenset = frozenset()) -> 
             yield broken_record(inner + name, problem)
 
 
-def folder_records(root: str, names: Iterable[str | Record], prompt: str | None) -> Iterator[Record]:
+def folder_records(
+    root: str, names: Iterable[str | Record], prompt: str | None, needs_prompt: bool = True
+) -> Iterator[Record]:
     """Yields the records of a folder's images. The sidecar is taken, or else `prompt`.
 
     Args:
       root: the folder.
       names: the results of `folder_names`.
-      prompt: the prompt of images that have no sidecar; None: these don't load.
+      prompt: the prompt of images that have no sidecar; None: these don't load if they need one.
+      needs_prompt: whether each image needs a prompt.
     """
     for name in names:
         if isinstance(name, Record):
             yield name
         else:
-            yield Record(
-                printable(name), functools.partial(_load_file, os.path.join(root, name), None, prompt)
-            )
+            path = os.path.join(root, name)
+            load = functools.partial(_load_file, path, None, prompt, needs_prompt)
+            yield Record(printable(name), load, path=path)
 
 
 def _wanted(entry: os.DirEntry) -> str:
@@ -125,15 +129,16 @@ def _folded(stem: str) -> str:
     return unicodedata.normalize("NFC", stem).casefold()
 
 
-def _load_file(path: str, prompt: str | None, fallback: str | None) -> tuple[bytes, str]:
-    """Returns an image with `prompt`, or else the sidecar's prompt, or else `fallback`."""
+def _load_file(path: str, prompt: str | None, fallback: str | None, needs_prompt: bool) -> tuple[bytes, str]:
+    """Returns an image with `prompt`, or else the sidecar's prompt, or else `fallback`, or else ""."""
+    fallback = "" if fallback is None and not needs_prompt else fallback
     if prompt is None:
         sidecar = _sidecar(path)
         if fallback is not None and not os.path.lexists(sidecar):
             prompt = fallback
         else:
             text = read_bytes(sidecar, sidecar, _PROMPT_FIX, most=MAX_TEXT_BYTES)
-            prompt = checked_prompt(text, sidecar)
+            prompt = checked_prompt(text, sidecar, needs_prompt)
     return read_bytes(path, path), prompt
 
 

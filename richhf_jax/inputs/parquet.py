@@ -18,14 +18,14 @@ _IMAGE_ROWS = 16
 _KEPT_ROWS, _KEPT_BYTES = 4 * _IMAGE_ROWS, 1 << 28
 
 
-def parquet_records(path: str) -> Iterator[Record]:
+def parquet_records(path: str, needs_prompts: bool = True) -> Iterator[Record]:
     """Yields a record for each row, and one that doesn't load for all rows that a row group loses.
 
     Raises:
       errors.UserError: pyarrow is missing, or the file is no parquet file or lacks a column.
     """
-    table = _open(path)
-    load_image = _Images(path).load if _holds_images(table) else None
+    table = _open(path, needs_prompts)
+    load_image = _Images(path, needs_prompts).load if _holds_images(table) else None
     exact = row_groups.exact(table.schema, "id")
     for row in table.rows(_name_columns(table), _NAME_ROWS):
         if row.lost > 1:
@@ -35,23 +35,23 @@ def parquet_records(path: str) -> Iterator[Record]:
         elif row.problem:
             yield broken_row(path, row.number, row.problem)
         else:
-            yield _record(path, row, exact, load_image)
+            yield _record(path, row, exact, load_image, needs_prompts)
 
 
-def count_rows(path: str) -> int:
+def count_rows(path: str, needs_prompts: bool = True) -> int:
     """Counts the records. It reads what `parquet_records` reads, because a footer may claim anything."""
-    table = _open(path)
+    table = _open(path, needs_prompts)
     return table.count(_name_columns(table), _NAME_ROWS)
 
 
-def _open(path: str) -> row_groups.Table:
+def _open(path: str, needs_prompts: bool) -> row_groups.Table:
     try:
         table = row_groups.Table(path)
     except ImportError as error:
         raise errors.UserError(f"{path}: parquet needs pyarrow: `pip install pyarrow`") from error
     except row_groups.ParquetError as error:
         raise errors.UserError(f"{path}: no parquet file, or cut off; copy it again: {error}") from error
-    check_columns(path, table.schema.names)
+    check_columns(path, table.schema.names, needs_prompts)
     return table
 
 
@@ -66,14 +66,16 @@ def _name_columns(table: row_groups.Table) -> list[str]:
     return ["prompt", "id", "image.path" if _holds_images(table) else "image"]
 
 
-def _record(path: str, row: row_groups.Row, exact: int, load_image: LoadImage | None) -> Record:
+def _record(
+    path: str, row: row_groups.Row, exact: int, load_image: LoadImage | None, needs_prompt: bool
+) -> Record:
     try:
         fields = {**row.fields, "id": checked_id(row.fields.get("id"), exact)}
     except InputError as error:
         return broken_row(path, row.number, str(error))
     if load_image:
         fields["image"] = (fields.get("image") or {}).get("path")
-    return row_record(path, row.number, fields, load_image)
+    return row_record(path, row.number, fields, load_image, needs_prompt)
 
 
 class _Images:
@@ -83,9 +85,9 @@ class _Images:
     row group is read again from the start.
     """
 
-    def __init__(self, path: str):
-        self._path = path
-        self._table = _open(path)
+    def __init__(self, path: str, needs_prompts: bool):
+        self._path, self._needs_prompts = path, needs_prompts
+        self._table = _open(path, needs_prompts)
         self._group, self._batches = -1, iter(())
         self._next_row = 0  # First row of the next batch.
         self._problem = ""  # Why the row group has no next batch.
@@ -96,13 +98,14 @@ class _Images:
 
     def load(self, row: int, prompt: str, place: str) -> tuple[bytes, str]:
         """Returns a row's image and checked prompt; see `tables.LoadImage`."""
-        prompt = checked_prompt(prompt, place)
+        prompt = checked_prompt(prompt, place, self._needs_prompts)
         self._waiting.add(row)
         with self._lock:
             image = self._image(row, place)
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         if data is None and isinstance(path, str) and path:
-            return load_row(os.path.dirname(self._path), path, prompt, place)
+            path = os.path.join(os.path.dirname(self._path), path)
+            return load_row(path, prompt, place, self._needs_prompts)
         if not isinstance(data, bytes):
             raise InputError(
                 f"{place}: no image; `image` must be a path, bytes, or a struct of `bytes` and `path`"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from richhf_jax import reading
+from richhf_jax import foreign_text, reading
 
 # All readers of folders, tars and shards take images by this list, so a name means the same everywhere.
 # JPEG's names are those of Windows and Chrome, too; Firefox saves animations as .apng.
@@ -47,14 +47,17 @@ class Record:
 
     Attributes:
       id: the image's name for the user, the same in every run. Two records may have the same id.
-      load: returns the image file's bytes (not decoded) and the prompt (stripped, not empty), or raises
-        InputError. Any thread may call it at any time; it is fastest in the records' order.
+      load: returns the image file's bytes (not decoded) and the prompt (stripped; "" only where none is
+        needed), or raises InputError. Any thread may call it at any time; it is fastest in the records'
+        order.
       row_id: the id to take where an earlier record has this one. '' where `id` is more than a hint.
+      path: the image's own file; '' where the image is in a table or a tar, or can't be loaded.
     """
 
     id: str
     load: Callable[[], tuple[bytes, str]]
     row_id: str = ""
+    path: str = ""
 
 
 def broken_record(name: str, problem: str) -> Record:
@@ -123,16 +126,27 @@ def read_bytes(
     return data
 
 
-def checked_prompt(text: str | bytes, where: str) -> str:
-    """Returns a prompt as it is scored: stripped. Raises InputError where it isn't UTF-8, or is empty."""
+def checked_prompt(text: str | bytes, where: str, needed: bool = True) -> str:
+    """Returns a prompt as it is scored: stripped.
+
+    Args:
+      text: the prompt; bytes are UTF-8.
+      where: the beginning of an error's message: the place, for the user.
+      needed: whether a prompt must be there; if not, "" is returned for a blank one.
+
+    Raises:
+      InputError: it isn't UTF-8; or it is needed, but shows nothing.
+    """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         text.encode()
     except UnicodeError as error:
         raise InputError(f"{where}: the prompt isn't UTF-8; save it as UTF-8") from error
-    if not text.strip():
+    if not foreign_text.is_blank(text):
+        return text.strip()
+    if needed:
         raise InputError(f"{where}: the prompt is empty")
-    return text.strip()
+    return ""
 
 
 def bounded_lines(file: BinaryIO) -> Iterator[bytes]:

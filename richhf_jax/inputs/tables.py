@@ -42,23 +42,27 @@ def _own_csv() -> Any:
 _csv = _own_csv()
 
 
-def csv_records(path: str) -> Iterator[Record]:
+def csv_records(path: str, needs_prompts: bool = True) -> Iterator[Record]:
     """Yields a record for each row, numbered by its first line, from 1.
 
     Raises:
       errors.UserError: the header is broken or lacks a column.
     """
-    for line, fields in csv_rows(path, check_columns):
-        yield broken_row(path, line, fields) if isinstance(fields, str) else row_record(path, line, fields)
+    check = functools.partial(check_columns, needs_prompts=needs_prompts)
+    for line, fields in csv_rows(path, check):
+        if isinstance(fields, str):
+            yield broken_row(path, line, fields)
+        else:
+            yield row_record(path, line, fields, needs_prompt=needs_prompts)
 
 
-def jsonl_records(path: str) -> Iterator[Record]:
+def jsonl_records(path: str, needs_prompts: bool = True) -> Iterator[Record]:
     """Yields a record for each row, numbered by its line, from 1."""
     for number, fields in jsonl_rows(path):
         if isinstance(fields, str):
             yield broken_row(path, number, fields)
         else:
-            yield row_record(path, number, fields)
+            yield row_record(path, number, fields, needs_prompt=needs_prompts)
 
 
 def csv_rows(
@@ -160,22 +164,33 @@ def jsonl_rows(path: str) -> Iterator[tuple[int, Any]]:
             yield number, fields if isinstance(fields, dict) else "not a JSON object"
 
 
-def check_columns(path: str, names: Sequence[str]) -> None:
+def check_columns(path: str, names: Sequence[str], needs_prompts: bool = True) -> None:
     """Raises errors.UserError where a needed column is missing, or a column is there twice."""
     counts = {
         name: [other.strip().lower() for other in names].count(name) for name in ("image", "prompt", "id")
     }
     wrong = [name for name, number in counts.items() if number > 1]
-    wrong += [name for name in ("image", "prompt") if name not in names]
+    wrong += [name for name in _needed(needs_prompts) if name not in names]
     if wrong:
         there = printable(", ".join(map(repr, names[:20])))
-        needed = "a table needs `image` and `prompt`, and may have `id`, each once, in small letters"
+        columns = (
+            "`image` and `prompt`, and may have" if needs_prompts else "`image`, and may have `prompt` and"
+        )
+        needed = f"a table needs {columns} `id`, each once, in small letters"
         commas = " (UTF-8, separated by commas)" if path.lower().endswith(".csv") else ""
         raise errors.UserError(f"{path}: column `{wrong[0]}`: {needed}{commas}; the columns are {there}")
 
 
+def _needed(needs_prompts: bool) -> tuple[str, ...]:
+    return ("image", "prompt") if needs_prompts else ("image",)
+
+
 def row_record(
-    table: str, number: int, fields: dict[str, Any], load_image: LoadImage | None = None
+    table: str,
+    number: int,
+    fields: dict[str, Any],
+    load_image: LoadImage | None = None,
+    needs_prompt: bool = True,
 ) -> Record:
     """Makes a row's record; it doesn't load where the row is broken.
 
@@ -185,7 +200,10 @@ def row_record(
       fields: the row's values by column.
       load_image: loads an image that is in the table itself; `fields` may then lack it, and its `image` is
         no more than a hint at a name. None: `image` is a path.
+      needs_prompt: whether a row without a prompt is broken.
     """
+    if not needs_prompt and fields.get("prompt") is None:
+        fields = {**fields, "prompt": ""}
     for name in ("prompt",) if load_image else ("image", "prompt"):
         value = fields.get(name)
         if name not in fields:
@@ -201,8 +219,9 @@ def row_record(
         return broken_row(table, number, str(error))
     prompt, place = fields["prompt"], _place(table, number)
     if not load_image:
-        load = functools.partial(load_row, os.path.dirname(table), fields["image"], prompt, place)
-        return Record(row_id or printable(fields["image"]), load)
+        path = os.path.join(os.path.dirname(table), fields["image"])
+        load = functools.partial(load_row, path, prompt, place, needs_prompt)
+        return Record(row_id or printable(fields["image"]), load, path=path)
     load = functools.partial(load_image, number, prompt, place)
     numbered = _numbered(table, number)
     # Rows of different images may have the same path there: writers keep of it only the file's name.
@@ -223,8 +242,7 @@ def _place(table: str, number: int) -> str:
     return f"{table}, {'row' if table.lower().endswith('.parquet') else 'line'} {number}"
 
 
-def load_row(folder: str, image: str, prompt: str, where: str) -> tuple[bytes, str]:
-    """Returns the image at a path relative to the table's folder, and the checked prompt."""
-    prompt = checked_prompt(prompt, where)
-    path = os.path.join(folder, image)
+def load_row(path: str, prompt: str, where: str, needs_prompt: bool) -> tuple[bytes, str]:
+    """Returns the image at a path, and the checked prompt."""
+    prompt = checked_prompt(prompt, where, needs_prompt)
     return read_bytes(path, f"{where}: {path}", _PATH_FIX), prompt

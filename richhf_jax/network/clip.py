@@ -90,11 +90,14 @@ class TextConfig(TowerConfig):
       end_id: the text's vector is that of the first token with this id. None: of the first token with the
         text's highest id, which is the end's in the published vocabularies. Transformers chooses by
         `eos_token_id` (2 stands for None), open_clip always takes the highest.
+      pad_id: what follows a text's end becomes this token, because generators of images read its vectors,
+        too. None: it stays, because the end's vector doesn't depend on it.
     """
 
     vocab_size: int = 49408
     max_length: int = 77
     end_id: int | None = None
+    pad_id: int | None = None
 
 
 @struct.dataclass
@@ -162,8 +165,12 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(
         self, tokens: Int[Array, "batch length"], *, deterministic: bool = True
-    ) -> Float[Array, "batch embed"]:
+    ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch length embed"]]:
         """Encodes texts; what follows a text's end changes nothing.
+
+        Returns:
+          The end token's vector; and all tokens' vectors before the last layer, which generators of images
+          read.
 
         Raises:
           ValueError: the texts are longer than the position table, or the heads do not divide the width.
@@ -173,6 +180,10 @@ class TextTower(nn.Module):
         length = tokens.shape[1]
         if length > cfg.max_length:
             raise ValueError(f"texts of {length} tokens; the position table has {cfg.max_length}")
+        # The first of several: argmax takes it.
+        end = jnp.argmax(tokens if cfg.end_id is None else tokens == cfg.end_id, axis=1)
+        if cfg.pad_id is not None:
+            tokens = jnp.where(jnp.arange(length)[None] > end[:, None], cfg.pad_id, tokens)
         embed = layers.Embed(
             cfg.vocab_size,
             cfg.emb_dim,
@@ -184,14 +195,13 @@ class TextTower(nn.Module):
         x = embed(tokens) + positions.astype(cfg.dtype)[None]
         mask = layers.make_causal_mask(tokens[:1], dtype=cfg.dtype)
 
-        def call(layer, x, drop_rate):
-            return layer(x, mask, drop_rate, deterministic=deterministic)
+        def call(layer, x_and_its_input, drop_rate):
+            x, _ = x_and_its_input
+            return layer(x, mask, drop_rate, deterministic=deterministic), x
 
-        x = stack.apply_layers(vit.ViTLayer, cfg, cfg.num_layers, call, x)
-        # The first of several: argmax takes it.
-        end = jnp.argmax(tokens if cfg.end_id is None else tokens == cfg.end_id, axis=1)
+        x, before_last = stack.apply_layers(vit.ViTLayer, cfg, cfg.num_layers, call, (x, x))
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        return vit.norm(cfg, "encoder_norm")(x)
+        return vit.norm(cfg, "encoder_norm")(x), before_last
 
 
 class _TextPositions(nn.Module):
@@ -246,7 +256,9 @@ class Clip(nn.Module):
         """The kinds that the head predicts."""
         scores = {COSINE: (feedback.ALIGNMENT,), GRADIENT: ()}.get(self.head, feedback.SCORES)
         heatmaps = (feedback.MISALIGNMENT,) if self.head == GRADIENT else ()
-        return feedback.Outputs(scores, heatmaps, keywords=False)
+        # A cosine; the dense layers' scores are in [0, 1].
+        score_range = (-1.0, 1.0) if self.head in (COSINE, PREFERENCE) else (0.0, 1.0)
+        return feedback.Outputs(scores, heatmaps, keywords=False, score_range=score_range)
 
     def with_attention_kernel(self, kernel: str) -> "Clip":
         """Returns the same network with another `attention_kernel`."""
@@ -271,7 +283,7 @@ class Clip(nn.Module):
         self, tokens: Int[Array, "batch length"], enable_dropout: bool = False
     ) -> Float32[Array, "batch projection"]:
         """Embeds texts, see `TextTower`; the embeddings are of any length."""
-        return self.text_projection(self.text(tokens, deterministic=not enable_dropout))
+        return self.text_projection(self.text(tokens, deterministic=not enable_dropout)[0])
 
     @nn.nowrap
     def similarity(

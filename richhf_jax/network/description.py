@@ -13,9 +13,10 @@ def settings(config: Any) -> dict[str, Any]:
     # stochastic depth is of training alone.
     for name in ("attention_kernel", "stochastic_depth_rate"):
         fields.pop(name, None)
-    # Without it, a description is that of the versions which had no such setting.
-    if not fields.get("score_variance", True):
-        del fields["score_variance"]
+    # Without them, a description is that of the versions which had no such settings.
+    for name, without in (("score_variance", False), ("pad_id", None)):
+        if name in fields and fields[name] is without:
+            del fields[name]
     if "dtype" in fields:  # A name, or a type of numpy or jax.
         fields["dtype"] = jnp.dtype(fields["dtype"]).name
     return fields

@@ -173,16 +173,20 @@ class CenteredLayerNorm(nn.Module):
 
     epsilon: float = 1e-6
     dtype: DType = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
         x = jnp.asarray(x, jnp.float32)
         features = x.shape[-1:]
         scale = param_with_axes("scale", nn.initializers.ones, features, jnp.float32, axes=("embed",))
-        bias = param_with_axes("bias", nn.initializers.zeros, features, jnp.float32, axes=("embed",))
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return jnp.asarray(x * _along_last(scale, x.ndim) + _along_last(bias, x.ndim), self.dtype)
+        x = x * _along_last(scale, x.ndim)
+        if self.use_bias:
+            bias = param_with_axes("bias", nn.initializers.zeros, features, jnp.float32, axes=("embed",))
+            x = x + _along_last(bias, x.ndim)
+        return jnp.asarray(x, self.dtype)
 
 
 class MlpBlock(nn.Module):

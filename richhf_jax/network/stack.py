@@ -46,10 +46,10 @@ def apply_layers(
     layer_cls: type[nn.Module],
     config,
     num_layers: int,
-    call: Callable[[nn.Module, Array, Any], Array],
-    x: Float[Array, "batch length embed"],
+    call: Callable[[nn.Module, Any, Any], Any],
+    x: Any,
     drop_rate: float = 0.0,
-) -> Float[Array, "batch length embed"]:
+) -> Any:
     """Runs `num_layers` of `layer_cls(config)` one after the other, within the caller's compact method.
 
     Unscanned, their parameters stand under layers_0, layers_1, ...; scanned, under `layers`, each array with
@@ -60,7 +60,7 @@ def apply_layers(
       config: has `scan_layers` (bool) and `remat_policy`, a name of `REMAT_POLICIES`.
       num_layers: number of layers.
       call: (layer, x, drop rate for `StochasticDepth`) -> x; its closure holds the layer's other arguments.
-      x: the first layer's input.
+      x: the first layer's input: an array, or a tree of arrays.
       drop_rate: the last layer's drop rate. It grows in equal steps from 0 at the stack's input; at 0, every
         layer's is None.
 

@@ -72,7 +72,11 @@ class Card:
 
 
 def write_gallery(
-    path: epath.PathLike, title: str, cards: Iterable[Card], details: Mapping[str, Any]
+    path: epath.PathLike,
+    title: str,
+    cards: Iterable[Card],
+    details: Mapping[str, Any],
+    score_range: tuple[float, float] = (0, 1),
 ) -> None:
     """Writes a page of predictions: the report's gallery, without ground truth.
 
@@ -81,8 +85,10 @@ def write_gallery(
       title: the page's headline.
       cards: the images to show, in input order.
       details: facts about the predictions, in a line below the title.
+      score_range: the model's `feedback.Outputs.score_range`.
     """
-    page = render("predictions.html", [_view(card) for card in cards], title=title, details=details)
+    views = [_view(card) for card in cards]
+    page = render("predictions.html", views, score_range, title=title, details=details)
     writing.write(path, page)
 
 
@@ -125,12 +131,18 @@ def item_view(item: GalleryItem) -> dict[str, Any]:
     return _view(card, target)
 
 
-def render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> str:
+def render(
+    template: str,
+    views: Sequence[Mapping[str, Any]],
+    score_range: tuple[float, float] = (0, 1),
+    **values: Any,
+) -> str:
     """Returns a page as HTML.
 
     Args:
       template: name of a file in `templates/`.
       views: the cards, as `item_view` returns them.
+      score_range: the model's `feedback.Outputs.score_range`; all scores' bars and filters have it.
       values: the template's other values.
     """
     environment = jinja2.Environment(
@@ -140,14 +152,21 @@ def render(template: str, views: Sequence[Mapping[str, Any]], **values: Any) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "css_url": _css_url}
+    low, high = score_range
+
+    def percent_of_score(score: float) -> str:
+        return _percent((score - low) / (high - low))
+
+    environment.filters |= {"percent": _percent, "percent_of_score": percent_of_score, "css_url": _css_url}
     known = {name for view in views for name in view["values"]}
+    peaks = map(_peak, feedback.HEATMAPS)
+    ranges = dict.fromkeys(feedback.SCORES, score_range) | dict.fromkeys(peaks, (0, 1))
     return environment.get_template(template).render(
         **values,
         cards=views,
         has_files=any(not uri.startswith("data:") for view in views for uri in view["uris"]),
-        # The values to sort and filter cards by.
-        quantities=[name for name in (*feedback.SCORES, *map(_peak, feedback.HEATMAPS)) if name in known],
+        # The values to sort and filter cards by, and the least and the greatest that each can be.
+        quantities={name: ends for name, ends in ranges.items() if name in known},
         colours=[f"rgb({r} {g} {b})" for r, g, b in overlay.COLOURS],
         opacity=round(100 * overlay.OPACITY),
     )

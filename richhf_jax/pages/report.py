@@ -37,6 +37,7 @@ def write_report(
     curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     gallery: Sequence[GalleryItem],
     details: Mapping[str, Any],
+    score_range: tuple[float, float] = (0, 1),
 ) -> None:
     """Writes the page.
 
@@ -48,6 +49,7 @@ def write_report(
         "validation loss/heatmap" are two lines of one chart. Values that are not finite are left out.
       gallery: the images to show.
       details: facts about the run, in a line below the title.
+      score_range: the model's `feedback.Outputs.score_range`, of the gallery's scores.
 
     Raises:
       ValueError: a gallery item's target and prediction are not of the same image.
@@ -55,6 +57,7 @@ def write_report(
     page = render(
         "report.html",
         [item_view(item) for item in gallery],
+        score_range,
         title=title,
         headlines=_headlines(rows),
         tables=table_views(TABLES, rows),

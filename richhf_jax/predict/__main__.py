@@ -6,7 +6,8 @@
     python -m richhf_jax.predict --checkpoint MODEL_DIR --out OUT pairs.tar  # <key>.png and <key>.txt
 
 Writes OUT/predictions.jsonl, one line for each image in input order, and the heatmaps. A model that predicts
-uncertainties also gives OUT/order.csv: the images that it is unsure of come first. An image that can't be
+uncertainties also gives OUT/order.csv: the images that it is unsure of come first. A model that reads no text
+needs no prompts; it copies those that are there. An image that can't be
 scored (unreadable, without a prompt, with an id that was there before) is listed in OUT/errors.jsonl with the
 reason; the others are scored, and the exit code is 3. To continue a run that was stopped or killed, give the
 same command again.
@@ -39,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command with parsed options. Returns the exit code."""
     _check_out(options.out, options.inputs)
     path = forward.checkpoint_path(options.checkpoint)
-    given = inputs.Inputs(options.inputs, options.prompt)
+    reads_text = forward.read_description(path).reads_text
+    given = inputs.Inputs(options.inputs, options.prompt, reads_text)
     total = len(given)
     first, last = (total * (options.shard[0] + i) // options.shard[1] for i in (0, 1))
     compilation_cache.configure(options.compilation_cache)
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             _score_rest(predictor, given, options, files, range(first, last))
             given.check_unchanged()
             assert files.progress.position == last, "a run is done only with all its records"
-        files.finish("Rich feedback")
+        files.finish("Rich feedback", predictor.outputs.score_range)
         return _summary(options, path, files)
 
 

@@ -264,8 +264,12 @@ class PredictionFiles:
         self._saves = [*self._saves, self.progress][-KEPT_SAVES:]
         self._write_state()
 
-    def finish(self, title: str) -> None:
+    def finish(self, title: str, score_range: tuple[float, float] = (0, 1)) -> None:
         """Writes the files that hold all images: heatmaps.npz, report.html and order.csv.
+
+        Args:
+          title: the headline of report.html.
+          score_range: the model's `feedback.Outputs.score_range`.
 
         Raises:
           errors.UserError: the directory was deleted, moved or emptied.
@@ -275,7 +279,7 @@ class PredictionFiles:
             if self._heatmaps == "npz":
                 self._join_parts()
             if self._with_report:
-                self._write_report(title)
+                self._write_report(title, score_range)
             order.write(self._out / order.FILE, self._out / PREDICTIONS, self.progress.predictions)
             self.progress = dataclasses.replace(self.progress, done=True)
             self._save_progress()
@@ -295,7 +299,7 @@ class PredictionFiles:
                         with part.open(info) as source, joined.open(info, "w", force_zip64=True) as target:
                             shutil.copyfileobj(source, target)
 
-    def _write_report(self, title: str) -> None:
+    def _write_report(self, title: str, score_range: tuple[float, float]) -> None:
         count = self.progress.predictions
         shown = min(count, MAX_CARDS)
         embed = count <= gallery.MAX_EMBEDDED
@@ -306,6 +310,7 @@ class PredictionFiles:
             title,
             (self._card(line, embed) for line in self._lines(shown)),
             details,
+            score_range,
         )
 
     def _lines(self, count: int) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from richhf_jax import (
     checkpoints,
     errors,
     feedback,
+    foreign_text,
     keywords,
     model_description,
     sealing,
@@ -32,6 +33,9 @@ from richhf_jax import (
 Features = Mapping[str, Shaped[np.ndarray, "batch ..."]]
 Outputs = Mapping[str, Shaped[jax.Array, "batch ..."]]
 
+# Smallest side of an image, in pixels; smaller images show nothing.
+MIN_SIDE = 8
+NEEDS_PROMPT = "the model reads text: give one image and one prompt, or as many prompts as images"
 # A longer text is a file given by mistake; no image generator reads so much.
 MAX_PROMPT_WORDS = 1000
 MAX_PROMPT_CHARACTERS = 10_000
@@ -50,7 +54,7 @@ class Prepared:
     Attributes:
       picture: the image as given, or a function that reads it.
       size: the image's height and width, in pixels.
-      prompt: the prompt as given.
+      prompt: the prompt as given; "" if there is none.
       square: the image in the model's square, see `pixels.square`.
       box: the image's place in the square: its first row and column, and those after its last.
       inputs: the tokens of each prompt of the image (the augmented-prompt variant has several); None: the
@@ -79,15 +83,19 @@ def shown_image(picture: Shown) -> UInt8[np.ndarray, "height width 3"]:
     return picture() if callable(picture) else picture
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, needed: bool = True) -> None:
     """Checks that a prompt can be scored.
 
+    Args:
+      prompt: the prompt.
+      needed: whether there must be one: whether the model reads text.
+
     Raises:
-      PredictionError: it is no text, is empty, or is too long.
+      PredictionError: it is no text, shows nothing though it is needed, or is too long.
     """
     if not isinstance(prompt, str):
         raise PredictionError(f"a prompt must be a str, got {type(prompt).__name__}")
-    if not prompt.strip():
+    if needed and foreign_text.is_blank(prompt):
         raise PredictionError("the prompt is empty")
     # Both the words that the model reads (between spaces) and those that it judges.
     if (words := len(" ".join(feedback.tokenize_prompt(prompt)).split())) > MAX_PROMPT_WORDS:
@@ -113,7 +121,7 @@ def features(
       description: the model's description.
     """
     batch = {"image": _stack([one.square for one in prepared], rows)}
-    if description.encoder:
+    if description.reads_text:
         inputs = [one.inputs for one in prepared if one.inputs is not None]
         batch["encoder_input_tokens"] = _stack(inputs, rows)
     if description.model.outputs.keywords:
@@ -230,18 +238,19 @@ def load_state(place: str, description: model_description.ModelDescription) -> t
       errors.UserError: an array is missing or has another shape, the file can't be read, or the network
         can't be built.
     """
+    path = os.path.join(os.path.dirname(place), model_description.FILE)
     try:
         wanted = abstract_state(description)
     except errors.UserError:
         raise
     except Exception as error:  # Networks raise many kinds for sizes that don't go together.
-        path = os.path.join(os.path.dirname(place), model_description.FILE)
         raise errors.UserError(
             f"{path} describes no network that can be built: {writing.reason(error)}"
         ) from error
+    fix = f"bring {path} back as it was written for these parameters, because it describes other ones"
     if os.path.basename(place) == weights_file.FILE:
-        return unflatten(_read_safetensors(epath.Path(place), flatten(wanted)))
-    return checkpoints.restore_inference_state(place, wanted)
+        return unflatten(_read_safetensors(epath.Path(place), flatten(wanted), fix))
+    return checkpoints.restore_inference_state(place, wanted, fix)
 
 
 def abstract_state(description: model_description.ModelDescription) -> train_state.InferenceState:
@@ -271,11 +280,13 @@ def unflatten(arrays: Mapping[str, Any]) -> train_state.InferenceState:
     return train_state.InferenceState(params, mutables)
 
 
-def _read_safetensors(path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """Reads the wanted arrays and converts them to the wanted types."""
+def _read_safetensors(
+    path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], fix: str
+) -> dict[str, np.ndarray]:
+    """Reads the wanted arrays and converts them to the wanted types; `fix` says what to do if one lacks."""
     found = weights_file.read(path, wanted)
-    for name, leaf in wanted.items():
-        if name not in found or found[name].shape != leaf.shape:
-            there = found[name].shape if name in found else "nothing"
-            raise errors.UserError(f"{path}: {name} must be of shape {leaf.shape}, there is {there}")
+    fits = {name for name, leaf in wanted.items() if name in found and found[name].shape == leaf.shape}
+    if wrong := {(name,): leaf for name, leaf in wanted.items() if name not in fits}:
+        saved = {(name,): array for name, array in found.items()}
+        raise checkpoints.misfit(path, wrong, saved, fix, untrained=bool(fits))
     return {name: found[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}

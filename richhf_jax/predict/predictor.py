@@ -37,8 +37,6 @@ from richhf_jax.predict import batch_sizes, forward, rewards
 from richhf_jax.predict.forward import Features, Outputs, PredictionError, Prepared
 
 Picture = Image.Image | np.ndarray | jax.Array | bytes | bytearray | memoryview | str | os.PathLike
-# Smallest side of an image, in pixels; smaller images show nothing.
-MIN_SIDE = 8
 # Part of the free memory that a batch of the default size may take. Batches whose outputs wait for the host,
 # and gaps between arrays, take some, too.
 _SHARE = 0.9
@@ -176,7 +174,7 @@ class RahfPredictor:
     def __call__(
         self,
         images: Picture | Sequence[Picture],
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         ids: str | Iterable[str] | None = None,
     ) -> Prediction | list[Prediction]:
         """Scores one image, or many.
@@ -185,7 +183,8 @@ class RahfPredictor:
           images: one image or a sequence of them. An image is a PIL image; an array of NumPy or JAX, uint8
             [height, width, 3] or [height, width]; a path; or a file's bytes. A sequence may be one array,
             uint8 [images, height, width, 3].
-          prompts: one prompt for one image; for a sequence, as many prompts as images.
+          prompts: one prompt for one image; for a sequence, as many prompts as images. A model that reads no
+            text takes prompts or None: they become the records' captions.
           ids: the images' names in the records; default: the paths, or numbers from 0.
 
         Returns:
@@ -200,12 +199,16 @@ class RahfPredictor:
         # An open file is an iterable of lines; `read` tells what is taken instead of it.
         one = (isinstance(images, Picture) and not is_stack) or hasattr(images, "read")
         one = one or not isinstance(images, Iterable)
+        pictures: list[Any] = [images] if one else list(cast(Iterable, images))
+        if prompts is None:
+            if self.description.reads_text:
+                raise PredictionError(forward.NEEDS_PROMPT)
+            prompts = "" if one else [""] * len(pictures)
         if one != isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise PredictionError(
                 "give one image and one prompt, or as many prompts as images; got"
                 f" {type(images).__name__} and {type(prompts).__name__}"
             )
-        pictures: list[Any] = [images] if one else list(cast(Iterable, images))
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if ids is None:
             names = [str(p if isinstance(p, str | os.PathLike) else i) for i, p in enumerate(pictures)]
@@ -275,19 +278,19 @@ class RahfPredictor:
     def prepare(self, picture: Picture, prompt: str) -> Prepared:
         """Brings an image and a prompt to the model's shapes; see `__call__` for their forms.
 
+        The prompt may be "" if the model reads no text.
+
         Raises:
           PredictionError: the image or the prompt can't be scored.
         """
-        forward.check_prompt(prompt)
+        forward.check_prompt(prompt, self.description.reads_text)
         image = self.read(picture)
-        if min(image.shape[:2]) < MIN_SIDE:
+        if min(image.shape[:2]) < (least := forward.MIN_SIDE):
             height, width = image.shape[:2]
-            raise PredictionError(
-                f"the image has {width} x {height} pixels; {MIN_SIDE} x {MIN_SIDE} are the least"
-            )
+            raise PredictionError(f"the image has {width} x {height} pixels; {least} x {least} are the least")
         square, box = pixels.square(image, self.description.feature_lengths["image"], self.description.fit)
         inputs, cut, words = None, 0, None
-        if self._encoder:
+        if self.description.reads_text:
             inputs, cut = self.encode(feedback.task_prompts(self.description.model.variant, prompt))
         if self.outputs.keywords:
             length = self.description.feature_lengths["targets"]
@@ -383,7 +386,8 @@ class RahfPredictor:
         Returns:
           `score(images, prompts)`. It takes images, float [batch, height, width, 3] in [0, 1], with as many
           prompts, and returns float32 [batch]; or one image, float [height, width, 3], with one prompt, and
-          returns float32 []. Images of any size are resized as in training (but not rounded to 8 bits).
+          returns float32 []. A model that reads no text needs no prompts: `score(images)`. Images of any size
+          are resized as in training (but not rounded to 8 bits).
           Within `jax.jit` give prompts as `encode_for(kind, prompts)`: their values may change without
           another compilation. The function is a `jax.tree_util.Partial`: give it to a jitted function as an
           argument, and the parameters don't become constants of the program.

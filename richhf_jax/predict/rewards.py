@@ -41,8 +41,12 @@ def score_fn(
     def score(
         state: train_state.InferenceState,
         images: Float[Array, "*batch height width 3"],
-        prompts: str | Sequence[str] | Int32[Array, "*batch length"],
+        prompts: str | Sequence[str] | Int32[Array, "*batch length"] | None = None,
     ) -> Float32[Array, "*batch"]:
+        if prompts is None:
+            if description.reads_text:
+                raise forward.PredictionError(forward.NEEDS_PROMPT)
+            prompts = np.zeros((*images.shape[:-3], 0), np.int32)
         is_text = isinstance(prompts, str | Sequence)
         tokens = encode_for(description, kind, prompts) if is_text else prompts
         if not jnp.issubdtype(images.dtype, jnp.floating) or images.shape[-1] != 3:
@@ -69,8 +73,8 @@ def encode_for(
     if isinstance(prompts, str):
         return encode_for(description, kind, [prompts])[0]
     for prompt in prompts:
-        forward.check_prompt(prompt)
-    if description.encoder is None:
+        forward.check_prompt(prompt, description.reads_text)
+    if not description.reads_text:
         return np.zeros((len(prompts), 0), np.int32)
     if description.model.variant == feedback.AUGMENTED_PROMPT:
         prompts = [f"{feedback.SCORE_TASK_STRINGS[kind]} {prompt}" for prompt in prompts]

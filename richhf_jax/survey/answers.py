@@ -114,7 +114,7 @@ def _show(value: Any) -> str:
 
 def _text(fields: dict, name: str) -> str:
     text = fields.get(name)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or foreign_text.is_blank(text):
         raise AnswerError(f"{name} must be a text that isn't empty, got {_show(text)}")
     try:
         text.encode()

@@ -200,7 +200,7 @@ def result(answers: Sequence[Answer], generators: Sequence[str] = ()) -> dict:
         "pairs": pairs,
         "bradley_terry": _ratings(generators, prompts, raters, ends, values) if len(pairs) > 1 else None,
         "by_prompt": by_prompt,
-        "checks": _checks(answers),
+        "checks": checks(answers),
     }
 
 
@@ -261,8 +261,8 @@ def _ratings(
     }
 
 
-def _checks(answers: Sequence[Answer]) -> dict:
-    """Counts each rater's checks.
+def checks(answers: Sequence[Answer]) -> dict:
+    """Counts each rater's checks; see `result`.
 
     An identical pair is passed by "about the same", a swapped one by an answer at most one step from the
     first; a swapped one without a first answer doesn't count.

@@ -1,20 +1,18 @@
-"""A project of three images on a store, its server, and the rater's page in a browser."""
+"""A project of three images on a store, its server, clients, and the rater's page in a browser."""
 
+import contextlib
 import functools
-import threading
-import time
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
+from starlette.testclient import TestClient
 
 from richhf_jax import feedback
-from richhf_jax.annotate import answers, project, records, server, store
+from richhf_jax.annotate import answers, project, records, server
+from richhf_jax.annotate.store import Store
 
 WIDTH, HEIGHT = 640, 480
 PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", "a boat")
@@ -22,9 +20,9 @@ PROMPTS = ('A red cat, "happy" as ever!', "two dogs <script>alert(1)</script>", 
 
 @pytest.fixture
 def make_store(tmp_path):
-    """Makes a project's store; with `gold`, its first image is for practice."""
+    """Makes a project's store; with `gold`, its first image is gold. All images get the suggestion."""
 
-    def make(gold: bool = False, **settings) -> store.Store:
+    def make(gold: bool = False, suggestion: dict | None = None, **settings) -> Store:
         folder = tmp_path / "project"
         (folder / project.IMAGES).mkdir(parents=True)
         pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3)).astype(np.uint8)
@@ -38,50 +36,38 @@ def make_store(tmp_path):
                     "ratings": dict.fromkeys(feedback.SCORES, 4),
                 }
             # Images come in the order of the prompts.
-            items.append(records.Item(f"train/{i}.png", prompt, f"{i}.png", WIDTH, HEIGHT, right, -i))
+            items.append(
+                records.Item(f"train/{i}.png", prompt, f"{i}.png", WIDTH, HEIGHT, right, -i, suggestion)
+            )
         config = project.Config(**settings)
-        return store.Store.create(folder, config, items)
+        return Store.create(folder, config, items)
 
     return make
 
 
-class Site:
-    """A project on a server in this process, which may stop and start again at the same address."""
-
-    def __init__(self, store):
-        self.store = store
-        self.secret = store.add_rater("Ada")
-        self.port = 0
-        self.start()
-
-    def start(self) -> None:
-        config = uvicorn.Config(
-            server.make_app(self.store), port=self.port, log_level="error", lifespan="off"
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-
-    def stop(self) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+@pytest.fixture
+def store(make_store):
+    with contextlib.closing(make_store()) as store:
+        yield store
 
 
 @pytest.fixture
-def make_site(make_store):
+def client(store):
+    with TestClient(server.make_app(store)) as client:
+        yield client
+
+
+@pytest.fixture
+def make_site(make_store, local_server):
     """Serves a project in this process, with one rater."""
     sites = []
 
-    def make(**settings) -> Site:
-        sites.append(Site(make_store(**settings)))
-        return sites[-1]
+    def make(**settings):
+        store = make_store(**settings)
+        site = local_server(server.make_app(store))
+        site.store, site.secret = store, store.add_rater("Ada")
+        sites.append(site)
+        return site
 
     yield make
     for site in sites:
@@ -94,42 +80,31 @@ def site(make_site):
     return make_site()
 
 
-class Page:
-    """The rater's page in Chromium, with the actions that the tests need."""
+@pytest.fixture
+def secret(store):
+    return store.add_rater("Ada")
 
-    def __init__(self, driver, site):
-        self.driver, self.site, self.run = driver, site, driver.execute_script
 
-    def find(self, selector: str):
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
+@pytest.fixture
+def rater(client, secret):
+    """Opens a link, as a rater does, and gets the first image."""
+    assert client.get(f"/r/{secret}").status_code == 200
+    assert client.get("/api/next").json()["work"]["id"] == "train/0.png"
+    return client
 
-    def open(self, width: int = 1280, theme: str = "light") -> None:
-        self.driver.set_screen(width, theme)
-        self.driver.get(f"{self.site.address}/r/{self.site.secret}")
-        self.wait(lambda: self.run("return document.getElementById('guidelines')?.open"))
-        self.find("#guidelines button").click()
-        self.wait_for_image()
+
+@pytest.fixture
+def manager(client, store):
+    assert client.get(f"/m/{store.make_manager()}").status_code == 200
+    return client
+
+
+class Marks:
+    """What the tests do on the rater's page besides what they do on all such pages."""
 
     def work(self, item: str):
         """Returns what the store has of the rater's work on an item."""
         return self.site.store.work(self.site.store.person(self.site.secret), item)
-
-    def reload(self) -> None:
-        self.driver.refresh()
-        self.wait_for_image()
-
-    def wait(self, condition) -> None:
-        WebDriverWait(self.driver, 10, 0.02).until(lambda _: condition())
-
-    def wait_for_image(self) -> None:
-        self.wait(lambda: self.run("return document.getElementById('task')?.hidden === false"))
-
-    def wait_until_saved(self) -> None:
-        self.wait(lambda: self.find("#saved").text == "Saved")
-
-    def type(self, *keys: str) -> None:
-        """Presses keys without moving the focus."""
-        ActionChains(self.driver).send_keys(*keys).perform()
 
     def place(self, x: float, y: float) -> tuple[tuple[int, int], tuple[float, float]]:
         """Returns the whole CSS pixel nearest to a point of the unzoomed image, and its exact point."""
@@ -177,16 +152,9 @@ class Page:
 
 
 @pytest.fixture
-def make_page(driver, make_site):
-    """Makes the page of a site; the test also fails if the page writes anything to the console.
-
-    It asks for `make_site` so that servers stop after the page is left.
-    """
-    driver.get("about:blank")
-    driver.get_log("browser")
-    yield functools.partial(Page, driver)
-    assert driver.get_log("browser") == []
-    driver.get("about:blank")
+def make_page(driver, make_site, rater_page):
+    """Makes the page of a site. It asks for `make_site` so that servers stop after the page is left."""
+    return functools.partial(type("Page", (Marks, rater_page), {}), driver)
 
 
 @pytest.fixture

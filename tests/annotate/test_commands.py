@@ -10,7 +10,7 @@ from PIL import Image
 
 from richhf_jax import feedback
 from richhf_jax.annotate import __main__ as command
-from richhf_jax.annotate import answers, transfer
+from richhf_jax.annotate import answers, commands, transfer
 from richhf_jax.annotate.store import Store
 from richhf_jax.datasets import consolidate, ratings, tfrecord
 
@@ -207,6 +207,18 @@ def test_import_of_raw_ratings(rated, images, tmp_path, capsys):
             ' "type": "keypointlabels", "value": {"x": 1, "y": 1, "keypointlabels": ["nose"]}}]}]}]',
             "unknown label nose",
         ),
+        *(
+            (
+                f'[{{"data": {{"id": "0.png"}}, "annotations": [{{"lead_time": {time}, "result": []}}]}}]',
+                "task 1: lead_time must be from 0 to 1,000,000 seconds",
+            )
+            for time in ('"abc"', "-5", "1e300", "true")
+        ),
+        (
+            '[{"data": {"id": "0.png"}, "annotations": [{"result": [{"from_name": "token_x1",'
+            ' "type": "choices", "value": {"choices": ["misaligned"]}}]}]}]',
+            "token_x1 is no token",
+        ),
     ],
 )
 def test_a_broken_export_of_label_studio_is_refused(project, tmp_path, text, message):
@@ -224,7 +236,7 @@ def test_images_are_copied_by_content_and_upright(project, tmp_path, images, cap
     for name in ("turned.txt", "svg.txt"):
         (images / name).write_text("a prompt")
     (images / "dots.txt").write_text("...")
-    assert run("add", project, "--images", images) == command.SOME_FAILED
+    assert run("add", project, "--images", images) == commands.SOME_FAILED
     shown = capsys.readouterr()
     assert "1 new images" in shown.out
     assert "left out: svg.png: an SVG picture" in shown.err
@@ -262,7 +274,7 @@ def test_gold_and_order(rated, images, tmp_path, capsys):
     assert "no column `image`" in run("add", tmp_path / "again", "--order", tmp_path / "order.csv")
     (tmp_path / "gold.jsonl").write_text(gold.replace("0.png", "nope.png"))
     capsys.readouterr()
-    assert run("init", tmp_path / "third", "--images", images, *files[:2]) == command.SOME_FAILED
+    assert run("init", tmp_path / "third", "--images", images, *files[:2]) == commands.SOME_FAILED
     assert "nope.png: a gold answer, but no image" in capsys.readouterr().err
 
 
@@ -303,7 +315,7 @@ def test_mistakes_are_one_message(project, images, tmp_path):
     assert "is no project" in run("status", tmp_path)
     assert "no rater named zoe" in run("raters", "renew", project, "zoe")
     assert "no rater named zoe" in run("raters", "deactivate", project, "zoe")
-    assert "give --images or --order" in run("add", project)
+    assert "give --images, --order or --suggest" in run("add", project)
     assert "No such file or directory" in run("export", project, tmp_path / "nope/raw.jsonl")
     assert "No such file or directory" in run("import", project, tmp_path / "nope.jsonl")
     assert not (tmp_path / "new").exists()

@@ -2,13 +2,6 @@
 
 import json
 import math
-import os
-import pathlib
-import signal
-import socket
-import subprocess
-import sys
-import time
 import types
 
 import numpy as np
@@ -16,7 +9,6 @@ import pytest
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
-import richhf_jax
 from richhf_jax import feedback
 from richhf_jax.annotate import __main__ as annotate
 from richhf_jax.datasets import consolidate, ratings
@@ -29,37 +21,8 @@ def size_of(number: int) -> tuple[int, int]:
     return 320 + 64 * number, 384 - 32 * number
 
 
-class Server:
-    """A server in its own process, which dies without a warning and starts again."""
-
-    def __init__(self, project: pathlib.Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self._port}"
-        self._command = [
-            sys.executable, "-m", "richhf_jax.annotate", "serve", str(project), f"--port={self._port}",
-        ]  # fmt: skip
-        self.start()
-
-    def start(self) -> None:
-        root = pathlib.Path(richhf_jax.__file__).parents[1]
-        environment = os.environ | {"PYTHONPATH": str(root)}
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, env=environment)
-        while True:
-            with socket.socket() as connection:
-                if connection.connect_ex(("127.0.0.1", self._port)) == 0:
-                    return
-            assert self._process.poll() is None
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
-
-
 @pytest.fixture
-def served(tmp_path, capsys):
+def served(tmp_path, capsys, start_server):
     """Makes a project by the commands. Returns its folder, its server and the raters' secrets."""
     images, folder = tmp_path / "images", tmp_path / "project"
     images.mkdir()
@@ -76,10 +39,9 @@ def served(tmp_path, capsys):
 
     run("init", folder, "--images", images)
     links = run("raters", "add", folder, *RATERS)
-    server = Server(folder)
+    server = start_server("annotate", folder)
     secrets = [line.rpartition("/")[2] for line in links.splitlines()]
-    yield types.SimpleNamespace(run=run, folder=folder, server=server, secrets=secrets)
-    server.kill()
+    return types.SimpleNamespace(run=run, folder=folder, server=server, secrets=secrets)
 
 
 def rounded(value: float) -> float:
@@ -131,7 +93,7 @@ def test_clicks_become_records(served, make_page, tmp_path):
         for done in range(1, len(PROMPTS) + 1):
             rating = annotate_image(page, rater, crash)
             expected[rating.image_id, rating.rater_id] = rating
-            page.wait(lambda page=page, done=done: page.find("#count").text.startswith(f"{done} of"))
+            page.wait(lambda page=page, done=done: page.find("#count").text.startswith(f"{done} done"))
     raw, own = tmp_path / "raw.jsonl", tmp_path / "own.jsonl"
     served.run("export", served.folder, raw)
     lines = [json.loads(line) for line in raw.read_text().splitlines()]

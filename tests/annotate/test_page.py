@@ -49,7 +49,7 @@ def test_by_keyboard_alone(page):
     # The first image is perfect: six keys.
     page.type("n5432")
     page.type(Keys.ENTER)
-    page.wait(lambda: "1 of 3" in page.find("#count").text)
+    page.wait(lambda: "1 done" in page.find("#count").text)
     first = page.work("train/0.png")
     assert first.state == "done"
     assert first.answer["ratings"] == dict(zip(feedback.SCORES, (5, 4, 3, 2), strict=True))
@@ -117,7 +117,7 @@ def test_two_tabs_never_overwrite_silently(page):
     try:
         page.driver.set_screen(1280, "light")
         page.driver.get(page.site.address)
-        page.wait_for_image()
+        page.wait_for_task()
         theirs = page.click(100, 100)
         page.wait_until_saved()
         page.driver.switch_to.window(first)
@@ -168,7 +168,7 @@ def test_the_browser_keeps_what_the_server_cannot_save(page):
     page.driver.get("about:blank")
     page.site.start()
     page.driver.get(page.site.address)
-    page.wait_for_image()
+    page.wait_for_task()
     page.wait_until_saved()
     assert page.work("train/0.png").answer["ratings"] == dict.fromkeys(feedback.SCORES) | {
         "plausibility": 4,
@@ -253,6 +253,44 @@ def test_keys_are_told(page):
     assert not page.driver.find_elements(By.CSS_SELECTOR, ".likert :checked")
     page.type("g")
     assert page.find("#guidelines").is_displayed()
+
+
+def test_keys_of_one_letter_can_be_turned_off(page):
+    page.open()
+    page.type("?")
+    # Enter closes the dialog, as before.
+    assert page.run("return document.activeElement.textContent") == "Close"
+    page.find("#single-keys").click()
+    page.type(Keys.ESCAPE)
+    told = "return [...document.querySelectorAll('[aria-keyshortcuts]')].map((e) => e.ariaKeyShortcuts)"
+    for _ in range(2):
+        page.type(*"mnzyhkbgIMWsc15+-?")
+        page.type("0")
+        assert not page.driver.find_elements(By.CSS_SELECTOR, "dialog[open], #task :checked:not([name=kind])")
+        assert page.find("[name=kind]:checked").get_attribute("value") == "implausibility"
+        assert page.run("return document.activeElement.id") == "image"
+        assert page.run(told) == ["Control+Z", "Control+Y", "Enter Control+Enter"]
+        # The browser remembers it.
+        page.reload()
+    # Keys with other names and those with Ctrl stay.
+    page.type(" ", " ", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, " ")
+    assert len(page.points["implausibility"]) == 2
+    page.type(Keys.BACKSPACE)
+    assert len(page.points["implausibility"]) == 1
+    for key, count in (("z", 2), ("y", 1)):
+        ActionChains(page.driver).key_down(Keys.CONTROL).send_keys(key).key_up(Keys.CONTROL).perform()
+        assert len(page.points["implausibility"]) == count
+    page.type(Keys.ENTER)
+    page.wait(lambda: "misalignment" in page.find("#missing").text)
+    page.find("#show-keys").click()
+    page.find("#single-keys").click()
+    page.type(Keys.ESCAPE, "n4")
+    assert page.find("[name=plausibility]:checked").get_attribute("value") == "4"
+    page.reload()
+    page.type("m")
+    assert page.find("[name=kind]:checked").get_attribute("value") == "misalignment"
+    # The browser itself logs the refusal of the empty answer.
+    assert ["422" in line["message"] for line in page.driver.get_log("browser")] == [True]
 
 
 def test_a_link_in_a_mail_works_at_once(page):

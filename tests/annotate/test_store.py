@@ -394,14 +394,28 @@ def test_what_is_no_project_is_refused(tmp_path, make):
     with pytest.raises(errors.UserError, match="is there already"):
         Store.create(folder, project.Config(), [])
     with contextlib.closing(sqlite3.connect(folder / "project.db")) as db:
-        db.execute(f"PRAGMA user_version = {database.SCHEMA + 1}")
-    with pytest.raises(errors.UserError, match=r"newer richhf_jax \(schema 2, here 1\): update"):
+        db.execute(f"PRAGMA user_version = {database.PROJECT.version + 1}")
+    with pytest.raises(errors.UserError, match=r"newer richhf_jax \(schema 4, here 3\): update"):
         Store(folder)
     for path in folder.glob("project.db*"):
         path.unlink()
     (folder / "project.db").write_bytes(b"no database" * 1000)
     with pytest.raises(errors.UserError, match="file is not a database"):
         Store(folder)
+
+
+def test_an_older_database_gets_the_new_index(make, tmp_path):
+    make(1)[0].close()
+    path = tmp_path / "project" / "project.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP INDEX answers_of_person")
+        db.execute("CREATE INDEX answers_of_person ON answers (person, state)")
+        db.execute("PRAGMA user_version = 2")
+    Store(path.parent).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        columns = [row[2] for row in db.execute("PRAGMA index_info(answers_of_person)")]
+        assert columns == ["person", "state", "is_calibration", "seconds", "item"]
+        assert db.execute("PRAGMA user_version").fetchone() == (database.PROJECT.version,)
 
 
 def test_a_full_disk_changes_nothing(make):

@@ -223,6 +223,10 @@ def test_open_clips_configuration_is_checked(tmp_path):
         mapping.check_settings(configs, [source])
     configs = {name: getattr(network("quick_gelu"), name) for name in ("text_config", "vision_config")}
     assert mapping.check_settings(configs, [source]) == []
+    pixels = {"model_cfg": cfg, "preprocess_cfg": {"mean": list(clip.MEAN), "std": [0.5, 0.5, 0.5]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(pixels))
+    with pytest.raises(ConvertError, match=r"config.json: the weights take pixels of the deviation \[0.5, 0"):
+        reader.open_open_clip(str(tmp_path))
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"text_cfg": 3}}')
     with pytest.raises(ConvertError, match="open_clip_config.json makes no sense"):
         reader.open_open_clip(str(tmp_path))
@@ -338,7 +342,19 @@ BAD = {
     ),
     "another vocabulary": (
         lambda folder: shutil.copy(vocabulary.SMALL_MODEL, folder / "tokenizer.json"),
-        "tokenizer.json is damaged, or no file of the tokenizers library",
+        "tokenizer.json is damaged, or no file of the tokenizers library.*Take the tokenizer.json that was",
+    ),
+    "no vocabulary": (
+        lambda folder: (folder / "vocab.json").unlink(),
+        "clip: beside the weights is no tokenizer.json, nor vocab.json and merges.txt.*--gin.VOCABULARY=PATH",
+    ),
+    "another start": (
+        lambda folder: config_with(folder, text_config={**TEXT, "bos_token_id": 5}),
+        "vocab.json begins a text with the id 772, but in .*/config.json bos_token_id is 5: .*Take the",
+    ),
+    "other pixels": (
+        lambda folder: (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}'),
+        r"preprocessor_config.json: the weights take pixels of the mean \[0.5, 0.5, 0.5\]; our CLIP has Op",
     ),
 }
 
@@ -350,6 +366,72 @@ def test_what_is_refused(name, clip_directory, tmp_path):
     with pytest.raises(errors.UserError, match=message):
         convert(clip_directory, tmp_path / "to")
     assert not (tmp_path / "to").exists()
+
+
+# Of gin/sizes/clip_tiny.gin, which is for the synthetic data.
+SMALL = "VOCABULARY = 'clip_small'"
+
+
+def other_vocabulary(path):
+    """Writes a vocabulary of as many tokens in CLIP's order: two letters change places in all merges."""
+    content = json.loads(clip_tokens.read(vocabulary.SMALL_CLIP).content)["model"]
+    swap = str.maketrans("xo", "ox")
+    merges = [tuple(part.translate(swap) for part in pair) for pair in content["merges"]]
+    bytes_ = [*content["vocab"]][:512]
+    pieces = [*bytes_, *map("".join, merges), clip_tokens.START, clip_tokens.END]
+    path.write_bytes(clip_tokens.build({piece: i for i, piece in enumerate(pieces)}, merges))
+    return path
+
+
+def test_the_weights_own_vocabulary_goes_before_the_one_of_the_gin_file(clip_directory, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (clip_directory / name).unlink()
+    with pytest.raises(errors.UserError, match="beside the weights is no tokenizer.json"):
+        convert(clip_directory, tmp_path / "to", "clip_score", SMALL)
+    own = other_vocabulary(clip_directory / "tokenizer.json").read_bytes()
+    for name, binding in {"with": SMALL, "without": "VOCABULARY = None"}.items():
+        convert(clip_directory, tmp_path / name, "clip_score", binding)
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == own
+
+
+def test_a_vocabulary_that_is_named(clip_directory, tmp_path):
+    # The same one in another form is none; another one is.
+    convert(clip_directory, tmp_path / "same", "clip_score", f"VOCABULARY = '{vocabulary.SMALL_CLIP}'")
+    other = other_vocabulary(tmp_path / "other.json")
+    with pytest.raises(
+        errors.UserError, match="other.json isn't the vocabulary of the weights, .*vocab.json"
+    ):
+        convert(clip_directory, tmp_path / "to", "clip_score", f"VOCABULARY = '{other}'")
+    (clip_directory / "vocab.json").unlink()
+    convert(clip_directory, tmp_path / "named", "clip_score", f"VOCABULARY = '{other}'")
+    assert (tmp_path / "named/tokenizer.json").read_bytes() == other.read_bytes()
+
+
+def test_a_checkpoint_of_ours_keeps_its_vocabulary(clip_directory, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (clip_directory / name).unlink()
+    own = other_vocabulary(clip_directory / "tokenizer.json").read_bytes()
+    first = tmp_path / "first"
+    convert(clip_directory, first)
+    for place in (first, first / "checkpoint_0"):
+        to = tmp_path / f"of_{place.name}"
+        convert(place, to, "clip_score", SMALL)
+        assert (to / "tokenizer.json").read_bytes() == own
+    shutil.copy(vocabulary.SMALL_CLIP, first / "tokenizer.json")
+    message = "tokenizer.json isn't the vocabulary that came with the model.*or convert the weights again"
+    with pytest.raises(errors.UserError, match=message):
+        convert(first, tmp_path / "to", "clip_score", SMALL)
+    (first / "tokenizer.json").unlink()
+    with pytest.raises(errors.UserError, match="has no tokenizer.json: .*or convert the weights again"):
+        convert(first, tmp_path / "to", "clip_score", f"VOCABULARY = '{vocabulary.SMALL_CLIP}'")
+
+
+def test_older_configurations_have_other_ids_than_the_vocabulary(clip_directory, tmp_path):
+    # As in OpenAI's and PickScore's, where they mean nothing.
+    older = {**TEXT, "hidden_act": "quick_gelu", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    config_with(clip_directory, text_config=older)
+    convert(clip_directory, tmp_path / "to")
+    assert model_description.read(tmp_path / "to").encoder.start_id == VOCAB - 2
 
 
 @pytest.mark.parametrize(
@@ -389,6 +471,14 @@ def test_images_of_another_size_resample_the_image_towers_positions_alone(clip_d
         (
             lambda state: {name: x for name, x in state.items() if name.startswith("visual")},
             "the weights hold no text tower",
+        ),
+        (
+            lambda state: {name: x for name, x in state.items() if not name.startswith("visual")},
+            "the weights hold no image tower",
+        ),
+        (
+            lambda state: state | {"visual.layer1.0.conv1.weight": torch.zeros(3)},
+            "its image tower is a ResNet; our CLIP's is a ViT",
         ),
         (
             lambda state: state | {"transformer.resblocks.0.attn.in_proj_weight": torch.zeros(5, 3)},

@@ -400,6 +400,22 @@ def test_a_vocabulary_that_is_far_away_is_asked_for(saved, tmp_path, capsys):
         model_description.read(tmp_path / "to")
 
 
+def test_a_checkpoint_of_ours_keeps_its_vocabulary(saved, tmp_path):
+    path, model, _ = saved()
+    small = ROOT / "tasks/sentencepiece_small.model"
+    other = tmp_path / "other.model"
+    other.write_bytes(small.read_bytes() + b"\x9a\x06\x00")  # A field of protobuf that nobody knows.
+    command.describe(model, [path], LENGTHS, str(other), unstacked=False).write(path)
+    for place in (path, f"{path}/checkpoint_0"):
+        # None stands for the small one of `tasks/`.
+        for named in (None, "gs://far/away.model", str(other)):
+            description = command.describe(model, [place], LENGTHS, named, unstacked=False)
+            assert description.vocabulary == other.read_bytes()
+    message = f"{small} isn't the vocabulary of the weights, {path}/vocabulary.model. Leave VOCABULARY out"
+    with pytest.raises(ConvertError, match=message):
+        command.describe(model, [path], LENGTHS, str(small), unstacked=False)
+
+
 def test_a_tensor_is_cast_when_it_is_read(rng):
     array = rng.standard_normal(3)
     cast = Tensor("x", (3,), array.dtype, lambda: array).astype(np.float32)

@@ -276,6 +276,10 @@ def test_a_directory_of_timm(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50", "num_classes": 10}))
     assert converter.is_resnet(str(tmp_path))
     assert converter.open_resnet(str(tmp_path)).settings == {"resnet_config.depths": DEPTHS}
+    # It has the same arrays, and other strides.
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnetaa50"}))
+    with pytest.raises(ConvertError, match="config.json: architecture is 'resnetaa50'; our ResNet is timm's"):
+        converter.open_resnet(str(tmp_path))
 
 
 def test_other_files_are_no_resnets(tmp_path):
@@ -337,6 +341,28 @@ def test_a_model_of_another_size(changed, message, tmp_path):
     path, config = saved("torchvision", tmp_path)
     with pytest.raises(ConvertError, match=message):
         command.convert(our_model(config.replace(**changed)), [str(path)], str(tmp_path / "to"))
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "torchvision", "timm"])
+@pytest.mark.parametrize(
+    ("value", "message"), [(-1e-6, "negative, which no variance"), (np.inf, "NaN or inf")]
+)
+def test_variances_that_are_none(kind, value, message, tmp_path):
+    path, config = saved(kind, tmp_path)
+    file = path / "model.safetensors" if kind == "huggingface" else path
+    load = (
+        functools.partial(torch.load, weights_only=True)
+        if kind == "torchvision"
+        else safetensors.torch.load_file
+    )
+    save = torch.save if kind == "torchvision" else safetensors.torch.save_file
+    state = load(file)
+    name = [name for name in state if name.endswith("running_var")][3]
+    state[name][2] = value
+    save(state, file)
+    with pytest.raises(ConvertError, match=f"1 of the .* numbers of {name} are {message}"):
+        command.convert(our_model(config), [str(path)], str(tmp_path / "to"))
     assert not (tmp_path / "to").exists()
 
 

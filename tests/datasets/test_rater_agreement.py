@@ -1,5 +1,6 @@
 """The raters' agreement on simulated ratings, recomputed from the file in other ways."""
 
+import dataclasses
 import itertools
 import json
 
@@ -59,6 +60,15 @@ def test_scores(groups, summary):
                 "bias": pytest.approx(difference.mean()),
                 "spread": pytest.approx(difference.std()),
             }
+
+
+def test_prompts_without_words(groups):
+    collected = RaterAgreement()
+    for group in groups:
+        collected.add([dataclasses.replace(rating, prompt="!", token_labels=()) for rating in group])
+    summary = collected.summary()
+    assert summary["word_agreement"] == {"words": 0, "fleiss_kappa": None}
+    assert summary["agreement"].keys() == set(feedback.SCORES)
 
 
 def test_words_and_points(groups, summary):

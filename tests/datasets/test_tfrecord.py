@@ -1,10 +1,12 @@
 import io
 import struct
+import sys
 import tracemalloc
 
 import pytest
 import tensorflow as tf
 
+from richhf_jax import errors
 from richhf_jax.datasets import tfrecord
 from tests.inputs.mutation import mutants
 
@@ -103,3 +105,11 @@ def test_examples_are_tensorflows():
     assert tfrecord.parse_example(data)["number"].float_list.value == [0.5]
     with pytest.raises(tfrecord.RecordError, match="no tf.train.Example"):
         tfrecord.parse_example(b"\xff\xff")
+
+
+def test_examples_need_tfds(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets.proto", None)
+    tfrecord._example_class.cache_clear()
+    with pytest.raises(errors.UserError, match="pip install tensorflow-datasets"):
+        tfrecord.serialize_example({"a": 1.0})
+    assert file_of(RECORDS)

@@ -344,8 +344,16 @@ print(json.dumps(messages))
 def test_the_example_says_what_is_wrong(case, name, files):
     (case.folder / name / "image.png").write_bytes(png(case.images[0]))
     (case.folder / name / "no image.png").write_bytes(b"no image")
+    (case.folder / name / "small.png").write_bytes(png(case.images[0][:1, :9]))
     good = ["image.png", "a cat"]
-    runs = [["", []], ["", ["no image.png", "x"]], *([file, good] for file in files), ["not finite", good]]
+    refused = [["", arguments] for arguments in (["small.png", "x"], ["image.png", " \u200b"], ["image.png"])]
+    runs = [
+        ["", []],
+        *refused,
+        ["", ["no image.png", "x"]],
+        *([file, good] for file in files),
+        ["not finite", good],
+    ]
     if name == "stablehlo":
         runs.append(["old JAX", good])
     try:
@@ -353,12 +361,21 @@ def test_the_example_says_what_is_wrong(case, name, files):
     finally:
         (case.folder / name / "image.png").unlink()
         (case.folder / name / "no image.png").unlink()
+        (case.folder / name / "small.png").unlink()
     messages = json.loads(printed.splitlines()[-1])
     if name == "stablehlo":
         required = f"pip install 'jax>={jax.__version__}'"
         assert messages.pop() == f"JAX {jax.__version__} is too old for this program: {required}"
-    usage, no_image, *damaged, not_finite = messages
+    usage, small, blank, no_prompt, no_image, *damaged, not_finite = messages
     assert "python example.py IMAGE PROMPT" in usage
+    assert no_prompt == usage
+    # As the predictor says.
+    for message, pair in (
+        (small.removeprefix("small.png: "), (case.images[0][:1, :9], "x")),
+        (blank, (case.images[0], " \u200b")),
+    ):
+        with pytest.raises(forward.PredictionError, match=f"0: {re.escape(message)}$"):
+            case.predictor([pair[0]], [pair[1]])
     assert no_image.startswith("no image.png is no image that can be read: ")
     assert not_finite == "image.png: the model's outputs aren't finite, so they say nothing of the image"
     for file, message in zip(files, damaged, strict=True):

@@ -49,9 +49,9 @@ def loaded(record):
         return message
 
 
-def read(*paths, prompt=None):
+def read(*paths, prompt=None, needs_prompts=True):
     """Returns id -> what is loaded, in order; asserts that a second pass and len() agree."""
-    given = inputs.Inputs([str(path) for path in paths], prompt)
+    given = inputs.Inputs([str(path) for path in paths], prompt, needs_prompts)
     records = list(given)
     found = {record.id: loaded(record) for record in records}
     assert len(found) == len(records)

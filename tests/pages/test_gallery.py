@@ -284,6 +284,45 @@ def test_every_score_and_peak_can_be_sorted_and_filtered_by(tmp_path):
     assert all(attrs["aria-label"] for attrs in bounds)
 
 
+def test_filters_and_bars_have_the_range_of_the_score(tmp_path):
+    cosines = [card(f"{i}", scores={feedback.ALIGNMENT: value}) for i, value in enumerate((-0.5, 0.25))]
+    path = tmp_path / "gallery.html"
+    gallery.write_gallery(path, "Cosines", cosines, {}, (-1.0, 1.0))
+    page = Page(path.read_text(encoding="utf-8"))
+
+    def ranges(page):
+        bounds = [attrs for attrs, _ in page.all("input") if attrs["type"] == "number"]
+        return {attrs["name"]: (attrs["min"], attrs["max"], attrs["placeholder"]) for attrs in bounds}
+
+    found = ranges(page)
+    assert found["alignment.min"] == ("-1", "1", "-1")
+    assert found["alignment.max"] == ("-1", "1", "1")
+    assert found["misalignment peak.min"] == ("0", "1", "0")
+    # -0.5 is a quarter of the way from -1 to 1.
+    bars = [attrs["style"] for attrs, _ in page.all("i") if "width" in attrs.get("style", "")]
+    assert bars == ["width: 25.0%", "width: 62.5%"]
+    assert ranges(page_of(tmp_path, cosines))["alignment.min"] == ("0", "1", "0")
+
+
+def test_controls_are_there_for_what_is_there(tmp_path):
+    bare = dataclasses.replace(card(prompt=""), heatmaps={})
+    bare.record.pop("tokens")
+    page, full = page_of(tmp_path, [bare]), page_of(tmp_path, [bare, card()])
+
+    def names(page):
+        return {attrs["name"] for attrs, _ in page.all("input")}
+
+    assert {"search", "heat", "opacity"} <= names(full)
+    assert not {"search", "heat", "opacity"} & names(page)
+    assert (len(page.all("p", "note")), len(full.all("p", "note"))) == (0, 1)
+    assert [text for _, text in page.all("kbd")] == ["Esc", "j", "→", "k", "←", "?"]
+    assert not page.all("span", "scale")
+    assert not page.all("span", "key")
+    assert not page.all("p", "prompt")
+    assert len(full.all("p", "prompt")) == 1
+    assert [attrs["alt"] for attrs, _ in page.all("img")] == ["1.png"]
+
+
 def test_an_uncertainty_stands_beside_its_score(tmp_path):
     uncertainty = dict(zip(feedback.SCORES, (0.1, 0.256, 1, 0.004), strict=True))
     pages = [

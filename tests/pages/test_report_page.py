@@ -418,3 +418,36 @@ def test_of_thousands_of_cards_those_in_sight_are_laid_out(browser, tmp_path):
     lines = browser.driver.get_log("browser")
     assert 1 <= len(lines) < 100
     assert all("ERR_FILE_NOT_FOUND" in line["message"] for line in lines)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_of_cosines_alone(browser, tmp_path, width):
+    """There are neither prompts nor heatmaps, and a score from -1 to 1."""
+    image = gallery.data_uri(gallery.card_pictures(np.full((48, 64, 3), 90, np.uint8), {})[0])
+    values = (0.25, -0.5, -0.1)
+    cards = [
+        gallery.Card(
+            {"id": f"{i}.png", "prompt": "", "scores": {feedback.ALIGNMENT: value}}, (64, 48), image, {}
+        )
+        for i, value in enumerate(values)
+    ]
+    details = {"model": "/runs/" + "a_long_name_without_a_space" * 4}
+    gallery.write_gallery(tmp_path / "gallery.html", "Cosines", cards, details, (-1, 1))
+    browser.open((tmp_path / "gallery.html").as_uri(), width)
+    assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert browser.run("return innerWidth") == width
+    browser.type("h[]/")  # Keys of controls that aren't there do nothing.
+    browser.sort(f"{feedback.ALIGNMENT}.up")
+    assert browser.shown == [1, 2, 0]
+    browser.limit(f"{feedback.ALIGNMENT}.max", "-0.05")
+    assert browser.shown == [1, 2]
+    browser.limit(f"{feedback.ALIGNMENT}.min", "-0.2")
+    assert browser.shown == [2]
+    assert browser.run(
+        "return [...document.querySelectorAll('[type=number]')].every((e) => e.checkValidity())"
+    )
+    # The button is at the right end, as above.
+    right = "return document.querySelector('{}').getBoundingClientRect().right"
+    assert browser.run(right.format("#show-keys")) == browser.run(right.format("[type=reset]"))
+    # A card of two parts isn't as wide as one of four.
+    assert browser.run("return document.querySelector('.stack').offsetWidth") < 290

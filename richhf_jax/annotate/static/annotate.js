@@ -4,29 +4,24 @@
 // present answer; nothing else writes to the form.
 
 import { Picture } from "./picture.js";
+import { announce, askWhy, listenToKeys, request, Saver, seconds, start } from "./rater.js";
 
 const $ = (id) => document.getElementById(id);
-const { person, radius } = document.body.dataset;
+const { radius } = document.body.dataset;
 const form = $("task");
 const svg = $("image");
 const kinds = [...form.querySelectorAll("[name=kind]")].map((field) => field.value);
 const scales = [...form.querySelectorAll(".likert")].map((scale) => scale.dataset.part);
 const asksWords = form.querySelector("[data-part=words]") !== null;
-// A pause longer than this is no work: it does not count as time spent. Milliseconds.
-const IDLE = 30_000;
-// Seconds between two tries to save.
-const MAX_WAIT = 30;
 
 let work = null; // What the server sent of the image.
 let answer = null;
-let revision = 0;
 let past = [];
 let future = [];
 let lastChange = null;
 let isOpen = false; // Whether the answer may change.
 
 const pointsOf = (from, kind) => from[`${kind}_points`];
-const announce = (text) => ($("spoken").textContent = text);
 
 // Two answers are the same if these are: the order of an object's fields says nothing.
 function summary(from) {
@@ -36,139 +31,42 @@ function summary(from) {
 }
 const isSame = (one, other) => summary(one) === summary(other);
 
-// ---- Time spent.
-
-let spent = 0;
-let lastSign = null;
-function countTime() {
-  const now = performance.now();
-  if (lastSign !== null && now - lastSign <= IDLE) spent += now - lastSign;
-  lastSign = now;
-}
-for (const type of ["pointermove", "pointerdown", "keydown", "wheel", "scroll"])
-  addEventListener(type, countTime, { passive: true, capture: true });
-document.addEventListener("visibilitychange", () => {
-  countTime();
-  if (document.hidden) lastSign = null;
-});
-const seconds = () => {
-  countTime();
-  return spent / 1000;
-};
-
-// ---- The server.
-
-async function request(method, path, body) {
-  try {
-    const headers = { "Content-Type": "application/json" };
-    const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
-    const reply = await response.json().catch(() => ({ error: `The server answered ${response.status}.` }));
-    return { ...reply, status: response.status };
-  } catch {
-    return { status: 0, error: "The server can't be reached." };
-  }
-}
-const address = (end = "") => `/api/items/${encodeURIComponent(work.id)}${end}`;
-const isTemporary = (status) => status === 0 || status === 429 || status >= 500;
-function pause(wait) {
-  return new Promise((resolve) => {
-    const timer = setTimeout(resolve, 1000 * wait);
-    addEventListener("online", () => (clearTimeout(timer), resolve()), { once: true });
-  });
-}
-function ask(dialog) {
-  return new Promise((resolve) => {
-    dialog.returnValue = "";
-    dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true });
-    dialog.showModal();
-  });
-}
-
-// Until the server has an answer, the browser keeps it: with the revision that it changes, and what was sent since.
-const keptName = () => `richhf_jax ${person} ${work.id}`;
-function remember(name, value) {
-  try {
-    localStorage.setItem(name, JSON.stringify(value));
-  } catch {
-    // The browser's storage is full, so the server alone keeps the answer.
-  }
-}
-const keep = () => remember(keptName(), { revision, answer, sent, seconds: seconds() });
-
-let isDirty = false;
-let saving = null;
-let sent = []; // Answers that the server may have got, though its reply is missing.
-function save() {
-  isDirty = true;
-  keep();
-  saving ??= saveAll().finally(() => (saving = null));
-  return saving;
-}
-async function saveAll() {
-  let wait = 1;
-  while (isDirty) {
-    isDirty = false;
-    sent.push(answer);
-    $("saved").textContent = "Saving…";
-    const reply = await request("PUT", address(), { revision, answer, seconds: seconds() });
-    if (reply.status === 200) {
-      revision = reply.revision;
-      sent = [];
-      wait = 1;
-      if (isDirty) keep();
-    } else if (reply.status === 409) {
-      await settle(reply);
-    } else if (isTemporary(reply.status)) {
-      isDirty = true;
-      $("saved").textContent = `Not saved yet: ${reply.error} Your answer is kept in this browser.`;
-      document.body.classList.add("unsaved");
-      announce($("saved").textContent);
-      await pause(wait);
-      wait = Math.min(2 * wait, MAX_WAIT);
-    } else {
-      return stop(reply.error);
-    }
-  }
-  localStorage.removeItem(keptName());
-  document.body.classList.remove("unsaved");
-  $("saved").textContent = "Saved";
-}
-
-// The server has a revision that this tab doesn't know. The rater decides, unless it is what this tab sent.
-async function settle(theirs) {
-  let choice = sent.some((mine) => isSame(mine, theirs.answer)) ? "mine" : "";
-  while (!choice) choice = await ask($("conflict"));
-  if (choice === "theirs") {
-    past.push(answer);
-    answer = theirs.answer;
+const saver = new Saver({
+  answer: () => answer,
+  isSame,
+  show(other, isTheirs) {
+    if (isTheirs) past.push(answer);
+    answer = other;
     render();
-  }
-  revision = theirs.revision;
-  sent = [];
-  isDirty = !isSame(answer, theirs.answer);
-}
-addEventListener("beforeunload", (event) => {
-  if (saving) event.preventDefault();
+  },
+  setOpen(value) {
+    setOpen(value);
+    if (value) render();
+  },
+  showMissing,
+  tell({ suggestion }) {
+    if (suggestion) showSuggestion(suggestion);
+  },
 });
 
 // ---- From image to image.
 
 async function next() {
   const reply = await request("GET", "/api/next");
-  if (reply.status !== 200) return stop(reply.error);
+  if (reply.status !== 200) return saver.stop(reply.error);
   const { done, total_open: open, seconds: total, calibration_left: practice } = reply.progress;
   $("progress").max = Math.max(done + open, 1);
   $("progress").value = done;
   $("count").textContent =
-    `${done} of ${done + open} images · ${Math.round(total / 60)} min` + (practice ? ` · practice: ${practice} left` : "");
-  if (!reply.work) return stop(reply.message);
+    `${done} done · about ${open} left · ${Math.round(total / 60)} min` + (practice ? ` · practice: ${practice} left` : "");
+  if (!reply.work) return saver.stop(reply.message);
   await begin(reply.work);
 }
 
 async function begin(given) {
   work = given;
-  ({ answer, revision } = work);
-  [past, future, lastChange, sent, spent] = [[], [], null, [], 1000 * work.seconds];
+  ({ answer } = work);
+  [past, future, lastChange] = [[], [], null];
   form.hidden = false;
   $("notice").hidden = $("feedback").hidden = true;
   $("practice").hidden = !work.is_calibration;
@@ -182,18 +80,8 @@ async function begin(given) {
   scrollTo(0, 0);
   svg.focus({ preventScroll: true });
   render();
-  await takeKept();
-}
-
-// Takes up the answer that the browser kept because the server could not be reached.
-async function takeKept() {
-  const mine = JSON.parse(localStorage.getItem(keptName()));
-  if (!mine || isSame(mine.answer, answer)) return;
-  const theirs = { answer, revision };
-  [answer, sent, spent] = [mine.answer, mine.sent, 1000 * mine.seconds];
-  render();
-  if (mine.revision !== revision) await settle(theirs);
-  if (!isSame(answer, theirs.answer)) save();
+  if (work.suggestion) showSuggestion(work.suggestion);
+  await saver.begin(work.id, `/api/items/${encodeURIComponent(work.id)}`, work);
 }
 
 function setOpen(value) {
@@ -202,55 +90,17 @@ function setOpen(value) {
   for (const field of form.querySelectorAll("fieldset, textarea, .end button")) field.disabled = !value;
 }
 
-function stop(text) {
-  setOpen(false);
-  work = null;
-  form.hidden = true;
-  $("notice").hidden = false;
-  const again = document.createElement("button");
-  again.textContent = "Look again";
-  again.addEventListener("click", () => location.reload());
-  const message = document.createElement("p");
-  message.textContent = text;
-  $("notice").replaceChildren(message, again);
-  $("notice").focus();
-}
-
-// Ends work on the image in one of two ways; the server has the last change before.
-async function leave(end, more) {
-  setOpen(false);
-  await saving;
-  if (!work) return null;
-  const reply = await request("POST", address(end), { revision, ...more });
-  if (reply.status === 200) {
-    localStorage.removeItem(keptName());
-    return reply;
-  }
-  setOpen(true);
-  render();
-  if (reply.status === 409) {
-    await settle(reply);
-    if (isDirty) save();
-  } else if (reply.status === 422) showMissing(reply);
-  else if (isTemporary(reply.status)) $("missing").textContent = `${reply.error} Please try again.`;
-  else stop(reply.error);
-  return null;
-}
-
 async function finish() {
   if (!isOpen) return;
-  const reply = await leave("/done", { answer, seconds: seconds() });
-  if (reply?.feedback) showFeedback(reply.feedback);
+  const reply = await saver.end("/done", () => ({ answer, seconds: seconds() }));
+  if (reply?.suggestion) showSuggestion(reply.suggestion);
+  else if (reply?.feedback) showFeedback(reply.feedback);
   else if (reply) await next();
 }
 
 async function giveUp(broken) {
-  const dialog = $("leave");
-  const reason = dialog.querySelector("textarea");
-  $("leave-title").textContent = broken ? "The image is broken" : "Skip this image";
-  reason.value = "";
-  reason.required = !broken;
-  if ((await ask(dialog)) === "leave" && (await leave("/skip", { reason: reason.value, broken }))) await next();
+  const reason = await askWhy(broken ? "The image is broken" : "Skip this image", !broken);
+  if (reason !== null && (await saver.end("/skip", () => ({ reason, broken })))) await next();
 }
 
 function showMissing({ error, missing }) {
@@ -261,7 +111,12 @@ function showMissing({ error, missing }) {
 }
 
 // After a practice image: our answer, on top of the rater's.
-function showFeedback({ lines, gold }) {
+const showFeedback = ({ lines, gold }) => compare("gold", lines, gold);
+// After a first answer, which may now be changed: the model's.
+const showSuggestion = ({ lines, answer: suggested }) => compare("suggestion", lines, suggested);
+
+function compare(name, lines, gold) {
+  for (const text of $("feedback").querySelectorAll("[data-of]")) text.hidden = text.dataset.of !== name;
   const items = lines.map((line) => Object.assign(document.createElement("li"), { textContent: line }));
   $("feedback-lines").replaceChildren(...items);
   picture.drawGold(Object.fromEntries(kinds.map((kind) => [kind, pointsOf(gold, kind)])));
@@ -288,7 +143,7 @@ function change(edit, label = null) {
   lastChange = label;
   future = [];
   render();
-  save();
+  saver.save();
 }
 function step(from, to) {
   if (!isOpen || !from.length) return;
@@ -296,7 +151,7 @@ function step(from, to) {
   answer = from.pop();
   lastChange = null;
   render();
-  save();
+  saver.save();
 }
 const isEmpty = (part) =>
   part === "words" ? !answer.token_labels.includes(0) : !pointsOf(answer, part).length;
@@ -320,7 +175,7 @@ const picture = new Picture(svg, radius, kinds, {
   },
   remove: removePoint,
   move: (kind, index, point, label) => change((next) => (pointsOf(next, kind)[index] = point), label),
-  cancel: () => work && render(),
+  cancel: () => saver.isActive && render(),
 });
 function toggleWord(index) {
   change((next) => {
@@ -417,7 +272,6 @@ const actions = {
   skip: () => isOpen && giveUp(false),
   broken: () => isOpen && giveUp(true),
   next,
-  close: () => $("leave").close(),
 };
 document.addEventListener("click", ({ target }) => {
   const button = target.closest("[data-action]");
@@ -439,8 +293,6 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   finish();
 });
-$("show-keys").addEventListener("click", () => $("keys").showModal());
-$("show-guidelines").addEventListener("click", () => $("guidelines").showModal());
 
 function choose(kind) {
   form.elements.kind.value = kind;
@@ -471,7 +323,7 @@ const keys = {
   Backspace: erase,
   Delete: erase,
   Escape: () => svg.focus(),
-  Enter: () => ($("feedback").hidden ? finish() : next()),
+  Enter: () => (isOpen || $("feedback").hidden ? finish() : next()),
 };
 for (const kind of kinds) {
   keys[kind[0]] = () => choose(kind);
@@ -494,24 +346,6 @@ function actionOf({ key, target, shiftKey }, isControl, isTyping) {
   if (key === " " && target === svg) return () => picture.mark();
   return Object.hasOwn(keys, key) ? keys[key] : null;
 }
-document.addEventListener("keydown", (event) => {
-  // Some keyboards type signs with AltGr, which counts as Ctrl and Alt.
-  const isControl = (event.ctrlKey || event.metaKey) && !event.getModifierState("AltGraph");
-  if (!work || document.querySelector("dialog[open]") || (event.altKey && !event.getModifierState("AltGraph"))) return;
-  const action = actionOf(event, isControl, event.target.matches("textarea"));
-  if (!action) return;
-  event.preventDefault();
-  action(event.target);
-});
+listenToKeys(saver, actionOf);
 
-// ---- Start.
-
-async function start() {
-  const name = `richhf_jax ${person} has read`;
-  if (!localStorage.getItem(name)) {
-    await ask($("guidelines"));
-    remember(name, true);
-  }
-  await next();
-}
-start();
+start(next);

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import tqdm
 from etils import epath
 
-from richhf_jax import errors, feedback, writing
+from richhf_jax import errors, feedback, foreign_text, writing
 from richhf_jax.datasets.rich_hf_18k.labels import write_json
 from richhf_jax.datasets.rich_hf_18k.sources import BadShard, Row, Shard, Source
 from richhf_jax.inputs import images
@@ -177,7 +177,7 @@ def _read_shard(source, shard: Shard, splits, missing: set[str], state: State, w
 def _good_image(row: Row, notes: Notes) -> bytes | None:
     """Returns a row's image, or notes why it isn't good and returns None."""
     try:
-        if row.problem or not (row.prompt or "").strip():
+        if row.problem or foreign_text.is_blank(row.prompt or ""):
             raise images.ImageError(row.problem or "no prompt beside it")
         return images.checked(row.image or b"")
     except images.ImageError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from richhf_jax import feedback, writing
+from richhf_jax import feedback, foreign_text, writing
 from richhf_jax.datasets import tfrecord
 from richhf_jax.datasets.web_captions import shards
 from richhf_jax.inputs import images
@@ -157,7 +157,8 @@ def judge(sample: shards.Sample, options: Options) -> tuple[str, bytes, str]:
     """
     if sample.problem:
         raise ValueError(sample.problem)
-    words = _text(sample, options.caption_fields, "caption").split()
+    text = _text(sample, options.caption_fields, "caption")
+    words = [] if foreign_text.is_blank(text) else text.split()
     caption = " ".join(words)
     if len(words) < options.min_words:
         return TOO_FEW_WORDS, b"", caption
