@@ -47,6 +47,8 @@ _BENEFIT_OF_DOUBT = 0.27
 # Damaged objects: hypotheses that fit worse than this, or aren't among the best few, aren't looked at; the
 # worth of the undamaged share.
 _CLOSE, _LOOKED_AT, _WORTH_OF_INTACT = 0.3, 4, 0.5
+# Objects whose order is looked for, one order after the other.
+_MOST_ORDERED = 4
 # Coloured noise: grey levels of colour between a pixel and its neighbours, and the share of such pixels.
 _NOISE, _NOISY = 45, 0.45
 
@@ -169,6 +171,7 @@ def read(image: np.ndarray, expected: Sequence[tuple[str, Meant]]) -> Reading:
         doubts = [meant for c, meant in expected if c == colour]
         doubts = doubts or [meant for c, meant in expected if c not in fills]
         things += _of_one_colour(image, background.image, colour, mask, others, doubts)
+    things = _in_order(image, background.image, things)
     again = functools.reduce(_painted, things, background.image)
     # Noise has a rim that isn't noisy.
     noise = ndimage.binary_dilation(noise, iterations=2)
@@ -176,6 +179,20 @@ def read(image: np.ndarray, expected: Sequence[tuple[str, Meant]]) -> Reading:
     noise &= _difference(image, again)
     noise = ndimage.binary_closing(noise)
     return _with_damage(background, things, fills, damaged, noise)
+
+
+def _in_order(image: np.ndarray, background: np.ndarray, things: list[Thing]) -> list[Thing]:
+    """Finds which objects cover which: the order, the front one last, that is most like the picture."""
+    layers = np.zeros((SIDE, SIDE))
+    for thing in things:
+        layers += _masks(thing)[0] > 0.5
+    if len(things) > _MOST_ORDERED or layers.max() < 2:
+        return things
+
+    def differing(order: Sequence[Thing]) -> int:
+        return int(_difference(image, functools.reduce(_painted, order, background)).sum())
+
+    return list(min(itertools.permutations(things), key=differing))
 
 
 def _difference(image: np.ndarray, again: np.ndarray) -> np.ndarray:
@@ -338,7 +355,10 @@ def _with_damage(
     pieces, count = ndimage.label(ndimage.binary_closing(damaged, iterations=_JOINED), np.ones((3, 3)))
     owners: list[np.ndarray] = [np.zeros((SIDE, SIDE), bool) for _ in things]
     regions = _parts(noise)
-    for piece in (damaged & (pieces == i) for i in range(1, count + 1)):
+    for piece in (pieces == i for i in range(1, count + 1)):
+        piece = piece & damaged
+        if not piece.any():
+            continue
         # An object's pixels near the damage have the object's colour.
         near = ndimage.binary_dilation(piece, iterations=2)
         claims = [
