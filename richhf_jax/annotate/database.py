@@ -22,6 +22,11 @@ CREATE TABLE people (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, secret BLOB UNIQUE, is_manager INTEGER NOT NULL,
     active INTEGER NOT NULL DEFAULT 1, passed INTEGER NOT NULL DEFAULT 0, round INTEGER NOT NULL DEFAULT 0);
 """
+# A random name of the database: what a browser keeps of one site never gets into another at the same address.
+SITE = (
+    "CREATE TABLE site (id TEXT NOT NULL)",
+    "INSERT INTO site VALUES (lower(hex(randomblob(8))))",
+)
 _TABLES = """
 CREATE TABLE items (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, file TEXT NOT NULL,
@@ -52,6 +57,7 @@ _ADDITIONS = (
         "DROP INDEX answers_of_person",
         "CREATE INDEX answers_of_person ON answers (person, state, is_calibration, seconds, item)",
     ),
+    SITE,
 )
 
 

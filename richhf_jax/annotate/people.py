@@ -24,6 +24,11 @@ class People:
         """Closes the database."""
         self._database.close()
 
+    def site_id(self) -> str:
+        """Returns the database's random name, which no other one has."""
+        with self._database.connection() as db:
+            return db.execute("SELECT id FROM site").fetchone()[0]
+
     def backup(self, path: pathlib.Path) -> None:
         """Copies the database to a file; see `database.Database.backup`."""
         self._database.backup(path)

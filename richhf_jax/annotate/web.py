@@ -153,6 +153,7 @@ class Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        environment.globals["site"] = people.site_id()
         self._templates = Jinja2Templates(env=environment)
 
     def app(self, routes: Sequence[BaseRoute], handlers: Mapping[Any, Any]) -> ASGIApp:

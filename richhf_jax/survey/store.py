@@ -47,7 +47,7 @@ CREATE TABLE answers (
 CREATE INDEX answers_of_person ON answers (person, state);
 """
 # "RHFs" in ASCII.
-SCHEMA = database.Schema(0x52484673, database.PEOPLE + _TABLES)
+SCHEMA = database.Schema(0x52484673, database.PEOPLE + _TABLES, (database.SITE,))
 _BESIDE_PROMPTS = """
     SELECT answers.*, prompts.id AS prompt_id, prompts.prompt, prompts.number AS prompt_number
     FROM answers JOIN pairs ON pairs.number = answers.pair JOIN prompts ON prompts.number = pairs.prompt"""

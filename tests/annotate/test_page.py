@@ -10,6 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from richhf_jax import feedback
+from richhf_jax.annotate import server
 
 # The images' size, see conftest.py.
 WIDTH, HEIGHT = 640, 480
@@ -175,6 +176,30 @@ def test_the_browser_keeps_what_the_server_cannot_save(page):
         "alignment": 5,
     }
     assert page.find("[name=alignment]:checked").get_attribute("value") == "5"
+    page.driver.get_log("browser")
+
+
+def test_what_the_browser_keeps_of_another_project_stays_away(page):
+    page.open()
+    page.site.stop()
+    page.click(10, 10)
+    page.wait(lambda: "kept in this browser" in page.find("#saved").text)
+    owner = f"richhf_jax {page.site.store.site_id()} {page.site.store.person(page.site.secret).id}"
+    keys = page.run("return Object.keys(localStorage).sort()")
+    assert keys == [f"{owner} has read", f"{owner} train/0.png"]
+    # Another project at this address, with the same image and a rater of the same number.
+    with page.site.store._database.transaction() as db:
+        db.execute("UPDATE site SET id = 'another'")
+    page.driver.get("about:blank")
+    page.site.app = server.make_app(page.site.store)
+    page.site.start()
+    page.driver.get(page.site.address)
+    page.wait(lambda: page.find("#guidelines").is_displayed())
+    page.type(Keys.ENTER)
+    page.wait(lambda: page.find("#task").is_displayed())
+    assert page.points == {"implausibility": [], "misalignment": []}
+    assert page.work("train/0.png").revision == 0
+    # The browser itself logs what failed.
     page.driver.get_log("browser")
 
 

@@ -395,7 +395,7 @@ def test_what_is_no_project_is_refused(tmp_path, make):
         Store.create(folder, project.Config(), [])
     with contextlib.closing(sqlite3.connect(folder / "project.db")) as db:
         db.execute(f"PRAGMA user_version = {database.PROJECT.version + 1}")
-    with pytest.raises(errors.UserError, match=r"newer richhf_jax \(schema 4, here 3\): update"):
+    with pytest.raises(errors.UserError, match=r"newer richhf_jax \(schema 5, here 4\): update"):
         Store(folder)
     for path in folder.glob("project.db*"):
         path.unlink()
@@ -410,12 +410,23 @@ def test_an_older_database_gets_the_new_index(make, tmp_path):
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("DROP INDEX answers_of_person")
         db.execute("CREATE INDEX answers_of_person ON answers (person, state)")
+        db.execute("DROP TABLE site")
         db.execute("PRAGMA user_version = 2")
     Store(path.parent).close()
     with contextlib.closing(sqlite3.connect(path)) as db:
         columns = [row[2] for row in db.execute("PRAGMA index_info(answers_of_person)")]
         assert columns == ["person", "state", "is_calibration", "seconds", "item"]
         assert db.execute("PRAGMA user_version").fetchone() == (database.PROJECT.version,)
+
+
+def test_each_project_has_a_name_of_its_own_that_stays(make, tmp_path):
+    store, _ = make(1)
+    with contextlib.closing(Store.create(tmp_path / "other", project.Config(), [item(0)])) as other:
+        assert store.site_id() != other.site_id()
+        name = other.site_id()
+        assert len(store.site_id()) == len(name) == 16
+    with contextlib.closing(Store(tmp_path / "other")) as again:
+        assert again.site_id() == name
 
 
 def test_a_full_disk_changes_nothing(make):

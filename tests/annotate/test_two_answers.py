@@ -268,9 +268,11 @@ def test_an_older_database_is_upgraded(old, make):
         assert store.add_items(items) == 0
         assert store.finish(ann, "3.png", 1, full(work), 1.0) == {"suggestion": {}, "revision": 2}
         store.finish(ann, "3.png", 2, full(work), 1.0)
+        name = store.site_id()
     assert schema_of(old) == schema_of(new.folder)
     with contextlib.closing(Store(old)) as store:
         assert [a.shown for a in store.answers()] == [None, None, {}]
+        assert store.site_id() == name != new.site_id()
 
 
 def test_an_upgrade_is_whole_or_nothing(old, monkeypatch):

@@ -3,7 +3,9 @@
 import { areOn as areSingleKeysOn } from "./single_keys.js";
 
 const $ = (id) => document.getElementById(id);
-const { person } = document.body.dataset;
+const { site, person } = document.body.dataset;
+// What the browser keeps is this person's in this project: another project may have been served at this address.
+const owner = `richhf_jax ${site} ${person}`;
 // A pause longer than this is no work: it does not count as time spent. Milliseconds.
 const IDLE = 30_000;
 // Seconds between two tries to save.
@@ -92,7 +94,7 @@ export class Saver {
   // Begins with an item that the page shows with the server's answer; takes up the answer that the browser kept
   // because the server could not be reached.
   async begin(id, address, { answer, revision, seconds }) {
-    this.#name = `richhf_jax ${person} ${id}`;
+    this.#name = `${owner} ${id}`;
     [this.#address, this.#revision, this.#sent, this.#ended] = [address, revision, [], null];
     spent = 1000 * seconds;
     const mine = JSON.parse(localStorage.getItem(this.#name));
@@ -240,8 +242,7 @@ export function listenToKeys(saver, actionOf) {
 
 // Who comes for the first time reads the guidelines.
 export async function start(next) {
-  // Another project may have been served at this address.
-  const name = `richhf_jax ${document.title} ${person} has read`;
+  const name = `${owner} has read`;
   if (!localStorage.getItem(name)) {
     await ask($("guidelines"));
     remember(name, true);
