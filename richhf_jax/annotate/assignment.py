@@ -1,7 +1,8 @@
 """Decides which item a rater gets next, in the transaction that then gives it, so that no two raters collide.
 
 An item has as many places as answers are wanted. A finished answer takes one for good, unless it is excluded;
-a draft takes one until its lease expires. Gold items have no limit: each rater answers each of them once.
+a draft takes one until its lease expires. Gold items have no limit: each rater answers each of them once, while
+an ordinary item is free for them.
 
 Each rater has a shuffle of their own: the next item is the first free one at or behind a place that follows
 from the seed, the rater and the number of their answers. Items of higher priority come first.
@@ -29,11 +30,12 @@ def next_number(db: sqlite3.Connection, config: Config, person: int, now: float)
     """Returns the number of the item that a rater who has no draft gets next; None if there is none."""
     values: dict[str, Any] = {"person": person, "now": now, "raters": config.raters}
     random_numbers = random.Random(f"{config.seed} {person} {_count(db, person)}")
-    if random_numbers.random() < config.gold_rate and (gold := _gold(db, config, person)) is not None:
-        return gold
     best = db.execute(f"SELECT priority {_FREE} ORDER BY priority DESC, number LIMIT 1", values).fetchone()
+    # Gold images check other answers. Where no other image is left, they would be idle work, and known as gold.
     if best is None:
         return None
+    if random_numbers.random() < config.gold_rate and (gold := _gold(db, config, person)) is not None:
+        return gold
     last = db.execute("SELECT max(number) FROM items").fetchone()[0]
     values |= {"priority": best[0], "place": random_numbers.randint(1, last)}
     for side in (">=", "<"):
@@ -52,7 +54,7 @@ def calibration_numbers(db: sqlite3.Connection, config: Config) -> list[int]:
 
 
 def other_places(db: sqlite3.Connection, item: int, person: int, now: float) -> int:
-    """Returns how many places of an item others take."""
+    """Returns how many places of an item others take; at the time infinity no lease runs."""
     query = f"SELECT {_TAKEN} FROM items WHERE number = :item"
     return db.execute(query, {"item": item, "person": person, "now": now}).fetchone()[0]
 

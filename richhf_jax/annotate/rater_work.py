@@ -226,10 +226,15 @@ class RaterWork(Items):
         return row
 
     def _has_place(self, db: sqlite3.Connection, row: sqlite3.Row, now: float) -> bool:
-        """Tells whether a draft's lease runs, or can be renewed because others left a place."""
-        if row["expires"] > now or row["gold"] is not None:
+        """Tells whether others have left a draft its place.
+
+        A lease that runs keeps the place against other leases, not against answers. For two leases may run for
+        one place where the clock went back or `raters` was lowered; then the first answer takes it.
+        """
+        if row["gold"] is not None:
             return True
-        return assignment.other_places(db, row["item"], row["person"], now) < self.config.raters
+        since = math.inf if row["expires"] > now else now
+        return assignment.other_places(db, row["item"], row["person"], since) < self.config.raters
 
     def _lease(self, db: sqlite3.Connection, answer_id: int, now: float) -> None:
         # An item that was given to a rater by the manager has a longer lease.

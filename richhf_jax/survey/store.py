@@ -158,11 +158,8 @@ class Store(People):
         """
         now = self._clock()
         with self._database.transaction() as db:
-            for row in self._rows(db, "person = ? AND state = 'draft'", person.id):
-                if self._has_place(db, row, now):
-                    break
-            else:
-                row = self._new_draft(db, person.id, now)
+            drafts = self._drafts(db, person.id, now)
+            row = drafts[0] if drafts else self._new_draft(db, person.id, now)
             if row is None:
                 return None
             self._lease(db, row["id"], now)
@@ -251,14 +248,19 @@ class Store(People):
             done = self._count(db, person.id, "state != 'draft'")
             values = {"person": person.id, "now": self._clock(), "raters": self.config.raters}
             free = db.execute(f"SELECT count(*) {_FREE}", values).fetchone()[0]
-            drafts = self._count(db, person.id, "state = 'draft'")
-        return done, math.ceil(drafts + free / (1 - self.config.check_rate))
+            drafts = self._drafts(db, person.id, values["now"])
+        return done, math.ceil(len(drafts) + free / (1 - self.config.check_rate))
 
     def _rows(self, db: sqlite3.Connection, condition: str, *values: Any) -> list[sqlite3.Row]:
         """Returns answers with their prompts, the last changed first."""
         return db.execute(
             f"{_BESIDE_PROMPTS} WHERE {condition} ORDER BY changed DESC, answers.id DESC", values
         ).fetchall()
+
+    def _drafts(self, db: sqlite3.Connection, person: int, now: float) -> list[sqlite3.Row]:
+        """Returns a rater's drafts that still have a place."""
+        rows = self._rows(db, "person = ? AND state = 'draft'", person)
+        return [row for row in rows if self._has_place(db, row, now)]
 
     def _count(self, db: sqlite3.Connection, person: int, condition: str) -> int:
         query = f"SELECT count(*) FROM answers WHERE person = ? AND {condition}"
@@ -288,10 +290,11 @@ class Store(People):
         return row
 
     def _has_place(self, db: sqlite3.Connection, row: sqlite3.Row, now: float) -> bool:
-        """Tells whether a draft's lease runs, or can be renewed because others left a place."""
-        if row["expires"] > now or row["attention"]:
+        """Tells whether others have left a draft its place, as `annotate.rater_work` does."""
+        if row["attention"]:
             return True
-        values = {"person": row["person"], "now": now, "pair": row["pair"]}
+        since = math.inf if row["expires"] > now else now
+        values = {"person": row["person"], "now": since, "pair": row["pair"]}
         taken = db.execute(f"SELECT {_TAKEN} FROM pairs WHERE number = :pair", values).fetchone()[0]
         return taken < self.config.raters
 

@@ -224,6 +224,22 @@ def test_a_lease_expires_and_the_item_goes_to_another(make, clock):
     assert [a.person.name for a in store.answers()] == ["b"]
 
 
+def test_a_clock_that_goes_back_brings_no_answer_too_many(make, clock):
+    store, ann, bob, cid = make(1, "abc", raters=1)
+    work = store.next_item(ann)
+    clock.now += 3700
+    assert store.next_item(bob).item == work.item
+    clock.now -= 3700
+    # Both leases run: the first answer takes the place.
+    assert store.next_item(ann) and store.next_item(bob)
+    store.finish(bob, work.item.id, 0, full(work.answer), 1)
+    assert store.next_item(ann) is store.next_item(cid) is None
+    for write in (store.save, store.finish):
+        with pytest.raises(Closed):
+            write(ann, work.item.id, 0, full(work.answer), 1)
+    assert [a.person.name for a in store.answers()] == ["b"]
+
+
 def test_who_comes_late_goes_on_where_nobody_took_the_place(make, clock):
     store, ann = make(1, raters=1)
     work = store.next_item(ann)
@@ -361,9 +377,16 @@ def test_gold_items_are_mixed_in_at_a_rate(make):
     assert len(done) - sum(done) == 50
     # 50 * 0.25 / 0.75 = 17 are expected, with a standard deviation of 4.7.
     assert 3 <= sum(done) <= 31
-    # Another rater gets them, too, though one answer an item is wanted.
-    work = store.next_item(bob)
-    assert work is None or work.item.gold
+    # No other image is left.
+    assert store.progress(bob).total_open == 0
+    assert store.next_item(bob) is None
+    # Another rater gets the same ones, too, though one answer an item is wanted.
+    store.add_items(item(i) for i in range(90, 140))
+    theirs = []
+    while work := answer_next(store, bob):
+        theirs.append(work.item.gold is not None)
+    assert (len(theirs) - sum(theirs), theirs[-1]) == (50, False)
+    assert 3 <= sum(theirs) <= 31
     assert {a.score for a in store.answers() if a.item.gold} == {1.0}
 
 

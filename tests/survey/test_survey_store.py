@@ -82,6 +82,23 @@ def test_sides_are_about_half_and_recorded_as_shown(make, sides):
     assert 14 <= sum(own[0][p] != own[1][p] for p in own[0]) <= 36
 
 
+def test_a_clock_that_goes_back_brings_no_answer_too_many(make, clock):
+    store, ann, bob = make(1, "ab", raters=1)
+    work = store.next_pair(ann)
+    clock.now += 3700
+    theirs = store.next_pair(bob)
+    clock.now -= 3700
+    # Both leases run: the first answer takes the place.
+    assert store.next_pair(ann) and store.next_pair(bob)
+    store.finish(bob, theirs.token, 0, 2, 1.0)
+    assert store.next_pair(ann) is None
+    for write in (store.save, store.finish):
+        with pytest.raises(Closed):
+            write(ann, work.token, 0, 2, 1.0)
+    assert store.progress(ann) == (0, 0)
+    assert [a.rater_id for a in answers_of(store)] == ["rater-2"]
+
+
 def test_a_lease_expires_and_may_be_renewed_while_a_place_is_free(make, clock):
     store, ann, bob = make(1, "ab", raters=1, lease_minutes=10)
     work = store.next_pair(ann)
