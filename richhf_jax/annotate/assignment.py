@@ -1,8 +1,8 @@
 """Decides which item a rater gets next, in the transaction that then gives it, so that no two raters collide.
 
 An item has as many places as answers are wanted. A finished answer takes one for good, unless it is excluded;
-a draft takes one until its lease expires. Gold items have no limit: each rater answers each of them once, while
-an ordinary item is free for them.
+a draft takes one until its lease expires. Gold items have no limit: each rater answers each of them once, as
+long as another item is free for them.
 
 Each rater has a shuffle of their own: the next item is the first free one at or behind a place that follows
 from the seed, the rater and the number of their answers. Items of higher priority come first.
@@ -31,7 +31,7 @@ def next_number(db: sqlite3.Connection, config: Config, person: int, now: float)
     values: dict[str, Any] = {"person": person, "now": now, "raters": config.raters}
     random_numbers = random.Random(f"{config.seed} {person} {_count(db, person)}")
     best = db.execute(f"SELECT priority {_FREE} ORDER BY priority DESC, number LIMIT 1", values).fetchone()
-    # Gold images check other answers. Where no other image is left, they would be idle work, and known as gold.
+    # Gold items check other answers. Where no other item is left, they'd be idle work, and known as gold.
     if best is None:
         return None
     if random_numbers.random() < config.gold_rate and (gold := _gold(db, config, person)) is not None:

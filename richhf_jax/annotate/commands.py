@@ -5,7 +5,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from richhf_jax import errors, writing
+from richhf_jax import writing
 from richhf_jax.annotate.people import People
 from richhf_jax.annotate.settings import CONFIG, GUIDELINES
 from richhf_jax.foreign_text import for_terminal
@@ -32,12 +32,9 @@ def told_failures(failures: Sequence[str]) -> int:
 
 def raters(store: People, options: argparse.Namespace) -> int:
     """Adds raters, gives them new links, or deactivates them."""
-    ids = {person.name: person.id for person in store.people()}
     for name in options.names:
         if options.action == "deactivate":
-            if name not in ids:
-                raise errors.UserError(f"there is no rater named {for_terminal(name)}: see `status`")
-            store.deactivate(ids[name])
+            store.deactivate(store.rater(name).id)
         else:
             secret = store.add_rater(name) if options.action == "add" else store.renew(name)
             print(f"{for_terminal(name)}\t{options.url}/r/{secret}")

@@ -51,20 +51,25 @@ def overview(store: Store, search: str = "") -> dict[str, Any]:
         if (item.gold is None or item.id in waits)
         and search.casefold() in f"{item.id}\n{item.prompt}".casefold()
     ]
-    scores = _scores(counted, config)
+    scores, drafts = _scores(counted, config), store.open_drafts()
     return {
         "title": config.title,
         "counts": {
             "images": len(wanted),
             "finished": sum(len(given) >= config.raters for given in counted),
             "answers": sum(map(len, counted)),
-            "wanted": config.raters * len(wanted),
+            # An image may have more answers than are wanted now, where `raters` was lowered.
+            "wanted": sum(max(len(given), config.raters) for given in counted),
         },
         "waiting": waiting,
         "search": search,
         "has_practice": config.calibration_items > 0 and len(wanted) < len(items),
         "scales": [scale.name for scale in config.scales],
-        "raters": [_rater(one, by_rater[one.id], scores) for one in store.people() if not one.is_manager],
+        "raters": [
+            _rater(one, by_rater[one.id], drafts[one.id], scores)
+            for one in store.people()
+            if not one.is_manager
+        ],
         "items": sorted(
             (_item(item, by_item[item.id], config, item.id in waits) for item in listed), key=_worst_first
         ),
@@ -148,7 +153,7 @@ def _answer(answer: Answer) -> dict[str, Any]:
         "is_calibration": answer.is_calibration,
         "reason": answer.reason,
         "excluded": answer.excluded,
-        "seconds": answer.seconds,
+        "seconds": answer.seconds if answer.has_time else None,
         "ratings": given["ratings"],
         "comment": given["comment"],
         "points": {kind: given[f"{kind}_points"] for kind in feedback.HEATMAPS},
@@ -205,8 +210,11 @@ def _scores(images: Iterable[list[Answer]], config: Config) -> dict[str, dict[in
     return found
 
 
-def _rater(rater: Person, own: list[Answer], scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
+def _rater(
+    rater: Person, own: list[Answer], drafts: int, scores: Mapping[str, Mapping[int, Any]]
+) -> dict[str, Any]:
     done = _finished(own)
+    times = [answer.seconds for answer in done if answer.has_time]
     # Who skips an image gives no answer that could be wrong.
     gold = [answer.score for answer in done if answer.score is not None]
     return {
@@ -215,9 +223,9 @@ def _rater(rater: Person, own: list[Answer], scores: Mapping[str, Mapping[int, A
         "active": rater.active,
         "passed": rater.passed,
         "done": len(done),
-        "open": sum(answer.state == "draft" for answer in own),
+        "open": drafts,
         "skipped": sum(answer.state in ENDINGS for answer in own),
-        "seconds": statistics.median(answer.seconds for answer in done) if done else None,
+        "seconds": statistics.median(times) if times else None,
         "gold": statistics.fmean(gold) if gold else None,
         "scores": {scale: of_raters.get(rater.id) for scale, of_raters in scores.items()},
     }

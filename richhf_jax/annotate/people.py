@@ -45,7 +45,7 @@ class People:
         """Makes the manager's link. Returns its secret; an earlier one is void."""
         with self._database.connection() as db:
             known = db.execute("SELECT name FROM people WHERE is_manager").fetchone()
-        return self.renew(known[0]) if known else self._add_person("manager", is_manager=True)
+        return self._renew(known[0]) if known else self._add_person("manager", is_manager=True)
 
     def _add_person(self, name: str, is_manager: bool) -> str:
         name = printable(name).strip()
@@ -66,18 +66,17 @@ class People:
         return secret
 
     def renew(self, name: str) -> str:
-        """Gives a person a new link and makes them active. Returns its secret; the earlier one is void.
+        """Gives a rater a new link and makes them active. Returns its secret; the earlier one is void.
 
         Raises:
-          errors.UserError: there is no such person.
+          errors.UserError: there is no such rater.
         """
+        return self._renew(self.rater(name).name)
+
+    def _renew(self, name: str) -> str:
         secret = secrets.token_urlsafe(16)
         with self._database.transaction() as db:
-            changed = db.execute(
-                "UPDATE people SET secret = ?, active = 1 WHERE name = ?", (_hash(secret), name.strip())
-            ).rowcount
-            if not changed:
-                raise errors.UserError(f"there is no rater named {for_terminal(name)}: see `status`")
+            db.execute("UPDATE people SET secret = ?, active = 1 WHERE name = ?", (_hash(secret), name))
         return secret
 
     def person(self, secret: str) -> Person | None:
@@ -87,15 +86,26 @@ class People:
             row = db.execute("SELECT * FROM people WHERE secret = ?", (digest,)).fetchone()
         return records.person(row) if row and hmac.compare_digest(row["secret"], digest) else None
 
+    def rater(self, name: str) -> Person:
+        """Returns the rater of a name.
+
+        Raises:
+          errors.UserError: there is none; the manager is no rater.
+        """
+        for person in self.people():
+            if person.name == name.strip() and not person.is_manager:
+                return person
+        raise errors.UserError(f"there is no rater named {for_terminal(name)}: see `status`")
+
     def people(self) -> list[Person]:
         """Returns all raters and the manager, in the order in which they were added."""
         with self._database.connection() as db:
             return [records.person(row) for row in db.execute("SELECT * FROM people ORDER BY id")]
 
     def deactivate(self, person_id: int) -> None:
-        """Makes a person's link void and frees the items that they have open. Their answers stay."""
+        """Makes a rater's link void and frees the items that they have open. Their answers stay."""
         with self._database.transaction() as db:
-            db.execute("UPDATE people SET active = 0 WHERE id = ?", (person_id,))
+            db.execute("UPDATE people SET active = 0 WHERE id = ? AND NOT is_manager", (person_id,))
             db.execute("UPDATE answers SET expires = 0 WHERE person = ? AND state = 'draft'", (person_id,))
 
 

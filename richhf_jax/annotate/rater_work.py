@@ -228,8 +228,8 @@ class RaterWork(Items):
     def _has_place(self, db: sqlite3.Connection, row: sqlite3.Row, now: float) -> bool:
         """Tells whether others have left a draft its place.
 
-        A lease that runs keeps the place against other leases, not against answers. For two leases may run for
-        one place where the clock went back or `raters` was lowered; then the first answer takes it.
+        A lease that runs keeps the place against other leases, not against answers: two may run for one place
+        after the clock went back or `raters` was lowered, and then the first answer takes it.
         """
         if row["gold"] is not None:
             return True
@@ -302,12 +302,13 @@ class RaterWork(Items):
 
     # An item's places.
 
-    def _fill(self, db: sqlite3.Connection, number: int) -> None:
-        """Takes an item out of the open ones where it has all answers."""
+    def _fill(self, db: sqlite3.Connection, number: int | None = None) -> None:
+        """Takes an item out of the open ones where it has all answers; without a number each such item."""
+        which = "TRUE" if number is None else "number = :number"
         db.execute(
-            f"UPDATE items SET state = 'full' WHERE number = ? AND state = 'open' AND gold IS NULL"
-            f" AND {_DONE} >= ?",
-            (number, self.config.raters),
+            f"UPDATE items SET state = 'full' WHERE {which} AND state = 'open' AND gold IS NULL"
+            f" AND {_DONE} >= :raters",
+            {"number": number, "raters": self.config.raters},
         )
 
     def _reopen(self, db: sqlite3.Connection) -> None:

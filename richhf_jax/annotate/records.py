@@ -151,6 +151,11 @@ class Answer:
     shown: forms.Suggestion | None
 
     @property
+    def has_time(self) -> bool:
+        """Whether the time spent is known; raw ratings that were imported have none."""
+        return self.seconds > 0
+
+    @property
     def is_changed(self) -> bool:
         """Whether the rater changed their answer after they saw a suggestion; comments don't count."""
         return self.first is not None and self.first | {"comment": ""} != self.answer | {"comment": ""}

@@ -4,6 +4,7 @@ A method that returns has its change on the disk; see `database`. A disk without
 sqlite3.OperationalError, and changes nothing.
 """
 
+import collections
 import pathlib
 import sqlite3
 import time
@@ -36,7 +37,9 @@ class Store(RaterWork):
         with database.explained_errors(place / project.DATABASE):
             super().__init__(place, clock)
             with self._database.transaction() as db:
+                # `raters` may have been changed.
                 self._reopen(db)
+                self._fill(db)
 
     @classmethod
     def create(
@@ -75,6 +78,13 @@ class Store(RaterWork):
             query = f"{records.ANSWERS_BESIDE_ITEMS} WHERE {conditions} ORDER BY answers.id"
             for row in db.execute(query, (finished, item_id, item_id)):
                 yield records.answer(row, people[row["person"]])
+
+    def open_drafts(self) -> collections.Counter[int]:
+        """Returns how many drafts with a place each rater has, without the first round: person's id -> number."""
+        now = self._clock()
+        with self._database.connection() as db:
+            drafts = self._rows(db, "answers.state = 'draft' AND NOT is_calibration")
+            return collections.Counter(row["person"] for row in drafts if self._has_place(db, row, now))
 
     def for_manager(self) -> list[str]:
         """Returns the ids of the items that two raters skipped or called broken."""
@@ -162,7 +172,13 @@ class Store(RaterWork):
         if item is None or (item["prompt"], item["width"], item["height"]) != found:
             raise errors.UserError(f"{place}: the project has no image of this name, prompt and size")
         db.execute("INSERT OR IGNORE INTO people (name, is_manager) VALUES (?, FALSE)", (name,))
-        person = db.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()[0]
+        person, is_manager = db.execute(
+            "SELECT id, is_manager FROM people WHERE name = ?", (name,)
+        ).fetchone()
+        if is_manager:
+            raise errors.UserError(
+                f"{place}: its rater has the manager's name, {for_terminal(name)}: give it another rater_id"
+            )
         known = db.execute(
             "SELECT 1 FROM answers WHERE item = ? AND person = ?", (item["number"], person)
         ).fetchone()

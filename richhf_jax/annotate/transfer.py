@@ -64,7 +64,8 @@ def scores_csv(store: Store, names: bool = False, first: bool = False) -> Iterat
     yield _csv_row(["image", "rater", *scales, "seconds", "suggested"])
     for answer in counted(store, first):
         given = [answer.answer["ratings"][scale] for scale in scales]
-        more = f"{answer.seconds:.1f}", int(answer.shown is not None)
+        seconds = f"{answer.seconds:.1f}" if answer.has_time else ""
+        more = seconds, int(answer.shown is not None)
         yield _csv_row([answer.item.id, answer.person.known_as(names), *given, *more])
 
 
@@ -112,8 +113,8 @@ def label_studio_tasks(store: Store, names: bool = False, first: bool = False) -
         # Label Studio wants all data that its configuration names in each task.
         data |= {_TOKEN.format(i): tokens[i] if i < len(tokens) else "" for i in range(longest)}
         task = tasks.setdefault(item.id, {"data": data, "annotations": []} | _predictions(item))
-        annotation = {"lead_time": answer.seconds, "result": _results(answer, answer.person.known_as(names))}
-        task["annotations"].append(annotation)
+        time = {"lead_time": answer.seconds} if answer.has_time else {}
+        task["annotations"].append(time | {"result": _results(answer, answer.person.known_as(names))})
     return list(tasks.values())
 
 

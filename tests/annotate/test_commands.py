@@ -1,5 +1,6 @@
 """The commands: from a folder of images to records, and answers on their way out and in."""
 
+import contextlib
 import csv
 import io
 import json
@@ -10,7 +11,7 @@ from PIL import Image
 
 from richhf_jax import feedback
 from richhf_jax.annotate import __main__ as command
-from richhf_jax.annotate import answers, commands, transfer
+from richhf_jax.annotate import answers, commands, manage, transfer
 from richhf_jax.annotate.store import Store
 from richhf_jax.datasets import consolidate, ratings, tfrecord
 
@@ -186,6 +187,30 @@ def test_import_of_raw_ratings(rated, images, tmp_path, capsys):
     capsys.readouterr()
     run("status", tmp_path / "again")
     assert "2 of 2 images have 3 answers" in capsys.readouterr().out
+
+
+def test_an_import_has_no_times_and_is_not_the_managers(rated, images, tmp_path, capsys):
+    raw, again = tmp_path / "raw.jsonl", tmp_path / "again"
+    run("export", rated, raw)
+    run("init", again, "--images", images)
+    named = raw.read_text().replace('"rater-2"', '"manager"')
+    (tmp_path / "named.jsonl").write_text(named)
+    shown = run("import", again, tmp_path / "named.jsonl")
+    assert ".png: its rater has the manager's name, manager: give it another rater_id" in shown
+    assert run("import", again, raw) == 0
+    capsys.readouterr()
+    run("status", again)
+    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()[2:]] == ["–"] * 3
+    with contextlib.closing(Store(again)) as store:
+        views = manage.item_view(store, store.item("0.png"))["answers"]
+        assert [view["seconds"] for view in views] == [None] * 3
+    run("export", again, tmp_path / "scores.csv", "--format=scores")
+    rows = csv.DictReader((tmp_path / "scores.csv").read_text().splitlines())
+    assert {row["seconds"] for row in rows} == {""}
+    run("export", again, tmp_path / "tasks.json", "--format=label-studio")
+    assert "lead_time" not in (tmp_path / "tasks.json").read_text()
+    for action in ("renew", "deactivate"):
+        assert "no rater named manager" in run("raters", action, again, "manager")
 
 
 @pytest.mark.parametrize(

@@ -424,3 +424,20 @@ def test_a_browser_shows_the_managers_pages_readably(make_page, make_site):
     page.find("select").send_keys("Dee")
     page.find("[action='/manage/reassign'] button").click()
     page.wait(lambda: [a.state for a in site.store.answers(False, "train/0.png")].count("draft"))
+
+
+def test_figures_add_up_where_fewer_answers_are_asked(make_store):
+    store = make_store(raters=3)
+    rate(store, "Ada", value=2)
+    rate(store, "Bo", value=4)
+    cy = store.person(store.add_rater("Cy"))
+    assert store.next_item(cy)
+    assert [rater["open"] for rater in manage.overview(store)["raters"]] == [0, 0, 1]
+    path = store.folder / "config.json"
+    path.write_text(path.read_text().replace('"raters": 3', '"raters": 1'))
+    store.close()
+    with contextlib.closing(Store(store.folder)) as store:
+        found = manage.overview(store)
+    assert found["counts"] == {"images": 3, "finished": 3, "answers": 6, "wanted": 6}
+    # A draft without a place isn't open.
+    assert [rater["open"] for rater in found["raters"]] == [0, 0, 0]

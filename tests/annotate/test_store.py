@@ -231,7 +231,8 @@ def test_a_clock_that_goes_back_brings_no_answer_too_many(make, clock):
     assert store.next_item(bob).item == work.item
     clock.now -= 3700
     # Both leases run: the first answer takes the place.
-    assert store.next_item(ann) and store.next_item(bob)
+    assert store.next_item(ann)
+    assert store.next_item(bob)
     store.finish(bob, work.item.id, 0, full(work.answer), 1)
     assert store.next_item(ann) is store.next_item(cid) is None
     for write in (store.save, store.finish):
@@ -287,6 +288,18 @@ def test_a_deactivated_rater_frees_what_is_open(make):
     assert answer_next(store, bob)
 
 
+def test_commands_on_raters_leave_the_manager_alone(make):
+    store, ann = make(1)
+    secret = store.make_manager()
+    manager = store.person(secret)
+    for call in (store.renew, store.rater):
+        with pytest.raises(errors.UserError, match="no rater named manager"):
+            call("manager")
+    store.deactivate(manager.id)
+    assert store.person(secret) == manager
+    assert store.rater(" a ") == ann
+
+
 def test_more_answers_may_be_asked_later(make, tmp_path):
     store, ann, bob = make(2, "ab", raters=1)
     for _ in range(2):
@@ -297,6 +310,27 @@ def test_more_answers_may_be_asked_later(make, tmp_path):
     again = Store(tmp_path / "project")
     assert answer_next(again, bob)
     again.close()
+
+
+def test_fewer_answers_may_be_asked_later(make, tmp_path, clock):
+    store, ann, bob, cid = make(2, "abc", raters=3)
+    answer_next(store, ann)
+    (given,) = store.answers()
+    while (work := store.next_item(bob)).item.id != given.item.id:
+        answer_next(store, bob)
+    left = next(i.id for i in store.items() if i.id != given.item.id)
+    path = tmp_path / "project/config.json"
+    path.write_text(path.read_text().replace('"raters": 3', '"raters": 1'))
+    with contextlib.closing(Store(tmp_path / "project", clock)) as again:
+        # Bob's lease runs, but the image has its answer.
+        with pytest.raises(Closed):
+            again.finish(bob, given.item.id, work.revision, full(work.answer), 1)
+        done = len(list(again.answers()))
+        assert again.progress(cid).total_open == 2 - done
+        while work := again.next_item(cid):
+            assert work.item.id == left
+            answer_next(again, cid)
+        assert collections.Counter(a.item.id for a in again.answers()) == {"0.png": 1, "1.png": 1}
 
 
 def test_exactly_k_answers_an_item_with_many_raters_at_once(make):
