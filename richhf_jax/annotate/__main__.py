@@ -154,6 +154,11 @@ def status(store: Store, options: argparse.Namespace) -> int:
 
 def export(store: Store, options: argparse.Namespace) -> int:
     """Writes the answers that count."""
+    if options.first_answers and (unknown := transfer.without_first(store)):
+        print(
+            f"left out: {unknown:,} imported answers that followed a suggestion; the first ones aren't known",
+            file=sys.stderr,
+        )
     if options.format == "dataset":
         return _export_dataset(store, options)
     writing.check_file(options.out)

@@ -80,7 +80,7 @@ class Store(RaterWork):
                 yield records.answer(row, people[row["person"]])
 
     def open_drafts(self) -> collections.Counter[int]:
-        """Returns how many drafts with a place each rater has, without the first round: person's id -> number."""
+        """Counts the drafts with a place, without those of the first round: rater's id -> number."""
         now = self._clock()
         with self._database.connection() as db:
             drafts = self._rows(db, "answers.state = 'draft' AND NOT is_calibration")

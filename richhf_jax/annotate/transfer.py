@@ -31,12 +31,21 @@ _DIGITS = 6
 
 
 def counted(store: Store, first: bool = False) -> Iterator[Answer]:
-    """Yields the answers that count; with `first` as they were before a suggestion was seen."""
+    """Yields the answers that count; with `first` as they were before a suggestion was seen.
+
+    Those of which this isn't known are left out then, see `without_first`.
+    """
     for answer in store.answers():
         if answer.excluded is None and answer.item.gold is None:
             if first and answer.first is not None:
                 answer = dataclasses.replace(answer, answer=answer.first, shown=None)
-            yield answer
+            if not first or answer.shown is None:
+                yield answer
+
+
+def without_first(store: Store) -> int:
+    """Returns how many answers that count were given after a suggestion, and not known before: imported ones."""
+    return sum(answer.shown is not None and answer.first is None for answer in counted(store))
 
 
 def counted_ratings(store: Store, names: bool = False, first: bool = False) -> Iterator[ratings.Rating]:

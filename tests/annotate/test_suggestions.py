@@ -270,7 +270,7 @@ def test_exports_tell_of_suggestions(rated, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["raw", "label-studio"])
-def test_imported_answers_tell_of_suggestions(rated, images, tmp_path, form):
+def test_imported_answers_tell_of_suggestions(rated, images, tmp_path, form, capsys):
     out = tmp_path / ("out.json" if form == "label-studio" else "out.jsonl")
     run("export", rated, out, "--names", f"--format={form}")
     run("init", tmp_path / "again", "--images", images)
@@ -278,6 +278,11 @@ def test_imported_answers_tell_of_suggestions(rated, images, tmp_path, form):
     for project in (rated, tmp_path / "again"):
         run("export", project, project / "raw.jsonl", "--names")
     assert lines_of(rated / "raw.jsonl") == lines_of(tmp_path / "again" / "raw.jsonl")
+    # Their first answers aren't known.
+    capsys.readouterr()
+    assert run("export", tmp_path / "again", tmp_path / "first.jsonl", "--first-answers") == 0
+    assert lines_of(tmp_path / "first.jsonl").keys() == {"2 #.png"}
+    assert "left out: 2 imported answers that followed a suggestion" in capsys.readouterr().err
 
 
 def test_label_studio_gets_suggestions_as_predictions(rated):
