@@ -1,8 +1,8 @@
 """Decides which item a rater gets next, in the transaction that then gives it, so that no two raters collide.
 
-An item has as many places as answers are wanted. A finished answer takes one for good, unless it is excluded;
-a draft takes one until its lease expires. Gold items have no limit: each rater answers each of them once, as
-long as another item is free for them.
+An item has as many places as answers are wanted. A finished answer takes one for good, unless it is excluded,
+and so does a first answer before a suggestion. Another draft takes one until its lease expires. Gold items
+have no limit: each rater answers each of them once, as long as another item is free for them.
 
 Each rater has a shuffle of their own: the next item is the first free one at or behind a place that follows
 from the seed, the rater and the number of their answers. Items of higher priority come first.
@@ -18,7 +18,8 @@ from richhf_jax.annotate.project import Config
 _TAKEN = """(
     SELECT count(*) FROM answers
     WHERE answers.item = items.number AND answers.person != :person AND answers.excluded IS NULL
-    AND (answers.state = 'done' OR answers.state = 'draft' AND answers.expires > :now))"""
+    AND (answers.state = 'done'
+         OR answers.state = 'draft' AND (answers.first IS NOT NULL OR answers.expires > :now)))"""
 _MINE = "(SELECT 1 FROM answers WHERE answers.item = items.number AND answers.person = :person)"
 _FREE = f"""
     FROM items WHERE items.state = 'open' AND items.gold IS NULL AND NOT EXISTS {_MINE}

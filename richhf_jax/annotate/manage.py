@@ -33,6 +33,7 @@ def overview(store: Store, search: str = "") -> dict[str, Any]:
       store: the project.
       search: leaves out items whose name and prompt lack this text; capitals don't matter.
     """
+    store.end_first_answers()
     items, config = list(store.items()), store.config
     answers = [answer for answer in store.answers(finished=False) if answer.excluded is None]
     waiting = store.for_manager()

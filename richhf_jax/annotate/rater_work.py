@@ -228,12 +228,13 @@ class RaterWork(Items):
     def _has_place(self, db: sqlite3.Connection, row: sqlite3.Row, now: float) -> bool:
         """Tells whether others have left a draft its place.
 
-        A lease that runs keeps the place against other leases, not against answers: two may run for one place
-        after the clock went back or `raters` was lowered, and then the first answer takes it.
+        A first answer has taken it. A lease that runs keeps the place against other leases, not against
+        answers: two may run for one place after the clock went back or `raters` was lowered, and then who
+        answers first takes it.
         """
         if row["gold"] is not None:
             return True
-        since = math.inf if row["expires"] > now else now
+        since = math.inf if row["expires"] > now or row["first"] is not None else now
         return assignment.other_places(db, row["item"], row["person"], since) < self.config.raters
 
     def _lease(self, db: sqlite3.Connection, answer_id: int, now: float) -> None:
@@ -310,6 +311,18 @@ class RaterWork(Items):
             f" AND {_DONE} >= :raters",
             {"number": number, "raters": self.config.raters},
         )
+
+    def _end_first_answers(self, db: sqlite3.Connection) -> None:
+        """Lets first answers count whose raters didn't end their work before the lease expired.
+
+        They were given without a suggestion, so they become answers as on an item that has none.
+        """
+        db.execute(
+            "UPDATE answers SET state = 'done', answer = first, first = NULL, shown = NULL,"
+            " revision = revision + 1 WHERE state = 'draft' AND first IS NOT NULL AND expires <= ?",
+            (self._clock(),),
+        )
+        self._fill(db)
 
     def _reopen(self, db: sqlite3.Connection) -> None:
         """Opens full items that lack answers, and those of the manager that too few raters have skipped.

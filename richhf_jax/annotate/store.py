@@ -39,7 +39,7 @@ class Store(RaterWork):
             with self._database.transaction() as db:
                 # `raters` may have been changed.
                 self._reopen(db)
-                self._fill(db)
+                self._end_first_answers(db)
 
     @classmethod
     def create(
@@ -78,6 +78,11 @@ class Store(RaterWork):
             query = f"{records.ANSWERS_BESIDE_ITEMS} WHERE {conditions} ORDER BY answers.id"
             for row in db.execute(query, (finished, item_id, item_id)):
                 yield records.answer(row, people[row["person"]])
+
+    def end_first_answers(self) -> None:
+        """Lets first answers count whose raters haven't come back, as at opening the project."""
+        with self._database.transaction() as db:
+            self._end_first_answers(db)
 
     def open_drafts(self) -> collections.Counter[int]:
         """Counts the drafts with a place, without those of the first round: rater's id -> number."""

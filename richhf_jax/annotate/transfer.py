@@ -44,7 +44,7 @@ def counted(store: Store, first: bool = False) -> Iterator[Answer]:
 
 
 def without_first(store: Store) -> int:
-    """Returns how many answers that count were given after a suggestion, and not known before: imported ones."""
+    """Returns how many answers that count followed a suggestion, while the first ones aren't known."""
     return sum(answer.shown is not None and answer.first is None for answer in counted(store))
 
 

@@ -10,13 +10,14 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from selenium.webdriver.common.keys import Keys
 from starlette.testclient import TestClient
 
 from richhf_jax import errors, feedback
-from richhf_jax.annotate import database, manage, project, server
+from richhf_jax.annotate import database, manage, project, server, transfer
 from richhf_jax.annotate.records import Closed, Conflict, Incomplete
 from richhf_jax.annotate.store import Store
 
@@ -143,18 +144,46 @@ def test_a_lease_that_expires_between_the_answers(make):
     clock[0] += 9 * 60
     assert store.next_item(bob).item.id != NAME
     clock[0] += 100 * 60
-    # Nobody took the place: the rater goes on.
-    revision = store.save(ann, NAME, 1, first, 1.0)
+    # A first answer keeps its place: the rater goes on.
+    with pytest.raises(errors.UserError, match="has all its answers"):
+        store.reassign(NAME, bob.id)
+    store.skip(bob, store.next_item(bob).item.id, 0, "why", False)
+    assert store.next_item(bob).item.id != NAME
+    revision = store.save(ann, NAME, 1, full(store.work(ann, NAME), 5), 1.0)
     clock[0] += 100 * 60
-    store.reassign(NAME, bob.id)
-    work = store.work(bob, NAME)
-    assert work.suggestion is None
-    store.finish(bob, NAME, 0, full(work), 1.0)
-    store.finish(bob, NAME, 1, full(work), 1.0)
+    # Who doesn't come back has given the first answer, without a suggestion.
+    assert manage.overview(store)["raters"][0]["done"] == 1
     with pytest.raises(Closed):
-        store.finish(ann, NAME, revision, first, 1.0)
-    kept = {a.person.name: (a.state, a.first is not None) for a in store.answers(False, NAME)}
-    assert kept == {"a": ("draft", True), "b": ("done", True)}
+        store.save(ann, NAME, revision + 1, first, 1.0)
+    (kept,) = store.answers(False, NAME)
+    assert (kept.state, kept.answer, kept.first, kept.shown) == ("done", first, None, None)
+    assert [a.item.id for a in transfer.counted(store, first=True)] == [NAME]
+    store.exclude(kept.id, "guessed")
+    store.reassign(NAME, bob.id)
+
+
+def test_a_first_answer_keeps_its_place_when_the_clock_goes_back(make):
+    store, ann, bob = make("ab", raters=1)
+    clock = [1e9]
+    store._clock = lambda: clock[0]
+    assert store.next_item(ann).item.id == NAME
+    clock[0] += 3700
+    work = store.next_item(bob)
+    assert work.item.id == NAME
+    clock[0] -= 3700
+    begin(store, ann)
+    for write in (store.save, store.finish):
+        with pytest.raises(Closed):
+            write(bob, NAME, 0, full(work), 1.0)
+
+
+def test_opening_a_project_lets_first_answers_count(make):
+    store, ann = make(raters=1)
+    first, _ = begin(store, ann)
+    for now, kept in ((time.time(), []), (time.time() + 3700, [first])):
+        with contextlib.closing(Store(store.folder, lambda now=now: now)) as again:
+            assert [a.answer for a in again.answers()] == kept
+            assert again.progress(ann).total_open == 3 - len(kept)
 
 
 def test_another_suggestion_does_not_replace_what_was_seen(make):
