@@ -60,8 +60,8 @@ class People:
                 )
         except sqlite3.IntegrityError:
             raise errors.UserError(
-                f"there is a person named {for_terminal(name)} already: give another name, or a new link with"
-                " `raters renew`"
+                f"there is a person named {for_terminal(name)} already: give another name, or to a rater"
+                " a new link with `raters renew`"
             ) from None
         return secret
 

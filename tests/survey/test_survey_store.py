@@ -1,6 +1,7 @@
 """The store: exactly k answers a pair, leases, balance, sides, checks of attention."""
 
 import collections
+import contextlib
 import math
 import threading
 
@@ -80,6 +81,18 @@ def test_sides_are_about_half_and_recorded_as_shown(make, sides):
         {a.prompt_id: a.left for a in answers_of(store) if a.rater_id == r} for r in ("rater-1", "rater-2")
     ]
     assert 14 <= sum(own[0][p] != own[1][p] for p in own[0]) <= 36
+
+
+def test_each_survey_has_a_name_of_its_own(make):
+    store, ann = make(1)
+    name = store.site_id()
+    with store._database.transaction() as db:
+        # As an older version made it.
+        db.execute("DROP TABLE site")
+        db.execute("PRAGMA user_version = 1")
+    with contextlib.closing(Store(store.folder)) as again:
+        assert again.site_id() != name
+        assert again.next_pair(ann)
 
 
 def test_a_clock_that_goes_back_brings_no_answer_too_many(make, clock):
