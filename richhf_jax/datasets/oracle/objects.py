@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import fft, ndimage, spatial
+from scipy import ndimage, spatial
 
 from richhf_jax.datasets import drawing, scenes
 from richhf_jax.datasets.oracle import backgrounds
@@ -118,7 +119,7 @@ class _Templates:
 
 
 # Correlations must not wrap around.
-_PADDED = fft.next_fast_len(SIDE + SIDE // 2, real=True)
+_PADDED = SIDE + SIDE // 2
 
 
 @functools.cache
@@ -132,7 +133,7 @@ def _templates() -> _Templates:
     for number, thing in enumerate(things):
         groups.setdefault((thing.shape, thing.radius), []).append(number)
     fills = np.array([_masks(thing)[1] for thing in things], np.float32)
-    spectra = np.conj(fft.rfft2(fills, (_PADDED, _PADDED)))
+    spectra = np.conj(np.fft.rfft2(fills, (_PADDED, _PADDED)))
     return _Templates(things, groups, fills.sum((1, 2)), spectra)
 
 
@@ -174,8 +175,8 @@ def read(image: np.ndarray, expected: Sequence[tuple[str, Meant]]) -> Reading:
     things = _in_order(image, background.image, things)
     again = functools.reduce(_painted, things, background.image)
     # Noise has a rim that isn't noisy.
-    noise = ndimage.binary_dilation(noise, iterations=2)
-    damaged = ndimage.binary_opening(_difference(image, again), np.ones((2, 2))) & ~noise
+    noise = np.asarray(ndimage.binary_dilation(noise, iterations=2), bool)
+    damaged = _damaged(image, again) & ~noise
     noise &= _difference(image, again)
     noise = ndimage.binary_closing(noise)
     return _with_damage(background, things, fills, damaged, noise)
@@ -199,6 +200,11 @@ def _difference(image: np.ndarray, again: np.ndarray) -> np.ndarray:
     return np.abs(image - again).max(-1) > _DAMAGED
 
 
+def _damaged(image: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """Marks what differs, bool [SIDE, SIDE], without lines of one pixel, which edges have."""
+    return np.asarray(ndimage.binary_opening(_difference(image, again), np.ones((2, 2))), bool)
+
+
 def _noise(image: np.ndarray) -> np.ndarray:
     """Finds coloured noise, bool [SIDE, SIDE]: pixels whose neighbours have other colours."""
     colour = image - image.mean(-1, keepdims=True)
@@ -214,7 +220,7 @@ def _fills(image: np.ndarray, background: Background, left_out: np.ndarray) -> d
     nearest = np.concatenate([distances, apart[..., None]], axis=-1).argmin(-1)
     found = {}
     for number, colour in enumerate(_COLOURS):
-        fragments, count = ndimage.label((nearest == number) & ~left_out, np.ones((3, 3)))
+        fragments, count = _labelled((nearest == number) & ~left_out)
         sizes = np.bincount(fragments.ravel(), minlength=count + 1)
         sizes[0] = 0
         mask = (sizes >= _MIN_FRAGMENT)[fragments]
@@ -255,7 +261,7 @@ def _of_one_colour(
     things = fit(best)
     again = functools.reduce(_painted, things, background)
     near = mask | (again != background).any(-1)
-    damaged = ndimage.binary_opening(_difference(image, again), np.ones((2, 2)))
+    damaged = _damaged(image, again)
     if (damaged & ndimage.binary_dilation(near) & ~others).sum() < MIN_DAMAGE:
         return things
 
@@ -289,8 +295,8 @@ def _hypotheses(mask: np.ndarray) -> dict[tuple[str, int, str], tuple[float, lis
       objects.
     """
     templates, total = _templates(), mask.sum()
-    spectrum = fft.rfft2(mask.astype(np.float32), (_PADDED, _PADDED))
-    covered = fft.irfft2(spectrum * templates.spectra, (_PADDED, _PADDED))
+    spectrum = np.fft.rfft2(mask.astype(np.float32), (_PADDED, _PADDED))
+    covered = np.fft.irfft2(spectrum * templates.spectra, (_PADDED, _PADDED))
     # Score of a template whose middle is at each pixel.
     covered = np.roll(covered, (SIDE // 2, SIDE // 2), (1, 2))[:, :SIDE, :SIDE]
     rows, columns = np.mgrid[:SIDE, :SIDE]
@@ -352,7 +358,7 @@ def _with_damage(
     distances = np.array(
         [np.hypot(columns - t.x * SIDE, rows - t.y * SIDE) / (t.radius * SIDE) for t in things]
     ).reshape(-1, SIDE, SIDE)
-    pieces, count = ndimage.label(ndimage.binary_closing(damaged, iterations=_JOINED), np.ones((3, 3)))
+    pieces, count = _labelled(ndimage.binary_closing(damaged, iterations=_JOINED))
     owners: list[np.ndarray] = [np.zeros((SIDE, SIDE), bool) for _ in things]
     regions = _parts(noise)
     for piece in (pieces == i for i in range(1, count + 1)):
@@ -386,8 +392,14 @@ def _with_damage(
 
 def _parts(mask: np.ndarray) -> list[np.ndarray]:
     """Splits a mask into its connected parts, without tiny ones."""
-    parts, count = ndimage.label(mask, np.ones((3, 3)))
+    parts, count = _labelled(mask)
     return [parts == i for i in range(1, count + 1) if (parts == i).sum() >= _MIN_REGION]
+
+
+def _labelled(mask: Any) -> tuple[np.ndarray, int]:
+    """Returns a mask with its connected parts numbered from 1, and their number."""
+    found: Any = ndimage.label(mask, np.ones((3, 3)))
+    return found[0], int(found[1])
 
 
 def _hull(mask: np.ndarray) -> np.ndarray:
