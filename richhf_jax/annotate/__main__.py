@@ -20,6 +20,7 @@ from typing import Any
 
 from richhf_jax import errors, inputs, reading, writing
 from richhf_jax.annotate import commands, dataset, intake, manage, project, suggestions, transfer
+from richhf_jax.annotate.database import explained_errors
 from richhf_jax.annotate.settings import MOST_RATERS
 from richhf_jax.annotate.store import Store
 from richhf_jax.foreign_text import for_terminal
@@ -57,6 +58,8 @@ def init(options: argparse.Namespace) -> int:
 
 def add(store: Store, options: argparse.Namespace) -> int:
     """Adds images or suggestions to a project, or changes the order. Returns the exit code."""
+    if options.gold and not options.images:
+        raise errors.UserError("--gold is for images that are added: give --images, too")
     if not (options.images or options.order or options.suggest):
         raise errors.UserError("nothing to add: give --images, --order or --suggest")
     gold = intake.read_gold(options.gold) if options.gold else {}
@@ -84,8 +87,12 @@ def _links(folder: pathlib.Path) -> str:
 
 
 def _set_order(store: Store, path: str | None, order: Sequence[str]) -> None:
-    if path and not store.prioritise(order):
+    if not path:
+        return
+    if not store.prioritise(order):
         raise errors.UserError(f"{path}: it names no image of the project; it must have their ids")
+    if unknown := set(order) - {item.id for item in store.items()}:
+        print(f"{path}: {len(unknown):,} of its {len(order):,} images aren't in the project")
 
 
 def _suggest(
@@ -128,9 +135,7 @@ def serve(store: Store, options: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
     from richhf_jax.annotate import server
 
-    commands.announce(options, options.project)
-    server.serve(store, options.host, options.port)
-    return 0
+    return commands.serve(server.make_app(store), options, options.project)
 
 
 def status(store: Store, options: argparse.Namespace) -> int:
@@ -161,7 +166,7 @@ def export(store: Store, options: argparse.Namespace) -> int:
         )
     if options.format == "dataset":
         return _export_dataset(store, options)
-    writing.check_file(options.out)
+    commands.check_out(options.out, store.folder)
     with writing.explained_disk_errors(options.out):
         if options.format == "label-studio":
             tasks = transfer.label_studio_tasks(store, options.names, options.first_answers)
@@ -282,7 +287,8 @@ def _add_inputs(parser: argparse.ArgumentParser, required: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits the process."""
     options = parse(arguments)
-    with writing.explained_disk_errors(options.project):
+    database = pathlib.Path(options.project) / project.DATABASE
+    with writing.explained_disk_errors(options.project), explained_errors(database):
         if options.run is init:
             sys.exit(init(options))
         with contextlib.closing(Store(options.project)) as store:

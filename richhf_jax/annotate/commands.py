@@ -2,10 +2,12 @@
 
 import argparse
 import pathlib
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from richhf_jax import writing
+from richhf_jax import errors, writing
 from richhf_jax.annotate.people import People
 from richhf_jax.annotate.settings import CONFIG, GUIDELINES
 from richhf_jax.foreign_text import for_terminal
@@ -30,27 +32,61 @@ def told_failures(failures: Sequence[str]) -> int:
     return SOME_FAILED if failures else 0
 
 
+def check_out(out: str, folder: pathlib.Path) -> None:
+    """Checks that a file can be written, and is none of the files of a project or survey.
+
+    Raises:
+      errors.UserError: it can't, or it is.
+    """
+    place, own = pathlib.Path(out).resolve(), folder.resolve()
+    if place == own or (place.exists() and own in place.parents) or own / "images" in place.parents:
+        raise errors.UserError(f"{out} belongs to {folder}: name a file outside it")
+    writing.check_file(out)
+
+
 def raters(store: People, options: argparse.Namespace) -> int:
     """Adds raters, gives them new links, or deactivates them."""
     for name in options.names:
         if options.action == "deactivate":
             store.deactivate(store.rater(name).id)
+            print(f"{for_terminal(name)}: the link is void")
         else:
             secret = store.add_rater(name) if options.action == "add" else store.renew(name)
             print(f"{for_terminal(name)}\t{options.url}/r/{secret}")
     return 0
 
 
-def announce(options: argparse.Namespace, folder: str) -> None:
-    """Prints where the page is served, and warns where everyone reaches it."""
+def serve(app: Callable[..., Any], options: argparse.Namespace, folder: str) -> int:
+    """Serves an app until it is interrupted; warns where everyone reaches it.
+
+    Raises:
+      errors.UserError: the address can't be used.
+    """
+    import uvicorn
+
+    try:
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise errors.UserError(
+            f"can't serve at {options.host}, port {options.port}: {reason}. Give another --host or --port"
+        ) from None
     if options.host not in ("127.0.0.1", "::1", "localhost"):
         print(_EXPOSED.format(port=options.port), file=sys.stderr)
-    print(f"serving {folder} at http://{options.host}:{options.port}; Ctrl-C ends it")
+    print(f"serving {folder} at http://{options.host}:{options.port}; Ctrl-C ends it", flush=True)
+    # A log of requests would hold the secrets of the links.
+    settings = uvicorn.Config(
+        app, options.host, options.port, access_log=False, server_header=False, log_level="warning"
+    )
+    with listener:
+        uvicorn.Server(settings).run(sockets=[listener])
+    return 0
 
 
 def backup(store: People, options: argparse.Namespace) -> int:
     """Copies the database while the server may run."""
-    writing.check_file(options.out)
+    check_out(options.out, store.folder)
     with writing.explained_disk_errors(options.out):
         store.backup(pathlib.Path(options.out))
     print(f"{options.out}: the database; it holds neither {CONFIG} and {GUIDELINES} nor images/")
@@ -71,7 +107,7 @@ def add_serve(command: Command, folder: str, serve: Callable[..., int]) -> None:
     one = command("serve", serve, "serve the page")
     one.add_argument(folder.lower(), metavar=folder)
     one.add_argument("--host", default="127.0.0.1", help="address to serve at; default %(default)s")
-    one.add_argument("--port", type=int, default=8080, help="default %(default)s")
+    one.add_argument("--port", type=number(65535), default=8080, help="default %(default)s")
 
 
 def add_backup(command: Command, folder: str) -> None:
@@ -85,10 +121,16 @@ def add_url(parser: argparse.ArgumentParser) -> None:
     """Adds the flag --url."""
     parser.add_argument(
         "--url",
-        type=lambda text: text.rstrip("/"),
+        type=_url,
         default="http://127.0.0.1:8080",
         help="where raters reach the server, for links; default %(default)s",
     )
+
+
+def _url(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} doesn't begin with http:// or https://")
+    return text.rstrip("/")
 
 
 def number(most: int) -> Callable[[str], int]:

@@ -106,13 +106,18 @@ def create(path: pathlib.Path, schema: Schema) -> None:
 
 @contextlib.contextmanager
 def explained_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns errors at opening a database into a UserError that says what to do."""
+    """Turns errors of a database into a UserError that says what to do."""
     try:
         yield
     except sqlite3.Error as error:
-        raise errors.UserError(
-            f"{path}: {error}. Give the right to write the folder, or restore the file from a backup"
-        ) from error
+        fix = "Give the right to write the folder, or restore the file from a backup"
+        if "full" in str(error):
+            fix = "Make room on the disk"
+        elif "locked" in str(error):
+            fix = "Another program holds it: try again"
+        elif isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            fix = "Restore the file from a backup"
+        raise errors.UserError(f"{path}: {error}. {fix}") from error
 
 
 class Database:

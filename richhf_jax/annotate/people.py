@@ -13,9 +13,14 @@ from richhf_jax.annotate.records import Person
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import printable
 
+# Characters of a person's name.
+_MAX_NAME = 100
+
 
 class People:
     """The part of a store that knows its people. A secret has 128 bits, and is kept as a hash alone."""
+
+    folder: pathlib.Path
 
     def __init__(self, database: Database):
         self._database = database
@@ -51,6 +56,12 @@ class People:
         name = printable(name).strip()
         if not name:
             raise errors.UserError("a rater's name is empty: give one")
+        if len(name) > _MAX_NAME:
+            raise errors.UserError(
+                f"{for_terminal(name[:20])}…: a name must have at most {_MAX_NAME} characters"
+            )
+        if any(person.name.casefold() == name.casefold() for person in self.people()):
+            raise errors.UserError(_taken(name))
         secret = secrets.token_urlsafe(16)
         try:
             with self._database.transaction() as db:
@@ -59,10 +70,7 @@ class People:
                     (name, _hash(secret), is_manager),
                 )
         except sqlite3.IntegrityError:
-            raise errors.UserError(
-                f"there is a person named {for_terminal(name)} already: give another name, or to a rater"
-                " a new link with `raters renew`"
-            ) from None
+            raise errors.UserError(_taken(name)) from None
         return secret
 
     def renew(self, name: str) -> str:
@@ -107,6 +115,13 @@ class People:
         with self._database.transaction() as db:
             db.execute("UPDATE people SET active = 0 WHERE id = ? AND NOT is_manager", (person_id,))
             db.execute("UPDATE answers SET expires = 0 WHERE person = ? AND state = 'draft'", (person_id,))
+
+
+def _taken(name: str) -> str:
+    return (
+        f"there is a person named {for_terminal(name)} already: give another name, or to a rater a new link"
+        " with `raters renew`"
+    )
 
 
 def _hash(secret: str) -> bytes:

@@ -115,7 +115,7 @@ class Server(web.Site):
         return JSONResponse(
             {
                 "work": work and _work_json(work) | {"suggestion": self.suggestion(work.suggestion)},
-                "progress": dataclasses.asdict(progress) | {"total_open": _about(progress.total_open)},
+                "progress": dataclasses.asdict(progress) | {"total_open": web.about(progress.total_open)},
                 "message": message,
             }
         )
@@ -259,11 +259,6 @@ class Server(web.Site):
         return person, request.path_params["item"], await web.body(request, fields)
 
 
-def serve(store: Store, host: str, port: int) -> None:
-    """Serves a project until it is interrupted."""
-    web.run(make_app(store), host, port)
-
-
 def _work_json(work: Work) -> dict[str, Any]:
     """Returns what the script needs of an image; nothing that tells a gold item or its suggestion."""
     item = work.item
@@ -278,16 +273,6 @@ def _work_json(work: Work) -> dict[str, Any]:
         "is_calibration": work.is_calibration,
         "seconds": work.seconds,
     }
-
-
-def _about(count: int) -> int:
-    """Rounds up to tens, or to two digits. A rater who knew the number would see which images are gold.
-
-    >>> _about(0), _about(3), _about(30), _about(1204)
-    (0, 10, 30, 1300)
-    """
-    step = 10 ** max(1, len(str(count)) - 2)
-    return -(-count // step) * step
 
 
 def _pieces(prompt: str) -> list[tuple[str, bool]]:

@@ -50,9 +50,7 @@ def read(
     place = folder / CONFIG
     if not place.is_file() or not (folder / database).is_file():
         raise errors.UserError(f"{folder} is {missing.format(f'{CONFIG} or {database}')}")
-    with writing.explained_disk_errors(place, "Give the right to read it"):
-        text = place.read_text(encoding="utf-8")
-        guidelines = (folder / GUIDELINES).read_text(encoding="utf-8")
+    text, guidelines = _text(place), _text(folder / GUIDELINES)
     try:
         fields = parsed_json(text)
         if not isinstance(fields, dict):
@@ -62,6 +60,16 @@ def read(
         return parse(fields | {_GUIDELINES_FIELD: guidelines})
     except (InputError, SettingError) as error:
         raise errors.UserError(f"{place}: {error}") from None
+
+
+def _text(file: pathlib.Path) -> str:
+    if not file.is_file():
+        raise errors.UserError(f"{file}: no such file: put it back, or make it; it may be empty")
+    with writing.explained_disk_errors(file, "Give the right to read it"):
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.UserError(f"{file}: not in UTF-8 ({error.reason}): save it in UTF-8") from None
 
 
 def check(fields: Mapping[str, Any], config: type, texts: Sequence[str], limits: Limits) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from richhf_jax import errors, feedback, reading, writing
 from richhf_jax.annotate import commands
+from richhf_jax.annotate.database import explained_errors
 from richhf_jax.annotate.settings import MOST_RATERS
 from richhf_jax.foreign_text import for_terminal
 from richhf_jax.inputs.record import bounded_lines, reason
@@ -62,9 +63,7 @@ def serve(store: Store, options: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
     from richhf_jax.survey import server
 
-    commands.announce(options, options.survey)
-    server.serve(store, options.host, options.port)
-    return 0
+    return commands.serve(server.make_app(store), options, options.survey)
 
 
 def status(store: Store, options: argparse.Namespace) -> int:
@@ -89,7 +88,7 @@ def status(store: Store, options: argparse.Namespace) -> int:
 
 def export(store: Store, options: argparse.Namespace) -> int:
     """Writes the answers."""
-    writing.check_file(options.out)
+    commands.check_out(options.out, store.folder)
     with (
         writing.explained_disk_errors(options.out),
         writing.atomic(options.out) as new,
@@ -249,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run is result:
         result(options)
         return
-    with writing.explained_disk_errors(options.survey):
+    database = pathlib.Path(options.survey) / config.DATABASE
+    with writing.explained_disk_errors(options.survey), explained_errors(database):
         if options.run is init:
             sys.exit(init(options))
         with contextlib.closing(Store(options.survey)) as store:

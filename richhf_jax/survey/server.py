@@ -86,7 +86,7 @@ class Server(web.Site):
 
     async def _shown(self, person: Person, work: Work | None, message: str | None) -> Response:
         done, left = await run_in_threadpool(self._store.progress, person)
-        progress = {"done": done, "left": left}
+        progress = {"done": done, "left": web.about(left)}
         shown = work and dataclasses.asdict(work)
         return JSONResponse({"work": shown, "progress": progress, "message": message})
 
@@ -127,8 +127,3 @@ class Server(web.Site):
         """Returns who writes, to which pair, and the checked body."""
         person = await self.person(request)
         return person, request.path_params["pair"], await web.body(request, fields)
-
-
-def serve(store: Store, host: str, port: int) -> None:
-    """Serves a survey until it is interrupted."""
-    web.run(make_app(store), host, port)

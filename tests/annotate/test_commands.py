@@ -4,6 +4,8 @@ import contextlib
 import csv
 import io
 import json
+import socket
+import sqlite3
 
 import numpy as np
 import pytest
@@ -344,3 +346,54 @@ def test_mistakes_are_one_message(project, images, tmp_path):
     assert "No such file or directory" in run("export", project, tmp_path / "nope/raw.jsonl")
     assert "No such file or directory" in run("import", project, tmp_path / "nope.jsonl")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["project.db", "config.json", "guidelines.md", "images/new.jsonl"])
+def test_a_project_is_not_overwritten_by_what_it_writes(project, name):
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    for verb in ("export", "backup"):
+        assert "belongs to" in run(verb, project, project / name)
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "guidelines.md"])
+def test_text_files_that_cannot_be_read(project, name):
+    (project / name).write_bytes("Grüße".encode("utf-16"))
+    assert f"{name}: not in UTF-8" in run("status", project)
+    (project / name).unlink()
+    assert name in run("status", project)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("serve", "--port=0"), ("serve", "--port=99999"), ("manager", "--url=example.org")]
+)
+def test_addresses_that_make_no_sense(project, arguments, capsys):
+    command_name, flag = arguments
+    with pytest.raises(SystemExit) as end:
+        command.main([command_name, str(project), flag])
+    assert end.value.code == 2
+    assert flag.partition("=")[2] in capsys.readouterr().err
+
+
+def test_an_address_in_use_is_told(project):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert "can't serve at 127.0.0.1" in run("serve", project, f"--port={other.getsockname()[1]}")
+    assert "can't serve at no.such.host.invalid" in run("serve", project, "--host=no.such.host.invalid")
+
+
+def test_names_of_raters_are_bounded_and_distinct(project):
+    assert run("raters", "add", project, "Ann") == 0
+    assert "named ann already" in run("raters", "add", project, " ann ")
+    assert "at most 100 characters" in run("raters", "add", project, "x" * 101)
+
+
+def test_errors_of_the_database_are_told(project, monkeypatch):
+    def fail(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Store, "add_rater", fail)
+    assert "disk is full. Make room on the disk" in run("raters", "add", project, "Zoe")
+
+
+def test_gold_needs_images(project, tmp_path):
+    assert "--gold is for images that are added" in run("add", project, "--gold", tmp_path / "gold.jsonl")

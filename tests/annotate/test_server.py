@@ -6,7 +6,7 @@ import sqlite3
 import pytest
 from starlette.testclient import TestClient
 
-from richhf_jax.annotate import server
+from richhf_jax.annotate import server, web
 
 ORIGIN = {"Origin": "http://testserver"}
 ITEM = "/api/items/train%2F0.png"
@@ -35,7 +35,7 @@ def test_a_link_becomes_a_cookie(client, secret):
 
 def test_progress_does_not_tell_gold(rater):
     assert rater.get("/api/next").json()["progress"]["total_open"] == 10
-    found = [server._about(count) for count in (0, 1, 10, 11, 100, 999, 1204)]
+    found = [web.about(count) for count in (0, 1, 10, 11, 100, 999, 1204)]
     assert found == [0, 10, 10, 20, 100, 1000, 1300]
 
 

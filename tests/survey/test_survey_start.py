@@ -200,7 +200,8 @@ def test_status_and_raters(answered, capsys):
     assert (name, link[:16]) == ("Cid", "https://a.org/r/")
     assert run("raters", "deactivate", answered, "Cid") == 0
     assert run("status", answered) == 0
-    lines = capsys.readouterr().out.splitlines()
+    told, *lines = capsys.readouterr().out.splitlines()
+    assert told == "Cid: the link is void"
     assert lines[0] == "8 of 8 pairs have 2 answers"
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     # Answers, skipped, median seconds; Ann passes all checks that she got.
