@@ -1,6 +1,7 @@
 """CLIP's tokens equal those of transformers, from either form of its files."""
 
 import json
+import pathlib
 import random
 
 import numpy as np
@@ -141,18 +142,53 @@ def test_both_forms_of_the_files_are_one(files, prompts, tmp_path):
     theirs = transformers.CLIPTokenizer.from_pretrained(files)
     theirs.save_pretrained(tmp_path)
     older, newer = clip_tokens.read(files), clip_tokens.read(tmp_path)
-    assert newer.content == (tmp_path / "tokenizer.json").read_bytes()
+    assert newer.content == older.content
     ids = older.encode(prompts[:1000], LENGTH)[0]
     np.testing.assert_array_equal(newer.encode(prompts[:1000], LENGTH)[0], ids)
     again = clip_tokens.ClipTokens(older.content)
     np.testing.assert_array_equal(again.encode(prompts[:1000], LENGTH)[0], ids)
 
 
-def test_truncation_and_padding_in_the_file_are_left_out(files):
-    content = json.loads(clip_tokens.read(files).content)
-    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    tokens = clip_tokens.ClipTokens(json.dumps(content).encode())
-    assert np.count_nonzero(tokens.encode(["a red star"], 8)[0]) == 5
+NFC = {"type": "NFC"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"normalizer": None},
+        {"normalizer": NFC},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": BYTES},
+        {"added_tokens": []},
+        {"truncation": TRUNCATION},
+        {"model": {"end_of_word_suffix": None}},
+        {"model": {"dropout": 0.5}},
+        {"model": {"unk_token": None}},
+    ],
+)
+def test_rules_in_a_file_are_not_clips(rules, files, prompts):
+    """transformers' CLIPTokenizer reads none of them either."""
+    own = clip_tokens.read(files)
+    content = json.loads(own.content)
+    model = content["model"] | rules.get("model", {})
+    tokens = clip_tokens.ClipTokens(json.dumps(content | rules | {"model": model}).encode())
+    ids = own.encode(prompts[:100], LENGTH)[0]
+    np.testing.assert_array_equal(tokens.encode(prompts[:100], LENGTH)[0], ids)
+    assert tokens.is_same(own)
+
+
+def test_tokens_that_a_file_adds_are_found_first(files, prompts, tmp_path):
+    theirs = transformers.CLIPTokenizer.from_pretrained(files, pad_token="!")
+    theirs.save_pretrained(tmp_path)
+    tokens = clip_tokens.read(tmp_path)
+    rows = theirs(prompts[:1000], truncation=True, max_length=LENGTH)["input_ids"]
+    expected = np.array([row + [0] * (LENGTH - len(row)) for row in rows])
+    np.testing.assert_array_equal(tokens.encode(prompts[:1000], LENGTH)[0], expected)
+    without = clip_tokens.read(files)
+    assert (without.encode(prompts[:1000], LENGTH)[0] != expected).any()
+    assert not tokens.is_same(without)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +228,8 @@ def test_decoding_gives_what_clip_reads():
 def test_the_shipped_vocabulary_is_what_the_script_trains(tmp_path):
     train_vocabulary.main(["--clip", str(tmp_path / "again.json")])
     tokens = clip_tokens.read(tmp_path / "again.json")
-    assert tokens.content == clip_tokens.read(vocabulary.SMALL_CLIP).content
+    shipped = pathlib.Path(vocabulary.SMALL_CLIP).read_bytes()
+    assert (tmp_path / "again.json").read_bytes() == shipped == tokens.content
     ids = tokens.encode(train_vocabulary.words(), LENGTH)[0]
     assert (np.count_nonzero(ids, axis=1) == 3).all()
     # The end's is the highest id, as in OpenAI's: a text tower without `end_id` finds it.
