@@ -4,10 +4,9 @@
 
 A text is made lower case, composed (NFC), and its spaces are joined; a regular expression splits it into
 words, numbers and signs; and each of them, as bytes, is merged by the vocabulary's rules. These steps are
-always made here, as transformers makes them: of a tokenizer.json counts only what differs between
-vocabularies, the ids, the merges and tokens that were added. An older checkpoint has vocab.json and merges.txt.
-What else OpenAI's code does before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't
-either.
+made here, as transformers makes them. Only the vocabulary itself is read from tokenizer.json: ids, merges and
+tokens that were added. An older checkpoint has vocab.json and merges.txt instead. What else OpenAI's code does
+before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't either.
 """
 
 import itertools
