@@ -4,9 +4,9 @@
 
 A text is made lower case, composed (NFC), and its spaces are joined; a regular expression splits it into
 words, numbers and signs; and each of them, as bytes, is merged by the vocabulary's rules. These steps are
-made here, as transformers makes them. Only the vocabulary itself is read from tokenizer.json: ids, merges and
-tokens that were added. An older checkpoint has vocab.json and merges.txt instead. What else OpenAI's code does
-before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't either.
+made here, as transformers makes them. Only the vocabulary itself is read from tokenizer.json: the ids, the
+merges and tokens that were added. An older checkpoint has vocab.json and merges.txt instead. What else OpenAI's
+code does before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't either.
 """
 
 import itertools
@@ -94,6 +94,10 @@ class ClipTokens:
         """Returns whether another file holds the same vocabulary, be it written in another way."""
         return self.content == other.content
 
+    def has(self, ids: Mapping[str, int]) -> bool:
+        """Returns whether tokens have these ids."""
+        return ids.items() <= self._ids.items()
+
     def id_of(self, token: str) -> int | None:
         """Returns the id of a token; None: there is no such token."""
         return self._tokenizer.token_to_id(token)
@@ -130,6 +134,7 @@ class ClipTokens:
 
         Returns:
           The tokens; and of each text the number of words, between spaces, that are cut off at least partly.
+          Of a text that begins with an end, CLIP reads none.
         """
         ids = np.zeros((len(texts), length), np.int32)
         words_cut = np.zeros(len(texts), np.int32)
@@ -139,7 +144,8 @@ class ClipTokens:
             kept = [self.start_id, *pieces[: length - 2], self.end_id]
             ids[row, : len(kept)] = kept
             typed = pieces.index(self.end_id) + 1 if self.end_id in pieces else len(pieces)
-            read = min(typed, length - 2)
+            # A text that begins with an end says nothing.
+            read = 0 if typed == 1 and pieces[0] == self.end_id else min(typed, length - 2)
             if len(pieces) > read:
                 first_cut = encoded.offsets[read][0]
                 words_cut[row] = len(text[_start_of_word(text, first_cut) :].split())
@@ -175,21 +181,38 @@ def is_in(folder: epath.PathLike) -> bool:
 def read(path: epath.PathLike) -> ClipTokens:
     """Reads a tokenizer.json; or in a directory, that file, or vocab.json and merges.txt.
 
+    Args:
+      path: the file or directory; also vocab.json or merges.txt, which stand for their directory.
+
     Raises:
-      errors.UserError: there is none, it is damaged, or not CLIP's.
+      errors.UserError: there is none, it is damaged, not CLIP's, or tokenizer.json and vocab.json differ.
     """
     place = epath.Path(path)
+    if not place.exists():
+        raise errors.UserError(
+            f"{place} can't be read: No such file or directory. Give the path of a {FILE}, or of a directory"
+            f" with it or with {' and '.join(_OLDER_FILES)}"
+        )
+    if place.name in _OLDER_FILES:
+        place = place.parent
     if not place.is_dir():
         return ClipTokens(_read(place), str(place))
-    if (place / FILE).exists():
-        return ClipTokens(_read(place / FILE), str(place / FILE))
     vocabulary, merges = (place / name for name in _OLDER_FILES)
+    if (place / FILE).exists():
+        tokens = ClipTokens(_read(place / FILE), str(place / FILE))
+        if vocabulary.exists() and not tokens.has(reading.read_json(vocabulary)):
+            raise errors.UserError(
+                f"{place / FILE} and {vocabulary.name} give tokens different ids: one is another model's. {FIX},"
+                f" and remove {vocabulary.name}"
+            )
+        return tokens
     if not is_in(place):
         raise errors.UserError(f"{place} has no {FILE}, nor {' and '.join(_OLDER_FILES)}")
+    ids = reading.read_json(vocabulary)
     lines = _read(merges).decode(errors="replace").splitlines()
     rules = (line.split() for line in lines if line and "#version:" not in line)
     try:
-        content = build(reading.read_json(vocabulary), [(left, right) for left, right in rules])
+        content = build(ids, [(left, right) for left, right in rules])
     except Exception as error:  # The library raises no narrower one.
         raise errors.UserError(
             f"{merges} is damaged, or doesn't belong to {vocabulary.name}: {error}. {FIX}"
