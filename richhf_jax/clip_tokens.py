@@ -5,8 +5,8 @@
 A text is made lower case, composed (NFC), and its spaces are joined; a regular expression splits it into
 words, numbers and signs; and each of them, as bytes, is merged by the vocabulary's rules. These steps are
 made here, as transformers makes them. Only the vocabulary itself is read from tokenizer.json: the ids, the
-merges and tokens that were added. An older checkpoint has vocab.json and merges.txt instead. What else OpenAI's
-code does before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't either.
+merges and tokens that were added. An older checkpoint has vocab.json and merges.txt instead. What else
+OpenAI's code does before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't either.
 """
 
 import itertools
@@ -202,8 +202,8 @@ def read(path: epath.PathLike) -> ClipTokens:
         tokens = ClipTokens(_read(place / FILE), str(place / FILE))
         if vocabulary.exists() and not tokens.has(reading.read_json(vocabulary)):
             raise errors.UserError(
-                f"{place / FILE} and {vocabulary.name} give tokens different ids: one is another model's. {FIX},"
-                f" and remove {vocabulary.name}"
+                f"{place / FILE} and {vocabulary.name} give tokens different ids: one is another model's."
+                f" {FIX}, and remove {vocabulary.name}"
             )
         return tokens
     if not is_in(place):
