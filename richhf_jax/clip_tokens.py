@@ -3,15 +3,16 @@
 'A red STAR' -> [start, a</w>, red</w>, star</w>, end, 0, ...]
 
 A text is made lower case, composed (NFC), and its spaces are joined; a regular expression splits it into
-words, numbers and signs; and each of them, as bytes, is merged by the vocabulary's rules. These steps are in
-tokenizer.json. An older checkpoint has only vocab.json and merges.txt, of which the same steps are made here.
-What else OpenAI's code does before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't
-either.
+words, numbers and signs; and each of them, as bytes, is merged by the vocabulary's rules. These steps are
+made here, as transformers makes them. Only the vocabulary itself is read from tokenizer.json: the ids, the
+merges and tokens that were added. An older checkpoint has vocab.json and merges.txt instead. What else
+OpenAI's code does before, mending broken Unicode by ftfy and HTML's `&amp;`, transformers doesn't either.
 """
 
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -31,7 +32,7 @@ class ClipTokens:
     """CLIP's vocabulary.
 
     Attributes:
-      content: a tokenizer.json.
+      content: the vocabulary as a tokenizer.json, the same for every file that means the same.
       name: its path, for messages.
       start_id, end_id: ids of the two tokens around a text.
     """
@@ -49,33 +50,30 @@ class ClipTokens:
         import tokenizers  # Only CLIP needs the library.
 
         self._bytes = tokenizers.decoders.ByteLevel()
-        self.content = content
         self.name = name
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            read = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # The library raises no narrower one.
             raise errors.UserError(
                 f"{name} is damaged, or no file of the tokenizers library: {error}. {FIX}"
             ) from error
-        # Settings of whoever wrote the file.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        start, end = (self._tokenizer.token_to_id(token) for token in (START, END))
+        start, end = (read.token_to_id(token) for token in (START, END))
         if start is None or end is None:
             raise errors.UserError(f"{name} isn't CLIP's: its vocabulary has no {START} or no {END}. {FIX}")
         self.start_id, self.end_id = start, end
-        self._ids: dict[str, int] = self._tokenizer.get_vocab()
-        self._merges = self._checked_merges()
+        self._ids: dict[str, int] = read.get_vocab()
+        merges = self._checked_merges(json.loads(read.to_str())["model"].get("merges", []))
+        added = [token for _, token in sorted(read.get_added_tokens_decoder().items())]
+        self.content = build(self._ids, merges, [t for t in added if t.content not in (START, END)])
+        self._tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
 
-    def _checked_merges(self) -> list[list[str]]:
+    def _checked_merges(self, merges: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
         """Checks the ids, and returns the pairs of pieces that become one, in order.
 
         CLIP's ids follow from the merges: [256 bytes, 256 bytes that end a word, merged pieces, start, end].
         """
         from tokenizers import pre_tokenizers
 
-        model = json.loads(self._tokenizer.to_str())["model"]
-        merges = model.get("merges", [])
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         ends = (f"{byte}{_END_OF_WORD}" for byte in alphabet)
         for i, piece in enumerate([*alphabet, *ends, *map("".join, merges), START, END]):
@@ -85,7 +83,7 @@ class ClipTokens:
                     f" {self._ids.get(piece)}, and not {i}, as CLIP's order has it (512 bytes, the pieces of"
                     f" {len(merges)} merges, {START}, {END}). {FIX}"
                 )
-        return merges
+        return [(left, right) for left, right in merges]
 
     @property
     def size(self) -> int:
@@ -94,7 +92,11 @@ class ClipTokens:
 
     def is_same(self, other: "ClipTokens") -> bool:
         """Returns whether another file holds the same vocabulary, be it written in another way."""
-        return (self._ids, self._merges) == (other._ids, other._merges)
+        return self.content == other.content
+
+    def has(self, ids: Mapping[str, int]) -> bool:
+        """Returns whether tokens have these ids."""
+        return ids.items() <= self._ids.items()
 
     def id_of(self, token: str) -> int | None:
         """Returns the id of a token; None: there is no such token."""
@@ -132,6 +134,7 @@ class ClipTokens:
 
         Returns:
           The tokens; and of each text the number of words, between spaces, that are cut off at least partly.
+          Of a text that begins with an end, CLIP reads none.
         """
         ids = np.zeros((len(texts), length), np.int32)
         words_cut = np.zeros(len(texts), np.int32)
@@ -141,7 +144,8 @@ class ClipTokens:
             kept = [self.start_id, *pieces[: length - 2], self.end_id]
             ids[row, : len(kept)] = kept
             typed = pieces.index(self.end_id) + 1 if self.end_id in pieces else len(pieces)
-            read = min(typed, length - 2)
+            # A text that begins with an end says nothing.
+            read = 0 if typed == 1 and pieces[0] == self.end_id else min(typed, length - 2)
             if len(pieces) > read:
                 first_cut = encoded.offsets[read][0]
                 words_cut[row] = len(text[_start_of_word(text, first_cut) :].split())
@@ -177,21 +181,38 @@ def is_in(folder: epath.PathLike) -> bool:
 def read(path: epath.PathLike) -> ClipTokens:
     """Reads a tokenizer.json; or in a directory, that file, or vocab.json and merges.txt.
 
+    Args:
+      path: the file or directory; also vocab.json or merges.txt, which stand for their directory.
+
     Raises:
-      errors.UserError: there is none, it is damaged, or not CLIP's.
+      errors.UserError: there is none, it is damaged, not CLIP's, or tokenizer.json and vocab.json differ.
     """
     place = epath.Path(path)
+    if not place.exists():
+        raise errors.UserError(
+            f"{place} can't be read: No such file or directory. Give the path of a {FILE}, or of a directory"
+            f" with it or with {' and '.join(_OLDER_FILES)}"
+        )
+    if place.name in _OLDER_FILES:
+        place = place.parent
     if not place.is_dir():
         return ClipTokens(_read(place), str(place))
-    if (place / FILE).exists():
-        return ClipTokens(_read(place / FILE), str(place / FILE))
     vocabulary, merges = (place / name for name in _OLDER_FILES)
+    if (place / FILE).exists():
+        tokens = ClipTokens(_read(place / FILE), str(place / FILE))
+        if vocabulary.exists() and not tokens.has(reading.read_json(vocabulary)):
+            raise errors.UserError(
+                f"{place / FILE} and {vocabulary.name} give tokens different ids: one is another model's."
+                f" {FIX}, and remove {vocabulary.name}"
+            )
+        return tokens
     if not is_in(place):
         raise errors.UserError(f"{place} has no {FILE}, nor {' and '.join(_OLDER_FILES)}")
+    ids = reading.read_json(vocabulary)
     lines = _read(merges).decode(errors="replace").splitlines()
     rules = (line.split() for line in lines if line and "#version:" not in line)
     try:
-        content = build(reading.read_json(vocabulary), [(left, right) for left, right in rules])
+        content = build(ids, [(left, right) for left, right in rules])
     except Exception as error:  # The library raises no narrower one.
         raise errors.UserError(
             f"{merges} is damaged, or doesn't belong to {vocabulary.name}: {error}. {FIX}"
@@ -206,8 +227,15 @@ def _read(path: epath.Path) -> bytes:
         raise errors.UserError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> bytes:
-    """Makes a tokenizer.json of a vocabulary, piece -> id, and the pairs of pieces that become one, in order.
+def build(
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Sequence[Any] = ()
+) -> bytes:
+    """Makes a tokenizer.json.
+
+    Args:
+      vocabulary: piece -> id.
+      merges: the pairs of pieces that become one, in order.
+      added: `tokenizers.AddedToken`s, pieces that are found in a text before all others, as a padding "!" is.
 
     Raises:
       Exception: a merge has a piece that isn't in the vocabulary.
@@ -226,4 +254,5 @@ def build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> b
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([token for token in (START, END) if token in vocabulary])
+    tokenizer.add_tokens(list(added))
     return tokenizer.to_str().encode()

@@ -446,11 +446,22 @@ def check_vocabulary(directory: epath.PathLike, vocabulary: bytes | None, fix: s
     if vocabulary is None or trained_with is None:
         return
     file, checksum = trained_with
-    if checksum != checksums.of_bytes(vocabulary):
+    path = epath.Path(directory) / file
+    if checksum != checksums.of_bytes(vocabulary) and not _is_written_anew(vocabulary, path, checksum):
         raise errors.UserError(
-            f"VOCABULARY: the data's vocabulary isn't {epath.Path(directory) / file}, with which"
+            f"VOCABULARY: the data's vocabulary isn't {path}, with which"
             f" the model was trained, so the model would read other words. {fix}"
         )
+
+
+def _is_written_anew(vocabulary: bytes, path: epath.Path, checksum: str) -> bool:
+    """Returns whether a vocabulary of CLIP's says the same as a file that has this checksum."""
+    if path.name != clip_tokens.FILE or not path.exists():
+        return False
+    own = reading.read_bytes(path)
+    return (
+        checksums.of_bytes(own) == checksum and clip_tokens.ClipTokens(own, str(path)).content == vocabulary
+    )
 
 
 def _trained_with(directory: epath.PathLike) -> tuple[str, str] | None:

@@ -4,6 +4,9 @@ import functools
 import io
 import json
 import pathlib
+import runpy
+import shutil
+import sys
 
 import gin
 import jax
@@ -21,6 +24,7 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 import tasks  # noqa: F401 (registers them)
 from richhf_jax import RahfPredictor, clip_tokens, errors, feedback, gin_utils, losses, model_description
 from richhf_jax.convert import __main__ as command
+from richhf_jax.export import __main__ as export
 from tasks import vocabulary
 
 torch.set_num_threads(1)
@@ -141,6 +145,38 @@ def test_a_reward_is_differentiable_and_the_score(converted, pairs):
         # Pixels in between two levels aren't rounded here.
         assert score == pytest.approx(prediction.scores[feedback.ALIGNMENT], abs=2e-3)
         assert np.abs(gradient).max() > 0
+
+
+PROMPTS = ("A RED Star, don't", "naïve 猫 " * 30, f"two {clip_tokens.END} cats")
+
+
+def test_an_exports_example_scores_as_the_predictor_does(converted, pairs, tmp_path, monkeypatch, capsys):
+    source, exported, image = tmp_path / "source", tmp_path / "exported", tmp_path / "square.png"
+    shutil.copytree(converted("clip_score"), source)
+    # A file with other rules, as older versions kept it.
+    content = json.loads((source / "model.json").read_text())
+    content.pop("checksums")
+    (source / "model.json").write_text(json.dumps(content))
+    rules = json.loads((source / "tokenizer.json").read_text()) | {"normalizer": None, "added_tokens": []}
+    (source / "tokenizer.json").write_text(json.dumps(rules))
+    export.export(str(source), "stablehlo", str(exported))
+    Image.open(io.BytesIO(pairs[0][0])).resize((64, 64)).save(image)
+    predictor = RahfPredictor.from_checkpoint(source)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    for prompt in PROMPTS:
+        expected = predictor(image, prompt).scores
+        assert expected == RahfPredictor.from_checkpoint(converted("clip_score"))(image, prompt).scores
+        monkeypatch.setattr(sys, "argv", ["example.py", str(image), prompt])
+        capsys.readouterr()
+        example = runpy.run_path(str(exported / "example.py"), run_name="__main__")
+        assert json.loads(capsys.readouterr().out)["scores"] == pytest.approx(expected, abs=1e-6)
+        ids = predictor.description.encoder.encode([prompt], 24)[0][0]
+        assert example["tokens"](prompt) == ids.tolist()
+    interface = json.loads((exported / "interface.json").read_text())
+    assert (interface["start_id"], interface["end_id"], interface["padding_id"]) == (772, 773, 0)
+    card = " ".join((exported / "MODEL_CARD.md").read_text().split())
+    assert "of each prompt the id 772 (`<|startoftext|>`), then the pieces that `tokenizers.Tok" in card
+    assert "cut after 22, then the id 773 (`<|endoftext|>`), padded with 0 to 24." in card
 
 
 def test_the_gradients_heatmap_has_the_pictures_shape(converted, pairs):

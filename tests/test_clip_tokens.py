@@ -1,6 +1,7 @@
 """CLIP's tokens equal those of transformers, from either form of its files."""
 
 import json
+import pathlib
 import random
 
 import numpy as np
@@ -131,7 +132,11 @@ def test_tokens_are_those_of_transformers(files, prompts):
     np.testing.assert_array_equal(ids, expected)
     # Too long, or with something behind the first end.
     whole = theirs(prompts)["input_ids"]
-    cut = [len(row) > LENGTH or row.index(older.end_id) < len(row) - 2 for row in whole]
+    ends = [row.index(older.end_id) for row in whole]
+    cut = [
+        len(row) > LENGTH or end < len(row) - 2 or (end == 1 and len(row) == 3)
+        for row, end in zip(whole, ends, strict=True)
+    ]
     assert (words_cut > 0).tolist() == cut
     assert all(cut[::100])
     assert sum(cut) > sum(len(row) > LENGTH for row in whole) > 0
@@ -141,18 +146,53 @@ def test_both_forms_of_the_files_are_one(files, prompts, tmp_path):
     theirs = transformers.CLIPTokenizer.from_pretrained(files)
     theirs.save_pretrained(tmp_path)
     older, newer = clip_tokens.read(files), clip_tokens.read(tmp_path)
-    assert newer.content == (tmp_path / "tokenizer.json").read_bytes()
+    assert newer.content == older.content
     ids = older.encode(prompts[:1000], LENGTH)[0]
     np.testing.assert_array_equal(newer.encode(prompts[:1000], LENGTH)[0], ids)
     again = clip_tokens.ClipTokens(older.content)
     np.testing.assert_array_equal(again.encode(prompts[:1000], LENGTH)[0], ids)
 
 
-def test_truncation_and_padding_in_the_file_are_left_out(files):
-    content = json.loads(clip_tokens.read(files).content)
-    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    tokens = clip_tokens.ClipTokens(json.dumps(content).encode())
-    assert np.count_nonzero(tokens.encode(["a red star"], 8)[0]) == 5
+NFC = {"type": "NFC"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"normalizer": None},
+        {"normalizer": NFC},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": BYTES},
+        {"added_tokens": []},
+        {"truncation": TRUNCATION},
+        {"model": {"end_of_word_suffix": None}},
+        {"model": {"dropout": 0.5}},
+        {"model": {"unk_token": None}},
+    ],
+)
+def test_rules_in_a_file_are_not_clips(rules, files, prompts):
+    """transformers' CLIPTokenizer reads none of them either."""
+    own = clip_tokens.read(files)
+    content = json.loads(own.content)
+    model = content["model"] | rules.get("model", {})
+    tokens = clip_tokens.ClipTokens(json.dumps(content | rules | {"model": model}).encode())
+    ids = own.encode(prompts[:100], LENGTH)[0]
+    np.testing.assert_array_equal(tokens.encode(prompts[:100], LENGTH)[0], ids)
+    assert tokens.is_same(own)
+
+
+def test_tokens_that_a_file_adds_are_found_first(files, prompts, tmp_path):
+    theirs = transformers.CLIPTokenizer.from_pretrained(files, pad_token="!")
+    theirs.save_pretrained(tmp_path)
+    tokens = clip_tokens.read(tmp_path)
+    rows = theirs(prompts[:1000], truncation=True, max_length=LENGTH)["input_ids"]
+    expected = np.array([row + [0] * (LENGTH - len(row)) for row in rows])
+    np.testing.assert_array_equal(tokens.encode(prompts[:1000], LENGTH)[0], expected)
+    without = clip_tokens.read(files)
+    assert (without.encode(prompts[:1000], LENGTH)[0] != expected).any()
+    assert not tokens.is_same(without)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +209,8 @@ def test_truncation_and_padding_in_the_file_are_left_out(files):
         (f"a {END} red-star a", 9, 6, 2),
         (f"a red{END}star {END} a", 12, 6, 3),
         (f"a red {END}", 9, 3, 0),
+        (END, 9, 1, 1),
+        (f" {END} red star", 9, 3, 3),
         (f"a {END} red star", 5, 3, 2),
         (f"a red star {END}", 5, 3, 1),
         (f"a {END.upper()} red", 20, 14, 0),
@@ -192,7 +234,8 @@ def test_decoding_gives_what_clip_reads():
 def test_the_shipped_vocabulary_is_what_the_script_trains(tmp_path):
     train_vocabulary.main(["--clip", str(tmp_path / "again.json")])
     tokens = clip_tokens.read(tmp_path / "again.json")
-    assert tokens.content == clip_tokens.read(vocabulary.SMALL_CLIP).content
+    shipped = pathlib.Path(vocabulary.SMALL_CLIP).read_bytes()
+    assert (tmp_path / "again.json").read_bytes() == shipped == tokens.content
     ids = tokens.encode(train_vocabulary.words(), LENGTH)[0]
     assert (np.count_nonzero(ids, axis=1) == 3).all()
     # The end's is the highest id, as in OpenAI's: a text tower without `end_id` finds it.
@@ -204,7 +247,7 @@ def test_the_shipped_vocabulary_is_what_the_script_trains(tmp_path):
     [
         ({"tokenizer.json": "{}"}, "tokenizer.json is damaged, or no file of the tokenizers library"),
         ({"tokenizer.json": None}, "has no tokenizer.json, nor vocab.json and merges.txt"),
-        ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json is no JSON object"),
+        ({"vocab.json": "[]", "merges.txt": ""}, "^[^ ]*/vocab.json is no JSON object"),
         (
             {"vocab.json": '{"a": 0}', "merges.txt": "a b"},
             "merges.txt is damaged, or doesn't belong to vocab.json",
@@ -300,5 +343,25 @@ def test_tasks_give_clips_tokens_where_gin_names_its_file(prompts):
 
 
 def test_a_file_that_is_missing():
-    with pytest.raises(errors.UserError, match="nowhere.json can't be read: No such file"):
+    message = (
+        "nowhere.json can't be read: No such file .*Give the path of a tokenizer.json, or of a directory"
+    )
+    with pytest.raises(errors.UserError, match=message):
         vocabulary.get_vocabulary("nowhere.json")
+
+
+def test_older_files_stand_for_their_directory(files):
+    for name in ("vocab.json", "merges.txt"):
+        assert clip_tokens.read(files / name).is_same(clip_tokens.read(files))
+
+
+def test_files_that_contradict_each_other(files, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(clip_tokens.read(files).content)
+    ids = json.loads((files / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    assert clip_tokens.read(tmp_path).is_same(clip_tokens.read(files))
+    ids["red</w>"], ids["star</w>"] = ids["star</w>"], ids["red</w>"]
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    message = "tokenizer.json and vocab.json give tokens different ids.*Take the"
+    with pytest.raises(errors.UserError, match=message):
+        clip_tokens.read(tmp_path)

@@ -81,7 +81,7 @@ predict            | jax            | checkpoints checksums compilation_cache co
                                       foreign_text inputs keywords locking model_description
                                       pages partitioning pixels sealing shapes train_state weights_file
                                       writing
-export             | jax tensorflow | augmentation convert foreign_text model_description
+export             | jax tensorflow | augmentation clip_tokens convert foreign_text model_description
                                       predict preprocessors reading weights_file writing
 trainer            | jax            | losses models partitioning train_state
 benchmarks         | jax tensorflow | costs datasets device_memory export keywords model_description

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 
 import pytest
 
-from richhf_jax import errors, feedback, model_description
+from richhf_jax import clip_tokens, errors, feedback, model_description
+from tasks import vocabulary
 
 FILE, VOCABULARY = model_description.FILE, model_description.VOCABULARY_FILE
+CLIP = clip_tokens.FILE
 
 
 @pytest.fixture
@@ -226,6 +229,18 @@ def test_data_must_have_the_vocabulary_of_the_training(copy):
         check(own)
     (copy / VOCABULARY).unlink()
     check(own)
+
+
+def test_data_of_clip_may_have_the_vocabulary_written_in_another_way(tmp_path):
+    data = pathlib.Path(vocabulary.SMALL_CLIP).read_bytes()
+    (tmp_path / CLIP).write_text(json.dumps(json.loads(data), indent=2))
+    assert (tmp_path / CLIP).read_bytes() != data
+    model_description.check_vocabulary(tmp_path, data, "Do this")
+    content = json.loads(data)
+    content["model"]["vocab"]["more"] = 774
+    other = clip_tokens.ClipTokens(json.dumps(content).encode()).content
+    with pytest.raises(errors.UserError, match=f"data's vocabulary isn't {tmp_path}/{CLIP}, .* Do this"):
+        model_description.check_vocabulary(tmp_path, other, "Do this")
 
 
 def test_each_flipped_bit_of_the_description_is_seen(copy):

@@ -300,7 +300,9 @@ def main() -> None:
     model.check_image_size(lengths["image"], lengths["image"])
     fit = gin_utils.macro("FIT")
     for path in paths:  # What is wrong with the weights comes before what is wrong with the vocabulary.
-        open_weights(path)
+        source = open_weights(path)
+        if not _ALLOW_MISMATCHED_SHAPES.value:
+            vocabularies.check_table(model, source)
     description = describe(
         model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
     )

@@ -16,6 +16,8 @@ from richhf_jax.convert import huggingface, safetensors_files, torch_files
 from richhf_jax.convert.source import ConvertError, Source, State, Tensor, read_json
 from richhf_jax.network import clip
 
+# Our table of tokens.
+TABLE = "text/token_embedder/embedding"
 # `hidden_act` -> TowerConfig.quick_gelu.
 QUICK_GELU = {"quick_gelu": True, "gelu": False}
 # A configuration holds only what differs from these, transformers' defaults.
@@ -185,7 +187,7 @@ def text_names(num_layers: int) -> dict[str, str]:
     """Returns our names of the text tower's parameters, and its projection's -> Hugging Face's."""
     names = {
         "text_projection/kernel": "text_projection.weight",
-        "text/token_embedder/embedding": "text_model.embeddings.token_embedding.weight",
+        TABLE: "text_model.embeddings.token_embedding.weight",
         "text/position_embedding/embedding": "text_model.embeddings.position_embedding.weight",
     }
     modules = {"text/encoder_norm": "text_model.final_layer_norm"} | _layer_modules("text", num_layers)
@@ -207,7 +209,7 @@ def _open_clip_names(text_layers: int, vision_layers: int) -> dict[str, str]:
         "logit_scale": "logit_scale",
         "text_projection/kernel": "text_projection",
         "image_projection/kernel": "visual.proj",
-        "text/token_embedder/embedding": "token_embedding.weight",
+        TABLE: "token_embedding.weight",
         "text/position_embedding/embedding": "positional_embedding",
         "vision/patch_embedding/kernel": _PATCHES,
     }

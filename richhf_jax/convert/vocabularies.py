@@ -13,7 +13,7 @@ from typing import Any
 
 from richhf_jax import clip_tokens, model_description
 from richhf_jax.convert import clip
-from richhf_jax.convert.source import ConvertError
+from richhf_jax.convert.source import ConvertError, Source
 
 # The name of CLIP's small vocabulary of `tasks/`, which the gin files of the synthetic data give. The weights
 # that were trained with it have it beside them, so no other weights get it by this name.
@@ -39,11 +39,36 @@ def find(model: Any, paths: Sequence[str], named: str | None) -> bytes | None:
       errors.UserError: a vocabulary is damaged, is another model's, or differs from that of the weights; or
         there is none for CLIP.
     """
+    if not isinstance(named, str | None):
+        raise ConvertError(f"VOCABULARY = {named!r} is no text, but the path of a vocabulary is needed")
     folders = list(dict.fromkeys(map(_folder, paths)))
     file = model_description.SYSTEMS[model.system].vocabulary_file
     if file == clip_tokens.FILE:
         return _clip(model, folders, named)
     return _sentencepiece(folders, named) if file else None
+
+
+def check_table(model: Any, source: Source) -> None:
+    """Checks that CLIP's weights have as many tokens as the model.
+
+    Without it, the weights' own vocabulary would be called another model's.
+
+    Args:
+      model: the model for the weights, a `models.BaseModel` of a system.
+      source: the opened weights.
+
+    Raises:
+      ConvertError: they have another number.
+    """
+    if model_description.SYSTEMS[model.system].vocabulary_file != clip_tokens.FILE:
+        return
+    table = source.tensors.get(clip.TABLE)
+    if table is not None and table.shape[0] != model.vocab_size:
+        raise ConvertError(
+            f"{source.path} is of another size: it has {table.shape[0]} tokens, the model {model.vocab_size}."
+            " Give the gin file of its size, e.g. --gin_file=sizes/clip_l14.gin; or of a size of your own,"
+            f" --gin.clip.TextConfig.vocab_size={table.shape[0]}"
+        )
 
 
 def _folder(path: str) -> pathlib.Path:

@@ -16,6 +16,7 @@ describes the model, not the program.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -53,8 +54,7 @@ def _write_stablehlo(directory: pathlib.Path, job: Job) -> None:
     weights.write_safetensors(directory, job.params)
     interface = program.interface(job.description) | {"requires": [f"jax>={jax.__version__}"]}
     _write_guide(directory, interface)
-    if _reads_sentencepiece_or_nothing(job.description):
-        shutil.copyfile(_HERE / "example_stablehlo.py", directory / _EXAMPLE)
+    shutil.copyfile(_HERE / "example_stablehlo.py", directory / _EXAMPLE)
 
 
 def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
@@ -63,7 +63,7 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
         saved_model = importlib.import_module("richhf_jax.export.saved_model")
     except ModuleNotFoundError as error:
         raise errors.UserError(f"a SavedModel needs {error.name}: pip install -e '.[export]'") from error
-    if not _reads_sentencepiece_or_nothing(job.description):
+    if program.reads_clip_tokens(job.description):
         raise errors.UserError(
             f"--to=savedmodel: TensorFlow has no operations for the vocabulary of {job.description.system};"
             " give another --to"
@@ -72,11 +72,6 @@ def _write_saved_model(directory: pathlib.Path, job: Job) -> None:
     interface = program.interface(job.description) | {"requires": saved_model.requires(job.description)}
     _write_guide(directory, interface)
     shutil.copyfile(_HERE / "example_saved_model.py", directory / _EXAMPLE)
-
-
-def _reads_sentencepiece_or_nothing(description: model_description.ModelDescription) -> bool:
-    vocabulary = model_description.SYSTEMS[description.system].vocabulary_file
-    return not description.reads_text or vocabulary == model_description.VOCABULARY_FILE
 
 
 def _write_guide(directory: pathlib.Path, interface: dict[str, Any]) -> None:
@@ -118,17 +113,20 @@ def export(checkpoint: str, to: str, out: str, dtype: str | None = None) -> None
     own.check_outside_checkpoints(out, "--out")
     path = forward.checkpoint_path(checkpoint)
     loaded = predictor.RahfPredictor.from_checkpoint(path, dtype=dtype)
+    description = loaded.description
+    if program.reads_clip_tokens(description):  # example.py takes all that is in the file.
+        description = dataclasses.replace(description, vocabulary=description.encoder.content)
     params = jax.device_get(forward.flatten(loaded.state))
     step = re.search(r"checkpoint_(\d+)$", path)
-    job = Job(loaded.description, params, int(step[1]) if step else 0)
+    job = Job(description, params, int(step[1]) if step else 0)
     with writing.new_directory(out, "--out") as directory:
         FORMATS[to](directory, job)
-        loaded.description.write(directory)
+        description.write(directory)
         num_parameters = sum(array.size for array in params.values())
-        card.write(directory, loaded.description, path, num_parameters, to, job.step)
+        card.write(directory, description, path, num_parameters, to, job.step)
         _write_checksums(directory)
-    if loaded.description.not_calibrated:
-        print(f"export: {loaded.description.not_calibrated}, then export again", file=sys.stderr)
+    if description.not_calibrated:
+        print(f"export: {description.not_calibrated}, then export again", file=sys.stderr)
     for place in sorted(pathlib.Path(out).iterdir()):
         print(place)
 

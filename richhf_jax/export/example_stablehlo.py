@@ -36,14 +36,25 @@ side, length, target_length = (
     interface.get(name) for name in ("image_side", "inputs_length", "targets_length")
 )
 reads_text = "prompts" in interface
-if reads_text:
+is_clip = "start_id" in interface
+if is_clip:
+    tokenizers = importlib.import_module("tokenizers")  # pip install tokenizers; no sentencepiece
+    vocabulary = tokenizers.Tokenizer.from_str(checked("tokenizer.json").decode())
+elif reads_text:
     sentencepiece = importlib.import_module("sentencepiece")
     vocabulary = sentencepiece.SentencePieceProcessor(model_proto=checked("vocabulary.model"))
 
 
 def tokens(text):
-    """Encodes a text to ids, then EOS, then zeros. (A long text is cut anywhere; training cuts at a word.)"""
-    ids = [*vocabulary.encode(text)[: length - 1], interface["eos_id"]]
+    """Encodes a text to ids, then EOS, then zeros. (A long text is cut anywhere; training cuts at a word.)
+
+    For CLIP, the start stands before them. CLIP's training cuts anywhere, too.
+    """
+    if is_clip:
+        pieces = vocabulary.encode(text, add_special_tokens=False).ids
+        ids = [interface["start_id"], *pieces[: length - 2], interface["end_id"]]
+    else:
+        ids = [*vocabulary.encode(text)[: length - 1], interface["eos_id"]]
     return ids + [0] * (length - len(ids))
 
 

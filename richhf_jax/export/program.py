@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from richhf_jax import feedback
+from richhf_jax import clip_tokens, feedback
 from richhf_jax.model_description import ModelDescription
 from richhf_jax.predict import forward
 
@@ -64,6 +64,11 @@ def input_shapes(description: ModelDescription, batch: Any) -> dict[str, jax.Sha
     return {name: jax.ShapeDtypeStruct((batch, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
+def reads_clip_tokens(description: ModelDescription) -> bool:
+    """Tells whether prompts are encoded by CLIP's vocabulary."""
+    return isinstance(description.encoder, clip_tokens.ClipTokens)
+
+
 def interface(description: ModelDescription) -> dict[str, Any]:
     """Returns, as JSON, everything that a program needs to make the inputs and to read the outputs."""
     lengths, outputs = description.feature_lengths, description.model.outputs
@@ -74,6 +79,9 @@ def interface(description: ModelDescription) -> dict[str, Any]:
     content |= {"fit": description.fit, "least_side": forward.MIN_SIDE}
     if description.reads_text:
         content["prompts"] = feedback.task_prompts(description.model.variant, "{prompt}")
+    if reads_clip_tokens(description):
+        ids = {"start_id": description.encoder.start_id, "end_id": description.encoder.end_id}
+        content |= {**ids, "padding_id": 0}
     if outputs.keywords:
         content["separators"] = feedback.SEPARATORS.pattern
         content["eos_id"] = description.encoder.eos_id

@@ -6,6 +6,7 @@ The models are small and random, made and saved by transformers itself.
 import functools
 import json
 import shutil
+import types
 
 import gin
 import jax
@@ -392,6 +393,56 @@ def test_the_weights_own_vocabulary_goes_before_the_one_of_the_gin_file(clip_dir
     for name, binding in {"with": SMALL, "without": "VOCABULARY = None"}.items():
         convert(clip_directory, tmp_path / name, "clip_score", binding)
         assert (tmp_path / name / "tokenizer.json").read_bytes() == own
+
+
+def test_a_vocabulary_that_is_no_path(clip_directory, tmp_path):
+    with pytest.raises(errors.UserError, match="VOCABULARY = 7 is no text"):
+        convert(clip_directory, tmp_path / "to", "clip_score", "VOCABULARY = 7")
+
+
+def with_rules(source, path, **rules):
+    """Writes a tokenizer.json with other rules, which aren't CLIP's."""
+    path.write_text(json.dumps(json.loads(source.read_text()) | rules))
+    return path
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+@pytest.mark.parametrize("differs", ["beside", "named"])
+def test_rules_of_a_file_change_no_conversion(clip_directory, tmp_path, is_ours, differs):
+    named = tmp_path / "named.json"
+    own = other_vocabulary(clip_directory / "tokenizer.json")
+    for name in ("vocab.json", "merges.txt"):
+        (clip_directory / name).unlink()
+    expected = own.read_bytes()
+    shutil.copy(own, named)
+    folder = clip_directory
+    if is_ours:
+        convert(clip_directory, folder := tmp_path / "first")
+        content = json.loads((folder / "model.json").read_text())
+        content.pop("checksums")
+        (folder / "model.json").write_text(json.dumps(content))
+    changed = folder / "tokenizer.json" if differs == "beside" else named
+    with_rules(changed, changed, normalizer=None, added_tokens=[])
+    convert(folder, tmp_path / "to", "clip_score", f"VOCABULARY = '{named}'")
+    assert (tmp_path / "to/tokenizer.json").read_bytes() == expected
+    shutil.copy(vocabulary.SMALL_CLIP, named)
+    with pytest.raises(errors.UserError, match="named.json isn't the vocabulary of the weights"):
+        convert(folder, tmp_path / "not", "clip_score", f"VOCABULARY = '{named}'")
+
+
+def test_a_forgotten_size_is_named(clip_directory, tmp_path, monkeypatch):
+    flags = {"_FROM": [str(clip_directory)], "_TO": str(tmp_path / "to"), "_TEXT_LENGTH": None}
+    flags |= {"_FORMAT": "orbax", "_ALLOW_MISMATCHED_SHAPES": False}
+    for name, value in flags.items():
+        monkeypatch.setattr(command, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(gin_utils, "configure", lambda gin_files: gin_files)
+    configure("clip_score", "clip.TextConfig.vocab_size = 800")
+    message = "clip is of another size: it has 774 tokens, the model 800. Give the gin file of its size"
+    with pytest.raises(errors.UserError, match=message):
+        command.main()
+    monkeypatch.setattr(command, "_ALLOW_MISMATCHED_SHAPES", types.SimpleNamespace(value=True))
+    with pytest.raises(errors.UserError, match="vocab.json has 774 tokens, the model 800"):
+        command.main()
 
 
 def test_a_vocabulary_that_is_named(clip_directory, tmp_path):
