@@ -196,6 +196,26 @@ class ModelDescription:
         """A warning, if the model has uncertainties that aren't calibrated; else ""."""
         return NOT_CALIBRATED if self.calibration is None and self.model.has_uncertainty else ""
 
+    def check(self, model: models.BaseModel) -> None:
+        """Checks that predictions take the description, before it is written.
+
+        Args:
+          model: a model of this network.
+
+        Raises:
+          errors.UserError: they don't.
+        """
+        side = self.feature_lengths["image"]
+        model.check_image_size(side, side)
+        if "inputs" in self.feature_lengths:
+            model.check_text_length(self.feature_lengths["inputs"])
+        check_fit(model, self.fit)
+        content = self._content() | {"training": dict(self.training)}
+        try:
+            _parse(json.loads(json.dumps(content)), self.vocabulary, {})
+        except ValueError as error:
+            raise errors.UserError(f"these settings make no model for predictions: {error}") from error
+
     def write(self, directory: epath.PathLike) -> None:
         """Writes the files into an existing directory."""
         write(directory, self._content() | {"training": dict(self.training)}, self.vocabulary)

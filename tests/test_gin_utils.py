@@ -258,6 +258,11 @@ def test_macro(folder):
     # The end of another's name is none.
     with pytest.raises(errors.UserError, match="no gin file sets ET"):
         gin_utils.macro("ET")
+    gin.parse_config("FIT = 'banana'\nIMAGE_SIDE = 0")
+    with pytest.raises(errors.UserError, match="FIT must be 'resize' or .*, got the text 'banana'"):
+        gin_utils.macro("FIT", "fit", str)
+    with pytest.raises(errors.UserError, match="IMAGE_SIDE must be a whole number from 1 to 8192, got 0"):
+        gin_utils.macro("IMAGE_SIDE", "task_feature_lengths[image]", int)
 
 
 def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):

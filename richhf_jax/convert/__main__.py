@@ -206,7 +206,7 @@ def describe(
       fit: how pictures become square, see `pixels.square`.
 
     Raises:
-      errors.UserError: see `vocabularies.find`.
+      errors.UserError: see `vocabularies.find` and `ModelDescription.check`.
     """
     system = SYSTEMS[model.system]
     network = model.module
@@ -219,7 +219,7 @@ def describe(
                 if hasattr(config, "scan_layers")
             }
         )
-    return ModelDescription(
+    description = ModelDescription(
         network,
         {name: lengths[name] for name in system.lengths},
         fit,
@@ -228,6 +228,8 @@ def describe(
         vocabularies.find(model, paths, vocabulary),
         system=model.system,
     )
+    description.check(model)
+    return description
 
 
 def convert(
@@ -264,6 +266,13 @@ def convert(
         shapes = unstacked_shapes(shapes)
     conversion = mapping.make_plan(shapes, sources, allow_mismatched_shapes)
     notes = mapping.check_settings(configs, sources)
+    if description and not model.outputs.heatmaps:  # Those of heatmaps must show all of a picture.
+        notes += [
+            f"FIT is {description.fit!r}, but {source.path} saw pictures by {source.fit!r}, so the scores"
+            " aren't those that were published"
+            for source in sources
+            if source.fit not in (None, description.fit)
+        ]
     mapping.check_copies(sources)
     table = mapping.format_table(conversion, sources, notes)
     print(table)
@@ -292,13 +301,13 @@ def main() -> None:
     gin_files = gin_utils.configure([default_gin_file(paths)])
     print(f"model: {' '.join(gin_files)}")
     model = gin_utils.macro("MODEL")
+    macros = {"image": "IMAGE_SIDE", "inputs": "TEXT_LENGTH", "targets": "TARGET_LENGTH"}
     lengths = {
-        "image": gin_utils.macro("IMAGE_SIDE"),
-        "inputs": _TEXT_LENGTH.value or gin_utils.macro("TEXT_LENGTH"),
-        "targets": _TEXT_LENGTH.value or gin_utils.macro("TARGET_LENGTH"),
+        name: gin_utils.macro(macro, f"task_feature_lengths[{name}]", int) for name, macro in macros.items()
     }
-    model.check_image_size(lengths["image"], lengths["image"])
-    fit = gin_utils.macro("FIT")
+    if _TEXT_LENGTH.value:
+        lengths |= dict.fromkeys(("inputs", "targets"), _TEXT_LENGTH.value)
+    fit = gin_utils.macro("FIT", "fit", str)
     for path in paths:  # What is wrong with the weights comes before what is wrong with the vocabulary.
         open_weights(path)
     description = describe(
