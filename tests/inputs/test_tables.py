@@ -234,7 +234,7 @@ def test_broken_rows_of_a_jsonl(tmp_path):
         "t.jsonl:3": f"{table}, line 3: not a JSON object",
         "t.jsonl:4": f"{table}, line 4: no `prompt`; there are 'image', 'text'",
         "t.jsonl:5": f"{table}, line 5: `image` is empty",
-        "t.jsonl:6": f"{table}, line 6: `image` is a dict, not a string",
+        "t.jsonl:6": f"{table}, line 6: `image` is of type dict, not a string",
         "t.jsonl:7": f"{table}, line 7: `prompt` is of type list, not a string",
         "t.jsonl:8": f"{table}, line 8: `id` is a bool, not a string or whole number",
         "c.jpg": f"{table}, line 12: the prompt isn't UTF-8; save it as UTF-8",
