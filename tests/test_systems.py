@@ -450,11 +450,23 @@ def test_an_export_predicts_the_same(make_dir, square, tmp_path, to, kinds):
     assert "prompt" not in card
     if to == "stablehlo":
         assert "python example.py IMAGE`" in card
-        printed = example(new, square)
-        assert json.loads(printed) == (
-            {} if kinds is HEATMAPS else {"scores": pytest.approx(found.scores, abs=1e-6)}
-        )
+        assert "heatmaps' peaks as JSON and writes" in card or kinds is SCORES
+        check_printed(example(new, square), found)
         assert (new / "heatmaps.npy").exists() == (kinds is HEATMAPS)
+        usage = example(new, square, "a cat", code=2)
+        assert usage == "usage: python example.py IMAGE\n"
+
+
+def check_printed(printed: str, expected: Any) -> None:
+    """Checks what example.py prints against a prediction, and the heatmaps that it writes."""
+    found = json.loads(printed)
+    if expected.scores:
+        assert found == {"scores": pytest.approx(expected.scores, abs=1e-5)}
+        return
+    assert found.keys() == {"heatmap_peaks", "heatmaps"}
+    peaks = {kind: heatmap.max() for kind, heatmap in expected.heatmaps.items()}
+    assert found["heatmap_peaks"] == pytest.approx(peaks, abs=1e-5)
+    np.testing.assert_allclose(np.load(found["heatmaps"]), [*expected.heatmaps.values()], atol=1e-5)
 
 
 def example(directory: pathlib.Path, *arguments: Any, code: int = 0) -> str:
@@ -467,18 +479,16 @@ def example(directory: pathlib.Path, *arguments: Any, code: int = 0) -> str:
     return done.stderr if code else done.stdout
 
 
-def test_a_saved_model_of_a_system_that_reads_no_text(make_dir, square, tmp_path):
-    directory, new = make_dir(**SCORES), tmp_path / "new"
+@pytest.mark.parametrize("kinds", [SCORES, HEATMAPS], ids=["scores", "heatmaps"])
+def test_a_saved_model_of_a_system_that_reads_no_text(make_dir, square, tmp_path, kinds):
+    directory, new = make_dir(**kinds), tmp_path / "new"
     export.export(str(directory), "savedmodel", str(new))
     assert json.loads((new / "interface.json").read_text())["requires"] == ["tensorflow"]
     card = (new / "MODEL_CARD.md").read_text()
     assert "python example.py IMAGE`" in card
     assert "tensorflow-text" not in card
     assert "prompt" not in card.lower()
-    expected = RahfPredictor.from_checkpoint(directory)(square).scores
-    name, scores = example(new, square).split(maxsplit=1)
-    assert name == "scores"
-    assert json.loads(scores) == pytest.approx(list(expected.values()), abs=1e-5)
+    check_printed(example(new, square), RahfPredictor.from_checkpoint(directory)(square))
 
 
 def test_an_example_sees_the_picture_as_the_predictor_does(make_dir, square, tmp_path):
