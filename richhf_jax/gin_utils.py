@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import sys
 import tokenize
 import warnings
@@ -320,6 +321,23 @@ def configure(default_files: Sequence[str] = ()) -> Sequence[str]:
         raise errors.UserError("give a configuration with --gin_file=FILE; the project's own are in gin/")
     parse_gin_flags([*_GIN_SEARCH_PATHS.value, *DEFAULT_SEARCH_PATHS], files, _GIN_BINDINGS.value)
     return files
+
+
+def given_flags(files: Sequence[str]) -> str:
+    """Returns the flags that give this command's gin files and bindings to another, quoted for a shell.
+
+    Args:
+      files: the parsed files, see `configure`.
+    """
+    pairs = (binding.partition("=") for binding in _GIN_BINDINGS.value)
+    paths = _GIN_SEARCH_PATHS.value
+    return shlex.join(
+        [
+            *([f"--gin_search_paths={','.join(paths)}"] if paths else []),
+            *(f"--gin_file={file}" for file in files),
+            *(f"--gin.{name.strip()}={value.strip()}" for name, _, value in pairs),
+        ]
+    )
 
 
 def _configure_and_call(main: Callable[..., Any], has_cache: bool) -> None:

@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -430,6 +431,19 @@ def recorded_training(directory: epath.PathLike) -> dict[str, Any]:
         return dict(reading.read_json(epath.Path(directory) / FILE)["training"])
     except (OSError, KeyError, TypeError, ValueError, errors.UserError):
         return {}
+
+
+def training_flags(directory: epath.PathLike) -> str:
+    """Returns the flags for a training from a conversion's weights, as far as its directory knows them."""
+    directory = epath.Path(directory)
+    given, words = recorded_training(directory).get("gin_flags"), []
+    with contextlib.suppress(ValueError):
+        words = shlex.split(given) if isinstance(given, str) else []
+    known = [word for word in words if not word.startswith("--gin.VOCABULARY=")]
+    files = {system.vocabulary_file for system in SYSTEMS.values()} - {None}
+    known += [f"--gin.VOCABULARY={directory / file}" for file in sorted(files) if (directory / file).exists()]
+    quoted = shlex.join(known)  # Whoever wrote the file, a shell sees no more than words.
+    return quoted if words else f"--gin_file=... {quoted}".rstrip()
 
 
 @contextlib.contextmanager

@@ -317,6 +317,20 @@ def test_a_conversion_without_heads_is_to_be_trained(make_dir, image, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_advice_has_the_flags_that_the_checkpoint_knows(make_dir, image, tmp_path):
+    directory, _ = untrained(make_dir)
+    content = json.loads((directory / "model.json").read_text())
+    content.pop("checksums")
+    recorded = "--gin_file=models/clip_finetuned.gin '--gin.FIT=a; b' --gin.VOCABULARY=clip_small"
+    content["training"] = {"gin_flags": recorded}
+    (directory / "model.json").write_text(json.dumps(content))
+    (directory / "tokenizer.json").touch()  # This system doesn't read it.
+    message = str(run("--checkpoint", directory, "--out", tmp_path / "out", image))
+    flags = "--gin_file=models/clip_finetuned.gin '--gin.FIT=a; b'"
+    vocabulary = f"--gin.VOCABULARY={directory}/tokenizer.json"
+    assert f"richhf_jax.train {flags} {vocabulary} --gin_file=runs/train.gin --gin.INITIAL_CHECKP" in message
+
+
 def test_evaluation_tells_of_training_and_of_gin(make_dir):
     given = {"model": TinyModel(Tiny(TinyConfig(**SCORES))), "partitioner": PARTITIONER, "baseline_fns": ()}
     with pytest.raises(errors.UserError) as caught:

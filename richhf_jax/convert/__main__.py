@@ -193,6 +193,7 @@ def describe(
     vocabulary: str | None,
     unstacked: bool,
     fit: str = "resize",
+    gin_flags: str | None = None,
 ) -> ModelDescription:
     """Describes the model for predictions.
 
@@ -204,6 +205,7 @@ def describe(
       vocabulary: path of the vocabulary, see `vocabularies.find`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
       fit: how pictures become square, see `pixels.square`.
+      gin_flags: flags of the gin files, for a training from the result; None: they aren't known.
 
     Raises:
       errors.UserError: see `vocabularies.find` and `ModelDescription.check`.
@@ -224,7 +226,7 @@ def describe(
         {name: lengths[name] for name in system.lengths},
         fit,
         model.misalignment_threshold if system.marks_words else None,
-        {"converted_from": ", ".join(paths)},
+        {"converted_from": ", ".join(paths)} | ({"gin_flags": gin_flags} if gin_flags else {}),
         vocabularies.find(model, paths, vocabulary),
         system=model.system,
     )
@@ -311,7 +313,13 @@ def main() -> None:
     for path in paths:  # What is wrong with the weights comes before what is wrong with the vocabulary.
         open_weights(path)
     description = describe(
-        model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
+        model,
+        paths,
+        lengths,
+        gin_utils.macro("VOCABULARY"),
+        _FORMAT.value != "orbax",
+        fit,
+        gin_utils.given_flags(gin_files),
     )
     convert(model, paths, to, _FORMAT.value, _ALLOW_MISMATCHED_SHAPES.value, description)
     print(f"written to {to}")

@@ -1,4 +1,4 @@
-"""Predicts from an image with the SavedModel, without richhf_jax. Without arguments it prints its usage.
+"""Predicts from an image with the SavedModel, without richhf_jax; without arguments, prints its usage.
 
 pip install tensorflow; or tensorflow-text, if the model reads text
 """

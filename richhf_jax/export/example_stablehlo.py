@@ -1,4 +1,4 @@
-"""Predicts from an image with the exported program, without richhf_jax. Without arguments it prints its usage.
+"""Predicts from an image with the exported program, without richhf_jax; without arguments, prints its usage.
 
 pip install flatbuffers jax pillow safetensors; and sentencepiece, if the model reads text
 """

@@ -462,8 +462,18 @@ def test_a_model_that_does_not_fit(binding, message, clip_directory, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "bindings", "length", "message"),
     [
-        ("clip_score", (), LENGTH + 1, f"is {LENGTH + 1}, but .* has {LENGTH} rows.*--gin.TEXT_LENGTH={LENGTH}"),
-        ("clip_score", ("FIT = 'banana'",), LENGTH, "fit must be 'resize' or 'letterbox' or 'centre_crop', got"),
+        (
+            "clip_score",
+            (),
+            LENGTH + 1,
+            f"is {LENGTH + 1}, but .* has {LENGTH} rows.*--gin.TEXT_LENGTH={LENGTH}",
+        ),
+        (
+            "clip_score",
+            ("FIT = 'banana'",),
+            LENGTH,
+            "fit must be 'resize' or 'letterbox' or 'centre_crop', got",
+        ),
         ("clip_gradient", ("FIT = 'centre_crop'",), LENGTH, "the model predicts heatmaps, but crops"),
         ("clip_score", ("clip.VisionConfig.grid = (5, 5)",), LENGTH, "--gin.IMAGE_SIDE=20"),
     ],
