@@ -440,7 +440,7 @@ def training_flags(directory: epath.PathLike) -> str:
     with contextlib.suppress(ValueError):
         words = shlex.split(given) if isinstance(given, str) else []
     known = [word for word in words if not word.startswith("--gin.VOCABULARY=")]
-    files = {system.vocabulary_file for system in SYSTEMS.values()} - {None}
+    files = {system.vocabulary_file for system in SYSTEMS.values() if system.vocabulary_file}
     known += [f"--gin.VOCABULARY={directory / file}" for file in sorted(files) if (directory / file).exists()]
     quoted = shlex.join(known)  # Whoever wrote the file, a shell sees no more than words.
     return quoted if words else f"--gin_file=... {quoted}".rstrip()

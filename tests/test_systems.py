@@ -464,7 +464,7 @@ def test_an_export_predicts_the_same(make_dir, square, tmp_path, to, kinds):
     assert "prompt" not in card
     if to == "stablehlo":
         assert "python example.py IMAGE`" in card
-        assert "heatmaps' peaks as JSON and writes" in card or kinds is SCORES
+        assert ("predicts: heatmaps' peaks. It writes heatmaps.npy" in card) == (kinds is HEATMAPS)
         check_printed(example(new, square), found)
         assert (new / "heatmaps.npy").exists() == (kinds is HEATMAPS)
         usage = example(new, square, "a cat", code=2)

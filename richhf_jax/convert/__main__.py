@@ -270,8 +270,8 @@ def convert(
     notes = mapping.check_settings(configs, sources)
     if description and not model.outputs.heatmaps:  # Those of heatmaps must show all of a picture.
         notes += [
-            f"FIT is {description.fit!r}, but {source.path} saw pictures by {source.fit!r}, so the scores"
-            " aren't those that were published"
+            f"FIT is {description.fit!r}, but {source.path} saw pictures by {source.fit!r}, so outputs"
+            " differ from the published ones"
             for source in sources
             if source.fit not in (None, description.fit)
         ]
