@@ -460,6 +460,7 @@ def misfit(
     saved: Mapping[tuple[str, ...], Any],
     fix: str,
     untrained: bool = False,
+    flags: str = "--gin_file=...",
 ) -> CheckpointError:
     """Returns the error for parameters that aren't those of the model.
 
@@ -470,6 +471,7 @@ def misfit(
       saved: path of names -> the array that the checkpoint has.
       fix: what to do.
       untrained: whether the checkpoint may be a conversion, which lacks what only training makes.
+      flags: the gin flags for a training from it.
     """
     lines = [_describe(name, leaf, saved) for name, leaf in wrong.items()]
     message = f"{path} doesn't fit this model: {'; '.join(lines[:3])}{' ...' if len(lines) > 3 else ''}\n"
@@ -477,11 +479,11 @@ def misfit(
         return CheckpointError(message + fix[0].upper() + fix[1:])
     convert, start = "", os.fspath(path)
     if start.endswith(".safetensors"):  # Training reads checkpoints alone.
-        convert, start = f"python -m richhf_jax.convert --from={start} --to=DIR --gin_file=..., then ", "DIR"
+        convert, start = f"python -m richhf_jax.convert --from={start} --to=DIR {flags}, then ", "DIR"
     return CheckpointError(
         f"{message}It lacks {len(wrong)} arrays and has all others, as a conversion of published weights,"
         " which have no trained heads. Train from it first, with the gin files of the conversion:"
-        f" {convert}python -m richhf_jax.train --gin_file=... --gin_file=runs/train.gin"
+        f" {convert}python -m richhf_jax.train {flags} --gin_file=runs/train.gin"
         f" --gin.INITIAL_CHECKPOINT_PATH={start} --gin.MODEL_DIR=RUN --gin.MIXTURE_OR_TASK_NAME=TASK"
         f" --gin.TRAIN_STEPS=N. Or name a checkpoint that is trained. If this one is trained, {fix}"
     )
@@ -586,6 +588,7 @@ def restore_inference_state(
     path: str,
     abstract_state: train_state_lib.TrainState | train_state_lib.InferenceState,
     fix: str | None = None,
+    flags: str = "--gin_file=...",
 ) -> train_state_lib.InferenceState:
     """Reads the parameters and the mutable collections of a model from a checkpoint.
 
@@ -596,6 +599,7 @@ def restore_inference_state(
       abstract_state: `ShapeDtypeStruct`s with shardings.
       fix: what to do where the checkpoint doesn't fit; None: the model is that of gin files, and the message
         tells of these.
+      flags: see `misfit`.
 
     Raises:
       CheckpointError: there is no checkpoint, or an array is missing or of another shape.
@@ -603,7 +607,7 @@ def restore_inference_state(
     found, wrong, saved = _restore_found(path, abstract_state, fix)
     if wrong:
         untrained = bool(found[0]) and not (epath.Path(find_checkpoint(path)[0]) / _POSITION).exists()
-        raise misfit(path, wrong, saved, fix or _SAME_GIN, untrained)
+        raise misfit(path, wrong, saved, fix or _SAME_GIN, untrained, flags)
     params, mutables = map(traverse_util.unflatten_dict, found)
     return train_state_lib.InferenceState(params, mutables)
 

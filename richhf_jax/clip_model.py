@@ -90,11 +90,7 @@ class ClipModel(models.BaseModel):
                 f"CLIP reads one prompt an image, but the data have {prompts}: set MIXTURE_OR_TASK_NAME to a"
                 f" task of the variant {feedback.MULTI_HEAD!r}"
             )
-        if length > (most := self.module.text_config.max_length):
-            raise errors.UserError(
-                f"TEXT_LENGTH is {length}, but the text tower's position table has {most} rows"
-                f" (TextConfig.max_length): give --gin.TEXT_LENGTH={most}"
-            )
+        self.check_text_length(length)
         height, width = input_shapes["image"][1:3]
         self.check_image_size(height, width)
         image, tokens = jnp.zeros((1, height, width, 3), jnp.uint8), jnp.ones((1, length), jnp.int32)
@@ -113,6 +109,18 @@ class ClipModel(models.BaseModel):
                 f"IMAGE_SIDE: images have {height}x{width} pixels, but the image tower is for"
                 f" {wanted[0]}x{wanted[1]} (VisionConfig.grid x VisionConfig.patch_size): give"
                 f" --gin.IMAGE_SIDE={wanted[0]}"
+            )
+
+    def check_text_length(self, length: int) -> None:
+        """Checks that the text tower has a position for each token.
+
+        Raises:
+          errors.UserError: it hasn't.
+        """
+        if length > (most := self.module.text_config.max_length):
+            raise errors.UserError(
+                f"TEXT_LENGTH (or convert's --text_length) is {length}, but the text tower's position table"
+                f" has {most} rows (TextConfig.max_length): train or convert with --gin.TEXT_LENGTH={most}"
             )
 
     @property

@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import sys
 import tokenize
 import warnings
@@ -27,7 +28,7 @@ from absl import logging as absl_logging
 from etils import epath
 from gin import config as gin_config
 
-from richhf_jax import errors, foreign_text, gin_values, writing
+from richhf_jax import allowed_values, errors, foreign_text, gin_values, writing
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Searched after the working directory and --gin_search_paths.
@@ -216,15 +217,24 @@ def write_operative_config(path: epath.PathLike) -> None:
     writing.write(path, gin.operative_config_str())
 
 
-def macro(name: str) -> Any:
+def macro(name: str, parameter: str | None = None, hint: Any = Any) -> Any:
     """Returns the value of a gin macro: `macro("MODEL")` is the model that the gin files describe.
 
+    Args:
+      name: the macro's name.
+      parameter: the parameter whose range the value must have, where none in use gets the macro.
+      hint: the value's type.
+
     Raises:
-      errors.UserError: no gin file or binding gives it a value.
+      errors.UserError: no gin file or binding gives it a value; or its type or range is wrong.
     """
     if not re.search(rf"^{name} = ", gin.config_str(), re.MULTILINE):
         raise errors.UserError(f"no gin file sets {name}; is it a file of gin/models/?")
-    return gin.get_configurable(f"{name}/gin.macro")()
+    value = gin.get_configurable(f"{name}/gin.macro")()
+    place = allowed_values.Place(name, parameter or name)
+    for _, message in allowed_values.faults(place, value, hint):
+        raise errors.UserError(message)
+    return value
 
 
 def run(main: Callable[..., Any], compilation_cache: bool = False) -> None:
@@ -311,6 +321,23 @@ def configure(default_files: Sequence[str] = ()) -> Sequence[str]:
         raise errors.UserError("give a configuration with --gin_file=FILE; the project's own are in gin/")
     parse_gin_flags([*_GIN_SEARCH_PATHS.value, *DEFAULT_SEARCH_PATHS], files, _GIN_BINDINGS.value)
     return files
+
+
+def given_flags(files: Sequence[str]) -> str:
+    """Returns the flags that give this command's gin files and bindings to another, quoted for a shell.
+
+    Args:
+      files: the parsed files, see `configure`.
+    """
+    pairs = (binding.partition("=") for binding in _GIN_BINDINGS.value)
+    paths = _GIN_SEARCH_PATHS.value
+    return shlex.join(
+        [
+            *([f"--gin_search_paths={','.join(paths)}"] if paths else []),
+            *(f"--gin_file={file}" for file in files),
+            *(f"--gin.{name.strip()}={value.strip()}" for name, _, value in pairs),
+        ]
+    )
 
 
 def _configure_and_call(main: Callable[..., Any], has_cache: bool) -> None:

@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -195,6 +196,26 @@ class ModelDescription:
     def not_calibrated(self) -> str:
         """A warning, if the model has uncertainties that aren't calibrated; else ""."""
         return NOT_CALIBRATED if self.calibration is None and self.model.has_uncertainty else ""
+
+    def check(self, model: models.BaseModel) -> None:
+        """Checks that predictions take the description, before it is written.
+
+        Args:
+          model: a model of this network.
+
+        Raises:
+          errors.UserError: they don't.
+        """
+        side = self.feature_lengths["image"]
+        model.check_image_size(side, side)
+        if "inputs" in self.feature_lengths:
+            model.check_text_length(self.feature_lengths["inputs"])
+        check_fit(model, self.fit)
+        content = self._content() | {"training": dict(self.training)}
+        try:
+            _parse(json.loads(json.dumps(content)), self.vocabulary, {})
+        except ValueError as error:
+            raise errors.UserError(f"these settings make no model for predictions: {error}") from error
 
     def write(self, directory: epath.PathLike) -> None:
         """Writes the files into an existing directory."""
@@ -410,6 +431,19 @@ def recorded_training(directory: epath.PathLike) -> dict[str, Any]:
         return dict(reading.read_json(epath.Path(directory) / FILE)["training"])
     except (OSError, KeyError, TypeError, ValueError, errors.UserError):
         return {}
+
+
+def training_flags(directory: epath.PathLike) -> str:
+    """Returns the flags for a training from a conversion's weights, as far as its directory knows them."""
+    directory = epath.Path(directory)
+    given, words = recorded_training(directory).get("gin_flags"), []
+    with contextlib.suppress(ValueError):
+        words = shlex.split(given) if isinstance(given, str) else []
+    known = [word for word in words if not word.startswith("--gin.VOCABULARY=")]
+    files = {system.vocabulary_file for system in SYSTEMS.values() if system.vocabulary_file}
+    known += [f"--gin.VOCABULARY={directory / file}" for file in sorted(files) if (directory / file).exists()]
+    quoted = shlex.join(known)  # Whoever wrote the file, a shell sees no more than words.
+    return quoted if words else f"--gin_file=... {quoted}".rstrip()
 
 
 @contextlib.contextmanager

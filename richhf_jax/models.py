@@ -147,6 +147,14 @@ class BaseModel(abc.ABC):
         """
         del height, width
 
+    def check_text_length(self, length: int) -> None:
+        """Checks that the network takes texts of this length, in tokens.
+
+        Raises:
+          errors.UserError: it doesn't.
+        """
+        del length
+
     # Descriptions of the model, for a training loop that knows no particular model.
 
     def describe(

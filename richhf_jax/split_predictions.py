@@ -62,7 +62,8 @@ def load(
     )
     partitioner.get_data_layout(cfg.batch_size)
     trainer = trainer_lib.Trainer(model, partitioner, input_pipeline.data_shapes(cfg))
-    return trainer, checkpoints.restore_inference_state(directory, trainer.abstract_state), step
+    flags = model_description.training_flags(os.path.dirname(directory))
+    return trainer, checkpoints.restore_inference_state(directory, trainer.abstract_state, flags=flags), step
 
 
 def deviation_factors(

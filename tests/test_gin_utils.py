@@ -250,7 +250,7 @@ def test_parse_gin_flags_in_process(folder):
 
 
 def test_macro(folder):
-    (folder / "values.gin").write_text("MY_NET = 1\nNET = %MY_NET\n")
+    (folder / "values.gin").write_text("MY_NET = 1\nNET = %MY_NET\nFIT = 'banana'\nIMAGE_SIDE = 0\n")
     gin_utils.parse_gin_flags([str(folder)], ["values.gin"], [])
     assert gin_utils.macro("NET") == 1
     with pytest.raises(errors.UserError, match="no gin file sets MODEL; is it a file of gin/models/"):
@@ -258,6 +258,10 @@ def test_macro(folder):
     # The end of another's name is none.
     with pytest.raises(errors.UserError, match="no gin file sets ET"):
         gin_utils.macro("ET")
+    with pytest.raises(errors.UserError, match="FIT must be 'resize' or .*, got the text 'banana'"):
+        gin_utils.macro("FIT", "fit", str)
+    with pytest.raises(errors.UserError, match="IMAGE_SIDE must be a whole number from 1 to 8192, got 0"):
+        gin_utils.macro("IMAGE_SIDE", "task_feature_lengths[image]", int)
 
 
 def test_the_shipped_files_are_found_beside_folders_of_their_names(tmp_path):

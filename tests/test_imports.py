@@ -53,7 +53,8 @@ datasets           | tensorflow torch | agreement corruption foreign_text inputs
                                         word_table writing
 pages              |                | foreign_text writing
 annotate           |                | agreement datasets foreign_text inputs pages reading writing
-gin_utils          | tensorflow     | compilation_cache foreign_text gin_values multihost writing
+gin_utils          | tensorflow     | allowed_values compilation_cache foreign_text gin_values multihost
+                                      writing
 metrics            |                |
 bootstrap          |                | metrics
 image_values       |                | metrics reading writing

@@ -317,6 +317,20 @@ def test_a_conversion_without_heads_is_to_be_trained(make_dir, image, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_advice_has_the_flags_that_the_checkpoint_knows(make_dir, image, tmp_path):
+    directory, _ = untrained(make_dir)
+    content = json.loads((directory / "model.json").read_text())
+    content.pop("checksums")
+    recorded = "--gin_file=models/clip_finetuned.gin '--gin.FIT=a; b' --gin.VOCABULARY=clip_small"
+    content["training"] = {"gin_flags": recorded}
+    (directory / "model.json").write_text(json.dumps(content))
+    (directory / "tokenizer.json").touch()  # This system doesn't read it.
+    message = str(run("--checkpoint", directory, "--out", tmp_path / "out", image))
+    flags = "--gin_file=models/clip_finetuned.gin '--gin.FIT=a; b'"
+    vocabulary = f"--gin.VOCABULARY={directory}/tokenizer.json"
+    assert f"richhf_jax.train {flags} {vocabulary} --gin_file=runs/train.gin --gin.INITIAL_CHECKP" in message
+
+
 def test_evaluation_tells_of_training_and_of_gin(make_dir):
     given = {"model": TinyModel(Tiny(TinyConfig(**SCORES))), "partitioner": PARTITIONER, "baseline_fns": ()}
     with pytest.raises(errors.UserError) as caught:
@@ -450,11 +464,23 @@ def test_an_export_predicts_the_same(make_dir, square, tmp_path, to, kinds):
     assert "prompt" not in card
     if to == "stablehlo":
         assert "python example.py IMAGE`" in card
-        printed = example(new, square)
-        assert json.loads(printed) == (
-            {} if kinds is HEATMAPS else {"scores": pytest.approx(found.scores, abs=1e-6)}
-        )
+        assert ("predicts: heatmaps' peaks. It writes heatmaps.npy" in card) == (kinds is HEATMAPS)
+        check_printed(example(new, square), found)
         assert (new / "heatmaps.npy").exists() == (kinds is HEATMAPS)
+        usage = example(new, square, "a cat", code=2)
+        assert usage == "usage: python example.py IMAGE\n"
+
+
+def check_printed(printed: str, expected: Any) -> None:
+    """Checks what example.py prints against a prediction, and the heatmaps that it writes."""
+    found = json.loads(printed)
+    if expected.scores:
+        assert found == {"scores": pytest.approx(expected.scores, abs=1e-5)}
+        return
+    assert found.keys() == {"heatmap_peaks", "heatmaps"}
+    peaks = {kind: heatmap.max() for kind, heatmap in expected.heatmaps.items()}
+    assert found["heatmap_peaks"] == pytest.approx(peaks, abs=1e-5)
+    np.testing.assert_allclose(np.load(found["heatmaps"]), [*expected.heatmaps.values()], atol=1e-5)
 
 
 def example(directory: pathlib.Path, *arguments: Any, code: int = 0) -> str:
@@ -467,18 +493,16 @@ def example(directory: pathlib.Path, *arguments: Any, code: int = 0) -> str:
     return done.stderr if code else done.stdout
 
 
-def test_a_saved_model_of_a_system_that_reads_no_text(make_dir, square, tmp_path):
-    directory, new = make_dir(**SCORES), tmp_path / "new"
+@pytest.mark.parametrize("kinds", [SCORES, HEATMAPS], ids=["scores", "heatmaps"])
+def test_a_saved_model_of_a_system_that_reads_no_text(make_dir, square, tmp_path, kinds):
+    directory, new = make_dir(**kinds), tmp_path / "new"
     export.export(str(directory), "savedmodel", str(new))
     assert json.loads((new / "interface.json").read_text())["requires"] == ["tensorflow"]
     card = (new / "MODEL_CARD.md").read_text()
     assert "python example.py IMAGE`" in card
     assert "tensorflow-text" not in card
     assert "prompt" not in card.lower()
-    expected = RahfPredictor.from_checkpoint(directory)(square).scores
-    name, scores = example(new, square).split(maxsplit=1)
-    assert name == "scores"
-    assert json.loads(scores) == pytest.approx(list(expected.values()), abs=1e-5)
+    check_printed(example(new, square), RahfPredictor.from_checkpoint(directory)(square))
 
 
 def test_an_example_sees_the_picture_as_the_predictor_does(make_dir, square, tmp_path):

@@ -193,6 +193,7 @@ def describe(
     vocabulary: str | None,
     unstacked: bool,
     fit: str = "resize",
+    gin_flags: str | None = None,
 ) -> ModelDescription:
     """Describes the model for predictions.
 
@@ -204,9 +205,10 @@ def describe(
       vocabulary: path of the vocabulary, see `vocabularies.find`.
       unstacked: whether the parameters are written as single layers, even if the model scans its layers.
       fit: how pictures become square, see `pixels.square`.
+      gin_flags: flags of the gin files, for a training from the result; None: they aren't known.
 
     Raises:
-      errors.UserError: see `vocabularies.find`.
+      errors.UserError: see `vocabularies.find` and `ModelDescription.check`.
     """
     system = SYSTEMS[model.system]
     network = model.module
@@ -219,15 +221,17 @@ def describe(
                 if hasattr(config, "scan_layers")
             }
         )
-    return ModelDescription(
+    description = ModelDescription(
         network,
         {name: lengths[name] for name in system.lengths},
         fit,
         model.misalignment_threshold if system.marks_words else None,
-        {"converted_from": ", ".join(paths)},
+        {"converted_from": ", ".join(paths)} | ({"gin_flags": gin_flags} if gin_flags else {}),
         vocabularies.find(model, paths, vocabulary),
         system=model.system,
     )
+    description.check(model)
+    return description
 
 
 def convert(
@@ -264,6 +268,13 @@ def convert(
         shapes = unstacked_shapes(shapes)
     conversion = mapping.make_plan(shapes, sources, allow_mismatched_shapes)
     notes = mapping.check_settings(configs, sources)
+    if description and not model.outputs.heatmaps:  # Those of heatmaps must show all of a picture.
+        notes += [
+            f"FIT is {description.fit!r}, but {source.path} saw pictures by {source.fit!r}, so outputs"
+            " differ from the published ones"
+            for source in sources
+            if source.fit not in (None, description.fit)
+        ]
     mapping.check_copies(sources)
     table = mapping.format_table(conversion, sources, notes)
     print(table)
@@ -292,19 +303,25 @@ def main() -> None:
     gin_files = gin_utils.configure([default_gin_file(paths)])
     print(f"model: {' '.join(gin_files)}")
     model = gin_utils.macro("MODEL")
+    macros = {"image": "IMAGE_SIDE", "inputs": "TEXT_LENGTH", "targets": "TARGET_LENGTH"}
     lengths = {
-        "image": gin_utils.macro("IMAGE_SIDE"),
-        "inputs": _TEXT_LENGTH.value or gin_utils.macro("TEXT_LENGTH"),
-        "targets": _TEXT_LENGTH.value or gin_utils.macro("TARGET_LENGTH"),
+        name: gin_utils.macro(macro, f"task_feature_lengths[{name}]", int) for name, macro in macros.items()
     }
-    model.check_image_size(lengths["image"], lengths["image"])
-    fit = gin_utils.macro("FIT")
+    if _TEXT_LENGTH.value:
+        lengths |= dict.fromkeys(("inputs", "targets"), _TEXT_LENGTH.value)
+    fit = gin_utils.macro("FIT", "fit", str)
     for path in paths:  # What is wrong with the weights comes before what is wrong with the vocabulary.
         source = open_weights(path)
         if not _ALLOW_MISMATCHED_SHAPES.value:
             vocabularies.check_table(model, source)
     description = describe(
-        model, paths, lengths, gin_utils.macro("VOCABULARY"), _FORMAT.value != "orbax", fit
+        model,
+        paths,
+        lengths,
+        gin_utils.macro("VOCABULARY"),
+        _FORMAT.value != "orbax",
+        fit,
+        gin_utils.given_flags(gin_files),
     )
     convert(model, paths, to, _FORMAT.value, _ALLOW_MISMATCHED_SHAPES.value, description)
     print(f"written to {to}")

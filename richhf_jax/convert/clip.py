@@ -25,6 +25,7 @@ _TEXT = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, 
 _VISION = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
 _VISION |= {"patch_size": 32}
 _BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}
+_FIT = "centre_crop"
 _PREPROCESSOR = "preprocessor_config.json"
 # Models that are no CLIP, though they hold one of its towers or look like it.
 _NO_CLIP = {
@@ -103,6 +104,7 @@ def _open_huggingface(path: str, config: Mapping[str, Any], state: Mapping[str, 
             **text_settings(path, text),
             **_tower_settings(path, "vision_config", vision),
         },
+        fit=_FIT,
     )
 
 
@@ -306,6 +308,7 @@ def open_open_clip(path: str) -> Source:
         tensors=tensors,
         unused=huggingface.unused(state, tensors),
         settings=settings,
+        fit=_FIT,
         note="; ".join(filter(None, (read.note, note))),
     )
 
@@ -346,6 +349,8 @@ def _open_clip_settings(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> tu
         quick_gelu = bool(model.get("quick_gelu", False))
         for name in ("text", "vision"):
             settings[f"{name}_config.quick_gelu"] = quick_gelu
+            norm = model[f"{name}_cfg"].get("norm_kwargs") or {}
+            settings[f"{name}_config.layer_norm_epsilon"] = norm.get("eps", _BOTH["layer_norm_eps"])
         settings["text_config.num_heads"] = model["text_cfg"]["heads"]
         width = tensors["vision/class_token"].shape[0]
         settings["vision_config.num_heads"] = width // model["vision_cfg"].get("head_width", 64)

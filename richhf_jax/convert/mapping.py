@@ -18,8 +18,8 @@ _VARIANCE = "/norm/var"  # of batch statistics
 _POSITION_TABLE = "position_embedding/embedding"
 # The most positions of a table to resample: those of 4096 x 4096 pixels in patches of 16.
 _MAX_POSITIONS = 2**16
-# Settings that change a network's outputs by a thousandth or less.
-_OF_LITTLE_WEIGHT = ("layer_norm_epsilon", "approximate_gelu")
+# A setting that changes a network's outputs by a thousandth or less.
+_OF_LITTLE_WEIGHT = "approximate_gelu"
 # Where gin sets the network's configurations, for messages.
 _GIN_NAMES = {
     "t5_config": "t5.T5Config",
@@ -245,7 +245,7 @@ def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> lis
       sources: the opened checkpoints.
 
     Returns:
-      Notes for the user: settings that differ but hardly change the outputs, and the sources' own notes.
+      Notes for the user: a setting that differs but hardly changes the outputs, and the sources' own notes.
 
     Raises:
       ConvertError: another setting differs, so the weights would compute something else.
@@ -263,7 +263,7 @@ def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> lis
                 f"{name} is {ours!r} in the model, {theirs!r} in {source.path}: "
                 f"give --gin.{_GIN_NAMES[config]}.{name}={theirs!r}"
             )
-            if name in _OF_LITTLE_WEIGHT:
+            if name == _OF_LITTLE_WEIGHT:
                 notes.append(f"{line} to compute exactly the same")
             else:
                 wrong.append(line)

@@ -133,6 +133,7 @@ class Source:
         be equal; see `mapping.check_copies`.
       settings: settings of its network that shapes don't show, by our names: {"t5_config.num_heads": 12}.
         They must agree with the model's; see `mapping.check_settings`.
+      fit: how pictures become square for this network, see `pixels.square`; None: it isn't known.
       note: another fact that the user should know, as a sentence; "" if there is none.
     """
 
@@ -142,4 +143,5 @@ class Source:
     unused: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fit: str | None = None
     note: str = ""

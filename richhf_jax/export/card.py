@@ -47,6 +47,7 @@ def write(
         score_range="{:g} to {:g}".format(*description.model.outputs.score_range),
         vocabulary_file=SYSTEMS[description.system].vocabulary_file,
         arguments="IMAGE PROMPT" if description.reads_text else "IMAGE",
+        predictions=_predictions(description),
         has_example=(directory / "example.py").exists(),
         checkpoint=_shown(checkpoint),
         description=description,
@@ -64,6 +65,18 @@ def write(
         step=step,
     )
     writing.write(directory / FILE, card)
+
+
+def _predictions(description: ModelDescription) -> str:
+    """Returns what example.py prints, in words."""
+    outputs = description.model.outputs
+    there = {
+        "scores": outputs.scores,
+        "heatmaps' peaks": outputs.heatmaps,
+        "misaligned words": outputs.keywords,
+        "uncertainties": description.model.has_uncertainty,
+    }
+    return ", ".join(name for name, kinds in there.items() if kinds)
 
 
 def _dtype(description: ModelDescription) -> str | None:

@@ -1,8 +1,6 @@
-"""Scores an image with the SavedModel, without richhf_jax: python example.py IMAGE PROMPT.
+"""Predicts from an image with the SavedModel, without richhf_jax; without arguments, prints its usage.
 
-pip install tensorflow-text
-
-A model that reads no text takes no PROMPT, and needs only tensorflow.
+pip install tensorflow; or tensorflow-text, if the model reads text
 """
 
 import hashlib
@@ -35,8 +33,23 @@ if reads_text:
     importlib.import_module("tensorflow_text")  # Loading needs its operations.
 
 
+def heatmaps_of(heatmaps, height, width):
+    """Writes the heatmaps [kinds, side, side]. Returns their peaks on the image, and the file's path."""
+    file = pathlib.Path("heatmaps.npy").absolute()
+    try:
+        np.save(file, heatmaps)
+    except OSError as error:
+        sys.exit(f"{file} can't be written: {error}. Run this in a folder where you may write")
+    side = rows = columns = interface["image_side"]
+    if interface["fit"] == "letterbox":
+        rows, columns = (max(round(pixels * side / max(height, width)), 1) for pixels in (height, width))
+    top, left = (side - rows) // 2, (side - columns) // 2
+    peaks = heatmaps[:, top : top + rows, left : left + columns].max((1, 2)).tolist()
+    return {"heatmap_peaks": dict(zip(interface["heatmaps"], peaks, strict=True)), "heatmaps": str(file)}
+
+
 def main(path, prompt=""):
-    """Prints the scores, the heatmaps' peaks and the words; it leaves out what the model lacks."""
+    """Prints scores, heatmaps' peaks and words; writes heatmaps.npy. It leaves out what the model lacks."""
     if reads_text and all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in prompt):
         sys.exit("the prompt is empty")
     try:
@@ -55,15 +68,25 @@ def main(path, prompt=""):
     numbers = outputs.keys() & {"scores", "heatmaps", "uncertainty"}
     if not all(np.isfinite(outputs[name]).all() for name in numbers):
         sys.exit(f"{path}: the model's outputs aren't finite, so they say nothing of the image")
-    for name in ("scores", "uncertainty"):
-        if name in outputs:
-            print(name, outputs[name][0].numpy().tolist())
-    if "heatmaps" in outputs:
-        print("peaks", tf.reduce_max(outputs["heatmaps"][0], [1, 2]).numpy().tolist())
-    if "words" in outputs:
-        for word, probability in zip(outputs["words"][0], outputs["misaligned_probability"][0], strict=True):
-            print(f"{float(probability):.3f} {word.numpy().decode()}")
+    first = {name: values[0].numpy() for name, values in outputs.items()}
+    found = {}
+    if "scores" in first:
+        found["scores"] = dict(zip(interface["scores"], first["scores"].tolist(), strict=True))
+    if "heatmaps" in first:
+        found |= heatmaps_of(first["heatmaps"], height, width)
+    if "words" in first:
+        columns = (first[name].tolist() for name in ("words", "misaligned", "misaligned_probability"))
+        found["words"] = [
+            {"text": text.decode(), "misaligned": mark, "probability": None if p != p else p}
+            for text, mark, p in zip(*columns, strict=True)
+        ]
+    if "uncertainty" in first:
+        found["uncertainty"] = dict(zip(interface["scores"], first["uncertainty"].tolist(), strict=True))
+    print(json.dumps(found, indent=2, allow_nan=False))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 2 + reads_text else sys.exit(__doc__)
+    if len(sys.argv) != 2 + reads_text:
+        print(f"usage: python example.py IMAGE{' PROMPT' if reads_text else ''}", file=sys.stderr)
+        sys.exit(2)
+    main(*sys.argv[1:])

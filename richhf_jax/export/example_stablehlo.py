@@ -1,8 +1,6 @@
-"""Scores an image with the exported program, without richhf_jax: python example.py IMAGE PROMPT.
+"""Predicts from an image with the exported program, without richhf_jax; without arguments, prints its usage.
 
-pip install flatbuffers jax pillow safetensors sentencepiece
-
-A model that reads no text takes no PROMPT, and needs no sentencepiece.
+pip install flatbuffers jax pillow safetensors; and sentencepiece, if the model reads text
 """
 
 import hashlib
@@ -88,8 +86,20 @@ def square_of(path):
     return np.asarray(square), np.array([-top, -left, height - top, width - left], np.int32)
 
 
+def heatmaps_of(heatmaps, box):
+    """Writes the heatmaps [kinds, side, side]. Returns their peaks on the image, and the file's path."""
+    file = pathlib.Path("heatmaps.npy").absolute()
+    try:
+        np.save(file, heatmaps)
+    except OSError as error:
+        sys.exit(f"{file} can't be written: {error}. Run this in a folder where you may write")
+    top, left, bottom, right = np.clip(box, 0, side)
+    peaks = heatmaps[:, top:bottom, left:right].max((1, 2)).tolist()
+    return {"heatmap_peaks": dict(zip(interface["heatmaps"], peaks, strict=True)), "heatmaps": str(file)}
+
+
 def main(path, prompt=""):
-    """Prints scores and words; writes the heatmaps to heatmaps.npy. It leaves out what the model lacks."""
+    """Prints scores, heatmaps' peaks and words; writes heatmaps.npy. It leaves out what the model lacks."""
     if reads_text and all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in prompt):
         sys.exit("the prompt is empty")
     image, box = square_of(path)
@@ -116,6 +126,8 @@ def main(path, prompt=""):
     found = {}
     if "scores" in outputs:
         found["scores"] = dict(zip(interface["scores"], outputs["scores"][0].tolist(), strict=True))
+    if "heatmaps" in outputs:
+        found |= heatmaps_of(outputs["heatmaps"][0], box)
     if target_length:
         # Nothing is known of words for which the decoder has no room.
         probabilities = [*outputs["misaligned_probability"][0].tolist(), *[float("nan")] * len(words)]
@@ -127,9 +139,10 @@ def main(path, prompt=""):
     if "uncertainty" in outputs:
         found["uncertainty"] = dict(zip(interface["scores"], outputs["uncertainty"][0].tolist(), strict=True))
     print(json.dumps(found, indent=2, allow_nan=False))
-    if "heatmaps" in outputs:
-        np.save("heatmaps.npy", outputs["heatmaps"][0])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 2 + reads_text else sys.exit(__doc__)
+    if len(sys.argv) != 2 + reads_text:
+        print(f"usage: python example.py IMAGE{' PROMPT' if reads_text else ''}", file=sys.stderr)
+        sys.exit(2)
+    main(*sys.argv[1:])

@@ -68,7 +68,8 @@ class Inputs:
 
         Args:
           paths: images, folders, tables and tars.
-          prompt: the prompt of single images, and of images in folders that have no .txt beside them.
+          prompt: the prompt of single images, and of images in folders that have no .txt beside them. A blank
+            one is as none, if none are needed.
           needs_prompts: whether an image without a prompt doesn't load; else its prompt is "".
 
         Raises:
@@ -77,7 +78,7 @@ class Inputs:
         """
         if prompt is not None:
             try:
-                prompt = checked_prompt(prompt, "--prompt")
+                prompt = checked_prompt(prompt, "--prompt", needs_prompts) or None
             except InputError as error:
                 raise errors.UserError(str(error)) from error
         for path in paths:  # A mistake in the last path is found before the others are read.

@@ -212,7 +212,7 @@ def row_record(
         if value is None or (name == "image" and value == ""):
             return broken_row(table, number, f"`{name}` is empty")
         if not isinstance(value, str):
-            return broken_row(table, number, f"`{name}` is a {type(value).__name__}, not a string")
+            return broken_row(table, number, f"`{name}` is of type {type(value).__name__}, not a string")
     try:
         row_id = checked_id(fields.get("id"))
     except InputError as error:

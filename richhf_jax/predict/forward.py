@@ -248,9 +248,10 @@ def load_state(place: str, description: model_description.ModelDescription) -> t
             f"{path} describes no network that can be built: {writing.reason(error)}"
         ) from error
     fix = f"bring {path} back as it was written for these parameters, because it describes other ones"
+    flags = model_description.training_flags(os.path.dirname(place))
     if os.path.basename(place) == weights_file.FILE:
-        return unflatten(_read_safetensors(epath.Path(place), flatten(wanted), fix))
-    return checkpoints.restore_inference_state(place, wanted, fix)
+        return unflatten(_read_safetensors(epath.Path(place), flatten(wanted), fix, flags))
+    return checkpoints.restore_inference_state(place, wanted, fix, flags)
 
 
 def abstract_state(description: model_description.ModelDescription) -> train_state.InferenceState:
@@ -281,12 +282,12 @@ def unflatten(arrays: Mapping[str, Any]) -> train_state.InferenceState:
 
 
 def _read_safetensors(
-    path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], fix: str
+    path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], fix: str, flags: str
 ) -> dict[str, np.ndarray]:
-    """Reads the wanted arrays and converts them to the wanted types; `fix` says what to do if one lacks."""
+    """Reads the wanted arrays and converts them to the wanted types; for `fix` and `flags` see `misfit`."""
     found = weights_file.read(path, wanted)
     fits = {name for name, leaf in wanted.items() if name in found and found[name].shape == leaf.shape}
     if wrong := {(name,): leaf for name, leaf in wanted.items() if name not in fits}:
         saved = {(name,): array for name, array in found.items()}
-        raise checkpoints.misfit(path, wrong, saved, fix, untrained=bool(fits))
+        raise checkpoints.misfit(path, wrong, saved, fix, bool(fits), flags)
     return {name: found[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}

@@ -224,6 +224,10 @@ def test_open_clips_configuration_is_checked(tmp_path):
         mapping.check_settings(configs, [source])
     configs = {name: getattr(network("quick_gelu"), name) for name in ("text_config", "vision_config")}
     assert mapping.check_settings(configs, [source]) == []
+    of_vision = cfg | {"vision_cfg": {"head_width": 8, "norm_kwargs": {"eps": 1e-6}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": of_vision}))
+    with pytest.raises(ConvertError, match=r"give --gin.clip.VisionConfig.layer_norm_epsilon=1e-06"):
+        mapping.check_settings(configs, [reader.open_open_clip(str(tmp_path))])
     pixels = {"model_cfg": cfg, "preprocess_cfg": {"mean": list(clip.MEAN), "std": [0.5, 0.5, 0.5]}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(pixels))
     with pytest.raises(ConvertError, match=r"config.json: the weights take pixels of the deviation \[0.5, 0"):
@@ -266,9 +270,9 @@ def configure(preset="clip_score", *bindings):
     return gin_utils.macro("MODEL")
 
 
-def convert(folder, to, preset="clip_score", *bindings):
+def convert(folder, to, preset="clip_score", *bindings, length=LENGTH):
     made = configure(preset, *bindings)
-    lengths = {"image": SIDE, "inputs": LENGTH, "targets": 8}
+    lengths = {"image": gin_utils.macro("IMAGE_SIDE"), "inputs": length, "targets": 8}
     fit = gin_utils.macro("FIT")
     description = command.describe(made, [str(folder)], lengths, gin_utils.macro("VOCABULARY"), False, fit)
     command.convert(made, [str(folder)], str(to), description=description)
@@ -491,6 +495,8 @@ def test_older_configurations_have_other_ids_than_the_vocabulary(clip_directory,
         ("clip.Clip.projection_dim = 24", r"image_projection/kernel: \(32, 24\) in the model, \(32, 20\) in"),
         ("QUICK_GELU = False", "quick_gelu is False in the model, True in"),
         ("clip.VisionConfig.num_heads = 8", "num_heads is 8 in the model, 4 in"),
+        ("clip.TextConfig.layer_norm_epsilon = 1e-6", r"epsilon is 1e-06 in the model, 1e-05 .*clip.TextC"),
+        ("clip.VisionConfig.layer_norm_epsilon = 1e-6", r"give --gin.clip.VisionConfig.layer_norm_eps"),
         (
             "clip.TextConfig.vocab_size = 800",
             "vocab.json has 774 tokens, the model 800: it is another",
@@ -502,6 +508,48 @@ def test_a_model_that_does_not_fit(binding, message, clip_directory, tmp_path):
     with pytest.raises(errors.UserError, match=message):
         convert(clip_directory, tmp_path / "to", "clip_score", binding)
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "bindings", "length", "message"),
+    [
+        (
+            "clip_score",
+            (),
+            LENGTH + 1,
+            f"is {LENGTH + 1}, but .* has {LENGTH} rows.*--gin.TEXT_LENGTH={LENGTH}",
+        ),
+        (
+            "clip_score",
+            ("FIT = 'banana'",),
+            LENGTH,
+            "fit must be 'resize' or 'letterbox' or 'centre_crop', got",
+        ),
+        ("clip_gradient", ("FIT = 'centre_crop'",), LENGTH, "the model predicts heatmaps, but crops"),
+        ("clip_score", ("clip.VisionConfig.grid = (5, 5)",), LENGTH, "--gin.IMAGE_SIDE=20"),
+    ],
+)
+def test_what_predictions_would_refuse_is_refused_before(
+    preset, bindings, length, message, clip_directory, tmp_path
+):
+    with pytest.raises(errors.UserError, match=message):
+        convert(clip_directory, tmp_path / "to", preset, *bindings, length=length)
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "fit", "noted"),
+    [
+        ("clip_score", "letterbox", True),
+        ("clip_score", "centre_crop", False),
+        ("clip_gradient", "letterbox", False),
+    ],
+)
+def test_pictures_that_are_fitted_in_another_way_are_noted(
+    preset, fit, noted, clip_directory, tmp_path, capsys
+):
+    convert(clip_directory, tmp_path / "to", preset, f"FIT = '{fit}'")
+    assert ("note: FIT is 'letterbox', but " in capsys.readouterr().out) == noted
 
 
 def test_images_of_another_size_resample_the_image_towers_positions_alone(clip_directory, tmp_path, capsys):

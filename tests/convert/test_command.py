@@ -99,7 +99,7 @@ def assert_equal(found, expected):
 
 
 def test_t5_and_vit_become_a_checkpoint(huggingface, make_model, tmp_path, capsys):
-    make_model("multi_head")
+    make_model("multi_head", "vit.ViTConfig.layer_norm_epsilon = 1e-12")
     model = gin_utils.macro("MODEL")
     paths = [str(huggingface / part) for part in ("t5", "vit")]
     table = command.convert(model, paths, str(tmp_path / "to"))
@@ -363,11 +363,18 @@ def test_the_command(huggingface, tmp_path):
     assert result.stdout.endswith(f"written to {tmp_path}/to\n")
     description = model_description.read(tmp_path / "to")
     assert description.feature_lengths == {"image": 16, "inputs": 64, "targets": 64}
-    assert description.training == {"converted_from": f"{huggingface}/t5"}
+    assert description.training == {
+        "converted_from": f"{huggingface}/t5",
+        "gin_flags": " ".join(f"--gin_file={file}" for file in files),
+    }
     assert description.vocabulary == (ROOT / "tasks/sentencepiece_small.model").read_bytes()
     result = run(*args[:-1], f"--to={tmp_path}/gin", "--gin.TEXT_LENGTH=11")
     assert result.returncode == 0, result.stderr
     lengths = model_description.read(tmp_path / "gin").feature_lengths
+    flags = model_description.training_flags(tmp_path / "gin")
+    assert flags.endswith(
+        f"multi_head.gin --gin.TEXT_LENGTH=11 --gin.VOCABULARY={tmp_path}/gin/vocabulary.model"
+    )
     assert lengths == {"image": 16, "inputs": 11, "targets": 5}
     shutil.rmtree(tmp_path / "gin")
     result = run(*args[:-1], f"--to={tmp_path}/other", "--gin.IMAGE_SIDE=20")

@@ -214,22 +214,18 @@ def test_the_example_scores_an_image(case, name):
     blocked = ("tensorflow", *TEXT_LIBRARIES) if name == "stablehlo" else ("jax", *TRAINING_LIBRARIES)
     printed = run_elsewhere(code, case.folder, "image.png", PROMPTS[0], blocked=blocked)
     expected = case.predictor(image, PROMPTS[0])
-    if name == "stablehlo":
-        found = json.loads(printed)
-        assert found["scores"] == pytest.approx(expected.scores, abs=1e-5)
-        for word, token in zip(found["words"], expected.tokens, strict=True):
-            assert (word["text"], word["misaligned"]) == (token.text, token.misaligned)
-            assert word["probability"] == pytest.approx(token.probability, abs=1e-5)
-        left = (32 - width) // 2
-        heatmaps = np.load(case.folder / "heatmaps.npy")[:, :, left : left + width]
-        np.testing.assert_allclose(heatmaps, list(expected.heatmaps.values()), atol=1e-5)
-    else:
-        scores = json.loads(printed.splitlines()[0].removeprefix("scores "))
-        assert scores == pytest.approx(list(expected.scores.values()), abs=1e-5)
-        lines = [line.split(maxsplit=1) for line in printed.splitlines()[2:]]
-        assert [(text, float(p)) for p, text in lines] == [
-            (token.text, pytest.approx(token.probability, abs=6e-4)) for token in expected.tokens
-        ]
+    found = json.loads(printed)
+    assert found["scores"] == pytest.approx(expected.scores, abs=1e-5)
+    for word, token in zip(found["words"], expected.tokens, strict=True):
+        assert (word["text"], word["misaligned"]) == (token.text, token.misaligned)
+        assert word["probability"] == pytest.approx(token.probability, abs=1e-5)
+    peaks = {kind: heatmap.max() for kind, heatmap in expected.heatmaps.items()}
+    assert found["heatmap_peaks"] == pytest.approx(peaks, abs=1e-5)
+    assert found["heatmaps"] == str(case.folder / "heatmaps.npy")
+    left = (32 - width) // 2
+    heatmaps = np.load(found["heatmaps"])[:, :, left : left + width]
+    np.testing.assert_allclose(heatmaps, list(expected.heatmaps.values()), atol=1e-5)
+    (case.folder / "heatmaps.npy").unlink()
 
 
 @pytest.mark.parametrize("name", ["stablehlo", "safetensors", "orbax"])
@@ -304,7 +300,7 @@ def flipped(path: pathlib.Path):
 
 # Runs example.py with several arguments in one process, because loading its libraries takes seconds.
 EXAMPLES = """
-import json, pathlib, runpy, sys
+import contextlib, io, json, pathlib, runpy, sys
 import numpy
 if pathlib.Path('rahf.stablehlo').exists():
     import jax, jax.export
@@ -323,11 +319,13 @@ for path, arguments in json.loads(sys.argv[1]):
         content = flip.read_bytes()
         flip.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
     sys.argv[1:] = arguments
+    told = io.StringIO()
     try:
-        runpy.run_path('example.py', run_name='__main__')
+        with contextlib.redirect_stderr(told):
+            runpy.run_path('example.py', run_name='__main__')
         messages.append('no message')
     except SystemExit as error:
-        messages.append(str(error.code))
+        messages.append(f"{error.code} {told.getvalue()}" if error.code == 2 else str(error.code))
     if flip:
         flip.write_bytes(content)
 print(json.dumps(messages))
@@ -367,7 +365,7 @@ def test_the_example_says_what_is_wrong(case, name, files):
         required = f"pip install 'jax>={jax.__version__}'"
         assert messages.pop() == f"JAX {jax.__version__} is too old for this program: {required}"
     usage, small, blank, no_prompt, no_image, *damaged, not_finite = messages
-    assert "python example.py IMAGE PROMPT" in usage
+    assert usage == "2 usage: python example.py IMAGE PROMPT\n"
     assert no_prompt == usage
     # As the predictor says.
     for message, pair in (

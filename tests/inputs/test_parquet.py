@@ -102,9 +102,9 @@ def test_parquet_values_of_other_types(tmp_path):
     write_parquet(tmp_path / "t.parquet", image=[[1], [2]], prompt=["a", "b"])
     write_parquet(tmp_path / "u.parquet", image=["a.jpg"], prompt=[b"p"])
     assert read(tmp_path / "t.parquet", tmp_path / "u.parquet") == {
-        "t.parquet:0": f"{tmp_path}/t.parquet, row 0: `image` is a list, not a string",
-        "t.parquet:1": f"{tmp_path}/t.parquet, row 1: `image` is a list, not a string",
-        "u.parquet:0": f"{tmp_path}/u.parquet, row 0: `prompt` is a bytes, not a string",
+        "t.parquet:0": f"{tmp_path}/t.parquet, row 0: `image` is of type list, not a string",
+        "t.parquet:1": f"{tmp_path}/t.parquet, row 1: `image` is of type list, not a string",
+        "u.parquet:0": f"{tmp_path}/u.parquet, row 0: `prompt` is of type bytes, not a string",
     }
 
 

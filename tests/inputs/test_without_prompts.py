@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
+from richhf_jax import inputs
 from richhf_jax.inputs import archives
 from tests.inputs.reading import read, user_error, write, write_parquet, write_tar
 
@@ -72,6 +73,14 @@ def test_a_prompt_of_zero_width_characters_is_empty(tmp_path):
     assert user_error(tmp_path / "a.jpg", prompt="\u200b\u2060 ") == "--prompt: the prompt is empty"
 
 
+@pytest.mark.parametrize("prompt", ["", " \n", "\u200b\u2060 "])
+def test_a_blank_prompt_is_as_none_where_none_are_needed(tmp_path, prompt):
+    write(tmp_path, {"a.jpg": b"A", "b.jpg": b"B", "b.txt": b"q", "t.csv": "image\na.jpg\n"})
+    paths = [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "t.csv")]
+    given = inputs.Inputs(paths, prompt, needs_prompts=False)
+    assert [record.load()[1] for record in given] == ["", "q", ""]
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "bytes"])
 def test_a_table_may_lack_the_column(tmp_path, kind):
     write(tmp_path, IMAGES)
@@ -90,7 +99,7 @@ def test_what_is_there_must_be_a_prompt(tmp_path):
     write(tmp_path, IMAGES)
     write_parquet(tmp_path / "t.parquet", image=["a.jpg"], prompt=pa.array([3]))
     (message,) = read(tmp_path / "t.parquet", needs_prompts=False).values()
-    assert "`prompt` is a int, not a string" in message
+    assert "`prompt` is of type int, not a string" in message
 
 
 def test_a_tar_of_images_alone_stays_out_of_memory(tmp_path, monkeypatch):
