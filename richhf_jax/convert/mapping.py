@@ -20,6 +20,8 @@ _POSITION_TABLE = "position_embedding/embedding"
 _MAX_POSITIONS = 2**16
 # A setting that changes a network's outputs by a thousandth or less.
 _OF_LITTLE_WEIGHT = "approximate_gelu"
+# So is a difference of norms' epsilons up to this one: transformers' ViT has 1e-12, the original 1e-6.
+_CLOSE_EPSILONS = 1e-6
 # Where gin sets the network's configurations, for messages.
 _GIN_NAMES = {
     "t5_config": "t5.T5Config",
@@ -263,7 +265,8 @@ def check_settings(configs: Mapping[str, Any], sources: Sequence[Source]) -> lis
                 f"{name} is {ours!r} in the model, {theirs!r} in {source.path}: "
                 f"give --gin.{_GIN_NAMES[config]}.{name}={theirs!r}"
             )
-            if name == _OF_LITTLE_WEIGHT:
+            is_close = name == "layer_norm_epsilon" and abs(ours - theirs) <= _CLOSE_EPSILONS
+            if name == _OF_LITTLE_WEIGHT or is_close:
                 notes.append(f"{line} to compute exactly the same")
             else:
                 wrong.append(line)

@@ -440,6 +440,7 @@ def test_a_forgotten_size_is_named(clip_directory, tmp_path, monkeypatch):
     for name, value in flags.items():
         monkeypatch.setattr(command, name, types.SimpleNamespace(value=value))
     monkeypatch.setattr(gin_utils, "configure", lambda gin_files: gin_files)
+    monkeypatch.setattr(gin_utils, "given_flags", lambda gin_files: "")
     configure("clip_score", "clip.TextConfig.vocab_size = 800")
     message = "clip is of another size: it has 774 tokens, the model 800. Give the gin file of its size"
     with pytest.raises(errors.UserError, match=message):

@@ -99,7 +99,7 @@ def assert_equal(found, expected):
 
 
 def test_t5_and_vit_become_a_checkpoint(huggingface, make_model, tmp_path, capsys):
-    make_model("multi_head", "vit.ViTConfig.layer_norm_epsilon = 1e-12")
+    make_model("multi_head")
     model = gin_utils.macro("MODEL")
     paths = [str(huggingface / part) for part in ("t5", "vit")]
     table = command.convert(model, paths, str(tmp_path / "to"))

@@ -183,9 +183,11 @@ def test_settings_that_agree():
 
 
 def test_what_hardly_matters_is_noted_where_it_differs():
-    given = with_settings("look out", vit_config__layer_norm_epsilon=1e-6, vit_config__approximate_gelu=True)
+    given = with_settings("look out", vit_config__layer_norm_epsilon=1e-12, vit_config__approximate_gelu=True)
     notes = mapping.check_settings(CONFIGS, [given])
     assert notes == [
+        "layer_norm_epsilon is 1e-06 in the model, 1e-12 in a.npz: "
+        "give --gin.vit.ViTConfig.layer_norm_epsilon=1e-12 to compute exactly the same",
         "approximate_gelu is False in the model, True in a.npz: "
         "give --gin.vit.ViTConfig.approximate_gelu=True to compute exactly the same",
         "a.npz: look out",
@@ -204,7 +206,7 @@ def test_what_hardly_matters_is_noted_where_it_differs():
         ),
         ("t5_config__mlp_activations", ("relu",), r"give --gin.t5.T5Config.mlp_activations=\('relu',\)"),
         ("t5_config__logits_via_embedding", True, "give --gin.t5.T5Config.logits_via_embedding=True"),
-        ("vit_config__layer_norm_epsilon", 1e-12, "give --gin.vit.ViTConfig.layer_norm_epsilon=1e-12"),
+        ("vit_config__layer_norm_epsilon", 1e-5, "give --gin.vit.ViTConfig.layer_norm_epsilon=1e-05"),
         ("vit_config__num_heads", 16, "give --gin.vit.ViTConfig.num_heads=16"),
     ],
 )
