@@ -48,7 +48,6 @@ def write(
         vocabulary_file=SYSTEMS[description.system].vocabulary_file,
         arguments="IMAGE PROMPT" if description.reads_text else "IMAGE",
         predictions=_predictions(description),
-        has_example=(directory / "example.py").exists(),
         checkpoint=_shown(checkpoint),
         description=description,
         dtype=_shown(_dtype(description)),

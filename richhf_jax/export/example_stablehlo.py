@@ -1,6 +1,6 @@
 """Predicts from an image with the exported program, without richhf_jax; without arguments, prints its usage.
 
-pip install flatbuffers jax pillow safetensors; and sentencepiece, if the model reads text
+pip install flatbuffers jax pillow safetensors; if the model reads text, sentencepiece, or tokenizers for CLIP
 """
 
 import hashlib
