@@ -82,9 +82,11 @@ def agreement(store: Store) -> dict[str, Any]:
 
     Only parts that are asked have figures. Answers that lack one, because it was asked later, are left out.
     """
-    config, left_out = store.config, 0
+    config, left_out, suggested, changed = store.config, 0, 0, 0
     images: dict[str, list[ratings.Rating]] = collections.defaultdict(list)
     for answer in transfer.counted(store):
+        suggested += answer.first is not None
+        changed += answer.is_changed
         if forms.missing(answer.answer, config):
             left_out += 1
         else:
@@ -97,11 +99,10 @@ def agreement(store: Store) -> dict[str, Any]:
         found[name] = {kind: part for kind, part in found.get(name, {}).items() if kind in asked}
     if not config.words:
         found.pop("word_agreement", None)
-    suggested = [answer for answer in transfer.counted(store) if answer.first is not None]
     return {
         "title": config.title,
-        "suggested": len(suggested),
-        "changed": sum(answer.is_changed for answer in suggested),
+        "suggested": suggested,
+        "changed": changed,
         "has_shared": max(map(len, images.values()), default=0) > 1,
         "left_out": left_out,
         "agreement": found["agreement"],

@@ -66,14 +66,8 @@ def make_app(store: Store) -> ASGIApp:
         Route("/manage/reassign", server.reassign, methods=["POST"]),
     ]
     handlers = {
-        Conflict: lambda request, error: JSONResponse(
-            {
-                "error": "Another tab has changed it.",
-                "revision": error.revision,
-                "answer": error.answer,
-                "suggestion": server.suggestion(error.suggestion),
-            },
-            409,
+        Conflict: lambda request, error: web.conflict_reply(
+            error, suggestion=server.suggestion(error.suggestion)
         ),
         Incomplete: lambda request, error: JSONResponse(
             {"error": f"Please answer: {', '.join(error.missing)}.", "missing": error.missing}, 422

@@ -164,10 +164,7 @@ class Site:
 
         common: dict[Any, Any] = {
             HTTPException: self._http_error,
-            Conflict: lambda request, error: JSONResponse(
-                {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer},
-                409,
-            ),
+            Conflict: lambda request, error: conflict_reply(error),
             NotYours: lambda request, error: error_reply(404, "This image is not open for you."),
             sqlite3.OperationalError: _storage_error,
             # A browser was closed, or lost its network. Nobody reads the reply.
@@ -278,6 +275,12 @@ def about(count: int) -> int:
     """
     step = 10 ** max(1, len(str(count)) - 2)
     return -(-count // step) * step
+
+
+def conflict_reply(error: Conflict, **more: Any) -> Response:
+    """Returns what the server has where another tab was first, and `more` fields, as JSON."""
+    told = {"error": "Another tab has changed it.", "revision": error.revision, "answer": error.answer}
+    return JSONResponse(told | more, 409)
 
 
 def error_reply(status: int, text: str) -> Response:

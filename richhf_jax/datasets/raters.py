@@ -10,6 +10,7 @@ The answers are raw ratings (`ratings.py`).
 import argparse
 import math
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,25 +53,38 @@ def opinions(
     Returns:
       Kind of score -> points of the Likert scale, before noise.
     """
+    return points(beauty(truth.scene), areas, misalignments)
+
+
+def points(
+    beauty_points: float, areas: Sequence[float], misalignments: Sequence[prompts.Misalignment]
+) -> dict[str, float]:
+    """Computes `opinions` of a picture whose beauty, see `beauty`, is known."""
     costs = sorted((MISALIGNMENT_COSTS[m.kind] for m in misalignments), reverse=True)
-    points = {
+    found = {
         feedback.PLAUSIBILITY: BEST - sum(ARTIFACT_COST + ARTIFACT_AREA_COST * area for area in areas),
         feedback.ALIGNMENT: BEST
         - sum(cost * (SECOND_MISALIGNMENT if i else 1) for i, cost in enumerate(costs)),
-        feedback.AESTHETICS: beauty(truth.scene) - ARTIFACT_UGLINESS * len(areas),
+        feedback.AESTHETICS: beauty_points - ARTIFACT_UGLINESS * len(areas),
     }
-    overall = sum(weight * points[kind] for kind, weight in OVERALL_WEIGHTS.items())
-    return points | {feedback.OVERALL: overall}
+    overall = sum(weight * found[kind] for kind, weight in OVERALL_WEIGHTS.items())
+    return found | {feedback.OVERALL: overall}
 
 
 def beauty(scene: scenes.Scene) -> float:
     """Returns the points for the background's kind and colour and for a balanced composition."""
     weight = sum(t.radius**2 for t in scene.things)
     x, y = (sum(t.radius**2 * getattr(t, axis) for t in scene.things) / weight for axis in "xy")
-    imbalance = min(1.0, math.dist((x, y), (0.5, 0.5)) / 0.3)
+    background = scene.background
+    return beauty_of(background.kind, background.saturation, (x, y))
+
+
+def beauty_of(background: str, saturation: float, middle: tuple[float, float]) -> float:
+    """Returns `beauty` of a kind of background, its saturation, and the middle of the objects, in shares."""
+    imbalance = min(1.0, math.dist(middle, (0.5, 0.5)) / 0.3)
     low, high = scenes.SATURATIONS
-    colour = (scene.background.saturation - low) / (high - low)
-    charm = BACKGROUND_CHARM[scene.background.kind]
+    colour = (saturation - low) / (high - low)
+    charm = BACKGROUND_CHARM[background]
     return PLAIN_AESTHETICS + charm + COLOUR_CHARM * colour - IMBALANCE_COST * imbalance
 
 

@@ -229,7 +229,7 @@ class Store(People):
             )
 
     def image_path(self, person: Person, token: str, side: str) -> pathlib.Path:
-        """Returns the path of the left or right image of a pair that was given to a rater.
+        """Returns the path of an image, `side` is "left" or "right", of a pair that was given to a rater.
 
         Raises:
           NotYours: it was never given to them.
@@ -238,7 +238,7 @@ class Store(People):
             row = self._mine(db, person, token)
             file = db.execute(
                 "SELECT file FROM images WHERE prompt = ? AND generator = ?",
-                (row["prompt_number"], row["left" if side == "left" else "right"]),
+                (row["prompt_number"], row[side]),
             ).fetchone()[0]
         return self.folder / settings.IMAGES / file
 

@@ -11,7 +11,8 @@ from richhf_jax.datasets import drawing
 
 # Pixels along a side at which the oracle looks; finer pictures are reduced.
 SIDE = 64
-_OVERSAMPLING = 3
+# What is drawn is drawn this many times finer.
+OVERSAMPLING = 3
 # What may be background, by HSV and the distance from objects' colours: wider than the world's backgrounds.
 _MAX_SATURATION, _VALUES, _FAR = 0.5, (0.36, 0.9), 40
 # Largest difference from the background's own hue and saturation, of parts of the brightest channel.
@@ -41,7 +42,7 @@ class Background:
 @functools.cache
 def _patterns() -> np.ndarray:
     """Makes stripes at each angle, then checks; float [n, SIDE, SIDE], 0 to 1. They repeat as `drawing`'s."""
-    side = SIDE * _OVERSAMPLING
+    side = SIDE * OVERSAMPLING
     axis = np.arange(side) / side - 0.5
     masks = [
         (axis * math.cos(angle) + axis[:, None] * math.sin(angle)) * drawing.STRIPES % 1 < 0.5

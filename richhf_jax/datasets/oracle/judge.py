@@ -5,14 +5,12 @@ The scores are those of the simulated raters' rules (`raters`), computed from wh
 
 import dataclasses
 import itertools
-import math
 import statistics
 
 import numpy as np
 from PIL import Image
 from scipy import optimize
 
-from richhf_jax import feedback
 from richhf_jax.datasets import prompts, raters, scenes
 from richhf_jax.datasets.oracle import objects
 from richhf_jax.datasets.oracle.backgrounds import SIDE
@@ -137,31 +135,12 @@ def _matched(phrases: tuple[prompts.Phrase, ...], groups: list[_Group]) -> dict[
 
 
 def _scores(reading: objects.Reading, misalignments: tuple[prompts.Misalignment, ...]) -> dict[str, float]:
-    """Computes the noise-free scores by the rules of `raters.opinions`."""
-    costs = sorted((raters.MISALIGNMENT_COSTS[m.kind] for m in misalignments), reverse=True)
-    damage = sum(
-        raters.ARTIFACT_COST + raters.ARTIFACT_AREA_COST * float(region.mean()) for region in reading.regions
-    )
-    alignment = sum(cost * (raters.SECOND_MISALIGNMENT if i else 1) for i, cost in enumerate(costs))
-    points = {
-        feedback.PLAUSIBILITY: raters.BEST - damage,
-        feedback.ALIGNMENT: raters.BEST - alignment,
-        feedback.AESTHETICS: _beauty(reading) - raters.ARTIFACT_UGLINESS * len(reading.regions),
-    }
-    overall = sum(weight * points[kind] for kind, weight in raters.OVERALL_WEIGHTS.items())
-    return points | {feedback.OVERALL: overall}
-
-
-def _beauty(reading: objects.Reading) -> float:
-    """Computes `raters.beauty` from what was seen; an empty picture isn't balanced."""
+    """Computes the noise-free scores of what was seen; an empty picture isn't balanced."""
     weights = np.array([thing.radius**2 for thing in reading.things])
-    imbalance = 1.0
+    middle = 0.0, 0.0
     if len(weights):
-        middle = weights @ [(thing.x, thing.y) for thing in reading.things] / weights.sum()
-        imbalance = min(1.0, math.dist(middle, (0.5, 0.5)) / 0.3)
-    low, high = scenes.SATURATIONS
-    colour = np.clip((reading.background.saturation - low) / (high - low), 0, 1)
-    charm = raters.BACKGROUND_CHARM[reading.background.kind]
-    return float(
-        raters.PLAIN_AESTHETICS + charm + raters.COLOUR_CHARM * colour - raters.IMBALANCE_COST * imbalance
-    )
+        x, y = weights @ [(thing.x, thing.y) for thing in reading.things] / weights.sum()
+        middle = float(x), float(y)
+    saturation = float(np.clip(reading.background.saturation, *scenes.SATURATIONS))
+    beauty = raters.beauty_of(reading.background.kind, saturation, middle)
+    return raters.points(beauty, [float(region.mean()) for region in reading.regions], misalignments)

@@ -17,10 +17,9 @@ from scipy import ndimage, spatial
 
 from richhf_jax.datasets import drawing, scenes
 from richhf_jax.datasets.oracle import backgrounds
-from richhf_jax.datasets.oracle.backgrounds import SIDE, Background
+from richhf_jax.datasets.oracle.backgrounds import OVERSAMPLING, SIDE, Background
 
 _COLOURS = tuple(drawing.RGB)
-_OVERSAMPLING = 3
 # Between the largest small object and the smallest large one.
 _SIZE_LIMIT = (scenes.RADII["small"][1] + scenes.RADII["large"][0]) / 2
 # Templates: radii as shares of the side, and tilts in radians, a little beyond the world's.
@@ -139,7 +138,7 @@ def _templates() -> _Templates:
 
 def _masks(thing: Thing) -> np.ndarray:
     """Draws how much of each pixel is the object, and its fill: float [2, SIDE, SIDE], 0 to 1."""
-    fine = drawing.shape_masks(thing.shape, thing.x, thing.y, thing.radius, thing.angle, SIDE * _OVERSAMPLING)
+    fine = drawing.shape_masks(thing.shape, thing.x, thing.y, thing.radius, thing.angle, SIDE * OVERSAMPLING)
     return backgrounds.reduced(fine.astype(np.float32)) / 255
 
 
